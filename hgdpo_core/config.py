@@ -1,0 +1,199 @@
+"""One frozen, validated model per stage. Unknown or contradictory settings fail here, before any model loads.
+
+Where a setting is the paper's, its docstring cites arXiv:2405.20216v1; METHOD-level choices of ours are marked "ours".
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hgdpo_core.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+Optimizer = Literal["adam8bit", "adamw"]
+ImageFormat = Literal["png", "webp", "jpeg"]
+ScorerName = Literal["pickscore"]
+
+
+class StageConfig(BaseModel):
+    """Base of all settings: immutable, no unknown names, JSON round trip."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PromptSource(StageConfig):
+    """Where prompts come from: a file (txt, csv, tsv, jsonl, parquet) at a path or fsspec URL, or the figures world."""
+
+    source: str = Field(description='path or URL of a prompt file, or "figures" for the built-in world')
+    split: Literal["train", "validation", "test"] = Field("train", description='only for source "figures"')
+    column: str | None = Field(None, description="column of a table; default: prompt, Prompt, caption or text")
+    category: str | None = Field(None, description="keep rows whose Category is this, as in PartiPrompts")
+    limit: int | None = Field(None, ge=1, description="use the first this many prompts")
+
+
+class TargetConfig(StageConfig):
+    """The user's model. Negative prompt and clip skip belong to it: the same in pool, training and evaluation."""
+
+    source: str = Field(description='hub id, diffusers folder or single .safetensors file; "figures" is built in')
+    revision: str | None = Field(None, description="commit, branch or tag of a hub id")
+    negative_prompt: str = ""
+    clip_skip: int | None = Field(None, ge=1, description="layers of the text encoder to skip, as in diffusers")
+    dtype: Dtype = Field("auto", description="precision of sampling; auto: bfloat16 where it is fast, else float32")
+
+
+class SamplerConfig(StageConfig):
+    """DPM-Solver++ multistep with classifier-free guidance (paper D.4)."""
+
+    width: int = Field(704, ge=8, multiple_of=8, description="pixels")
+    height: int = Field(1024, ge=8, multiple_of=8, description="pixels")
+    steps: int = Field(50, ge=1)
+    guidance_scale: float = Field(5.0, ge=1.0)
+
+
+class PoolConfig(StageConfig):
+    """The pool of N candidates per prompt (paper Eq. 4)."""
+
+    images_per_prompt: int = Field(20, ge=1, description="N of the paper")
+    seed: int = Field(0, ge=0, description="run seed; an image's own seed is derived from it, the prompt and j")
+    image_format: ImageFormat = "png"
+    prompts_per_shard: int = Field(32, ge=1, description="prompts in the unit of commit")
+    batch_size: int = Field(8, ge=1, description="images sampled together; never changes which images are made")
+
+
+class ScorerConfig(StageConfig):
+    """A judge of images."""
+
+    name: ScorerName = "pickscore"
+    source: str | None = Field(None, description="hub id or folder; default: the public checkpoint of that name")
+    batch_size: int = Field(32, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class TripletConfig(StageConfig):
+    """Which two candidates of a pool become winner and loser (paper Eq. 6, Table 5)."""
+
+    loser_rank: int | None = Field(None, ge=2, description="l of N-20-L-l: 1-based rank of the loser; default: last")
+
+
+class TrainingConfig(StageConfig):
+    """What both trainers share."""
+
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    batch_size: int = Field(ge=1, description="samples (SFT) or pairs (DPO) per process and micro step")
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: Optimizer = "adamw"
+    mixed_precision: MixedPrecision = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = Field(0, ge=0)
+    checkpoint_every: int = Field(500, ge=1, description="optimizer steps between resume points")
+    log_every: int = Field(1, ge=1, description="optimizer steps between log rows")
+
+
+class SftConfig(TrainingConfig):
+    """Supervised fine-tuning of the whole UNet on the user's images (paper D.1)."""
+
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of captions replaced by the empty text (ours)")
+
+
+class DpoConfig(TrainingConfig):
+    """Diffusion-DPO with the statistic matching loss on a LoRA (paper Eq. 9, D.2).
+
+    `beta` is the paper's, for a loss of per-sample MEAN errors without a factor 1/2. The same number is
+    `beta_dpo=2500` in diffusers' SD 1.5 example, and `beta_dpo=5000` in the Salesforce code and in diffusers'
+    SDXL example, which carry a factor 1/2.
+    """
+
+    beta: float = Field(2500.0, gt=0)
+    lambda_stat: float = Field(10_000.0, ge=0, description="weight of the statistic matching loss; 0 switches it off")
+    lora_rank: int = Field(8, ge=1, description="lora_alpha always equals it, so the LoRA's scale is 1 (ours)")
+    share_noise: bool = Field(True, description="winner and loser of a pair share their noise")
+    allow_foreign_triplets: bool = Field(False, description="train on triplets made by another model")
+
+
+class EvaluationConfig(StageConfig):
+    """Target against trained model on held-out prompts, same seeds (paper Table 1)."""
+
+    prompts: PromptSource
+    images_per_prompt: int = Field(1, ge=1)
+    seed: int = Field(1_000, ge=0)
+    lora_weight: float = Field(0.5, gt=0, description="scale of the LoRA at inference (paper A.3: 0.5)")
+    scorers: tuple[ScorerConfig, ...] = Field(min_length=1)
+
+
+class RunConfig(StageConfig):
+    """Everything one run needs, saved beside everything it made."""
+
+    preset: str
+    prompts: PromptSource
+    images: str | None = Field(None, description='folder of captioned images for SFT; "figures" is built in')
+    target: TargetConfig
+    sampler: SamplerConfig
+    sft: SftConfig
+    pool: PoolConfig
+    scorer: ScorerConfig
+    triplets: TripletConfig
+    dpo: DpoConfig
+    evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _ranks_exist(self) -> Self:
+        rank, pool = self.triplets.loser_rank, self.pool.images_per_prompt
+        if pool < 2:
+            raise ValueError(f"pool.images_per_prompt is {pool}: a winner and a loser need at least 2")
+        if rank is not None and rank > pool:
+            raise ValueError(f"triplets.loser_rank is {rank}, but a pool holds only {pool} images: "
+                             f"choose a rank from 2 to {pool} or a larger pool.images_per_prompt")
+        return self
+
+
+def canonical_json(value: BaseModel | Mapping[str, Any] | list[Any]) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, UTF-8 kept."""
+    data = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def content_hash(value: BaseModel | Mapping[str, Any] | list[Any], length: int = 12) -> str:
+    """First `length` hex digits of the sha256 of `canonical_json(value)`; ids end in it."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+
+
+def apply_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """`config` with dotted settings replaced, for example `{"dpo.beta": 1000}`; ConfigError names what is wrong."""
+    data = config.model_dump()
+    for dotted, value in overrides.items():
+        *parents, leaf = dotted.split(".")
+        node: Any = data
+        for name in parents:
+            node = node.get(name) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or leaf not in node:
+            known = ", ".join(sorted(node)) if isinstance(node, dict) else "none below that name"
+            raise ConfigError(f"override {dotted!r} names no setting; settings at that place: {known}")
+        node[leaf] = value
+    return validate(data)
+
+
+def validate(data: Mapping[str, Any]) -> RunConfig:
+    """A `RunConfig` from plain data; ConfigError with one line a mistake instead of pydantic's report."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from None
+
+
+def describe(error: ValidationError) -> str:
+    """One readable line for all mistakes in a pydantic error."""
+    return "; ".join(
+        f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}"
+        + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
+        for item in error.errors()
+    )

@@ -1,0 +1,33 @@
+"""Errors a user can cause or must act on. Each message says what was expected, what came, and what to do.
+
+The family is rooted in standard errors so that `except ValueError` and `except OSError` mean what they say,
+and every member pickles: workers are separate processes.
+"""
+
+
+class HGDPOError(Exception):
+    """Base of every error this package raises on purpose; its message alone is enough to act on."""
+
+
+class ConfigError(HGDPOError, ValueError):
+    """A setting is unknown, out of range or contradicts another. Retrying cannot help."""
+
+
+class InputError(HGDPOError, ValueError):
+    """What the user handed in (prompts, images, captions) cannot be used. Retrying cannot help."""
+
+
+class ModelError(HGDPOError, ValueError):
+    """A model is missing, of the wrong architecture, or broken. Retrying cannot help."""
+
+
+class StorageError(HGDPOError, OSError):
+    """The object store refused or lost something; the message says whether trying again can help."""
+
+
+class CorruptShardError(StorageError):
+    """A shard's bytes are not the ones its manifest names. Making the shard again repairs it."""
+
+
+class StoppedError(HGDPOError):
+    """Work was asked to stop; everything committed so far is kept and a new start continues there."""
