@@ -1,0 +1,116 @@
+"""Resume points of training in the object store: `<key>/step-N/`, whose `complete.json` is written last.
+
+    weights.safetensors   the trained weights
+    state.pt              optimizer, learning rate and log; read with weights_only=True, so it cannot run code
+    complete.json         step, config hash, bytes and sha256 of both files; without it there is no checkpoint
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import pickle
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from hgdpo_core.storage import MissingKeyError, Store
+
+WEIGHTS, STATE, COMPLETE = "weights.safetensors", "state.pt", "complete.json"
+KEEP = 2
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a training keeps its checkpoints: folder `key` of `store`, for one model and one data set."""
+
+    store: Store
+    key: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a training after `step` optimizer steps; tensors on the CPU."""
+
+    step: int
+    weights: Mapping[str, torch.Tensor]
+    state: Mapping[str, Any]
+
+
+def save_checkpoint(place: Checkpoints, checkpoint: Checkpoint, config_hash: str) -> None:
+    """Write a checkpoint, `complete.json` last, then remove all but the last two of the same config."""
+    folder = f"{place.key}/step-{checkpoint.step}"
+    place.store.delete(f"{folder}/{COMPLETE}")  # another config's must not vouch for the new files
+    with tempfile.TemporaryDirectory() as name:
+        local = Path(name)
+        save_file(dict(checkpoint.weights), local / WEIGHTS)
+        torch.save(dict(checkpoint.state), local / STATE)
+        files = {file: _describe(local / file) for file in (WEIGHTS, STATE)}
+        place.store.put_folder(local, folder)
+    place.store.write_json(f"{folder}/{COMPLETE}",
+                           {"step": checkpoint.step, "config_hash": config_hash, "files": files})
+    for step in _complete_steps(place, config_hash)[KEEP:]:
+        _remove(place, step)
+
+
+def load_latest(place: Checkpoints, config_hash: str) -> Checkpoint | None:
+    """The latest intact checkpoint of this config, or None; incomplete and foreign ones are passed over."""
+    for step in _complete_steps(place, config_hash):
+        with tempfile.TemporaryDirectory() as name:
+            local = Path(name)
+            try:
+                place.store.get_folder(f"{place.key}/step-{step}", local)
+                files = json.loads((local / COMPLETE).read_bytes())["files"]
+                if files != {file: _describe(local / file) for file in (WEIGHTS, STATE)}:
+                    raise ValueError("its files are not those complete.json names")
+                weights = load_file(local / WEIGHTS)
+                # load_file maps the file, which is removed with its folder: the tensors are copied out
+                weights = {name: tensor.clone() for name, tensor in weights.items()}
+                state = torch.load(local / STATE, weights_only=True, map_location="cpu")
+                return Checkpoint(step, weights, state)
+            except (FileNotFoundError, ValueError, KeyError, MissingKeyError, pickle.UnpicklingError) as error:
+                logger.warning("checkpoint %s is damaged (%s): trying an older one",
+                               place.store.url(f"{place.key}/step-{step}"), error)
+    return None
+
+
+def _complete_steps(place: Checkpoints, config_hash: str) -> list[int]:
+    """Steps with a `complete.json` of this config, latest first."""
+    steps = []
+    for folder in place.store.list_folders(place.key):
+        match = re.fullmatch(r"step-(\d+)", folder)
+        if match and _completed(place, folder) == (int(match[1]), config_hash):
+            steps.append(int(match[1]))
+    return sorted(steps, reverse=True)
+
+
+def _completed(place: Checkpoints, folder: str) -> tuple[int, str] | None:
+    # Only absence and damage mean "no checkpoint": a store that cannot answer must not restart the training.
+    try:
+        record = json.loads(place.store.read_bytes(f"{place.key}/{folder}/{COMPLETE}"))
+        return record["step"], record["config_hash"]
+    except (MissingKeyError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remove(place: Checkpoints, step: int) -> None:
+    folder = f"{place.key}/step-{step}"
+    place.store.delete(f"{folder}/{COMPLETE}")  # first: what is left of a removal cut short is no checkpoint
+    for key, _, _ in list(place.store.walk(folder)):
+        place.store.delete(key)
+    if local := place.store.local_path(folder):
+        with contextlib.suppress(OSError):  # not empty: somebody's file is in it
+            local.rmdir()
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

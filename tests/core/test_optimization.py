@@ -1,0 +1,68 @@
+"""Optimizers and the warm-up."""
+
+import logging
+import sys
+
+import pytest
+import torch
+
+from hgdpo_core.config import SftConfig
+from hgdpo_core.optimization import make_optimizer, warm_up_schedule
+
+
+def config(**settings) -> SftConfig:
+    return SftConfig(**{"batch_size": 1, "learning_rate": 0.5, **settings})
+
+
+def parameter(size: int = 4096) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.linspace(-1, 1, size))
+
+
+def test_adamw_takes_every_setting():
+    optimizer = make_optimizer([parameter()], config(adam_betas=(0.8, 0.9), weight_decay=0.1))
+    group = optimizer.param_groups[0]
+    assert type(optimizer) is torch.optim.AdamW
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.8, 0.9), 0.1)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(4096, torch.uint8), (4095, torch.float32)])
+def test_adam8bit_keeps_8_bit_states_from_4096_elements_on(size, dtype):
+    pytest.importorskip("bitsandbytes")
+    weight = parameter(size)
+    optimizer = make_optimizer([weight], config(optimizer="adam8bit"))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert optimizer.state[weight]["state1"].dtype == dtype
+
+
+def test_weight_decay_means_the_same_in_both():
+    pytest.importorskip("bitsandbytes")
+    results = []
+    for name in ("adamw", "adam8bit"):
+        weight = parameter()
+        optimizer = make_optimizer([weight], config(optimizer=name, weight_decay=0.2))
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        results.append(weight.detach())
+    torch.testing.assert_close(results[0], parameter().detach() * (1 - 0.5 * 0.2))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_without_bitsandbytes_adamw_stands_in_and_the_log_says_so(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with caplog.at_level(logging.WARNING):
+        optimizer = make_optimizer([parameter()], config(optimizer="adam8bit"))
+    assert type(optimizer) is torch.optim.AdamW
+    assert "bitsandbytes" in caplog.text
+
+
+@pytest.mark.parametrize(("warmup", "rates"), [(0, [0.5] * 5), (4, [0.125, 0.25, 0.375, 0.5, 0.5])])
+def test_the_learning_rate_is_constant_after_a_linear_warm_up(warmup, rates):
+    optimizer = make_optimizer([parameter()], config())
+    schedule = warm_up_schedule(optimizer, warmup)
+    seen = []
+    for _ in rates:
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen == rates

@@ -1,0 +1,353 @@
+"""DPO training against a plain implementation, its resume points, and the promises of the loop."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from hgdpo_core.checkpoints import Checkpoints
+from hgdpo_core.config import DpoConfig
+from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError
+from hgdpo_core.lora import add_lora, lora_state, reference_mode
+from hgdpo_core.storage import Store
+from hgdpo_core.train import PairBatch, train_dpo
+from hgdpo_core.training import draw_noise, draw_timesteps, epoch_order, resolve_precision, sample_generator
+
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+        "prediction_type": "epsilon"}
+KEYS = ["step", "loss", "dpo_loss", "stat_loss", "margin", "implicit_accuracy", "winner_error", "loser_error",
+        "reference_winner_error", "reference_loser_error", "grad_norm", "learning_rate"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """These networks are so small that threads only wait for each other, on a busy machine ten times longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+        attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+
+
+class Pairs:
+    """Random latents in memory."""
+
+    def __init__(self, size: int = 7):
+        generator = torch.Generator().manual_seed(3)
+        self.winners, self.losers = torch.randn(2, size, 4, 8, 8, generator=generator)
+        self.embeds = torch.randn(size, 5, 32, generator=generator)
+
+    def __len__(self):
+        return len(self.winners)
+
+    def order(self, seed, epoch):
+        return epoch_order(len(self), seed, epoch)
+
+    def batch(self, indices):
+        return PairBatch(self.winners[indices], self.losers[indices], self.embeds[indices])
+
+
+def config(**settings) -> DpoConfig:
+    return DpoConfig(**{"batch_size": 2, "learning_rate": 1e-2, "max_steps": 4, "lora_rank": 4, "beta": 20.0,
+                        "lambda_stat": 10.0, "mixed_precision": "no", "seed": 11, **settings})
+
+
+def train(settings: DpoConfig, pairs=None, *, checkpoints=None, schedule=SD15, **hooks):
+    unet = tiny_unet()
+    result = train_dpo(unet, schedule, Pairs() if pairs is None else pairs, settings, checkpoints=checkpoints, **hooks)
+    return unet.cpu(), result
+
+
+def weights(unet) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in lora_state(unet).values()])
+
+
+def plain_training(settings: DpoConfig, schedule: dict) -> tuple[UNet2DConditionModel, list[float], list[float]]:
+    """Equation by equation, nothing shared: two UNets, four passes a batch, two literal DDPM steps, float32."""
+    scheduler = DDPMScheduler(**schedule, clip_sample=False)
+    reference, policy, pairs = tiny_unet().requires_grad_(False), tiny_unet(), Pairs()
+    add_lora(policy, settings.lora_rank, settings.seed)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=settings.learning_rate,
+                                  weight_decay=0)
+    losses, norms = [], []
+    for step in range(settings.max_steps):
+        total = torch.zeros(())
+        for k in range(step * settings.batch_size, (step + 1) * settings.batch_size):
+            index = epoch_order(len(pairs), settings.seed, k // len(pairs))[k % len(pairs)]
+            winner, loser, embeds = (t[index][None] for t in (pairs.winners, pairs.losers, pairs.embeds))
+            generator = [sample_generator(settings.seed, k)]
+            t = draw_timesteps(generator, 1000)
+            noise_w = draw_noise(generator, winner)
+            noise_l = noise_w if settings.share_noise else draw_noise(generator, loser)
+            error, predicted = {}, {}
+            for name, latents, noise in (("w", winner, noise_w), ("l", loser, noise_l)):
+                noisy = scheduler.add_noise(latents, noise, t)
+                target = noise
+                if schedule["prediction_type"] == "v_prediction":
+                    target = scheduler.get_velocity(latents, noise, t)
+                for unet_name, unet in (("policy", policy), ("reference", reference)):
+                    predicted[unet_name, name] = unet(noisy, t, embeds).sample
+                    error[unet_name, name] = (predicted[unet_name, name] - target).pow(2).mean()
+            margin = (error["policy", "w"] - error["reference", "w"]) - (error["policy", "l"] - error["reference", "l"])
+            noisy = scheduler.add_noise(winner, noise_w, t)
+            ends = [scheduler.step(predicted[name, "w"], int(t), noisy, generator=torch.Generator().manual_seed(0))
+                    .prev_sample.mean((2, 3)) for name in ("policy", "reference")]
+            stat = (ends[0] - ends[1]).pow(2).sum()
+            total = total + torch.log(1 + torch.exp(settings.beta * margin)) + settings.lambda_stat * stat
+        loss = total / settings.batch_size
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm).item())
+        optimizer.step()
+        losses.append(loss.item())
+    return policy, losses, norms
+
+
+@pytest.mark.parametrize(("settings", "kind"), [
+    ({}, "epsilon"), ({"share_noise": False}, "epsilon"), ({"lambda_stat": 0.0, "max_grad_norm": 0.05}, "epsilon"),
+    ({"gradient_checkpointing": True}, "v_prediction"),
+])
+def test_losses_gradients_and_weights_equal_a_plain_implementation(settings, kind):
+    schedule = {**SD15, "prediction_type": kind}
+    plain, losses, norms = plain_training(config(**settings), schedule)
+    unet, result = train(config(**settings), schedule=schedule)
+    assert [row["loss"] for row in result.log] == pytest.approx(losses, rel=1e-4)
+    assert [row["grad_norm"] for row in result.log] == pytest.approx(norms, rel=2e-3)
+    torch.testing.assert_close(weights(unet), weights(plain), rtol=2e-3, atol=2e-4)
+    assert unet.is_gradient_checkpointing == config(**settings).gradient_checkpointing
+
+
+def test_the_reference_never_changes_and_receives_no_gradient():
+    unet = tiny_unet().eval()
+    pairs = Pairs()
+    frozen = copy.deepcopy(unet.state_dict())
+    inputs = pairs.winners, torch.full((len(pairs),), 400), pairs.embeds
+    with torch.no_grad():
+        before = unet(*inputs).sample
+    train_dpo(unet, SD15, pairs, config(), checkpoints=None)
+    unet.cpu()
+    with reference_mode(unet):
+        assert torch.equal(unet(*inputs).sample, before)
+    assert not torch.allclose(unet(*inputs).sample, before, atol=1e-3)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in unet.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
+    assert all(p.grad is None for name, p in unet.named_parameters() if "lora_" not in name)
+
+
+def test_the_log_starts_at_log_2_and_has_exactly_these_keys():
+    seen, progress = [], []
+    _, result = train(config(warmup_steps=2), on_log=seen.append,
+                      progress=lambda done, total, unit: progress.append((done, total, unit)))
+    first = result.log[0]
+    assert list(first) == KEYS and seen == result.log
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert first["stat_loss"] == pytest.approx(0, abs=1e-10) and first["margin"] == pytest.approx(0, abs=1e-6)
+    assert [row["step"] for row in result.log] == [1, 2, 3, 4]
+    assert [row["learning_rate"] for row in result.log] == pytest.approx([0.005, 0.01, 0.01, 0.01])
+    assert progress == [(step, 4, "steps") for step in range(5)]
+    assert (result.steps, result.resumed_from) == (4, None)
+    json.dumps(result.log, allow_nan=False)
+
+
+def test_log_every_keeps_the_last_row():
+    _, result = train(config(log_every=3))
+    assert [row["step"] for row in result.log] == [3, 4]
+
+
+def test_it_learns_to_prefer():
+    class Shifted(Pairs):
+        """Winners are brighter than losers in every channel: a toy preference anyone can learn."""
+
+        def __init__(self):
+            super().__init__(8)
+            self.winners, self.losers = self.winners * 0.1 + 1, self.winners * 0.1 - 1
+
+    _, result = train(config(batch_size=4, max_steps=30, lambda_stat=1.0, learning_rate=3e-3), Shifted())
+    late = result.log[-10:]
+    assert sum(row["loss"] for row in late) / 10 < 0.8 * math.log(2)
+    assert sum(row["implicit_accuracy"] for row in late) / 10 > 0.7
+
+
+def test_a_large_lambda_holds_the_statistics():
+    _, free = train(config(lambda_stat=0.0, max_steps=8))
+    _, held = train(config(lambda_stat=1e5, max_steps=8))
+    assert free.log[-1]["stat_loss"] == 0.0  # not computed
+    assert 0 < held.log[-1]["stat_loss"] < 1e-5
+
+
+def test_accumulation_equals_the_larger_batch():
+    whole, one = train(config(batch_size=4))
+    split, two = train(config(batch_size=2, gradient_accumulation_steps=2))
+    for name in ("loss", "margin", "winner_error", "stat_loss"):
+        assert [row[name] for row in two.log] == pytest.approx([row[name] for row in one.log], rel=1e-3, abs=1e-6)
+    torch.testing.assert_close(weights(split), weights(whole), rtol=2e-3, atol=2e-4)
+
+
+def test_epochs_follow_each_other_without_a_short_batch():
+    class Recording(Pairs):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def batch(self, indices):
+            self.seen += list(indices)
+            return super().batch(indices)
+
+    pairs = Recording()
+    _, result = train(config(max_steps=None, epochs=2), pairs)
+    assert result.steps == 7  # ceil(2 epochs * 7 pairs / 2 a step)
+    assert pairs.seen == epoch_order(7, 11, 0) + epoch_order(7, 11, 1)
+    assert sorted(pairs.seen[:7]) == list(range(7)) and pairs.seen[:7] != pairs.seen[7:]
+
+
+def test_samples_draw_the_same_noise_wherever_they_are():
+    first, again, other = (torch.randn(9, generator=sample_generator(*at)) for at in ((1, 5), (1, 5), (1, 6)))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+# -- resuming
+
+
+@pytest.fixture
+def place(tmp_path) -> Checkpoints:
+    return Checkpoints(Store(str(tmp_path)), "models/tiny/checkpoints")
+
+
+def stop_after(steps: int):
+    """A should_stop that lets `steps` steps pass."""
+    asked = iter(range(steps + 1))
+    return lambda: next(asked) == steps
+
+
+# rank 64 on 64-wide layers: tensors of 4096 elements, the least that bitsandbytes keeps in 8 bit
+@pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"optimizer": "adam8bit", "lora_rank": 64},
+                                      {"optimizer": "adam8bit", "lora_rank": 64, "mixed_precision": "bf16"}])
+def test_a_resumed_training_is_bit_identical(settings, place):
+    if settings["optimizer"] == "adam8bit":
+        pytest.importorskip("bitsandbytes")
+    settings = config(max_steps=6, warmup_steps=5, gradient_accumulation_steps=2, **settings)
+    undisturbed, whole = train(settings)
+    with pytest.raises(StoppedError, match="step 3 is kept"):
+        train(settings, checkpoints=place, should_stop=stop_after(3))
+    resumed, result = train(settings, checkpoints=place)
+    assert result.resumed_from == 3 and result.log == whole.log
+    assert torch.equal(weights(resumed), weights(undisturbed))
+
+
+def test_a_killed_training_continues_from_its_last_checkpoint(place):
+    class Killed(Exception):
+        pass
+
+    def kill_at_4(row):
+        if row["step"] == 4:
+            raise Killed
+
+    settings = config(max_steps=6, checkpoint_every=2)
+    with pytest.raises(Killed):
+        train(settings, checkpoints=place, on_log=kill_at_4)
+    resumed, result = train(settings, checkpoints=place)
+    assert result.resumed_from == 2
+    assert torch.equal(weights(resumed), weights(train(settings)[0]))
+
+
+def test_a_finished_training_is_only_loaded(place):
+    done, first = train(config(), checkpoints=place)
+    rows = []
+    again, second = train(config(), checkpoints=place, on_log=rows.append)
+    assert rows == [] and second.resumed_from == second.steps == 4 and second.log == first.log
+    assert torch.equal(weights(again), weights(done))
+
+
+def test_the_last_two_checkpoints_are_kept(place, tmp_path):
+    train(config(max_steps=7, checkpoint_every=2), checkpoints=place)
+    assert place.store.list_folders(place.key) == ["step-6", "step-7"]
+    names = sorted(path.name for path in (tmp_path / place.key / "step-7").iterdir())
+    assert names == ["complete.json", "state.pt", "weights.safetensors"]
+
+
+def test_incomplete_damaged_and_foreign_checkpoints_are_passed_over(place, tmp_path):
+    folder = tmp_path / place.key
+    settings = config(checkpoint_every=1, max_steps=4)
+    train(settings, checkpoints=place)
+    assert train(settings.model_copy(update={"beta": 21.0}), checkpoints=place)[1].resumed_from is None
+    train(settings, checkpoints=place)  # the other config's steps 3 and 4 stood here: written anew
+    (folder / "step-4" / "complete.json").unlink()
+    assert train(settings, checkpoints=place)[1].resumed_from == 3
+    (folder / "step-4" / "weights.safetensors").write_bytes(b"cut")
+    (folder / "step-3" / "complete.json").write_text("{")
+    assert train(settings, checkpoints=place)[1].resumed_from is None
+
+
+def test_numbers_that_are_not_finite_stop_the_training_and_leave_the_checkpoint(place):
+    class Poisoned(Pairs):
+        healthy_batches = 3
+
+        def batch(self, indices):
+            self.healthy_batches -= 1
+            batch = super().batch(indices)
+            if self.healthy_batches < 0:
+                batch.winner_latents[0, 0, 0, 0] = math.nan
+            return batch
+
+    settings = config(checkpoint_every=2)
+    with pytest.raises(ConfigError, match=r"step 4, before the weights changed: loss is nan.*learning_rate.*beta"):
+        train(settings, Poisoned(), checkpoints=place)
+    resumed, result = train(settings, checkpoints=place)
+    assert result.resumed_from == 2
+    assert torch.equal(weights(resumed), weights(train(settings)[0]))
+
+
+# -- precision and mistakes
+
+
+def test_bf16_stays_close_to_float32_and_trains_float32_weights():
+    exact, one = train(config())
+    mixed, two = train(config(mixed_precision="bf16"))
+    assert {p.dtype for p in mixed.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in mixed.parameters() if not p.requires_grad} == {torch.bfloat16}
+    for name in ("winner_error", "reference_loser_error"):
+        assert two.log[0][name] == pytest.approx(one.log[0][name], rel=2e-2)
+    assert torch.nn.functional.cosine_similarity(weights(mixed), weights(exact), dim=0) > 0.9
+
+
+def test_the_caller_keeps_an_unwrapped_unet():
+    unet, _ = train(config(max_steps=1, mixed_precision="bf16"))
+    assert "forward" not in vars(unet) and not hasattr(unet, "_original_forward")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is possible here")
+def test_fp16_needs_a_gpu():
+    with pytest.raises(ConfigError, match="fp16 needs a CUDA GPU"):
+        resolve_precision("fp16")
+    assert resolve_precision("auto") in ("no", "bf16")
+
+
+def test_unfit_inputs_are_refused():
+    class Broken(Pairs):
+        def batch(self, indices):
+            return PairBatch(self.winners[indices], self.losers[indices, :, :4], self.embeds[indices])
+
+    class Half(Pairs):
+        def batch(self, indices):
+            return PairBatch(self.winners[indices].half(), self.losers[indices], self.embeds[indices])
+
+    class Short(Pairs):
+        def order(self, seed, epoch):
+            return [0, 1]
+
+    for source, words in ((Broken(), "of one size"), (Half(), "float32"), (Short(), "names 2 samples"),
+                          (Pairs(0), "nothing to train on")):
+        with pytest.raises(InputError, match=words):
+            train(config(), source)
+    with pytest.raises(ModelError, match="epsilon or v_prediction"):
+        train(config(), schedule={**SD15, "prediction_type": "sample"})
