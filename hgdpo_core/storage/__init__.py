@@ -1,0 +1,13 @@
+"""The object store under every stage: a local folder or any fsspec URL, with the same promises for both.
+
+`store.py` holds the promises; `local.py` and `remote.py` carry out one request each; `failures.py` decides what is
+tried again and explains the rest; `roots.py` reads roots, refuses secrets and connects; `keys.py` names objects;
+`ranges.py` makes a file of ranged reads.
+"""
+
+from hgdpo_core.storage.failures import MissingKeyError
+from hgdpo_core.storage.keys import is_temporary
+from hgdpo_core.storage.roots import PARALLEL_REQUESTS
+from hgdpo_core.storage.store import Store
+
+__all__ = ["PARALLEL_REQUESTS", "MissingKeyError", "Store", "is_temporary"]

@@ -1,0 +1,107 @@
+"""Objects behind an fsspec file system, most often S3."""
+
+import os
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hgdpo_core.storage.keys import Entries, Tree, checked
+from hgdpo_core.storage.roots import S3_PROTOCOLS, connect
+
+PARALLEL_CHUNKS = 4
+
+# A file system made before a fork shares its sockets with the parent: the child neither uses nor closes it.
+_inherited: list[Any] = []
+
+
+class RemoteObjects:
+    """The requests of a Store, each carried out once below `base`. Connects on first use, anew after a fork."""
+
+    def __init__(self, protocol: str, base: str):
+        self._protocol, self._base = protocol, base
+        self.is_s3 = protocol in S3_PROTOCOLS
+        self._transfer = {"max_concurrency": PARALLEL_CHUNKS} if self.is_s3 else {}
+        self._filesystem: Any = None
+        self._owner_pid = 0
+
+    @property
+    def filesystem(self) -> Any:
+        """The connection of this process."""
+        if self._owner_pid != os.getpid():
+            _inherited.append(self._filesystem)
+            self._filesystem, self._owner_pid = connect(self._protocol), os.getpid()
+        return self._filesystem
+
+    def size(self, key: str) -> int | None:
+        info = self.filesystem.info(self._path(key))
+        return None if info["type"] == "directory" else info["size"]
+
+    def read(self, key: str) -> bytes:
+        # one connection: otherwise s3fs asks for the size first, two requests for each small object
+        once = {"max_concurrency": 1} if self.is_s3 else {}
+        return self.filesystem.cat_file(self._path(key), **once)
+
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        return self.filesystem.cat_file(self._path(key), start=start, end=end)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._make_parent(key)
+        self.filesystem.pipe_file(self._path(key), data, **self._transfer)
+
+    def put_file(self, source: Path, key: str) -> None:
+        self._make_parent(key)
+        self.filesystem.put_file(str(source), self._path(key), **self._transfer)
+
+    def delete(self, key: str) -> None:
+        self.filesystem.rm_file(self._path(key))
+
+    def copy(self, key: str, new_key: str) -> None:
+        self._make_parent(new_key)
+        self.filesystem.cp_file(self._path(key), self._path(new_key))
+
+    def entries(self, folder: str) -> Entries:
+        base = self._path(folder) + "/"
+        infos = ((info["name"], info) for info in self.filesystem.ls(base[:-1], detail=True))
+        return [(name[len(base):].rstrip("/"), info["type"] == "directory", info["size"])
+                for name, info in infos if name.startswith(base) and name != base]
+
+    def walk(self, folder: str) -> Tree:
+        base = self._path(folder) + "/"
+        return [(path[len(base):], info["size"], _changed_at(info))
+                for path, info in self.filesystem.find(base[:-1], detail=True).items()
+                if path.startswith(base) and not path.endswith("/")]
+
+    def list_uploads(self, marker: dict[str, str]) -> tuple[list[tuple[str, str, float]], dict[str, str] | None]:
+        """One page of (key, upload id, start) of unfinished S3 uploads; the next page's marker, None for the last."""
+        bucket, inside, _ = self.filesystem.split_path(self._base)
+        prefix = f"{inside}/" if inside else ""
+        page = self.filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker)
+        uploads = [(upload["Key"][len(prefix):], upload["UploadId"], upload["Initiated"].timestamp())
+                   for upload in page.get("Uploads", [])]
+        if not page.get("IsTruncated"):
+            return uploads, None
+        return uploads, {name: page["Next" + name] for name in ("KeyMarker", "UploadIdMarker")
+                         if page.get("Next" + name)}
+
+    def abort_upload(self, key: str, upload_id: str) -> None:
+        bucket, name, _ = self.filesystem.split_path(self._path(key))
+        self.filesystem.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=upload_id)
+
+    def _path(self, key: str) -> str:
+        return f"{self._base}/{checked(key)}".rstrip("/")
+
+    def _make_parent(self, key: str) -> None:
+        # s3fs and gcsfs would take this for a wish to create the bucket, and neither needs it
+        if self._protocol not in (*S3_PROTOCOLS, "gs", "gcs", "abfs", "az"):
+            self.filesystem.makedirs(self._path(key).rpartition("/")[0], exist_ok=True)
+
+
+def _changed_at(info: dict[str, Any]) -> float:
+    for name in ("LastModified", "mtime", "modified", "last_modified", "updated", "created"):
+        value = info.get(name)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, (int, float)):
+            return float(value)
+    return time.time()              # unknown: new, so that no clean-up ever takes it for old
