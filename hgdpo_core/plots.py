@@ -1,0 +1,243 @@
+"""How the report looks: charts as inline SVG, and the one style sheet that colours them and the page.
+
+No scripts and no fonts; drawings name classes, so dark mode only changes the style sheet's variables.
+"""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hgdpo_core.metrics import WinRate
+
+WIDTH, HEIGHT = 360, 200
+LEFT, RIGHT, TOP, BOTTOM = 54, 352, 8, 176
+MAX_POINTS = 300  # per line: more cannot be told apart at this width
+SMOOTHING_SHARE = 0.05  # of all rows, the window of the moving average
+SHOWN_PERCENTILES = (1, 99)  # of the raw values; one outlier must not flatten the whole curve
+
+
+@dataclass(frozen=True)
+class ChartSpec:
+    """What one chart shows: one or two columns of the log against `step`, and a level to compare with."""
+
+    title: str
+    columns: tuple[str, ...]
+    meaning: str
+    baseline: float | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """Finite values of one column, steps ascending, and their moving average; all float64 [n]."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    smooth: np.ndarray
+
+
+def read_line(log: Sequence[Mapping[str, float]], column: str) -> Line | None:
+    """The column over `step` without rows where it is absent or not finite; None when no row remains."""
+    rows = sorted((row["step"], row[column]) for row in log
+                  if column in row and math.isfinite(row["step"]) and math.isfinite(row[column]))
+    if not rows:
+        return None
+    steps, values = np.array(rows, dtype=np.float64).T
+    return Line(steps, values, smooth(values))
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over 5 % of the values, float64 [n]; the window shrinks at both ends."""
+    half = int(len(values) * SMOOTHING_SHARE / 2)
+    window = np.ones(2 * half + 1)
+    counts = np.convolve(np.ones(len(values)), window)[half:half + len(values)]
+    return np.convolve(values, window)[half:half + len(values)] / counts
+
+
+def line_chart(spec: ChartSpec, log: Sequence[Mapping[str, float]]) -> str:
+    """A <figure> with the chart, or "" when the log has none of its columns."""
+    lines = [(name, line) for name in spec.columns if (line := read_line(log, name))]
+    if not lines:
+        return ""
+    low, high = _value_range([line for _, line in lines], spec.baseline)
+    first, last = min(line.steps[0] for _, line in lines), max(line.steps[-1] for _, line in lines)
+    step_scale, value_scale = _Scale(first, last, LEFT, RIGHT), _Scale(low, high, BOTTOM, TOP)
+    parts = [_axes(step_scale, value_scale)]
+    if spec.baseline is not None:
+        y = value_scale(spec.baseline)
+        parts.append(f'<line class="baseline" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    for style, name in (("raw", "values"), ("smooth", "smooth")):
+        for number, (_, line) in enumerate(lines):
+            points = _points(line.steps, getattr(line, name).clip(low, high), step_scale, value_scale)
+            parts.append(f'<polyline class="{style}{" second" * number}" points="{points}"/>')
+    return _figure(spec, lines, "".join(parts))
+
+
+def win_rate_bar(rate: WinRate) -> str:
+    """A bar from 0 to 100 % with its interval as a whisker and a line at 50 %; stretches to its container."""
+    marks = ""
+    if rate.rate is not None and rate.ci_low is not None and rate.ci_high is not None:
+        value, low, high = 100 * rate.rate, 100 * rate.ci_low, 100 * rate.ci_high
+        marks = (f'<rect class="bar" width="{value:.2f}" height="24"/>'
+                 f'<path class="edge" d="M{value:.2f} 0V24"/>'
+                 f'<path class="whisker" d="M{low:.2f} 12H{high:.2f}M{low:.2f} 7V17M{high:.2f} 7V17"/>')
+    return ('<svg class="rate-bar" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true">'
+            f'<rect class="track" width="100" height="24"/><path class="half" d="M50 0V24"/>{marks}</svg>')
+
+
+class _Scale:
+    """A linear map from values to pixels that remembers both ends."""
+
+    def __init__(self, low: float, high: float, from_px: float, to_px: float) -> None:
+        if low == high:
+            low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
+        self.low, self.high, self.from_px, self.to_px = low, high, from_px, to_px
+
+    def __call__(self, value: float) -> float:
+        return self.from_px + (value - self.low) / (self.high - self.low) * (self.to_px - self.from_px)
+
+    def ticks(self) -> list[float]:
+        """Three to six round values inside the range."""
+        span = self.high - self.low
+        power = 10.0 ** math.floor(math.log10(span))
+        step = next(power * m for m in (0.1, 0.2, 0.25, 0.5, 1, 2) if span / (power * m) <= 5)
+        start = math.ceil(self.low / step - 1e-9)
+        return [i * step for i in range(start, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _value_range(lines: Sequence[Line], baseline: float | None) -> tuple[float, float]:
+    raw = [np.percentile(line.values, SHOWN_PERCENTILES) for line in lines]
+    level = [np.array([baseline])] if baseline is not None else []
+    values = np.concatenate([*raw, *(line.smooth for line in lines), *level])
+    return float(values.min()), float(values.max())
+
+
+def _points(steps: np.ndarray, values: np.ndarray, step_scale: _Scale, value_scale: _Scale) -> str:
+    kept = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int))
+    if len(kept) == 1:  # a line of one point shows nothing
+        y = value_scale(float(values[0]))
+        return f"{LEFT},{y:.1f} {RIGHT},{y:.1f}"
+    kept_points = zip(steps[kept].tolist(), values[kept].tolist(), strict=True)
+    return " ".join(f"{step_scale(step):.1f},{value_scale(value):.1f}" for step, value in kept_points)
+
+
+def _axes(step_scale: _Scale, value_scale: _Scale) -> str:
+    parts = []
+    for value in value_scale.ticks():
+        y = value_scale(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                     f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
+                     f'{format_number(value)}</text>')
+    for value in step_scale.ticks():
+        if value == round(value):
+            parts.append(f'<text class="tick" x="{step_scale(value):.1f}" y="{BOTTOM + 17}" '
+                         f'text-anchor="middle">{format_number(value)}</text>')
+    return "".join(parts)
+
+
+def _figure(spec: ChartSpec, lines: Sequence[tuple[str, Line]], drawing: str) -> str:
+    ends = ", ".join(f"{name.replace('_', ' ')} from {format_number(line.smooth[0])} "
+                     f"to {format_number(line.smooth[-1])}" for name, line in lines)
+    latest = " / ".join(format_number(line.smooth[-1]) for _, line in lines)
+    label = html.escape(f"{spec.title} over the steps of training, smoothed: {ends}")
+    return (f'<figure class="chart"><figcaption><b>{html.escape(spec.title)}</b><span>{latest}</span>'
+            f'<small>{html.escape(spec.meaning)}</small></figcaption>'
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{drawing}</svg></figure>')
+
+
+def format_number(value: float) -> str:
+    """Short and readable: 0.693, 12,000, 1e-5."""
+    if value and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fcfcfb; --panel: #f2f3f5; --ink: #181a20; --faint: #5b616d;
+  --line: #dfe1e6; --accent: #1665c0; --loss: #b4440d; }
+@media (prefers-color-scheme: dark) { :root { --page: #13151a; --panel: #1d2027; --ink: #e9eaee;
+  --faint: #a3a9b5; --line: #30343d; --accent: #74aefc; --loss: #f29a63; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); overflow-wrap: anywhere;
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+header, main, footer { max-width: 1280px; margin: 0 auto; padding: 0 20px; }
+header { padding-top: clamp(40px, 8vw, 96px); }
+h1 { font-size: clamp(1.7rem, 4vw, 2.6rem); line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 1.2rem; }
+h2 { font-size: 1.45rem; letter-spacing: -0.01em; margin: 0 0 .4rem; }
+section { margin-top: clamp(48px, 7vw, 88px); }
+p, ul.notes { max-width: 68ch; }
+.eyebrow { color: var(--accent); font-weight: 600; margin: 0 0 .5rem; }
+.lead { font-size: clamp(1.15rem, 2.2vw, 1.4rem); line-height: 1.45; margin: 0 0 .8rem; }
+.reading { margin: 0 0 .8rem; }
+.meta, .intro, caption, small, figcaption, footer { color: var(--faint); }
+.meta, footer { font-size: .875rem; }
+.intro { margin: 0 0 1.4rem; }
+code { font: .875em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+a { color: var(--accent); }
+i { font-style: normal; }
+ul, ol, dl { list-style: none; margin: 0; padding: 0; }
+.notes { border-left: 3px solid var(--accent); padding-left: 18px; }
+.notes li + li { margin-top: .6rem; }
+.bars { display: grid; gap: 12px; }
+.bars li { display: grid; grid-template-columns: minmax(6rem, 10rem) 1fr; align-items: center; gap: 2px 16px; }
+.bars b { font-size: 1.3rem; font-variant-numeric: tabular-nums; }
+.rate-bar { grid-column: 1 / -1; width: 100%; height: 26px; display: block; }
+.rate-bar .track { fill: var(--panel); }
+.rate-bar .bar { fill: var(--accent); opacity: .38; }
+.rate-bar path { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2; }
+.rate-bar .edge { stroke: var(--accent); stroke-width: 3; }
+.rate-bar .whisker { stroke: var(--ink); }
+.rate-bar .half { stroke: var(--faint); stroke-width: 1; stroke-dasharray: 3 3; }
+.scale { display: flex; max-width: none; margin: 4px 0 28px; font-size: .8rem; color: var(--faint); }
+.scale span { flex: 1; }
+.scale span:nth-child(2) { text-align: center; }
+.scale span:last-child { text-align: right; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; min-width: min(100%, 44rem); }
+caption { text-align: left; font-size: .875rem; padding-bottom: 8px; }
+caption span { display: block; max-width: calc(100vw - 40px); }
+th, td { text-align: left; padding: 8px 20px 8px 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: normal; }
+td { white-space: nowrap; }
+thead th { font-size: .8rem; font-weight: 500; color: var(--faint); white-space: nowrap; }
+tbody th { font-weight: 600; }
+figure { margin: 0; }
+figcaption { font-size: .8rem; font-variant-numeric: tabular-nums; margin-top: 6px; }
+figcaption b { font-weight: 600; color: var(--ink); }
+img { display: block; width: 100%; height: auto; border-radius: 6px; }
+img.tiny { image-rendering: pixelated; border-radius: 3px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr));
+  gap: 36px 28px; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }
+.higher img, .winner img { outline: 3px solid var(--accent); outline-offset: 2px; }
+.loser img { outline: 3px solid var(--loss); outline-offset: 2px; }
+.higher i, .winner i { color: var(--accent); font-weight: 600; }
+.loser i { color: var(--loss); font-weight: 600; }
+.prompt { margin: 8px 0 0; font-size: .95rem; line-height: 1.4; }
+h3.prompt { font-weight: 600; margin: 32px 0 14px; max-width: 68ch; }
+.pool { display: grid; grid-template-columns: repeat(auto-fill, minmax(clamp(72px, 11vw, 104px), 1fr));
+  gap: 16px 14px; }
+.pool figcaption i { display: block; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr));
+  gap: 36px 28px; }
+.chart figcaption { display: grid; grid-template-columns: 1fr auto; margin: 0 0 8px; font-size: .95rem; }
+.chart small { grid-column: 1 / -1; font-size: .8rem; }
+.chart svg { width: 100%; display: block; }
+.chart polyline { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
+.chart .raw { stroke-width: 1; opacity: .28; }
+.chart .second { stroke: var(--loss); }
+.chart .smooth.second { stroke-dasharray: 6 3; }
+.chart .grid { stroke: var(--line); }
+.chart .baseline { stroke: var(--faint); stroke-dasharray: 4 4; }
+.chart .tick { fill: var(--faint); font-size: 11px; }
+.counts { display: flex; flex-wrap: wrap; gap: 20px 48px; }
+.counts dt { color: var(--faint); font-size: .875rem; }
+.counts dd { margin: 0; font-size: 1.5rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+pre { background: var(--panel); border-radius: 8px; padding: 14px 16px; overflow-x: auto; }
+summary { cursor: pointer; }
+footer { margin-top: 88px; padding-bottom: 48px; }
+@media print { .cards li, .chart { break-inside: avoid; } }
+"""

@@ -1,0 +1,263 @@
+"""The report: what it says, that it stands alone, and that nothing in it can break it. Pictures are rectangles."""
+
+import base64
+import dataclasses
+import io
+import math
+import re
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hgdpo_core import report
+from hgdpo_core.errors import InputError
+from hgdpo_core.grids import PairSample, PoolSample
+from hgdpo_core.metrics import ColourShift, WinRate
+from hgdpo_core.plots import STYLE, ChartSpec, format_number, line_chart, read_line, smooth, win_rate_bar
+from hgdpo_core.presets import figures, sd15
+from hgdpo_core.report import ReportData, encode_data_uri, headline, read_interval, render_report
+
+EVIL = """a man <script>alert("x")</script> & 'friends' <img src=http://example.org/x.png>"""
+VOID = {"meta", "img", "line", "rect", "path", "polyline", "br"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; refuses tags that do not close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self._open = "", []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def picture(number: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    image = Image.new("RGB", size, (40 * number % 256, 90, 160))
+    image.paste((220, 180, 150), (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
+    return image
+
+
+def sample_pair(prompt: str = "a woman", size: tuple[int, int] = (64, 64)) -> PairSample:
+    return PairSample(prompt, picture(1, size), picture(2, size), 21.0, 21.5)
+
+
+def sample_log(rows: int) -> list[dict[str, float]]:
+    return [{"step": float(i + 1), "loss": 1 / (i + 1), "dpo_loss": 0.6, "stat_loss": 1e-6, "margin": -1e-4,
+             "implicit_accuracy": 0.75, "winner_error": 0.1, "loser_error": 0.2, "grad_norm": 1.0,
+             "learning_rate": 1e-5} for i in range(rows)]
+
+
+EMPTY = ReportData(
+    preset="figures", title="A run", config=figures(), root="/data/run",
+    created_at=datetime(2030, 1, 2, 3, 4, tzinfo=UTC), win_rates={}, lora_weight=1.0, colour_shift=None, counts={})
+
+FULL = dataclasses.replace(
+    EMPTY, title=EVIL, root="s3://bucket/<root>", lora_weight=0.5,
+    win_rates={"pickscore": WinRate.from_counts(310, 196, 6), "aesthetic": WinRate.from_counts(0, 0, 512)},
+    colour_shift=ColourShift(1.234, 0.5, None, -1.7), counts={"prompts": 1200, "pool_images": 24_000},
+    pairs=[sample_pair(EVIL), sample_pair()], best_wins=[sample_pair()], worst_losses=[sample_pair()],
+    pools=[PoolSample(EVIL, [picture(i) for i in range(3)], [2.0, 3.0, 1.0], 1, 2),
+           PoolSample("a man", [picture(i) for i in range(2)], [1.0, 1.0], -1, -1)],
+    training_log=sample_log(500), sft_log=[{"step": 1.0, "loss": 0.2}],
+    timings={"pool": 4000.0, "train": 61.0}, notes=[EVIL],
+    artifacts={"report": "https://example.org/a?b=1&c=2", "lora": "javascript:alert(1)"})
+
+
+def with_rate(wins: int, losses: int, ties: int, name: str = "pickscore") -> ReportData:
+    return dataclasses.replace(EMPTY, win_rates={name: WinRate.from_counts(wins, losses, ties)})
+
+
+# --- what it says
+
+
+def test_headline_says_rate_interval_and_counts():
+    # Interval: scipy.stats.beta.ppf(0.025, 310, 197) = 0.5686..., ppf(0.975, 311, 196) = 0.6553...
+    assert headline(FULL) == (
+        "With the LoRA at weight 0.5, PickScore prefers the tuned model on 61.3 % of the held-out prompts it tells "
+        "apart (95 % interval 56.9–65.5 %; 310 wins, 196 losses, 6 ties among 512 prompts).")
+    assert headline(with_rate(1, 0, 0)) == (
+        "With the LoRA at weight 1.0, PickScore prefers the tuned model on 100.0 % of 1 held-out prompt "
+        "(95 % interval 2.5–100.0 %; 1 win, 0 losses, no ties).")
+
+
+def test_headline_without_a_rate_claims_nothing():
+    assert "apart on none of 512 held-out prompts" in headline(with_rate(0, 0, 512))
+    assert headline(EMPTY) == "This run has no evaluation."
+    assert read_interval(EMPTY) == ""
+
+
+@pytest.mark.parametrize(("counts", "words"), [
+    ((310, 196, 6), "above 50 %"), ((50, 50, 0), "contains 50 %"), ((196, 310, 6), "below 50 %"),
+    ((5, 0, 0), "contains 50 %"),  # all five won, yet the exact interval starts at 0.025 ** (1 / 5) = 0.478
+    ((0, 0, 9), "no win rate"),
+])
+def test_reading_follows_the_interval(counts, words):
+    assert words in read_interval(with_rate(*counts))
+
+
+def test_reading_warns_when_the_judge_chose_the_pairs():
+    assert "not what people prefer" in read_interval(with_rate(3, 2, 1))
+    assert "not what people prefer" not in read_interval(with_rate(3, 2, 1, name="aesthetic"))
+
+
+def test_numbers_and_sections_are_on_the_page():
+    page = Page(render_report(FULL))
+    for words in ("310", "LAION aesthetic", "24,000", "1 h 7 min", "1 min 1 s", "-1.70°", "1.23 %", "not defined",
+                  "2030-01-02 03:04 UTC", "What to keep in mind", "Worst losses", "no pair: not used",
+                  "Supervised fine-tuning", '"lambda_stat"', "LoRA", "Pool images"):
+        assert words in page.text, words
+
+
+def test_command_repeats_the_run():
+    assert "hgdpo run --preset figures --root '/a b'" in Page(
+        render_report(dataclasses.replace(EMPTY, root="/a b"))).text
+    own = dataclasses.replace(EMPTY, preset="sd15", config=sd15("me/model", "people.txt"))
+    assert "hgdpo run --preset sd15 --root /data/run --prompts people.txt --target me/model" in Page(
+        render_report(own)).text
+    assert "make demo" in Page(render_report(dataclasses.replace(EMPTY, command="make demo"))).text
+
+
+# --- that it stands alone
+
+
+def test_page_is_wellformed_and_loads_nothing():
+    html = render_report(FULL)
+    page = Page(html)
+    assert not page.all("script") and not page.all("link") and not page.all("iframe")
+    assert "default-src 'none'" in html and "url(" not in html and "@import" not in html
+    assert len(page.all("img")) == 8 + 5
+    for image in page.all("img"):
+        assert (image["src"] or "").startswith("data:image/webp;base64,")
+        assert image["alt"] and image["width"] == image["height"] == "64"
+    assert [a["href"] for a in page.all("a")] == ["https://example.org/a?b=1&c=2"]
+
+
+def test_markup_in_text_stays_text():
+    page = Page(render_report(FULL))
+    assert page.text.count(EVIL) >= 4  # title, heading, pair, pool, note
+    assert any(EVIL in (image["alt"] or "") for image in page.all("img"))
+
+
+def test_page_has_what_a_screen_reader_needs():
+    page = Page(render_report(FULL))
+    tags = [tag for tag, _ in page.tags]
+    assert page.all("html")[0]["lang"] == "en"
+    assert tags.count("h1") == tags.count("main") == 1
+    assert tags.count("caption") == tags.count("table") == 4
+    assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
+    for drawing in page.all("svg"):
+        assert drawing.get("aria-hidden") or (drawing["role"] == "img" and drawing["aria-label"])
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_has_contrast_in_light_and_dark():
+    roots = re.findall(r":root \{(.*?)\}", STYLE, re.S)
+    themes = [dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", root)) for root in roots]
+    assert len(themes) == 2
+    for theme in themes:
+        for text in ("ink", "faint", "accent", "loss"):
+            light, dark = sorted((luminance(theme[text]), luminance(theme["page"])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, theme)  # WCAG 2.2 AA
+
+
+def test_an_empty_run_still_makes_a_page():
+    page = Page(render_report(EMPTY))
+    assert not page.all("img") and not page.all("svg") and not page.all("table")
+    assert "This run has no evaluation." in page.text and "How to repeat" in page.text
+
+
+# --- images and size
+
+
+def test_tiny_images_keep_their_pixels_and_large_ones_shrink():
+    def decode(uri: str) -> Image.Image:
+        return Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/webp;base64,"))))
+
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(decode(encode_data_uri(Image.fromarray(pixels), 224, 60)), pixels)
+    large = picture(1, (704, 1024))
+    assert decode(encode_data_uri(large, 640, 85)).size == (440, 640)
+    assert large.size == (704, 1024)  # the caller's image is untouched
+
+
+def test_images_shrink_until_the_page_fits(monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (512, 384, 3), dtype=np.uint8)
+    pair = PairSample("noise", Image.fromarray(noise), Image.fromarray(noise), 1.0, 2.0)
+    data = dataclasses.replace(EMPTY, pairs=[pair])
+    best = len(render_report(data).encode())
+    monkeypatch.setattr(report, "MAX_BYTES", best)
+    assert len(render_report(data).encode()) < best
+    monkeypatch.setattr(report, "MAX_BYTES", 10_000)
+    with pytest.raises(InputError, match="fewer pairs or pools"):
+        render_report(data)
+
+
+def test_a_long_run_stays_light():
+    data = dataclasses.replace(EMPTY, training_log=sample_log(6_250))
+    assert len(render_report(data)) < 250_000
+
+
+# --- charts
+
+
+def test_smoothing_is_a_centred_mean_with_shrinking_ends():
+    values = np.arange(100.0)
+    np.testing.assert_allclose(smooth(values)[2:-2], values[2:-2])  # a straight line stays straight
+    assert smooth(values)[0] == pytest.approx(1.0)  # mean of 0, 1, 2
+    np.testing.assert_array_equal(smooth(np.array([3.0, 7.0])), [3.0, 7.0])  # too short to smooth
+
+
+def test_values_that_are_not_finite_are_left_out_and_said():
+    log = [*sample_log(3), {"step": 4.0, "loss": math.nan, "dpo_loss": math.inf}]
+    line = read_line(log, "loss")
+    assert line is not None and line.steps.tolist() == [1, 2, 3]
+    assert read_line(log, "absent") is None and line_chart(ChartSpec("A", ("absent",), "-"), log) == ""
+    text = Page(render_report(dataclasses.replace(EMPTY, training_log=log))).text
+    assert "1 row held values that are not finite" in text
+
+
+@pytest.mark.parametrize("values", [[1e-5] * 4, [0.0], [-3.0, 1e9], [0.5, 0.5000001], [1e-300, 2e-300]])
+def test_charts_draw_any_range_inside_their_frame(values):
+    log = [{"step": float(i), "x": value} for i, value in enumerate(values)]
+    chart = line_chart(ChartSpec("X & Y", ("x",), "<meaning>", baseline=0.1), log)
+    Page(chart)
+    points = [float(n) for run in re.findall(r'points="([^"]+)"', chart) for n in re.split("[ ,]", run)]
+    assert points and all(0 <= n <= 360 for n in points)
+
+
+def test_bar_shows_rate_and_interval_where_they_belong():
+    bar = win_rate_bar(WinRate(0.6, 60, 40, 0, 100, 0.5, 0.7))
+    assert 'width="60.00"' in bar and "M50.00 12H70.00" in bar
+    assert "whisker" not in win_rate_bar(WinRate.from_counts(0, 0, 3))
+
+
+def test_numbers_are_short():
+    assert [format_number(v) for v in (0, 0.693147, 12_000, 1e-5, -1.82e-4, 250, 2.5e-7)] == [
+        "0", "0.693", "12,000", "1e-5", "-1.82e-4", "250", "2.5e-7"]
