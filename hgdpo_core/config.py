@@ -29,80 +29,84 @@ class PromptSource(StageConfig):
     """Where prompts come from: a file (txt, csv, tsv, jsonl, parquet) at a path or fsspec URL, or the figures world."""
 
     source: str = Field(description='path or URL of a prompt file, or "figures" for the built-in world')
-    split: Literal["train", "validation", "test"] = Field("train", description='only for source "figures"')
-    column: str | None = Field(None, description="column of a table; default: prompt, Prompt, caption or text")
-    category: str | None = Field(None, description="keep rows whose Category is this, as in PartiPrompts")
-    limit: int | None = Field(None, ge=1, description="use the first this many prompts")
+    split: Literal["train", "validation", "test"] = Field(default="train", description='only for source "figures"')
+    column: str | None = Field(default=None, description="column of a table; default: prompt, Prompt, caption or text")
+    category: str | None = Field(default=None, description="keep rows whose Category is this, as in PartiPrompts")
+    limit: int | None = Field(default=None, ge=1, description="use only the first prompts")
 
 
 class TargetConfig(StageConfig):
     """The user's model. Negative prompt and clip skip belong to it: the same in pool, training and evaluation."""
 
     source: str = Field(description='hub id, diffusers folder or single .safetensors file; "figures" is built in')
-    revision: str | None = Field(None, description="commit, branch or tag of a hub id")
+    revision: str | None = Field(default=None, description="commit, branch or tag of a hub id")
     negative_prompt: str = ""
-    clip_skip: int | None = Field(None, ge=1, description="layers of the text encoder to skip, as in diffusers")
-    dtype: Dtype = Field("auto", description="precision of sampling; auto: bfloat16 where it is fast, else float32")
+    clip_skip: int | None = Field(default=None, ge=1, description="layers of the text encoder to skip, as in diffusers")
+    dtype: Dtype = Field(default="auto",
+                         description="precision of sampling; auto: bfloat16 where it is fast, else float32")
 
 
 class SamplerConfig(StageConfig):
     """DPM-Solver++ multistep with classifier-free guidance (paper D.4)."""
 
-    width: int = Field(704, ge=8, multiple_of=8, description="pixels")
-    height: int = Field(1024, ge=8, multiple_of=8, description="pixels")
-    steps: int = Field(50, ge=1)
-    guidance_scale: float = Field(5.0, ge=1.0)
+    width: int = Field(default=704, ge=8, multiple_of=8, description="pixels")
+    height: int = Field(default=1024, ge=8, multiple_of=8, description="pixels")
+    steps: int = Field(default=50, ge=1)
+    guidance_scale: float = Field(default=5.0, ge=1.0)
 
 
 class PoolConfig(StageConfig):
     """The pool of N candidates per prompt (paper Eq. 4)."""
 
-    images_per_prompt: int = Field(20, ge=1, description="N of the paper")
-    seed: int = Field(0, ge=0, description="run seed; an image's own seed is derived from it, the prompt and j")
+    images_per_prompt: int = Field(default=20, ge=1, description="N of the paper")
+    seed: int = Field(default=0, ge=0, description="run seed; an image's own seed is derived from it, the prompt and j")
     image_format: ImageFormat = "png"
-    prompts_per_shard: int = Field(32, ge=1, description="prompts in the unit of commit")
-    batch_size: int = Field(8, ge=1, description="images sampled together; never changes which images are made")
+    prompts_per_shard: int = Field(default=32, ge=1, description="prompts in the unit of commit")
+    batch_size: int = Field(default=8, ge=1, description="images sampled together; never changes which images are made")
 
 
 class ScorerConfig(StageConfig):
     """A judge of images."""
 
     name: ScorerName = "pickscore"
-    source: str | None = Field(None, description="hub id or folder; default: the public checkpoint of that name")
-    batch_size: int = Field(32, ge=1)
+    source: str | None = Field(default=None,
+                               description="hub id or folder; default: the public checkpoint of that name")
+    batch_size: int = Field(default=32, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 class TripletConfig(StageConfig):
     """Which two candidates of a pool become winner and loser (paper Eq. 6, Table 5)."""
 
-    loser_rank: int | None = Field(None, ge=2, description="l of N-20-L-l: 1-based rank of the loser; default: last")
+    loser_rank: int | None = Field(default=None, ge=2,
+                                   description="l of N-20-L-l: 1-based rank of the loser; default: last")
 
 
 class TrainingConfig(StageConfig):
     """What both trainers share."""
 
-    epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
     batch_size: int = Field(ge=1, description="samples (SFT) or pairs (DPO) per process and micro step")
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
     learning_rate: float = Field(gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     optimizer: Optimizer = "adamw"
     mixed_precision: MixedPrecision = "auto"
     gradient_checkpointing: bool = False
-    seed: int = Field(0, ge=0)
-    checkpoint_every: int = Field(500, ge=1, description="optimizer steps between resume points")
-    log_every: int = Field(1, ge=1, description="optimizer steps between log rows")
+    seed: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=500, ge=1, description="optimizer steps between resume points")
+    log_every: int = Field(default=1, ge=1, description="optimizer steps between log rows")
 
 
 class SftConfig(TrainingConfig):
     """Supervised fine-tuning of the whole UNet on the user's images (paper D.1)."""
 
-    caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of captions replaced by the empty text (ours)")
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1,
+                                   description="share of captions replaced by the empty text (ours)")
 
 
 class DpoConfig(TrainingConfig):
@@ -113,20 +117,21 @@ class DpoConfig(TrainingConfig):
     SDXL example, which carry a factor 1/2.
     """
 
-    beta: float = Field(2500.0, gt=0)
-    lambda_stat: float = Field(10_000.0, ge=0, description="weight of the statistic matching loss; 0 switches it off")
-    lora_rank: int = Field(8, ge=1, description="lora_alpha always equals it, so the LoRA's scale is 1 (ours)")
-    share_noise: bool = Field(True, description="winner and loser of a pair share their noise")
-    allow_foreign_triplets: bool = Field(False, description="train on triplets made by another model")
+    beta: float = Field(default=2500.0, gt=0)
+    lambda_stat: float = Field(default=10_000.0, ge=0,
+                               description="weight of the statistic matching loss; 0 switches it off")
+    lora_rank: int = Field(default=8, ge=1, description="lora_alpha always equals it, so the LoRA's scale is 1 (ours)")
+    share_noise: bool = Field(default=True, description="winner and loser of a pair share their noise")
+    allow_foreign_triplets: bool = Field(default=False, description="train on triplets made by another model")
 
 
 class EvaluationConfig(StageConfig):
     """Target against trained model on held-out prompts, same seeds (paper Table 1)."""
 
     prompts: PromptSource
-    images_per_prompt: int = Field(1, ge=1)
-    seed: int = Field(1_000, ge=0)
-    lora_weight: float = Field(0.5, gt=0, description="scale of the LoRA at inference (paper A.3: 0.5)")
+    images_per_prompt: int = Field(default=1, ge=1)
+    seed: int = Field(default=1_000, ge=0)
+    lora_weight: float = Field(default=0.5, gt=0, description="scale of the LoRA at inference (paper A.3: 0.5)")
     scorers: tuple[ScorerConfig, ...] = Field(min_length=1)
 
 
@@ -135,7 +140,7 @@ class RunConfig(StageConfig):
 
     preset: str
     prompts: PromptSource
-    images: str | None = Field(None, description='folder of captioned images for SFT; "figures" is built in')
+    images: str | None = Field(default=None, description='folder of captioned images for SFT; "figures" is built in')
     target: TargetConfig
     sampler: SamplerConfig
     sft: SftConfig

@@ -1,0 +1,48 @@
+# POSIX sh, make 3.81. `make demo` and `make test` need only Python 3.11+ and make.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?=
+INSTALLED := $(VENV)/.installed
+
+# The user's own Prefect is never touched: its variables are dropped, home and profiles lie in the checkout,
+# and the empty API URL makes a run start a temporary server by itself.
+PREFECT_ENV = env $$(env | sed -n 's/^\(PREFECT_[A-Z0-9_]*\)=.*/-u \1/p') \
+	PREFECT_HOME="$(CURDIR)/.prefect" PREFECT_PROFILES_PATH="$(CURDIR)/.prefect/profiles.toml" PREFECT_API_URL= \
+	PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 \
+	OMP_WAIT_POLICY=PASSIVE
+
+.PHONY: help install demo test lint clean
+
+help:
+	@echo "make demo    install, run the whole method on the built-in figures world, write output/demo/report.html"
+	@echo "make test    install, then lint, types and tests; no network after the install"
+	@echo "make clean   remove the demo's output"
+	@echo "Another torch build: make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed and none was found"; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "error: $(PYTHON) lacks venv: install it (Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
+	@echo "Installing into $(VENV) (the first time takes a few minutes)"
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") -c constraints.txt torch
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch "$@"
+
+demo: $(INSTALLED)
+	@$(PREFECT_ENV) "$(BIN)/hgdpo" run --preset figures --root output/demo --publish output/demo
+
+test: $(INSTALLED) lint
+	@$(PREFECT_ENV) HF_HUB_OFFLINE=1 "$(BIN)/python" -m pytest
+
+lint: $(INSTALLED)
+	@"$(BIN)/ruff" check .
+	@"$(BIN)/basedpyright" --pythonpath "$(BIN)/python"
+
+clean:
+	rm -rf output/demo .prefect

@@ -1,0 +1,1 @@
+"""The stages in order. `full.py` is the whole road; start there."""

@@ -1,0 +1,51 @@
+"""What a model is, in one hash: the sha256 over its files, cached by path, size and change time."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from hgdpo_core.config import content_hash
+
+HASHED_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json", ".txt", ".model")
+
+
+def fingerprint_path(path: Path) -> str:
+    """sha256 (64 hex digits) of one file, or of the names and hashes of a folder's weights and configs."""
+    if path.is_file():
+        return _file_hash(path)
+    files = sorted(f for f in path.rglob("*") if f.suffix in HASHED_SUFFIXES and not _is_ours(f.relative_to(path)))
+    return content_hash([[f.relative_to(path).as_posix(), _file_hash(f)] for f in files], length=64)
+
+
+def _is_ours(name: Path) -> bool:
+    """Checkpoints and our own records lie beside a model in the store but are no part of it."""
+    return name.parts[0] == "checkpoints" or str(name) in ("config.json", "model.json", "log.json")
+
+
+def _file_hash(path: Path) -> str:
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo" / "fingerprints"
+    entry = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
+    try:
+        saved = json.loads(entry.read_text())
+        if saved["key"] == key:
+            return saved["sha256"]
+    except (OSError, ValueError, KeyError):
+        pass  # not cached yet, or a broken entry: hash again
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if stat.st_size >= 1 << 20:  # small files are faster to hash than to look up
+        _remember(entry, {"key": key, "sha256": digest})
+    return digest
+
+
+def _remember(entry: Path, value: dict[str, str]) -> None:
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        temporary = entry.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(value))
+        temporary.replace(entry)
+    except OSError:
+        pass  # a home that cannot be written costs time, not correctness

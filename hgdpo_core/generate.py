@@ -1,0 +1,207 @@
+"""Pool generation: N candidates a prompt (arXiv:2405.20216v1, Eq. 4), shard by shard.
+
+An evaluation's images are a pool too: of another model, with fewer images a prompt.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pyarrow as pa
+import torch
+
+from hgdpo_core.config import PoolConfig, SamplerConfig, content_hash
+from hgdpo_core.errors import ModelError, StoppedError
+from hgdpo_core.images import encode_image
+from hgdpo_core.models import Model, default_device, device_name, load_pipeline
+from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.prompts import image_seed, prompt_id
+from hgdpo_core.sampler import decode_latents, encode_text, initial_noise, make_scheduler, sample_latents
+from hgdpo_core.shards import ShardFolder, ShardManifest, read_table, write_table
+from hgdpo_core.storage import Store
+
+T = TypeVar("T")
+
+FORMAT_VERSION = 1  # raise when the same settings would give other images
+ENCODER_THREADS = 2
+SCHEMA = pa.schema([
+    ("prompt_id", pa.string()), ("prompt", pa.string()), ("index", pa.int32()), ("seed", pa.int64()),
+    ("image", pa.binary()), ("width", pa.int32()), ("height", pa.int32()),
+])
+PLAN_SCHEMA = pa.schema([("shard", pa.int32()), ("prompt_id", pa.string()), ("prompt", pa.string())])
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """One unit of commit: which prompts it holds."""
+
+    index: int
+    prompts: tuple[str, ...]
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        return [prompt_id(prompt) for prompt in self.prompts]
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """Where a pool lies, how it is drawn, its shards that hold the wanted prompts, and which of them are missing."""
+
+    pool_id: str
+    folder: ShardFolder
+    model: Model
+    sampler: SamplerConfig
+    pool: PoolConfig
+    shards: tuple[PlannedShard, ...]
+    missing: tuple[PlannedShard, ...]
+
+    @property
+    def indices(self) -> list[int]:
+        return [shard.index for shard in self.shards]
+
+    @property
+    def images(self) -> int:
+        """Images of all planned shards."""
+        return self.pool.images_per_prompt * sum(len(shard.prompts) for shard in self.shards)
+
+    @property
+    def missing_images(self) -> int:
+        return self.pool.images_per_prompt * sum(len(shard.prompts) for shard in self.missing)
+
+
+def pool_settings(model: Model, sampler: SamplerConfig, pool: PoolConfig) -> dict:
+    """All that decides a pool's images, and nothing else: not the prompts, the batch or the device."""
+    return {"stage": "pool", "format_version": FORMAT_VERSION, "model": model.identity(),
+            "sampler": sampler.model_dump(mode="json"), "images_per_prompt": pool.images_per_prompt,
+            "seed": pool.seed, "image_format": pool.image_format, "prompts_per_shard": pool.prompts_per_shard}
+
+
+def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConfig,
+              prompts: Sequence[str]) -> PoolPlan:
+    """Assign every prompt to a shard, keeping earlier assignments: a list that grows finds its finished prompts."""
+    settings = pool_settings(model, sampler, pool)
+    pool_id = f"n{pool.images_per_prompt}-{content_hash(settings)}"
+    folder = ShardFolder.create(store, f"pools/{pool_id}", settings)
+    assigned = _read_plan(store, folder.key)
+    known = {prompt: shard.index for shard in assigned.values() for prompt in shard.prompts}
+    new = [prompt for prompt in prompts if prompt not in known]
+    if new:
+        first = max(assigned, default=-1) + 1
+        added = [PlannedShard(first + i, tuple(chunk)) for i, chunk in enumerate(_chunks(new, pool.prompts_per_shard))]
+        _write_plan(store, folder.key, added)
+        assigned |= {shard.index: shard for shard in added}
+        known |= {prompt: shard.index for shard in added for prompt in shard.prompts}
+    wanted = sorted({known[prompt] for prompt in prompts})
+    shards = tuple(assigned[index] for index in wanted)
+    manifests = folder.manifests()
+    missing = tuple(shard for shard in shards if not _holds(manifests.get(shard.index), shard))
+    return PoolPlan(pool_id, folder, model, sampler, pool, shards, missing)
+
+
+def _holds(manifest: ShardManifest | None, shard: PlannedShard) -> bool:
+    return manifest is not None and manifest.details.get("prompt_ids") == shard.prompt_ids
+
+
+def _read_plan(store: Store, key: str) -> dict[int, PlannedShard]:
+    """Shard index -> prompts. Where two writers planned one index at the same time, the first file by name holds."""
+    shards: dict[int, PlannedShard] = {}
+    for name in sorted(store.list(f"{key}/plan")):
+        if not name.endswith(".parquet"):
+            continue
+        table = read_table(store, f"{key}/plan/{name}")
+        grouped: dict[int, list[str]] = {}
+        for index, prompt in zip(table["shard"].to_pylist(), table["prompt"].to_pylist(), strict=True):
+            grouped.setdefault(index, []).append(prompt)
+        for index, prompts in grouped.items():
+            shards.setdefault(index, PlannedShard(index, tuple(prompts)))
+    return shards
+
+
+def _write_plan(store: Store, key: str, shards: Sequence[PlannedShard]) -> None:
+    rows = [(shard.index, prompt) for shard in shards for prompt in shard.prompts]
+    table = pa.table({"shard": [index for index, _ in rows], "prompt_id": [prompt_id(p) for _, p in rows],
+                      "prompt": [p for _, p in rows]}, schema=PLAN_SCHEMA)
+    name = f"{shards[0].index:05d}-{content_hash([list(row) for row in rows])}.parquet"
+    write_table(store, f"{key}/plan/{name}", table)
+
+
+def generate_pool(plan: PoolPlan, *, device: str | None = None, progress: Progress = silent,
+                  should_stop: ShouldStop = never_stop) -> int:
+    """Make the plan's missing shards and commit each as it finishes; returns the number of images made.
+
+    The model loads only if something is missing. Stopping or dying loses at most the shard at work.
+    """
+    if not plan.missing:
+        return 0
+    painter = Painter(plan.model, plan.sampler, plan.pool, device or default_device())
+    total = plan.missing_images
+    done = 0
+    for shard in plan.missing:
+        if _holds(plan.folder.find(shard.index), shard):  # another worker was faster
+            done += len(shard.prompts) * plan.pool.images_per_prompt
+            progress(done, total, "images")
+            continue
+        start, rows = time.monotonic(), []
+        for row in painter.paint(shard.prompts, should_stop):
+            rows.append(row)
+            done += 1
+            progress(done, total, "images")
+        plan.folder.commit(
+            shard.index, pa.Table.from_pylist(rows, schema=SCHEMA), device=device_name(painter.device),
+            batch_size=plan.pool.batch_size, seconds=time.monotonic() - start,
+            details={"prompt_ids": shard.prompt_ids})
+    return done
+
+
+class Painter:
+    """A loaded model that draws candidates; one per process."""
+
+    def __init__(self, model: Model, sampler: SamplerConfig, pool: PoolConfig, device: str):
+        self.device, self.model, self.sampler, self.pool = device, model, sampler, pool
+        self.pipeline = load_pipeline(model, device)
+        self.scheduler = make_scheduler(self.pipeline.scheduler.config)
+        self.negative_embeds = encode_text(self.pipeline, [model.negative_prompt], model.clip_skip)
+
+    def paint(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
+        """Rows of SCHEMA for every candidate of the prompts, in order.
+
+        Batches cross prompts and are cut at fixed places, so the same shard gives the same bits. Encoding of one
+        batch runs beside the sampling of the next.
+        """
+        embeds = encode_text(self.pipeline, prompts, self.model.clip_skip)
+        jobs = [(number, index) for number in range(len(prompts)) for index in range(self.pool.images_per_prompt)]
+        waiting: list[Future[dict]] = []
+        with ThreadPoolExecutor(ENCODER_THREADS) as executor:
+            for batch in _chunks(jobs, self.pool.batch_size):
+                if should_stop():
+                    raise StoppedError("stopped while drawing a pool; finished shards are kept")
+                seeds = [image_seed(self.pool.seed, prompts[number], index) for number, index in batch]
+                pixels = self.draw(embeds[[number for number, _ in batch]], seeds)
+                yield from (future.result() for future in waiting)
+                waiting = [executor.submit(self._row, prompts[number], index, seed, image)
+                           for (number, index), seed, image in zip(batch, seeds, pixels, strict=True)]
+            yield from (future.result() for future in waiting)
+
+    def draw(self, prompt_embeds: torch.Tensor, seeds: Sequence[int]):
+        """uint8 [B, H, W, 3] for text embeddings [B, L, D] and one seed an image."""
+        unet, vae = self.pipeline.unet, self.pipeline.vae
+        factor = self.pipeline.vae_scale_factor
+        height, width = self.sampler.height // factor, self.sampler.width // factor
+        noise = initial_noise(seeds, unet.config.in_channels, height, width)
+        latents = sample_latents(unet, self.scheduler, prompt_embeds, self.negative_embeds, noise,
+                                 steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale)
+        if not bool(torch.isfinite(latents).all()):
+            raise ModelError(f"{self.model.path} draws images that are not finite in {self.model.dtype}: check its "
+                             "weights, or set target.dtype to float32")
+        return decode_latents(vae, latents)
+
+    def _row(self, prompt: str, index: int, seed: int, pixels) -> dict:
+        return {"prompt_id": prompt_id(prompt), "prompt": prompt, "index": index, "seed": seed,
+                "image": encode_image(pixels, self.pool.image_format),
+                "width": self.sampler.width, "height": self.sampler.height}
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
+    return (items[start:start + size] for start in range(0, len(items), size))

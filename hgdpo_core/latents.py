@@ -1,0 +1,146 @@
+"""What training reads instead of images: latents and text embeddings, made once and kept in shards.
+
+Latents are scaling_factor * posterior mean, float32. Conditioning is exactly the embedding that the sampler used: from
+the same text encoder in the same precision.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+from diffusers import StableDiffusionPipeline
+
+from hgdpo_core.config import content_hash
+from hgdpo_core.errors import InputError, StoppedError
+from hgdpo_core.images import decode_image, to_model_range
+from hgdpo_core.models import Model, default_device, device_name, load_pipeline
+from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.sampler import encode_latents, encode_text
+from hgdpo_core.shards import ShardFolder
+from hgdpo_core.storage import Store
+from hgdpo_core.train import PairBatch
+from hgdpo_core.training import epoch_order
+
+ENCODE_BATCH = 16
+CACHED_SHARDS = 16  # bounds the memory of training, whatever the size of the data set
+SCHEMA = pa.schema([("prompt_id", pa.string()), ("winner", pa.binary()), ("loser", pa.binary()),
+                    ("prompt_embeds", pa.binary())])
+
+
+def latent_folder(store: Store, triplets: ShardFolder, model: Model, size: tuple[int, int]) -> ShardFolder:
+    """Where the latents of a data set by a model's VAE and text encoder lie; size is (width, height) in pixels."""
+    settings = {"stage": "latents", "triplets": triplets.key, "fingerprint": model.fingerprint, "dtype": model.dtype,
+                "clip_skip": model.clip_skip, "width": size[0], "height": size[1]}
+    dataset = triplets.key.split("/")[-1]
+    return ShardFolder.create(store, f"latents/{dataset}/{content_hash(settings)}", settings)
+
+
+def cache_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, indices: Sequence[int], *,
+                  device: str | None = None, progress: Progress = silent,
+                  should_stop: ShouldStop = never_stop) -> int:
+    """Encode the missing shards among `indices`; returns the number of pairs encoded."""
+    manifests, found = triplets.manifests(), latents.manifests()
+    inputs = {i: (triplets.input_shard(i, manifest=manifests[i]),) for i in indices}
+    missing = [i for i in indices if i not in found or found[i].inputs != inputs[i]]
+    if not missing:
+        return 0
+    device = device or default_device()
+    pipeline = load_pipeline(model, device, vae_dtype="float32")
+    size = (latents.config["width"], latents.config["height"])
+    total, done = sum(manifests[i].rows for i in missing), 0
+    for index in missing:
+        if should_stop():
+            raise StoppedError("stopped while encoding latents; finished shards are kept")
+        start = time.monotonic()
+        table = _encode_shard(pipeline, model, triplets.read(index), size)
+        latents.commit(index, table, inputs=inputs[index], device=device_name(device), batch_size=ENCODE_BATCH,
+                       seconds=time.monotonic() - start, details=embedding_shapes(pipeline, size))
+        done += table.num_rows
+        progress(done, total, "pairs")
+    return done
+
+
+def _encode_shard(pipeline: StableDiffusionPipeline, model: Model, rows: pa.Table, size: tuple[int, int]) -> pa.Table:
+    captions = rows["caption"].to_pylist()
+    embeds = encode_text(pipeline, captions, model.clip_skip).float().cpu() if captions else []
+    return pa.table({
+        "prompt_id": rows["prompt_id"],
+        "winner": _encode_images(pipeline, rows["jpg_0"].to_pylist(), size),
+        "loser": _encode_images(pipeline, rows["jpg_1"].to_pylist(), size),
+        "prompt_embeds": [row.numpy().tobytes() for row in embeds],
+    }, schema=SCHEMA)
+
+
+def _encode_images(pipeline: StableDiffusionPipeline, images: list[bytes], size: tuple[int, int]) -> list[bytes]:
+    encoded: list[bytes] = []
+    for start in range(0, len(images), ENCODE_BATCH):
+        pictures = [decode_image(data) for data in images[start:start + ENCODE_BATCH]]
+        wrong = next((picture.size for picture in pictures if picture.size != size), None)
+        if wrong:
+            raise InputError(f"a triplet's image is {wrong[0]}x{wrong[1]} pixels, expected {size[0]}x{size[1]}")
+        pixels = torch.from_numpy(np.stack([to_model_range(picture) for picture in pictures]))
+        encoded += [row.numpy().tobytes() for row in encode_latents(pipeline.vae, pixels)]
+    return encoded
+
+
+def embedding_shapes(pipeline: StableDiffusionPipeline, size: tuple[int, int]) -> dict[str, list[int]]:
+    """Shapes of one image's latents and of one prompt's embedding, as a manifest records them."""
+    factor = pipeline.vae_scale_factor
+    text = pipeline.text_encoder.config
+    return {"latent_shape": [pipeline.vae.config.latent_channels, size[1] // factor, size[0] // factor],
+            "embeds_shape": [pipeline.tokenizer.model_max_length, text.hidden_size]}
+
+
+class LatentRows:
+    """Random access to rows of latent shards with a bounded cache: memory does not grow with the data set."""
+
+    def __init__(self, folder: ShardFolder, indices: Sequence[int]):
+        manifests = folder.manifests()
+        self.folder = folder
+        self.manifests = {index: manifests[index] for index in indices if manifests[index].rows}
+        self.starts = np.cumsum([0] + [manifest.rows for manifest in self.manifests.values()])
+        self.shards = list(self.manifests)
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """A shuffle that reads shards in groups of CACHED_SHARDS: shards are permuted, then rows within a group."""
+        shards = epoch_order(len(self.shards), seed, epoch)
+        rows: list[int] = []
+        for start in range(0, len(shards), CACHED_SHARDS):
+            group = [row for shard in shards[start:start + CACHED_SHARDS]
+                     for row in range(self.starts[shard], self.starts[shard + 1])]
+            rows += [int(group[i]) for i in epoch_order(len(group), seed, epoch * len(shards) + start + 1)]
+        return rows
+
+    def stack(self, rows: Sequence[int], column: str, shape: str) -> torch.Tensor:
+        """float32 [B, ...] of a column, shaped as the shard's manifest says under `shape`."""
+        values = []
+        for row in rows:
+            position = int(np.searchsorted(self.starts, row, side="right")) - 1
+            shard = self.shards[position]
+            data = self._table(shard)[column][int(row - self.starts[position])].as_py()
+            values.append(np.frombuffer(data, dtype=np.float32).reshape(self.manifests[shard].details[shape]))
+        return torch.from_numpy(np.stack(values))
+
+    def _table(self, shard: int) -> pa.Table:
+        if shard not in self._cache:
+            self._cache[shard] = self.folder.read(shard, manifest=self.manifests[shard])
+            while len(self._cache) > CACHED_SHARDS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(shard)
+        return self._cache[shard]
+
+
+class LatentPairs(LatentRows):
+    """The pairs a DPO trainer reads."""
+
+    def batch(self, indices: Sequence[int]) -> PairBatch:
+        return PairBatch(winner_latents=self.stack(indices, "winner", "latent_shape"),
+                         loser_latents=self.stack(indices, "loser", "latent_shape"),
+                         prompt_embeds=self.stack(indices, "prompt_embeds", "embeds_shape"))

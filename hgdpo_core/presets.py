@@ -1,0 +1,84 @@
+"""Named complete configurations. `figures` runs on a laptop; `sd15` carries the paper's numbers."""
+
+from hgdpo_core.config import (
+    DpoConfig,
+    EvaluationConfig,
+    PoolConfig,
+    PromptSource,
+    RunConfig,
+    SamplerConfig,
+    ScorerConfig,
+    SftConfig,
+    TargetConfig,
+    TripletConfig,
+)
+from hgdpo_core.errors import ConfigError
+
+PARTI_PROMPTS = "https://raw.githubusercontent.com/google-research/parti/main/PartiPrompts.tsv"
+
+
+def figures() -> RunConfig:
+    """The built-in world on a CPU in minutes: same code, 64x64 pixels, settings that suit a small model."""
+    judge = ScorerConfig(name="pickscore", source="figures", batch_size=64)
+    return RunConfig(
+        preset="figures",
+        prompts=PromptSource(source="figures", split="train", limit=160),
+        images="figures",
+        target=TargetConfig(source="figures"),
+        sampler=SamplerConfig(width=64, height=64, steps=10, guidance_scale=3.0),
+        sft=SftConfig(max_steps=60, batch_size=32, learning_rate=1e-4, warmup_steps=10, weight_decay=0.01,
+                      checkpoint_every=30),
+        pool=PoolConfig(images_per_prompt=20, prompts_per_shard=32, batch_size=64),
+        scorer=judge,
+        triplets=TripletConfig(),
+        dpo=DpoConfig(max_steps=120, batch_size=16, learning_rate=3e-4, warmup_steps=10, optimizer="adam8bit",
+                      checkpoint_every=60),
+        evaluation=EvaluationConfig(prompts=PromptSource(source="figures", split="test", limit=512), lora_weight=1.0,
+                                    scorers=(judge,)),
+    )
+
+
+def sd15(target: str | None = None, prompts: str | None = None) -> RunConfig:
+    """The paper's settings (arXiv:2405.20216v1, section 4 and D) for a model of the SD 1.5 family at 704x1024.
+
+    Ours, not the paper's: warm-up, gradient clip, seeds, shard and batch sizes, bf16, SFT batch and caption dropout.
+    """
+    if target is None or prompts is None:
+        missing = " and ".join(name for name, value in (("target", target), ("prompts", prompts)) if value is None)
+        raise ConfigError(f"preset sd15 tunes your own model on your own prompts: give {missing}")
+    judge = ScorerConfig(name="pickscore", batch_size=32)
+    return RunConfig(
+        preset="sd15",
+        prompts=PromptSource(source=prompts),
+        target=TargetConfig(source=target),
+        sampler=SamplerConfig(width=704, height=1024, steps=50, guidance_scale=5.0),
+        sft=SftConfig(batch_size=16, learning_rate=1e-5, warmup_steps=500, weight_decay=0.01,
+                      gradient_checkpointing=True),
+        pool=PoolConfig(images_per_prompt=20, prompts_per_shard=16, batch_size=8),
+        scorer=judge,
+        triplets=TripletConfig(),
+        dpo=DpoConfig(batch_size=4, learning_rate=1e-5, warmup_steps=100, beta=2500.0, lambda_stat=10_000.0,
+                      lora_rank=8, optimizer="adam8bit"),
+        evaluation=EvaluationConfig(prompts=PromptSource(source=PARTI_PROMPTS, column="Prompt", category="People"),
+                                    lora_weight=0.5, scorers=(judge,)),
+    )
+
+
+def build_config(preset: str, *, target: str | None = None, prompts: str | None = None,
+                 images: str | None = None) -> RunConfig:
+    """A preset with the user's model, prompts and images put in; ConfigError for an unknown name."""
+    if preset == "sd15":
+        config = sd15(target, prompts)
+    elif preset == "figures":
+        config = figures()
+    else:
+        raise ConfigError(f"there is no preset {preset!r}; there are figures, sd15")
+    changes: dict = {}
+    if target is not None:
+        changes["target"] = config.target.model_copy(update={"source": target})
+        changes["images"] = None  # the preset's images belong to the preset's target
+    if prompts is not None:
+        changes["prompts"] = PromptSource(source=prompts)
+    if images is not None:
+        changes["images"] = images
+    return config.model_copy(update=changes)

@@ -1,0 +1,97 @@
+"""A run, opened: everything a user can get wrong is checked here, in seconds, before any model loads."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hgdpo_core import __version__
+from hgdpo_core.config import RunConfig, apply_overrides, content_hash
+from hgdpo_core.evaluate import refuse_seen_prompts
+from hgdpo_core.generate import plan_pool
+from hgdpo_core.models import Model, find_model
+from hgdpo_core.presets import build_config
+from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
+from hgdpo_core.scorers import find_scorer
+from hgdpo_core.sft_images import ImageSet, read_image_set
+from hgdpo_core.storage import Store
+
+FIGURES_SFT_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Run:
+    """Checked inputs of one run. Cheap to hold: no tensors, no network."""
+
+    config: RunConfig
+    store: Store
+    run_id: str
+    target: Model
+    prompts: PromptList
+    evaluation_prompts: PromptList
+    images: ImageSet | None
+
+    def key(self, name: str) -> str:
+        """Key of a file of this run, for example `runs/<run_id>/summary.json`."""
+        return f"runs/{self.run_id}/{name}"
+
+
+def default_root() -> str:
+    """$HGDPO_ROOT, else `output/full` in the current folder."""
+    return os.environ.get("HGDPO_ROOT") or "output/full"
+
+
+def open_run(preset: str = "figures", root: str | None = None, *, prompts: str | None = None,
+             target: str | None = None, images: str | None = None,
+             overrides: Mapping[str, Any] | None = None) -> Run:
+    """Build the config, check root, prompts, images, target and scorers, and write `runs/<run_id>/config.json`.
+
+    ConfigError, InputError, ModelError or StorageError say in one line what is wrong; nothing is lost or half made.
+    """
+    config = build_config(preset, target=target, prompts=prompts, images=images)
+    if overrides:
+        config = apply_overrides(config, overrides)
+    store = Store(root or default_root())
+    training, evaluation = read_prompts(config.prompts), read_prompts(config.evaluation.prompts)
+    refuse_seen_prompts(evaluation.prompts, training.prompts)
+    model = find_model(config.target)
+    for scorer in (config.scorer, *config.evaluation.scorers):
+        find_scorer(scorer.name, scorer.source)
+    store.check_writable()
+    image_set = _read_images(config.images, store)
+    run = Run(config, store, f"{preset}-{content_hash(config)}", model, training, evaluation, image_set)
+    save_prompts(store, training)
+    save_prompts(store, evaluation)
+    store.write_json(run.key("config.json"), {"code_version": __version__, **config.model_dump(mode="json")})
+    return run
+
+
+def _read_images(source: str | None, store: Store) -> ImageSet | None:
+    if source is None:
+        return None
+    return read_image_set(str(_draw_figures(store)) if source == "figures" else source)
+
+
+def _draw_figures(store: Store) -> Path:
+    """The figures world's own image folder, drawn once beside the root's models or in the cache."""
+    from hgdpo_core.figures.dataset import write_image_folder
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo"
+    folder = (store.local_path("images") or cache) / f"figures-{FIGURES_SFT_IMAGES}"
+    if not (folder / "metadata.jsonl").exists():  # written last
+        write_image_folder(folder, FIGURES_SFT_IMAGES, seed=0)
+    return folder
+
+
+def plan_run(run: Run) -> list[dict[str, Any]]:
+    """What a run would make and what it would find, a row a stage, without making it.
+
+    Only the pool of today's target can be planned: where SFT comes first, its result decides the later ids.
+    """
+    if run.images is not None:
+        return [{"stage": "sft", "images": len(run.images.images), "note": "the pool's id follows from its result"},
+                {"stage": "pool", "images": len(run.prompts.prompts) * run.config.pool.images_per_prompt}]
+    plan = plan_pool(run.store, run.target, run.config.sampler, run.config.pool, run.prompts.prompts)
+    return [{"stage": "pool", "pool_id": plan.pool_id, "shards": len(plan.shards), "missing_shards": len(plan.missing),
+             "images": plan.images, "missing_images": plan.missing_images}]

@@ -1,0 +1,82 @@
+"""Sampling with per-image seeds and classifier-free guidance: tensors in, tensors out.
+
+| paper D.4                    | here                                   |
+|------------------------------|----------------------------------------|
+| DPMSolverMultistepScheduler  | `make_scheduler(target's own config)`  |
+| r_ij, the seed of a candidate| `initial_noise([seed, ...])`           |
+
+The loop does what diffusers' StableDiffusionPipeline does, so that plain diffusers reproduces an image from its seed.
+It is written out because latent adaptive normalisation and speed work need to stand between two steps.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+Denoiser = Callable[..., Any]
+
+
+def make_scheduler(config: Mapping[str, Any]) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ (2M) over the target's own noise schedule."""
+    return cast(DPMSolverMultistepScheduler, DPMSolverMultistepScheduler.from_config(dict(config)))
+
+
+def initial_noise(seeds: Sequence[int], channels: int, height: int, width: int) -> torch.Tensor:
+    """float32 [B, C, h, w] on the CPU; row i depends on seeds[i] alone, on every device and in every batch."""
+    rows = [torch.randn((channels, height, width), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def encode_text(pipeline: StableDiffusionPipeline, texts: Sequence[str], clip_skip: int | None) -> torch.Tensor:
+    """Text embeddings [B, L, D] in the text encoder's precision; texts are cut at the encoder's length."""
+    embeds, _ = pipeline.encode_prompt(list(texts), pipeline.device, 1, False, clip_skip=clip_skip)
+    return embeds
+
+
+@torch.no_grad()
+def sample_latents(unet: Denoiser, scheduler: DPMSolverMultistepScheduler, prompt_embeds: torch.Tensor,
+                   negative_embeds: torch.Tensor, noise: torch.Tensor, *, steps: int,
+                   guidance_scale: float) -> torch.Tensor:
+    """Latents [B, C, h, w] at t=0, scaled as the VAE's scaling factor says.
+
+    prompt_embeds [B, L, D]; negative_embeds [1, L, D]; noise [B, C, h, w] float32. A guidance scale of 1 runs the
+    conditional branch alone. Each row depends on its own inputs only, up to the arithmetic of the batch size.
+    """
+    guided = guidance_scale > 1
+    device, dtype = prompt_embeds.device, prompt_embeds.dtype
+    scheduler.set_timesteps(steps, device=device)
+    latents = noise.to(device=device, dtype=dtype) * scheduler.init_noise_sigma
+    embeds = torch.cat([negative_embeds.expand_as(prompt_embeds), prompt_embeds]) if guided else prompt_embeds
+    for timestep in scheduler.timesteps:
+        inputs = torch.cat([latents, latents]) if guided else latents
+        prediction = unet(scheduler.scale_model_input(inputs, timestep), timestep, encoder_hidden_states=embeds,
+                          return_dict=False)[0]
+        if guided:
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> np.ndarray:
+    """uint8 [B, H, W, 3] of scaled latents [B, C, h, w], rounded as diffusers' image processor rounds."""
+    scaled: Any = (latents / _scaling_factor(vae)).to(vae.dtype)
+    images = vae.decode(scaled, return_dict=False)[0]
+    pixels = (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+    return (pixels * 255).round().astype(np.uint8)
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """scaling_factor * posterior mean, float32 [B, C, h, w] on the CPU, of images [B, 3, H, W] in [-1, 1]."""
+    posterior = vae.encode(images.to(device=vae.device, dtype=vae.dtype), return_dict=False)[0]
+    return (posterior.mean * _scaling_factor(vae)).float().cpu()
+
+
+def _scaling_factor(vae: AutoencoderKL) -> float:
+    return cast(Any, vae.config).scaling_factor

@@ -1,0 +1,46 @@
+"""Judges of images behind one small interface: `load_scorer(name).score(images, prompts)`."""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hgdpo_core.errors import ConfigError
+from hgdpo_core.scorers import pickscore
+
+Images = Sequence[Image.Image] | np.ndarray | torch.Tensor
+
+
+class Scorer(Protocol):
+    """A judge: higher is better. `fingerprint` tells one version of its weights from another."""
+
+    name: str
+    fingerprint: str
+
+    def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
+        """float32 [B] on the CPU for B images (PIL, or uint8 [B, H, W, 3]) and their B prompts."""
+        ...
+
+
+SCORERS: dict[str, ModuleType] = {"pickscore": pickscore}
+"""Each module offers `locate(source)`, whose last item is the fingerprint, and `load(source=, device=, dtype=)`."""
+
+
+def load_scorer(name: str, *, source: str | None = None, device: str = "cpu",
+                dtype: torch.dtype = torch.float32) -> Scorer:
+    """A scorer by name; `source` is a hub id or folder, "figures" the built-in judge, None the public checkpoint."""
+    return _module(name).load(source=source, device=device, dtype=dtype)
+
+
+def find_scorer(name: str, source: str | None) -> str:
+    """The fingerprint of a scorer without loading it; ModelError when its weights are not to be had."""
+    return _module(name).locate(source)[-1]
+
+
+def _module(name: str) -> ModuleType:
+    if name not in SCORERS:
+        raise ConfigError(f"there is no scorer {name!r}; there are {', '.join(sorted(SCORERS))}")
+    return SCORERS[name]

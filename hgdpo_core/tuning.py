@@ -1,0 +1,109 @@
+"""Tuning as programs: cached latents in, a model in the store out. A model that is already there is found, not made."""
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hgdpo_core.checkpoints import Checkpoints
+from hgdpo_core.config import DpoConfig, SftConfig, TrainingConfig, content_hash
+from hgdpo_core.errors import InputError
+from hgdpo_core.fingerprints import fingerprint_path
+from hgdpo_core.latents import LatentPairs
+from hgdpo_core.lora import save_lora
+from hgdpo_core.model_store import fetch_model, publish_model
+from hgdpo_core.models import Model, default_device, load_pipeline
+from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.sampler import encode_text
+from hgdpo_core.sft import train_sft
+from hgdpo_core.sft_images import LatentImages
+from hgdpo_core.shards import ShardFolder
+from hgdpo_core.storage import Store
+from hgdpo_core.train import train_dpo
+from hgdpo_core.triplets import model_fingerprint
+
+BOOKKEEPING = {"checkpoint_every", "log_every"}  # settings that change no weight, so no id either
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned model, where it lies and how its training went."""
+
+    model_id: str
+    path: Path
+    log: list[dict[str, float]]
+    found: bool
+
+
+def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftConfig, *,
+                progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
+    """SFT: fine-tune the UNet on the user's images; the result is a diffusers folder in `models/`."""
+    model_id = _model_id("sft", model, latents, config)
+    found = _found(store, model_id)
+    if found:
+        return found
+    pipeline = load_pipeline(model, default_device(), dtype="float32")
+    empty = encode_text(load_pipeline(model, default_device()), [""], model.clip_skip).float().cpu()
+    images = LatentImages(latents, sorted(latents.manifests()))
+    result = train_sft(pipeline.unet, pipeline.scheduler.config, images, config, empty, progress=progress,
+                       checkpoints=Checkpoints(store, f"models/{model_id}/checkpoints"), should_stop=should_stop)
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.unet.to("cpu").requires_grad_(False)
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        return _publish(store, model_id, Path(folder), "pipeline", config, latents, result.log)
+
+
+def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardFolder, indices: list[int],
+              config: DpoConfig, *, progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
+    """Diffusion-DPO + SML: train a LoRA of the target on its triplets; the result is a diffusers LoRA folder."""
+    model_id = _model_id("dpo", model, latents, config)
+    found = _found(store, model_id)
+    if found:
+        return found
+    pairs = LatentPairs(latents, indices)
+    if not len(pairs):
+        raise InputError(f"{triplets.key} holds no triplet to train on: every pool was rejected, see its rejected/")
+    if not config.allow_foreign_triplets:
+        _refuse_foreign(triplets, indices, model)
+    pipeline = load_pipeline(model, default_device(), dtype="float32")
+    result = train_dpo(pipeline.unet, pipeline.scheduler.config, pairs, config, progress=progress,
+                       checkpoints=Checkpoints(store, f"models/{model_id}/checkpoints"), should_stop=should_stop)
+    with tempfile.TemporaryDirectory() as folder:
+        save_lora(pipeline.unet, Path(folder))
+        return _publish(store, model_id, Path(folder), "lora", config, latents, result.log)
+
+
+def _model_id(kind: str, model: Model, latents: ShardFolder, config: TrainingConfig) -> str:
+    settings = config.model_dump(mode="json", exclude=BOOKKEEPING)
+    return f"{kind}-{content_hash({'model': model.identity(), 'latents': latents.key, 'config': settings})}"
+
+
+def _found(store: Store, model_id: str) -> Tuned | None:
+    path = fetch_model(store, model_id)
+    if path is None:
+        return None
+    return Tuned(model_id, path, store.read_json(f"models/{model_id}/log.json")["rows"], found=True)
+
+
+def _publish(store: Store, model_id: str, folder: Path, kind: str, config: TrainingConfig, latents: ShardFolder,
+             log: list[dict[str, float]]) -> Tuned:
+    store.write_json(f"models/{model_id}/log.json", {"rows": log})
+    store.write_json(f"models/{model_id}/config.json", {"kind": kind, "latents": latents.key,
+                                                        "config": config.model_dump(mode="json")})
+    path = publish_model(store, model_id, folder, {"kind": kind})
+    return Tuned(model_id, path, log, found=False)
+
+
+def _refuse_foreign(triplets: ShardFolder, indices: list[int], model: Model) -> None:
+    wanted = model_fingerprint(model.identity())
+    for index in indices:
+        made_by = set(triplets.read_columns(index, ["model_fingerprint"])["model_fingerprint"].to_pylist())
+        if made_by - {wanted}:
+            raise InputError(f"{triplets.key} was made by model {sorted(made_by - {wanted})[0][:12]}, the target is "
+                             f"{wanted[:12]}: train the model that drew the pool, or set dpo.allow_foreign_triplets")
+
+
+
+
+def find_tuned_target(model: Model, tuned: Tuned) -> Model:
+    """The fine-tuned model with the target's own text and precision settings."""
+    return replace(model, path=tuned.path, fingerprint=fingerprint_path(tuned.path))

@@ -1,0 +1,35 @@
+"""Draw the missing shards of a pool."""
+
+from prefect import task
+from prefect.logging import get_run_logger
+
+from hgdpo_core.evaluate import plan_evaluation
+from hgdpo_core.generate import PoolPlan, generate_pool, plan_pool
+from hgdpo_core.models import Model
+from hgdpo_core.run import Run
+from tasks.options import STAGE
+from tasks.ui import stage_progress
+
+
+@task(name="pool", **STAGE)
+def draw_pool(run: Run, model: Model) -> PoolPlan:
+    """N candidates for every training prompt."""
+    plan = plan_pool(run.store, model, run.config.sampler, run.config.pool, run.prompts.prompts)
+    return _draw(plan, "pool")
+
+
+@task(name="evaluation images", task_run_name="evaluation images: {who}", **STAGE)
+def draw_evaluation(run: Run, model: Model, who: str) -> PoolPlan:
+    """The held-out prompts by one model, with the seeds every model gets."""
+    plan = plan_evaluation(run.store, model, run.config.sampler, run.config.pool, run.config.evaluation,
+                           run.evaluation_prompts.prompts)
+    return _draw(plan, who)
+
+
+def _draw(plan: PoolPlan, stage: str) -> PoolPlan:
+    found = len(plan.shards) - len(plan.missing)
+    with stage_progress(stage) as progress:
+        made = generate_pool(plan, progress=progress)
+    get_run_logger().info("%s: %d images in %d shards; %d shards found, %d images drawn now (%s)", stage,
+                          plan.images, len(plan.shards), found, made, plan.folder.key)
+    return plan

@@ -1,0 +1,26 @@
+"""What every stage's task has in common."""
+
+from typing import Any
+
+from prefect.cache_policies import NO_CACHE
+
+from hgdpo_core.errors import StorageError
+
+
+async def can_heal(task: Any, run: Any, state: Any) -> bool:
+    """Retry only what can heal: storage and network. A wrong setting or input fails at once."""
+    try:
+        await state.aresult()
+    except StorageError:
+        return True
+    except BaseException:
+        return False
+    return False
+
+
+STAGE: dict[str, Any] = {
+    "cache_policy": NO_CACHE,  # the store knows what is finished; a second memory could only disagree
+    "retries": 2,
+    "retry_delay_seconds": [5, 30],
+    "retry_condition_fn": can_heal,
+}

@@ -1,0 +1,32 @@
+"""Open the run: check everything a user handed in, say what was found."""
+
+from typing import Any
+
+from prefect import task
+from prefect.logging import get_run_logger
+
+from hgdpo_core.run import Run, open_run, plan_run
+from tasks.options import STAGE
+from tasks.ui import show_table
+
+
+@task(name="prepare", **STAGE)
+def prepare(preset: str, root: str | None, prompts: str | None, target: str | None, images: str | None,
+            overrides: dict[str, Any]) -> Run:
+    """The checked run; a mistake in its inputs fails here, before any model loads."""
+    logger = get_run_logger()
+    run = open_run(preset, root, prompts=prompts, target=target, images=images, overrides=overrides)
+    logger.info("Run %s in %s", run.run_id, run.store.root)
+    logger.info("Prompts: %s; evaluation: %s", run.prompts.describe(), run.evaluation_prompts.describe())
+    logger.info("Target: %s (%s, %s)", run.target.path.name, run.target.fingerprint[:12], run.target.dtype)
+    if run.images is not None:
+        logger.info("Images for SFT: %d", len(run.images.images))
+    return run
+
+
+@task(name="plan", **STAGE)
+def show_plan(run: Run) -> list[dict[str, Any]]:
+    """What the run would make and what it would find; makes nothing."""
+    rows = plan_run(run)
+    show_table("plan", rows, f"What {run.run_id} would do")
+    return rows

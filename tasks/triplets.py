@@ -1,0 +1,51 @@
+"""Rank the pools, keep best and worst as triplets, cache what training reads."""
+
+from dataclasses import dataclass
+
+from prefect import task
+from prefect.logging import get_run_logger
+
+from hgdpo_core.generate import PoolPlan
+from hgdpo_core.latents import cache_latents, latent_folder
+from hgdpo_core.models import Model
+from hgdpo_core.run import Run
+from hgdpo_core.shards import ShardFolder
+from hgdpo_core.triplets import TripletCounts, build_triplets, dataset_card, triplet_folder
+from tasks.options import STAGE
+from tasks.ui import show_table, stage_progress
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """A data set of triplets and the pool shards it is made of."""
+
+    folder: ShardFolder
+    indices: list[int]
+    counts: TripletCounts
+
+
+@task(name="triplets", **STAGE)
+def rank(run: Run, pool: PoolPlan, scores: ShardFolder) -> Triplets:
+    """Best and worst of every pool as Parquet, with a data set card."""
+    prompts_id, config = run.prompts.id, run.config.triplets
+    folder = triplet_folder(run.store, pool.folder, scores, prompts_id, config)
+    with stage_progress("triplets") as progress:
+        counts = build_triplets(pool.folder, scores, folder, run.prompts.prompts, pool.indices, config,
+                                progress=progress)
+    run.store.write_bytes(f"{folder.key}/README.md", dataset_card(folder, pool.indices, counts).encode())
+    get_run_logger().info("Triplets: %d, and %d pools without a pair, in %s", counts.triplets, counts.rejected,
+                          folder.key)
+    show_table("triplets", [{"triplets": counts.triplets, "rejected": counts.rejected, "folder": folder.key}],
+               "Best and worst of each pool")
+    return Triplets(folder, pool.indices, counts)
+
+
+@task(name="latents", **STAGE)
+def encode(run: Run, triplets: Triplets, model: Model) -> ShardFolder:
+    """Latents of the triplets' images and the prompts' text embeddings."""
+    size = (run.config.sampler.width, run.config.sampler.height)
+    folder = latent_folder(run.store, triplets.folder, model, size)
+    with stage_progress("latents") as progress:
+        made = cache_latents(triplets.folder, folder, model, triplets.indices, progress=progress)
+    get_run_logger().info("Latents: %d pairs encoded now, in %s", made, folder.key)
+    return folder

@@ -1,0 +1,91 @@
+"""How a stage shows itself: a bar in the terminal, progress and artifacts in the Prefect UI."""
+
+import base64
+import io
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from PIL import Image
+from prefect.artifacts import (
+    create_image_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from tqdm import tqdm
+
+from hgdpo_core.errors import HGDPOError
+from hgdpo_core.progress import Progress
+
+UPDATE_SECONDS = 5.0  # a call to the server costs more than many batches of a small model
+MAX_DATA_URI_BYTES = 400_000
+
+
+@contextmanager
+def stage_progress(stage: str) -> Iterator[Progress]:
+    """A callback for core programs; the bar appears with the first piece of work and not when all was found."""
+    bar: tqdm | None = None
+    artifact: Any = None
+    updated = 0.0
+
+    def report(done: int, total: int, unit: str) -> None:
+        nonlocal bar, artifact, updated
+        if bar is None:
+            bar = tqdm(total=total, desc=f"{stage:>10}", unit=f" {unit}", dynamic_ncols=True, mininterval=0.5)
+            artifact = create_progress_artifact(progress=0.0, key=f"{stage}-progress".lower(),
+                                                description=f"{stage}: {total} {unit}")
+        bar.update(done - bar.n)
+        if time.monotonic() - updated > UPDATE_SECONDS or done == total:
+            updated = time.monotonic()
+            update_progress_artifact(artifact, progress=100.0 * done / max(total, 1))
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def show_table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
+    """A table artifact; Prefect wants a list of dicts and JSON values."""
+    create_table_artifact(table=[dict(row) for row in rows], key=key, description=description)
+
+
+def show_text(key: str, markdown: str) -> None:
+    """A markdown artifact."""
+    create_markdown_artifact(markdown=markdown, key=key)
+
+
+def show_image(key: str, image: Image.Image, description: str) -> None:
+    """An image artifact as a data URI, made smaller until it is one the UI likes."""
+    picture = image.convert("RGB")
+    while True:
+        buffer = io.BytesIO()
+        picture.save(buffer, format="WEBP", quality=82)
+        if buffer.tell() <= MAX_DATA_URI_BYTES:
+            break
+        picture = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4), Image.Resampling.LANCZOS)
+    uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    create_image_artifact(image_url=uri, key=key, description=description)
+
+
+class _OneLine(logging.Filter):
+    """Our own errors explain themselves: their traceback would only bury the line that says what to do."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], HGDPOError):
+            record.msg, record.args = str(record.exc_info[1]), ()
+            record.exc_info = record.exc_text = None
+        return True
+
+
+def explain_own_errors() -> None:
+    """Let Prefect's run loggers print an HGDPOError as its message instead of a traceback."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(f, _OneLine) for f in logger.filters):
+            logger.addFilter(_OneLine())

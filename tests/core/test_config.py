@@ -1,0 +1,57 @@
+"""Settings: the presets are complete and the paper's; a mistake is one readable line."""
+
+import pytest
+
+from hgdpo_core.config import RunConfig, apply_overrides, content_hash
+from hgdpo_core.errors import ConfigError
+from hgdpo_core.presets import build_config, figures, sd15
+
+
+def test_json_round_trip():
+    for config in (figures(), sd15("a/b", "p.txt")):
+        assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_sd15_is_the_papers():
+    config = sd15("somebody/model", "prompts.txt")
+    assert (config.pool.images_per_prompt, config.dpo.beta, config.dpo.lambda_stat) == (20, 2500.0, 10_000.0)
+    assert (config.sampler.width, config.sampler.height, config.sampler.steps) == (704, 1024, 50)
+    assert (config.sampler.guidance_scale, config.evaluation.lora_weight) == (5.0, 0.5)
+    assert (config.dpo.lora_rank, config.dpo.learning_rate, config.dpo.batch_size) == (8, 1e-5, 4)
+    assert (config.dpo.optimizer, config.dpo.adam_betas) == ("adam8bit", (0.9, 0.999))
+    assert config.evaluation.prompts.category == "People"
+
+
+def test_overrides_reach_their_setting_and_are_checked():
+    config = apply_overrides(figures(), {"dpo.beta": 100, "triplets.loser_rank": 5})
+    assert (config.dpo.beta, config.triplets.loser_rank) == (100.0, 5)
+    assert content_hash(config) != content_hash(figures())
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"dpo.bata": 1}, "'dpo.bata' names no setting; settings at that place: .*beta"),
+    ({"nothing.here": 1}, "names no setting"),
+    ({"dpo.beta": -1}, "dpo.beta: Input should be greater than 0 .got -1"),
+    ({"sampler.width": 100}, "sampler.width: Input should be a multiple of 8"),
+    ({"triplets.loser_rank": 21}, "a pool holds only 20 images"),
+    ({"pool.images_per_prompt": 1}, "a winner and a loser need at least 2"),
+    ({"dpo.learning_rate": float("nan")}, "dpo.learning_rate"),
+    ({"evaluation.scorers": []}, "evaluation.scorers"),
+])
+def test_mistakes_are_one_line(overrides, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        apply_overrides(figures(), overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_presets_and_missing_parts():
+    with pytest.raises(ConfigError, match="no preset 'sdxl'; there are figures, sd15"):
+        build_config("sdxl")
+    with pytest.raises(ConfigError, match="give target and prompts"):
+        build_config("sd15")
+
+
+def test_the_users_own_target_is_not_tuned_on_the_presets_images():
+    assert build_config("figures", target="mine").images is None
+    assert build_config("figures", target="mine", images="folder").images == "folder"
+    assert build_config("figures").images == "figures"

@@ -1,0 +1,135 @@
+"""Pools: the same images whatever the shard, batch or list; found again, never made twice; plain diffusers agrees."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
+from hgdpo_core.errors import StoppedError
+from hgdpo_core.generate import generate_pool, plan_pool
+from hgdpo_core.images import decode_image
+from hgdpo_core.models import find_model
+from hgdpo_core.prompts import image_seed
+from hgdpo_core.storage import Store
+
+SAMPLER = SamplerConfig(width=32, height=48, steps=4, guidance_scale=5.0)
+PROMPTS = ["a woman in a red top", "a man in a blue top", "a girl with black hair waves"]
+TOLERANCE = 1  # of 255: float32 sums in another order may round a pixel the other way
+
+
+@pytest.fixture
+def model(target_folder):
+    return find_model(TargetConfig(source=str(target_folder), dtype="float32", negative_prompt="blurry"))
+
+
+def draw(root, model, prompts=PROMPTS, **settings):
+    """{(prompt, index): pixels} of a pool, and its plan before it was drawn."""
+    pool = PoolConfig(**({"images_per_prompt": 3, "prompts_per_shard": 2, "batch_size": 4} | settings))
+    store = Store(str(root))
+    plan = plan_pool(store, model, SAMPLER, pool, prompts)
+    generate_pool(plan, device="cpu")
+    images = {}
+    for index in plan.indices:
+        for row in plan.folder.read(index).to_pylist():
+            images[row["prompt"], row["index"]] = np.asarray(decode_image(row["image"]))
+    return images, plan
+
+
+def difference(a, b):
+    return max(int(np.abs(a[key].astype(int) - b[key].astype(int)).max()) for key in a.keys() & b.keys())
+
+
+def test_the_same_plan_gives_the_same_bits(tmp_path, model):
+    assert difference(draw(tmp_path / "a", model)[0], draw(tmp_path / "b", model)[0]) == 0
+
+
+def test_batch_and_shard_sizes_do_not_choose_the_image(tmp_path, model):
+    images, _ = draw(tmp_path / "a", model)
+    other, _ = draw(tmp_path / "b", model, batch_size=7, prompts_per_shard=1)
+    assert images.keys() == other.keys()
+    assert difference(images, other) <= TOLERANCE
+    assert difference(images, {key: images[PROMPTS[0], 0] for key in images}) > 20  # images do differ
+
+
+def test_a_larger_pool_contains_the_smaller(tmp_path, model):
+    small, _ = draw(tmp_path / "a", model, images_per_prompt=5, prompts=PROMPTS[:1])
+    large, _ = draw(tmp_path / "b", model, images_per_prompt=20, prompts=PROMPTS[:1])
+    assert len(large) == 20
+    assert set(small) < set(large)
+    assert difference(small, large) <= TOLERANCE
+
+
+def test_plain_diffusers_reproduces_an_image_from_its_seed(tmp_path, model):
+    images, _ = draw(tmp_path, model)
+    pipeline = StableDiffusionPipeline.from_pretrained(model.path)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    seed = image_seed(0, PROMPTS[1], 2)
+    image = pipeline(PROMPTS[1], negative_prompt="blurry", width=32, height=48, num_inference_steps=4,
+                     guidance_scale=5.0, generator=torch.Generator().manual_seed(seed)).images[0]
+    assert np.abs(np.asarray(image).astype(int) - images[PROMPTS[1], 2].astype(int)).max() <= TOLERANCE
+
+
+def test_half_precision_noise_is_what_plain_diffusers_draws():
+    """The seed alone must be enough for plain diffusers, also in bfloat16: it draws in that precision itself."""
+    ours = torch.randn((4, 4, 6), generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    theirs = torch.randn((4, 4, 6), generator=torch.Generator().manual_seed(5), dtype=torch.bfloat16)
+    assert torch.equal(ours, theirs)
+
+
+def test_finished_shards_are_found_and_a_longer_list_adds_only_the_rest(tmp_path, model):
+    _, first = draw(tmp_path, model, prompts=PROMPTS[:2])
+    assert len(first.missing) == 1
+    _, again = draw(tmp_path, model, prompts=PROMPTS[:2])
+    assert again.missing == () and again.pool_id == first.pool_id
+    _, longer = draw(tmp_path, model, prompts=[*PROMPTS, PROMPTS[0]])
+    assert longer.pool_id == first.pool_id
+    assert [shard.prompts for shard in longer.missing] == [(PROMPTS[2],)]
+
+
+def test_what_decides_an_image_decides_the_pool(tmp_path, model):
+    store, pool = Store(str(tmp_path)), PoolConfig()
+    base = plan_pool(store, model, SAMPLER, pool, PROMPTS).pool_id
+    assert plan_pool(store, model, SAMPLER, pool.model_copy(update={"batch_size": 3}), PROMPTS).pool_id == base
+    for name, value in {"seed": 1, "images_per_prompt": 5, "image_format": "webp", "prompts_per_shard": 4}.items():
+        other = pool.model_copy(update={name: value})
+        assert plan_pool(store, model, SAMPLER, other, PROMPTS).pool_id != base, name
+    other_sampler = SAMPLER.model_copy(update={"guidance_scale": 3.0})
+    assert plan_pool(store, model, other_sampler, pool, PROMPTS).pool_id != base
+
+
+def test_stopping_keeps_finished_shards_and_resuming_gives_the_same_bits(tmp_path, model):
+    undisturbed, _ = draw(tmp_path / "a", model)
+    store, pool = Store(str(tmp_path / "b")), PoolConfig(images_per_prompt=3, prompts_per_shard=2, batch_size=4)
+    plan = plan_pool(store, model, SAMPLER, pool, PROMPTS)
+    asked = iter([False] * 2 + [True] * 9)  # the first shard has two batches
+    with pytest.raises(StoppedError):
+        generate_pool(plan, device="cpu", should_stop=lambda: next(asked))
+    assert list(plan.folder.manifests()) == [0]
+    resumed, plan = draw(tmp_path / "b", model)
+    assert [shard.index for shard in plan.missing] == [1]
+    assert difference(undisturbed, resumed) == 0
+
+
+def test_image_formats(tmp_path, model):
+    png, _ = draw(tmp_path / "a", model, prompts=PROMPTS[:1])
+    webp, _ = draw(tmp_path / "b", model, prompts=PROMPTS[:1], image_format="webp")
+    jpeg, _ = draw(tmp_path / "c", model, prompts=PROMPTS[:1], image_format="jpeg")
+    assert difference(png, webp) == 0
+    assert difference(png, jpeg) > 0
+
+
+def test_guidance_one_runs_the_conditional_branch_alone(tmp_path, model):
+    plain = SAMPLER.model_copy(update={"guidance_scale": 1.0})
+    store, pool = Store(str(tmp_path)), PoolConfig(images_per_prompt=1)
+    plan = plan_pool(store, model, plain, pool, PROMPTS[:1])
+    generate_pool(plan, device="cpu")
+    pipeline = StableDiffusionPipeline.from_pretrained(model.path)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    seed = image_seed(0, PROMPTS[0], 0)
+    image = pipeline(PROMPTS[0], width=32, height=48, num_inference_steps=4, guidance_scale=1.0,
+                     generator=torch.Generator().manual_seed(seed)).images[0]
+    ours = decode_image(plan.folder.read(0)["image"][0].as_py())
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(ours).astype(int)).max() <= TOLERANCE

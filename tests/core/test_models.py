@@ -1,0 +1,108 @@
+"""Target models: found or refused in one line before anything loads; the LoRA acts exactly at its weight."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from hgdpo_core.config import TargetConfig
+from hgdpo_core.errors import ModelError
+from hgdpo_core.lora import add_lora, save_lora
+from hgdpo_core.model_store import fetch_model, publish_model
+from hgdpo_core.models import find_model, load_pipeline
+from hgdpo_core.storage import Store
+
+
+def find(path, **settings):
+    return find_model(TargetConfig(source=str(path), dtype="float32", **settings))
+
+
+def test_the_fingerprint_follows_the_weights_and_not_the_place(target_folder, tmp_path):
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(target_folder, copy)
+    assert find(copy).fingerprint == find(target_folder).fingerprint
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert find(copy).fingerprint != find(target_folder).fingerprint
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("/no/such/model", "does not exist: expected a diffusers folder"),
+    ("./relative/missing", "does not exist"),
+    ("somebody/no-such-model", "could not be downloaded"),
+])
+def test_a_missing_model_is_one_line(source, message):
+    with pytest.raises(ModelError, match=message) as error:
+        find(source)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_folders_are_refused_before_loading(target_folder, tmp_path):
+    with pytest.raises(ModelError, match="no model_index.json"):
+        find(tmp_path)
+    wrong = tmp_path / "xl"
+    shutil.copytree(target_folder, wrong)
+    index = json.loads((wrong / "model_index.json").read_text())
+    (wrong / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
+    with pytest.raises(ModelError, match="holds a StableDiffusionXLPipeline: expected a StableDiffusionPipeline"):
+        find(wrong)
+
+
+def test_other_predictions_are_refused(target_folder, tmp_path):
+    other = tmp_path / "sample"
+    shutil.copytree(target_folder, other)
+    config = json.loads((other / "scheduler" / "scheduler_config.json").read_text())
+    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "sample"}))
+    with pytest.raises(ModelError, match="predicts 'sample'"):
+        find(other)
+
+
+def test_truncated_weights_are_one_line(target_folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(target_folder, broken)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="does not load") as error:
+        load_pipeline(find(broken))
+    assert "\n" not in str(error.value)
+
+
+def test_a_pickle_is_never_loaded(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"anything")
+    with pytest.raises(ModelError, match=r"no \.safetensors: convert it"):
+        find(tmp_path / "model.ckpt")
+
+
+@pytest.fixture
+def lora_folder(target_folder, tmp_path):
+    unet = load_pipeline(find(target_folder)).unet
+    add_lora(unet, 4, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    save_lora(unet, tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def test_a_lora_is_part_of_the_identity_and_acts_linearly(target_folder, lora_folder):
+    model = find(target_folder)
+    worn = model.with_lora(lora_folder, 0.5)
+    assert worn.id != model.id and worn.id != model.with_lora(lora_folder, 1.0).id
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    base, half, full = (load_pipeline(m).unet.state_dict()[name]
+                        for m in (model, worn, model.with_lora(lora_folder, 1.0)))
+    assert (full - base).abs().max() > 1e-3
+    torch.testing.assert_close(half - base, (full - base) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_models_in_the_store_exist_once_their_record_does(lora_folder, tmp_path):
+    store = Store(str(tmp_path / "store"))
+    store.put_folder(lora_folder, "models/half")  # killed before model.json
+    assert fetch_model(store, "half") is None
+    path = publish_model(store, "whole", lora_folder, {"kind": "lora"})
+    assert (path / "pytorch_lora_weights.safetensors").exists()
+    assert store.read_json("models/whole/model.json")["kind"] == "lora"

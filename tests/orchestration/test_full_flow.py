@@ -1,0 +1,136 @@
+"""The whole flow on tiny models and a real Prefect server: made once, found the second time."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.cli import main
+from flows.full import hgdpo
+from hgdpo_core.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def server():
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="module")
+def parameters(tmp_path_factory, target_folder, judge_folder):
+    from hgdpo_core.figures.dataset import write_image_folder
+
+    place = tmp_path_factory.mktemp("user")
+    (place / "prompts.txt").write_text("".join(f"a woman in a red top, number {i}\n" for i in range(6)))
+    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(8)))
+    write_image_folder(place / "images", 4, seed=0)
+    judge = {"name": "pickscore", "source": str(judge_folder)}
+    return {
+        "root": str(place / "root"), "target": str(target_folder), "prompts": str(place / "prompts.txt"),
+        "images": str(place / "images"),
+        "overrides": {
+            "target.dtype": "float32", "scorer.source": str(judge_folder), "evaluation.scorers": [judge],
+            "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
+            "sampler.steps": 2, "pool.images_per_prompt": 3, "pool.prompts_per_shard": 4, "sft.max_steps": 2,
+            "sft.batch_size": 2, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 1e-2}}
+
+
+@pytest.fixture(scope="module")
+def summary(server, parameters):
+    return hgdpo(**parameters)
+
+
+def test_the_summary_keeps_its_contract(summary):
+    assert set(summary) >= {"preset", "root", "win_rate", "colour_shift", "lora_weight", "triplets", "pool_images",
+                            "timings", "artifacts"}
+    rate = summary["win_rate"]["pickscore"]
+    assert set(rate) == {"rate", "ci_low", "ci_high", "wins", "losses", "ties", "n"}
+    assert rate["n"] == 8 == rate["wins"] + rate["losses"] + rate["ties"]
+    assert summary["pool_images"] == 18 and summary["triplets"] + summary["rejected"] == 6
+    assert summary["artifacts"].keys() >= {"report", "lora", "triplets"}
+    assert all(seconds >= 0 for seconds in summary["timings"].values())
+
+
+def test_an_evaluation_draws_one_image_a_prompt(summary, parameters):
+    from hgdpo_core.shards import ShardFolder
+    from hgdpo_core.storage import Store
+
+    store = Store(parameters["root"])
+    rows = {}
+    for name in store.list_folders("pools"):
+        manifests = ShardFolder.open(store, f"pools/{name}").manifests()
+        rows.setdefault(name.split("-")[0], []).append(sum(manifest.rows for manifest in manifests.values()))
+    assert rows == {"n3": [18], "n1": [8, 8]}  # the pool; the held-out prompts by the target and by the tuned model
+
+
+def test_the_report_stands_beside_the_summary(summary, parameters):
+    place = Path(parameters["root"]) / "runs" / summary["run_id"]
+    assert json.loads((place / "summary.json").read_text()) == summary
+    page = (place / "report.html").read_text()
+    assert "a man in a blue top, number" in page and "<script" not in page
+
+
+def test_the_second_run_finds_everything(summary, parameters):
+    def shards():
+        files = Path(parameters["root"]).rglob("*")
+        return {p: p.stat().st_mtime_ns for p in files if p.suffix in (".parquet", ".safetensors")}
+
+    before = shards()
+    again = hgdpo(**parameters)
+    assert shards() == before
+    assert again["win_rate"] == summary["win_rate"] and again["artifacts"] == summary["artifacts"]
+
+
+def test_plain_diffusers_opens_target_and_lora_and_reproduces_an_image_of_the_pool(summary, parameters):
+    import torch
+
+    from hgdpo_core.images import decode_image
+    from hgdpo_core.shards import ShardFolder
+    from hgdpo_core.storage import Store
+
+    store = Store(parameters["root"])
+    sft = next(name for name in store.list_folders("models") if name.startswith("sft-"))
+    pipeline = StableDiffusionPipeline.from_pretrained(store.local_path(f"models/{sft}"))
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    row = ShardFolder.open(store, summary["artifacts"]["pool"].split("/root/")[1]).read(0).to_pylist()[4]
+
+    def draw():
+        return np.asarray(pipeline(row["prompt"], width=32, height=32, num_inference_steps=2, guidance_scale=3.0,
+                                   generator=torch.Generator().manual_seed(row["seed"])).images[0]).astype(int)
+
+    assert np.abs(draw() - np.asarray(decode_image(row["image"])).astype(int)).max() <= 1
+    plain = draw()
+    pipeline.load_lora_weights(store.local_path(summary["artifacts"]["lora"].split("/root/")[1]))
+    assert np.abs(draw() - plain).max() > 1
+
+
+def test_a_plan_makes_nothing(server, parameters, tmp_path):
+    changed = parameters | {"root": str(tmp_path / "root"), "images": None, "plan_only": True}
+    plan = hgdpo(**changed)["plan"]
+    assert plan[0]["missing_images"] == 18 and plan[0]["missing_shards"] == 2
+    assert not list((tmp_path / "root").rglob("shard-*.parquet"))
+
+
+def test_evaluation_prompts_must_not_occur_in_training(server, parameters):
+    overrides = parameters["overrides"] | {"evaluation.prompts": {"source": parameters["prompts"]}}
+    with pytest.raises(InputError, match="6 of 6 evaluation prompts occur in training"):
+        hgdpo(**(parameters | {"overrides": overrides}))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--preset", "sdxl"], "no preset 'sdxl'"),
+    (["--prompts", "nowhere.txt"], "there is no prompt file"),
+    (["--target", "/no/such/model"], "does not exist"),
+    (["--root", "/proc/hgdpo"], "/proc/hgdpo"),
+    (["--images", "/no/such/folder"], "is not a folder"),
+    (["--set", "dpo.beta=-1"], "dpo.beta"),
+])
+def test_bad_input_is_one_line_and_no_traceback(arguments, message, capsys, tmp_path):
+    root = [] if "--root" in arguments else ["--root", str(tmp_path)]
+    assert main(["run", *root, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("hgdpo: error: ") and error.count("\n") == 1

@@ -1,0 +1,50 @@
+"""The direction of imports: deployments -> flows -> tasks -> hgdpo_core, never backwards."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAY_IMPORT = {
+    "hgdpo_core": {"hgdpo_core"},
+    "tasks": {"hgdpo_core", "tasks", "prefect"},
+    "flows": {"hgdpo_core", "tasks", "flows", "prefect"},
+    "deployments": {"hgdpo_core", "tasks", "flows", "deployments", "prefect"},
+}
+GUARDED = set(MAY_IMPORT) | {"prefect", "tests"}
+PURE = ["losses", "selection", "metrics", "schedule"]
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("layer", MAY_IMPORT)
+def test_no_layer_reaches_upward(layer):
+    files = sorted((ROOT / layer).rglob("*.py"))
+    assert files
+    for path in files:
+        reached = {name.split(".")[0] for name in imports(path)} & GUARDED
+        assert reached <= MAY_IMPORT[layer], f"{path.relative_to(ROOT)} imports {reached - MAY_IMPORT[layer]}"
+
+
+def test_pure_modules_touch_no_files_and_no_networks():
+    for name in PURE:
+        inner = {n for n in imports(ROOT / "hgdpo_core" / f"{name}.py") if n.startswith("hgdpo_core")}
+        assert inner <= {f"hgdpo_core.{n}" for n in [*PURE, "errors"]}, name
+
+
+def test_the_core_runs_without_prefect_installed():
+    code = ("import sys; sys.modules['prefect'] = None\n"
+            "import hgdpo_core.run, hgdpo_core.report, hgdpo_core.tuning, hgdpo_core.showcase, hgdpo_core.gc")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
