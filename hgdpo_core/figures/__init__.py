@@ -1,0 +1,37 @@
+"""The built-in world: drawn people, a miniature Stable Diffusion that paints them, and a judge shaped like
+PickScore.
+
+Everything is 64 x 64 pixels and runs on a laptop's CPU without a download. The weights lie in `weights/`
+inside the package; `weights/README.md` says how they were trained and how good they are. To train them anew:
+
+    python -m hgdpo_core.figures --output hgdpo_core/figures/weights
+"""
+
+from pathlib import Path
+
+from .people import Figure, caption, parse_caption, prompts, sample_figure
+from .renderer import DEFECTS, render
+
+__all__ = [
+    "DEFECTS",
+    "Figure",
+    "caption",
+    "judge_path",
+    "parse_caption",
+    "prompts",
+    "render",
+    "sample_figure",
+    "target_path",
+]
+
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+def target_path() -> Path:
+    """The folder of the shipped target model; `StableDiffusionPipeline.from_pretrained` opens it."""
+    return _WEIGHTS / "target"
+
+
+def judge_path() -> Path:
+    """The folder of the shipped judge; `CLIPModel` and its processor open it, as they open PickScore."""
+    return _WEIGHTS / "judge"

@@ -1,0 +1,197 @@
+"""Train the figures world from nothing: `python -m hgdpo_core.figures`.
+
+Four stages, each reading what the ones before it wrote under the output folder:
+
+    tokenizer -> target/tokenizer
+    vae       -> target/vae
+    judge     -> judge/
+    target    -> target/ (complete pipeline)
+
+A stage keeps its checkpoint in a work folder named by a hash of its settings and of the files it reads, and
+leaves `done.json` there when it has finished. A stage that is done is not done again, one that was killed
+goes on.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import train_judge, train_target, train_vae
+from .card import write_card
+from .evaluation import evaluate_judge, evaluate_target, evaluate_vae
+from .loop import Plan, read_progress
+from .train_tokenizer import TARGET_TOKENS, train_tokenizer
+
+STAGES = ("tokenizer", "vae", "judge", "target")
+PLANS = {"vae": train_vae.PLAN, "judge": train_judge.PLAN, "target": train_target.PLAN}
+EXAMPLES = {"judge": train_judge.PAIRS, "target": train_target.PICTURES}
+TOKENIZER_FOLDER = "target/tokenizer"
+MIB = 2**20
+MAX_MIB = 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where one training run writes, and how much of the full training it does (`scale` 1.0 is all)."""
+
+    output: Path
+    work: Path
+    seed: int = 0
+    scale: float = 1.0
+
+    def scaled(self, count: int, least: int) -> int:
+        return max(least, round(count * self.scale))
+
+    def plan(self, stage: str) -> Plan:
+        plan = PLANS[stage]
+        # Small trials also take small batches, or the first step would be most of their time.
+        return replace(plan, steps=self.scaled(plan.steps, 2), batch=min(plan.batch, self.scaled(1000, 4)))
+
+    def examples(self, stage: str) -> int:
+        """Pairs or pictures that are drawn before the training begins; the VAE draws as it goes."""
+        return self.scaled(EXAMPLES[stage], 16) if stage in EXAMPLES else 0
+
+    @property
+    def samples(self) -> int:
+        """Pictures of each evaluation. A real training is evaluated in full, however short."""
+        return 256 if self.scale >= 0.1 else 4
+
+
+def run_tokenizer(run: Run, work: Path) -> dict:
+    return {"words": len(train_tokenizer(run.output / TOKENIZER_FOLDER, max_tokens=TARGET_TOKENS))}
+
+
+def run_vae(run: Run, work: Path) -> dict:
+    folder, checkpoint = run.output / "target" / "vae", work / "checkpoint.pt"
+    plan, measured = run.plan("vae"), 2 * run.samples
+    train_vae.train_vae(folder, plan, measured=measured, seed=run.seed, checkpoint=checkpoint)
+    return evaluate_vae(train_vae.load_vae(folder), run.samples)
+
+
+def run_judge(run: Run, work: Path) -> dict:
+    vae = train_vae.load_vae(run.output / "target" / "vae")
+    train_judge.train_judge(
+        run.output / "judge",
+        run.output / TOKENIZER_FOLDER,
+        vae,
+        run.plan("judge"),
+        pairs=run.examples("judge"),
+        seed=run.seed,
+        work=work,
+    )
+    return evaluate_judge(run.output / "judge", vae, run.samples)
+
+
+def run_target(run: Run, work: Path) -> dict:
+    vae = train_vae.load_vae(run.output / "target" / "vae")
+    train_target.train_target(
+        run.output / "target",
+        vae,
+        run.plan("target"),
+        pictures=run.examples("target"),
+        seed=run.seed,
+        work=work,
+    )
+    return evaluate_target(run.output / "target", run.output / "judge", run.samples)
+
+
+RUNNERS: dict[str, Callable[[Run, Path], dict]] = {
+    "tokenizer": run_tokenizer,
+    "vae": run_vae,
+    "judge": run_judge,
+    "target": run_target,
+}
+# The files that each stage's training depends on, and the one by which its result is recognised.
+TOKENIZER_FILE = f"{TOKENIZER_FOLDER}/tokenizer.json"
+VAE_FILE = "target/vae/diffusion_pytorch_model.safetensors"
+READS = {
+    "tokenizer": (),
+    "vae": (),
+    "judge": (VAE_FILE, TOKENIZER_FILE),
+    "target": (VAE_FILE, TOKENIZER_FILE),
+}
+WRITES = {
+    "tokenizer": TOKENIZER_FILE,
+    "vae": VAE_FILE,
+    "judge": "judge/model.safetensors",
+    "target": "target/unet/diffusion_pytorch_model.safetensors",
+}
+# A new judge makes the target's metrics stale, but not its training.
+EVALUATES = {"target": ("judge/model.safetensors",)}
+
+
+def fingerprints(stage: str, names: tuple[str, ...], output: Path) -> dict[str, str]:
+    """The sha256 of each of the files, which earlier stages must have written."""
+    for name in names:
+        if not (output / name).exists():
+            raise FileNotFoundError(
+                f"stage {stage!r} reads {output / name}, which is missing: "
+                f"run the stages {', '.join(STAGES)} in order"
+            )
+    return {name: hashlib.sha256((output / name).read_bytes()).hexdigest() for name in names}
+
+
+def training_settings(stage: str, run: Run) -> dict:
+    """What a stage's training is given: its settings, and the files it reads."""
+    plan = asdict(run.plan(stage)) if stage in PLANS else {}
+    inputs = fingerprints(stage, READS[stage], run.output)
+    settings = {"stage": stage, "seed": run.seed, "scale": run.scale, "examples": run.examples(stage)}
+    return {**settings, **plan, "inputs": inputs}
+
+
+def written(stage: str, output: Path) -> dict[str, str]:
+    """The sha256 of what a stage has written, or nothing: another seed may have written over it since."""
+    path = output / WRITES[stage]
+    return {WRITES[stage]: hashlib.sha256(path.read_bytes()).hexdigest()} if path.exists() else {}
+
+
+def run_stage(stage: str, run: Run) -> bool:
+    """Run one stage unless it is done; returns whether it ran."""
+    settings = training_settings(stage, run)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+    work = run.work / f"{stage}-{digest}"
+    done = work / "done.json"
+    evaluated_by = fingerprints(stage, EVALUATES.get(stage, ()), run.output)
+    record = json.loads(done.read_text()) if done.exists() else {}
+    fresh = record.get("evaluated_by") == evaluated_by and record.get("wrote") == written(stage, run.output)
+    if not fresh:
+        work.mkdir(parents=True, exist_ok=True)
+        metrics = RUNNERS[stage](run, work)
+        machine = {"threads": torch.get_num_threads(), "machine": platform.machine()}
+        training = {**settings, **read_progress(work / "checkpoint.pt"), **machine}
+        wrote = written(stage, run.output)
+        record = {"training": training, "metrics": metrics, "evaluated_by": evaluated_by, "wrote": wrote}
+        done.write_text(json.dumps(record, indent=1))
+    collect_metrics(stage, record, run.output)
+    return not fresh
+
+
+def collect_metrics(stage: str, record: dict, output: Path) -> None:
+    """Put a stage's record into `metrics.json` and write the model card anew."""
+    path = output / "metrics.json"
+    metrics = json.loads(path.read_text()) if path.exists() else {}
+    metrics = {**metrics, stage: record}
+    path.write_text(json.dumps(metrics, indent=1) + "\n")
+    write_card(output / "README.md", metrics)
+
+
+def run_stages(run: Run, stages: tuple[str, ...] = STAGES) -> list[str]:
+    """Run the named stages in order; returns those that were not done before."""
+    unknown = set(stages) - set(STAGES)
+    if unknown:
+        raise ValueError(f"stages must be among {', '.join(STAGES)}; got {', '.join(sorted(unknown))}")
+    run.output.mkdir(parents=True, exist_ok=True)
+    run.work.mkdir(parents=True, exist_ok=True)
+    (run.work / ".gitignore").write_text("*\n")
+    ran = [stage for stage in STAGES if stage in stages and run_stage(stage, run)]
+    size = sum(path.stat().st_size for path in run.output.rglob("*") if path.is_file()) / MIB
+    if size > MAX_MIB:
+        raise ValueError(
+            f"{run.output} must stay under {MAX_MIB} MiB to ship in the package; it has {size:.1f} MiB"
+        )
+    return ran

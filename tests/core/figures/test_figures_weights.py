@@ -1,0 +1,141 @@
+"""The shipped weights: they open with the plain libraries, stay small, and do what the card says."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from hgdpo_core.figures import DEFECTS, judge_path, parse_caption, prompts, render, target_path
+from hgdpo_core.figures.card import write_card
+from hgdpo_core.figures.dataset import render_batch
+from hgdpo_core.figures.evaluation import Judge
+
+WEIGHTS = target_path().parent
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return StableDiffusionPipeline.from_pretrained(target_path())
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge(judge_path())
+
+
+def test_the_weights_are_fp16_and_at_most_20_mb():
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 20e6
+    assert not [path for path in WEIGHTS.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt")]
+
+
+@pytest.mark.parametrize("folder", ["target/tokenizer", "judge"])
+def test_every_caption_fits(folder):
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / folder)
+    lengths = [len(ids) for ids in tokenizer(prompts("test", 2000, seed=0))["input_ids"]]
+    assert max(lengths) < 22
+    assert tokenizer.model_max_length == (24 if "target" in folder else 77)
+
+
+def test_an_unknown_word_is_spelled_in_bytes_and_does_not_end_the_text():
+    tokenizer = CLIPTokenizer.from_pretrained(target_path() / "tokenizer")
+    ids = tokenizer("a zebra, smiling")["input_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_two_captions_have_two_embeddings(pipeline):
+    """With CLIP's default end token, which this vocabulary lacks, all texts would pool to the same vector."""
+    one, other = prompts("test", 2, seed=0)
+    clip = CLIPModel.from_pretrained(judge_path())
+    for tokenizer, encoder in (
+        (CLIPTokenizer.from_pretrained(judge_path()), clip.text_model),
+        (pipeline.tokenizer, pipeline.text_encoder),
+    ):
+        batch = tokenizer([one, other], padding="max_length", return_tensors="pt")
+        with torch.no_grad():
+            pooled = encoder(input_ids=batch.input_ids).pooler_output
+        assert (pooled[0] - pooled[1]).abs().max() > 0.1
+
+
+def test_the_pipeline_opens_without_a_warning_and_draws(pipeline, caplog):
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert pipeline.safety_checker is None and pipeline.feature_extractor is None
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    images = pipeline(prompts("test", 2, seed=0), num_inference_steps=8, generator=generator).images
+    assert [image.size for image in images] == [(64, 64)] * 2
+    assert np.asarray(images[0]).std() > 20
+    assert not caplog.records
+
+
+def test_the_target_keeps_the_noise_schedule_of_sd15(pipeline):
+    config = json.loads((target_path() / "scheduler" / "scheduler_config.json").read_text())
+    expected = {
+        "_class_name": "PNDMScheduler",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+        "clip_sample": False,
+        "prediction_type": "epsilon",
+    }
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_scaled_latents_have_unit_deviation(pipeline):
+    figures = [parse_caption(text) for text in prompts("test", 64, seed=1)]
+    pictures, _ = render_batch(figures, range(64))
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        latents = pipeline.vae.encode(images).latent_dist.mean * pipeline.vae.config.scaling_factor
+    assert 0.9 < float(latents.std()) < 1.1
+
+
+def test_the_judge_opens_as_pickscore_does(judge):
+    """The lines of PickScore's model card give the scores that the training code computes."""
+    text = prompts("test", 1, seed=2)[0]
+    image = render(parse_caption(text), 3)
+    model = CLIPModel.from_pretrained(judge_path()).eval()
+    processor = CLIPProcessor(
+        CLIPImageProcessorPil.from_pretrained(judge_path()), CLIPTokenizer.from_pretrained(judge_path())
+    )
+    inputs = processor(
+        text=[text], images=[image], padding=True, truncation=True, max_length=77, return_tensors="pt"
+    )
+    with torch.no_grad():
+        texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+        images = model.get_image_features(inputs["pixel_values"]).pooler_output
+    texts, images = (v / v.norm(dim=-1, keepdim=True) for v in (texts, images))
+    score = model.logit_scale.exp() * (texts @ images.T)[0, 0]
+    expected = judge.score([text], np.array(image)[None])
+    torch.testing.assert_close(score.detach(), expected[0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_judge_prefers_right_pictures(judge):
+    texts = prompts("test", 40, seed=5)
+    figures = [parse_caption(text) for text in texts]
+    seeds = range(2**43, 2**43 + len(texts))
+    right = judge.score(texts, render_batch(figures, seeds)[0])
+    won = {
+        defect: float(
+            (right > judge.score(texts, render_batch(figures, seeds, [defect] * len(texts))[0]))
+            .float()
+            .mean()
+        )
+        for defect in DEFECTS
+    }
+    assert np.mean(list(won.values())) >= 0.85, won
+    assert min(won.values()) >= 0.7, won
+
+
+def test_the_card_is_what_the_metrics_say(tmp_path):
+    metrics = json.loads((WEIGHTS / "metrics.json").read_text())
+    assert set(metrics) == {"tokenizer", "vae", "judge", "target"}
+    write_card(tmp_path / "README.md", metrics)
+    assert (tmp_path / "README.md").read_text() == (WEIGHTS / "README.md").read_text()
