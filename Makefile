@@ -10,8 +10,7 @@ INSTALLED := $(VENV)/.installed
 # and the empty API URL makes a run start a temporary server by itself.
 PREFECT_ENV = env $$(env | sed -n 's/^\(PREFECT_[A-Z0-9_]*\)=.*/-u \1/p') \
 	PREFECT_HOME="$(CURDIR)/.prefect" PREFECT_PROFILES_PATH="$(CURDIR)/.prefect/profiles.toml" PREFECT_API_URL= \
-	PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 \
-	OMP_WAIT_POLICY=PASSIVE
+	PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
 
 .PHONY: help install demo test lint clean
 
