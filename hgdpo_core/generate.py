@@ -83,16 +83,18 @@ def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConf
     """Assign every prompt to a shard, keeping earlier assignments: a list that grows finds its finished prompts."""
     settings = pool_settings(model, sampler, pool)
     pool_id = f"n{pool.images_per_prompt}-{content_hash(settings)}"
-    folder = ShardFolder.create(store, f"pools/{pool_id}", settings)
-    assigned = _read_plan(store, folder.key)
+    key = f"pools/{pool_id}"
+    assigned = _read_plan(store, key)
     known = {prompt: shard.index for shard in assigned.values() for prompt in shard.prompts}
-    new = [prompt for prompt in prompts if prompt not in known]
-    if new:
-        first = max(assigned, default=-1) + 1
-        added = [PlannedShard(first + i, tuple(chunk)) for i, chunk in enumerate(_chunks(new, pool.prompts_per_shard))]
-        _write_plan(store, folder.key, added)
-        assigned |= {shard.index: shard for shard in added}
-        known |= {prompt: shard.index for shard in added for prompt in shard.prompts}
+    new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in known))
+    first = max(assigned, default=-1) + 1
+    added = [PlannedShard(first + i, tuple(chunk)) for i, chunk in enumerate(_chunks(new, pool.prompts_per_shard))]
+    assigned |= {shard.index: shard for shard in added}
+    known |= {prompt: shard.index for shard in added for prompt in shard.prompts}
+    expected = {"shards": len(assigned), "rows": len(known) * pool.images_per_prompt}
+    folder = ShardFolder.create(store, key, settings | {"expected": expected})
+    if added:
+        _write_plan(store, key, added)
     wanted = sorted({known[prompt] for prompt in prompts})
     shards = tuple(assigned[index] for index in wanted)
     manifests = folder.manifests()

@@ -1,6 +1,8 @@
 """The target model and the tuned one: found, checked and fingerprinted without loading; loaded when work needs them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,15 +131,22 @@ def load_pipeline(model: Model, device: str = "cpu", *, dtype: str | None = None
 
 
 def _read_pipeline(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # its advice on safety checkers is not about the user's problem
-    diffusers_logging.disable_progress_bar()
-    try:
-        options: dict[str, Any] = {"dtype": dtype, "safety_checker": None}
+    options: dict[str, Any] = {"dtype": dtype, "safety_checker": None}
+    with _quiet_diffusers():
         if path.is_file():
             return StableDiffusionPipeline.from_single_file(str(path), **options)
         return StableDiffusionPipeline.from_pretrained(
             path, local_files_only=True, requires_safety_checker=False, **options)
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Without its advice on safety checkers and text encoders that a LoRA leaves alone: both are meant so here."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
 
@@ -153,7 +162,9 @@ def _check_unet(path: Path, pipeline: StableDiffusionPipeline) -> None:
 
 
 def _merge_lora(pipeline: StableDiffusionPipeline, lora: Lora) -> None:
-    pipeline.load_lora_weights(str(lora.path), weight_name="pytorch_lora_weights.safetensors", local_files_only=True)
+    with _quiet_diffusers():
+        pipeline.load_lora_weights(str(lora.path), weight_name="pytorch_lora_weights.safetensors",
+                                   local_files_only=True)
     pipeline.fuse_lora(lora_scale=lora.weight)
     pipeline.unload_lora_weights()
 

@@ -86,6 +86,7 @@ def test_finished_shards_are_found_and_a_longer_list_adds_only_the_rest(tmp_path
     _, longer = draw(tmp_path, model, prompts=[*PROMPTS, PROMPTS[0]])
     assert longer.pool_id == first.pool_id
     assert [shard.prompts for shard in longer.missing] == [(PROMPTS[2],)]
+    assert longer.folder.config["expected"] == {"shards": 2, "rows": 9}
 
 
 def test_what_decides_an_image_decides_the_pool(tmp_path, model):
