@@ -99,7 +99,7 @@ def test_plain_diffusers_opens_target_and_lora_and_reproduces_an_image_of_the_po
     row = ShardFolder.open(store, summary["artifacts"]["pool"].split("/root/")[1]).read(0).to_pylist()[4]
 
     def draw():
-        return np.asarray(pipeline(row["prompt"], width=32, height=32, num_inference_steps=2, guidance_scale=3.0,
+        return np.asarray(pipeline(row["prompt"], width=32, height=32, num_inference_steps=2, guidance_scale=1.5,
                                    generator=torch.Generator().manual_seed(row["seed"])).images[0]).astype(int)
 
     assert np.abs(draw() - np.asarray(decode_image(row["image"])).astype(int)).max() <= 1
