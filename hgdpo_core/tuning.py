@@ -37,13 +37,14 @@ class Tuned:
 def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftConfig, *,
                 progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
     """SFT: fine-tune the UNet on the user's images; the result is a diffusers folder in `models/`."""
-    model_id = _model_id("sft", model, latents, config)
+    indices = sorted(latents.manifests())
+    model_id = _model_id("sft", model, latents, indices, config)
     found = _found(store, model_id)
     if found:
         return found
     pipeline = load_pipeline(model, default_device(), dtype="float32")
     empty = encode_text(load_pipeline(model, default_device()), [""], model.clip_skip).float().cpu()
-    images = LatentImages(latents, sorted(latents.manifests()))
+    images = LatentImages(latents, indices)
     result = train_sft(pipeline.unet, pipeline.scheduler.config, images, config, empty, progress=progress,
                        checkpoints=Checkpoints(store, f"models/{model_id}/checkpoints"), should_stop=should_stop)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +56,7 @@ def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftCon
 def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardFolder, indices: list[int],
               config: DpoConfig, *, progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
     """Diffusion-DPO + SML: train a LoRA of the target on its triplets; the result is a diffusers LoRA folder."""
-    model_id = _model_id("dpo", model, latents, config)
+    model_id = _model_id("dpo", model, latents, indices, config)
     found = _found(store, model_id)
     if found:
         return found
@@ -72,9 +73,12 @@ def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardF
         return _publish(store, model_id, Path(folder), "lora", config, latents, result.log)
 
 
-def _model_id(kind: str, model: Model, latents: ShardFolder, config: TrainingConfig) -> str:
-    settings = config.model_dump(mode="json", exclude=BOOKKEEPING)
-    return f"{kind}-{content_hash({'model': model.identity(), 'latents': latents.key, 'config': settings})}"
+def _model_id(kind: str, model: Model, latents: ShardFolder, indices: list[int], config: TrainingConfig) -> str:
+    """Another model, other settings or other bytes to train on make another tuned model: none is ever stale."""
+    manifests = latents.manifests()
+    settings = {"model": model.identity(), "latents": [manifests[index].sha256 for index in indices],
+                "config": config.model_dump(mode="json", exclude=BOOKKEEPING)}
+    return f"{kind}-{content_hash(settings)}"
 
 
 def _found(store: Store, model_id: str) -> Tuned | None:

@@ -1,6 +1,7 @@
 """The whole flow on tiny models and a real Prefect server: made once, found the second time."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def parameters(tmp_path_factory, target_folder, judge_folder):
             "target.dtype": "float32", "scorer.source": str(judge_folder), "evaluation.scorers": [judge],
             "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
             "sampler.steps": 2, "pool.images_per_prompt": 3, "pool.prompts_per_shard": 4, "sft.max_steps": 2,
-            "sft.batch_size": 2, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 1e-2}}
+            "sft.batch_size": 2, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2}}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,11 @@ def test_the_second_run_finds_everything(summary, parameters):
     assert again["win_rate"] == summary["win_rate"] and again["artifacts"] == summary["artifacts"]
 
 
+def key(summary, artifact):
+    """The store's key of one of the summary's artifacts."""
+    return summary["artifacts"][artifact].removeprefix(summary["root"] + "/")
+
+
 def test_plain_diffusers_opens_target_and_lora_and_reproduces_an_image_of_the_pool(summary, parameters):
     import torch
 
@@ -96,7 +102,7 @@ def test_plain_diffusers_opens_target_and_lora_and_reproduces_an_image_of_the_po
     pipeline = StableDiffusionPipeline.from_pretrained(store.local_path(f"models/{sft}"))
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    row = ShardFolder.open(store, summary["artifacts"]["pool"].split("/root/")[1]).read(0).to_pylist()[4]
+    row = ShardFolder.open(store, key(summary, "pool")).read(0).to_pylist()[4]
 
     def draw():
         return np.asarray(pipeline(row["prompt"], width=32, height=32, num_inference_steps=2, guidance_scale=1.5,
@@ -104,7 +110,7 @@ def test_plain_diffusers_opens_target_and_lora_and_reproduces_an_image_of_the_po
 
     assert np.abs(draw() - np.asarray(decode_image(row["image"])).astype(int)).max() <= 1
     plain = draw()
-    pipeline.load_lora_weights(store.local_path(summary["artifacts"]["lora"].split("/root/")[1]))
+    pipeline.load_lora_weights(store.local_path(key(summary, "lora")))
     assert np.abs(draw() - plain).max() > 1
 
 
@@ -134,3 +140,18 @@ def test_bad_input_is_one_line_and_no_traceback(arguments, message, capsys, tmp_
     assert main(["run", *root, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("hgdpo: error: ") and error.count("\n") == 1
+
+
+def test_plan_and_gc_commands(parameters, tmp_path, capsys):
+    settings = [f"--set={name}={json.dumps(value)}" for name, value in parameters["overrides"].items()]
+    arguments = ["--root", str(tmp_path), "--target", parameters["target"], "--prompts", parameters["prompts"]]
+    assert main(["plan", *arguments, *settings]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["missing_images"] == 18
+    place = tmp_path / "pools" / "n3-left" / "shard-00000-000000000000.parquet"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"left by a killed writer")
+    os.utime(place, (0, 0))
+    assert main(["gc", "--root", str(tmp_path), "--dry-run"]) == 0
+    assert "would remove 1 files" in capsys.readouterr().out and place.exists()
+    assert main(["gc", "--root", str(tmp_path)]) == 0
+    assert not place.exists()
