@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -53,6 +52,8 @@ class ReportData:
     root: str
     """URL or path of the object store; must hold no secret, for it is printed."""
     created_at: datetime
+    command: str
+    """Shell line that starts this run again."""
     win_rates: Mapping[str, WinRate]
     """Tuned over target by scorer name; the first is the headline, and its scores stand under the pairs."""
     lora_weight: float
@@ -76,9 +77,6 @@ class ReportData:
     """Path or URL by name; http(s) URLs become links."""
     notes: Sequence[str] = ()
     """Honest remarks, one sentence or two each."""
-    command: str | None = None
-    """Shell line that starts this run; None: `hgdpo run` with preset, root, prompts, target and images. Give it
-    when the run had overrides."""
 
 
 ImageEncoder = Callable[[Image.Image], str]
@@ -323,21 +321,11 @@ def _artifacts(artifacts: Mapping[str, str]) -> str:
 
 
 def _repeat(data: ReportData) -> str:
-    command = data.command or _default_command(data)
     settings = json.dumps(data.config.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    body = (f"<pre><code>{escape(command)}</code></pre><details><summary>All settings of this run</summary>"
+    body = (f"<pre><code>{escape(data.command)}</code></pre><details><summary>All settings of this run</summary>"
             f"<pre><code>{escape(settings)}</code></pre></details>")
     intro = "The same root reuses what is finished; another root makes everything anew."
     return _section("How to repeat", intro, body)
-
-
-def _default_command(data: ReportData) -> str:
-    """The run without overrides; what comes from the built-in world needs no mention."""
-    config = data.config
-    inputs = {"prompts": config.prompts.source, "target": config.target.source, "images": config.images}
-    options = {"preset": data.preset, "root": data.root,
-               **{name: source for name, source in inputs.items() if source and source != "figures"}}
-    return " ".join(["hgdpo run", *(f"--{name} {shlex.quote(value)}" for name, value in options.items())])
 
 
 def _words(name: str) -> str:

@@ -1,6 +1,8 @@
 """A run, opened: everything a user can get wrong is checked here, in seconds, before any model loads."""
 
+import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ class Run:
     prompts: PromptList
     evaluation_prompts: PromptList
     images: ImageSet | None
+    command: str
+    """Shell line that starts this run again."""
 
     def key(self, name: str) -> str:
         """Key of a file of this run, for example `runs/<run_id>/summary.json`."""
@@ -60,11 +64,20 @@ def open_run(preset: str = "figures", root: str | None = None, *, prompts: str |
         find_scorer(scorer.name, scorer.source)
     store.check_writable()
     image_set = _read_images(config.images, store)
-    run = Run(config, store, f"{preset}-{content_hash(config)}", model, training, evaluation, image_set)
+    command = _command({"preset": preset, "root": store.root, "prompts": prompts, "target": target, "images": images},
+                       overrides or {})
+    run = Run(config, store, f"{preset}-{content_hash(config)}", model, training, evaluation, image_set, command)
     save_prompts(store, training)
     save_prompts(store, evaluation)
     store.write_json(run.key("config.json"), {"code_version": __version__, **config.model_dump(mode="json")})
     return run
+
+
+def _command(options: Mapping[str, str | None], overrides: Mapping[str, Any]) -> str:
+    words = ["hgdpo run"]
+    words += [f"--{name} {shlex.quote(value)}" for name, value in options.items() if value is not None]
+    words += [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in overrides.items()]
+    return " ".join(words)
 
 
 def _read_images(source: str | None, store: Store) -> ImageSet | None:

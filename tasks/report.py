@@ -39,8 +39,8 @@ def publish(run: Run, pool: PoolPlan, scores: ShardFolder, triplets: Triplets, l
                  "pool": run.store.url(pool.folder.key)}
     data = ReportData(
         preset=run.config.preset, title=f"HG-DPO on {run.config.target.source}", config=run.config, root=run.store.root,
-        created_at=datetime.now(UTC), win_rates=comparison.win_rates, lora_weight=comparison.lora_weight,
-        colour_shift=comparison.colour_shift,
+        created_at=datetime.now(UTC), command=run.command, win_rates=comparison.win_rates,
+        lora_weight=comparison.lora_weight, colour_shift=comparison.colour_shift,
         counts={"prompts": len(run.prompts.prompts), "pool_images": pool.images, "triplets": triplets.counts.triplets,
                 "rejected": triplets.counts.rejected, "evaluation_prompts": len(comparison.prompts)},
         pairs=sample, best_wins=pairs(gains), worst_losses=pairs(losses), pools=pools, training_log=lora.log,

@@ -4,6 +4,8 @@ download."""
 import argparse
 from pathlib import Path
 
+from hgdpo_core.errors import ConfigError
+
 from .training import STAGES, Run, run_stages
 
 
@@ -23,7 +25,10 @@ def main(arguments: list[str] | None = None) -> list[str]:
     options = parser.parse_args(arguments)
     work = options.work or options.output.with_name(f".{options.output.name}-work")
     run = Run(options.output, work, seed=options.seed, scale=options.scale)
-    return run_stages(run, tuple(options.stages.split(",")))
+    try:
+        return run_stages(run, tuple(options.stages.split(",")))
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

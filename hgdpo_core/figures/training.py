@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from hgdpo_core.errors import ConfigError
+
 from . import train_judge, train_target, train_vae
 from .card import write_card
 from .evaluation import evaluate_judge, evaluate_target, evaluate_vae
@@ -184,7 +186,7 @@ def run_stages(run: Run, stages: tuple[str, ...] = STAGES) -> list[str]:
     """Run the named stages in order; returns those that were not done before."""
     unknown = set(stages) - set(STAGES)
     if unknown:
-        raise ValueError(f"stages must be among {', '.join(STAGES)}; got {', '.join(sorted(unknown))}")
+        raise ConfigError(f"stages must be among {', '.join(STAGES)}; got {', '.join(sorted(unknown))}")
     run.output.mkdir(parents=True, exist_ok=True)
     run.work.mkdir(parents=True, exist_ok=True)
     (run.work / ".gitignore").write_text("*\n")

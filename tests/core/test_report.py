@@ -17,7 +17,7 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.grids import PairSample, PoolSample
 from hgdpo_core.metrics import ColourShift, WinRate
 from hgdpo_core.plots import STYLE, ChartSpec, format_number, line_chart, read_line, smooth, win_rate_bar
-from hgdpo_core.presets import figures, sd15
+from hgdpo_core.presets import figures
 from hgdpo_core.report import ReportData, encode_data_uri, headline, read_interval, render_report
 
 EVIL = """a man <script>alert("x")</script> & 'friends' <img src=http://example.org/x.png>"""
@@ -71,7 +71,8 @@ def sample_log(rows: int) -> list[dict[str, float]]:
 
 EMPTY = ReportData(
     preset="figures", title="A run", config=figures(), root="/data/run",
-    created_at=datetime(2030, 1, 2, 3, 4, tzinfo=UTC), win_rates={}, lora_weight=1.0, colour_shift=None, counts={})
+    created_at=datetime(2030, 1, 2, 3, 4, tzinfo=UTC), command="hgdpo run --root '/a b'",
+    win_rates={}, lora_weight=1.0, colour_shift=None, counts={})
 
 FULL = dataclasses.replace(
     EMPTY, title=EVIL, root="s3://bucket/<root>", lora_weight=0.5,
@@ -130,13 +131,8 @@ def test_numbers_and_sections_are_on_the_page():
         assert words in page.text, words
 
 
-def test_command_repeats_the_run():
-    assert "hgdpo run --preset figures --root '/a b'" in Page(
-        render_report(dataclasses.replace(EMPTY, root="/a b"))).text
-    own = dataclasses.replace(EMPTY, preset="sd15", config=sd15("me/model", "people.txt"))
-    assert "hgdpo run --preset sd15 --root /data/run --prompts people.txt --target me/model" in Page(
-        render_report(own)).text
-    assert "make demo" in Page(render_report(dataclasses.replace(EMPTY, command="make demo"))).text
+def test_the_command_is_on_the_page():
+    assert "hgdpo run --root '/a b'" in Page(render_report(EMPTY)).text
 
 
 # --- that it stands alone

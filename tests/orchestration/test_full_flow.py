@@ -72,6 +72,7 @@ def test_the_report_stands_beside_the_summary(summary, parameters):
     assert json.loads((place / "summary.json").read_text()) == summary
     page = (place / "report.html").read_text()
     assert "a man in a blue top, number" in page and "<script" not in page
+    assert "--set sampler.steps=2" in page  # the command that repeats this run
 
 
 def test_the_second_run_finds_everything(summary, parameters):
