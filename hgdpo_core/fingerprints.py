@@ -7,6 +7,8 @@ from pathlib import Path
 
 from hgdpo_core.config import content_hash
 
+MAX_CONFIG_BYTES = 1 << 16  # larger .json files are vocabularies
+SAVERS_NOTES = {"_name_or_path", "_diffusers_version", "transformers_version"}
 HASHED_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json", ".txt", ".model")
 
 
@@ -15,12 +17,25 @@ def fingerprint_path(path: Path) -> str:
     if path.is_file():
         return _file_hash(path)
     files = sorted(f for f in path.rglob("*") if f.suffix in HASHED_SUFFIXES and not _is_ours(f.relative_to(path)))
-    return content_hash([[f.relative_to(path).as_posix(), _file_hash(f)] for f in files], length=64)
+    return content_hash([[f.relative_to(path).as_posix(), _config_hash(f) or _file_hash(f)] for f in files], length=64)
 
 
 def _is_ours(name: Path) -> bool:
     """Checkpoints and our own records lie beside a model in the store but are no part of it."""
     return name.parts[0] == "checkpoints" or str(name) in ("config.json", "model.json", "log.json")
+
+
+def _config_hash(path: Path) -> str | None:
+    """Hash of a config without the notes of whoever saved it; None for what is no config."""
+    if path.suffix != ".json" or path.stat().st_size > MAX_CONFIG_BYTES:
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    if isinstance(config, dict):
+        config = {key: value for key, value in config.items() if key not in SAVERS_NOTES}
+    return content_hash({"config": config}, length=64)
 
 
 def _file_hash(path: Path) -> str:
