@@ -26,8 +26,10 @@ def some_server() -> Iterator[None]:
     server.start(timeout=START_SECONDS)
     try:
         with temporary_settings({PREFECT_API_URL: server.api_url}):
-            yield
-            for worker in (APILogWorker, EventsWorker):  # else they try for a minute to reach a server that is gone
-                worker.drain_all(timeout=DRAIN_SECONDS)
+            try:
+                yield
+            finally:
+                for worker in (APILogWorker, EventsWorker):  # else they try for a minute to reach a server that is gone
+                    worker.drain_all(timeout=DRAIN_SECONDS)
     finally:
         server.stop()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from hgdpo_core.config import TargetConfig, content_hash
 from hgdpo_core.errors import ConfigError, ModelError
@@ -141,14 +142,17 @@ def _read_pipeline(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without its advice on safety checkers and text encoders that a LoRA leaves alone: both are meant so here."""
+    """Without bars, and without advice on safety checkers and on text encoders that a LoRA leaves alone."""
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
+        diffusers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()
 
 
 def _check_unet(path: Path, pipeline: StableDiffusionPipeline) -> None:

@@ -103,4 +103,5 @@ def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype =
         raise ModelError(f"scorer pickscore: {folder} does not load as a CLIP model: {first}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
     return PickScore(cast(Any, model).to(device).eval().requires_grad_(False), tokenizer, processor, fingerprint)
