@@ -7,7 +7,18 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+        "prediction_type": "epsilon"}
 TEXTS = ["a woman in a red top", "a man in a blue top", "a girl with black hair waves", "a boy runs on the beach"]
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    """Random weights, the same at every call; latents of 8x8, text embeddings of width 32."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+        attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")).eval()
 
 
 def save_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -4,26 +4,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
+from tiny import tiny_unet
 
 from hgdpo_core.errors import ModelError
 from hgdpo_core.lora import add_lora, load_lora_state, lora_state, reference_mode, save_lora
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These networks are so small that threads only wait for each other, on a busy machine ten times longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def tiny_unet() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
-        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")).eval()
 
 
 def predict(unet: UNet2DConditionModel) -> torch.Tensor:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from tiny import SD15, tiny_unet
 
 from hgdpo_core.checkpoints import Checkpoints
 from hgdpo_core.config import DpoConfig
@@ -16,27 +17,8 @@ from hgdpo_core.storage import Store
 from hgdpo_core.train import PairBatch, train_dpo
 from hgdpo_core.training import draw_noise, draw_timesteps, epoch_order, resolve_precision, sample_generator
 
-SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-        "prediction_type": "epsilon"}
 KEYS = ["step", "loss", "dpo_loss", "stat_loss", "margin", "implicit_accuracy", "winner_error", "loser_error",
         "reference_winner_error", "reference_loser_error", "grad_norm", "learning_rate"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These networks are so small that threads only wait for each other, on a busy machine ten times longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def tiny_unet() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
-        attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
 
 
 class Pairs:
