@@ -156,3 +156,24 @@ def test_plan_and_gc_commands(parameters, tmp_path, capsys):
     assert "would remove 1 files" in capsys.readouterr().out and place.exists()
     assert main(["gc", "--root", str(tmp_path)]) == 0
     assert not place.exists()
+
+
+def test_the_same_road_on_s3(server, parameters, summary, monkeypatch):
+    """A bucket holds the same rows as a folder, and the second run finds the models through the local cache."""
+    boto3 = pytest.importorskip("boto3")
+    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 to test against")
+    service = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    service.start()
+    try:
+        host, port = service.get_host_and_port()
+        for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test",
+                            "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        there = parameters | {"root": "s3://bucket/people"}
+        made, again = hgdpo(**there), hgdpo(**there)
+        assert made["win_rate"] == again["win_rate"] == summary["win_rate"]
+        assert made["artifacts"]["lora"].startswith("s3://bucket/people/models/dpo-")
+        assert key(made, "pool") == key(summary, "pool") and key(made, "lora") == key(summary, "lora")
+    finally:
+        service.stop()
