@@ -134,6 +134,13 @@ class EvaluationConfig(StageConfig):
     lora_weight: float = Field(default=0.5, gt=0, description="scale of the LoRA at inference (paper A.3: 0.5)")
     scorers: tuple[ScorerConfig, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _scorers_differ(self) -> Self:
+        names = [scorer.name for scorer in self.scorers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"evaluation.scorers holds {', '.join(names)}: name each once, results go by name")
+        return self
+
 
 class RunConfig(StageConfig):
     """Everything one run needs, saved beside everything it made."""

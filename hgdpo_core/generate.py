@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, content_hash
-from hgdpo_core.errors import ModelError, StoppedError
+from hgdpo_core.errors import ModelError, StoppedError, StorageError
 from hgdpo_core.images import encode_image
 from hgdpo_core.models import Model, default_device, device_name, load_pipeline
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
@@ -84,10 +84,12 @@ def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConf
     settings = pool_settings(model, sampler, pool)
     pool_id = f"n{pool.images_per_prompt}-{content_hash(settings)}"
     key = f"pools/{pool_id}"
-    assigned = _read_plan(store, key)
+    planned, manifests = _read_plan(store, key), ShardFolder(store, key, settings).manifests()
+    # Two runs may have planned one index at the same moment: the committed shard holds, other prompts move on.
+    assigned = {i: shard for i, shard in planned.items() if i not in manifests or _holds(manifests[i], shard)}
     known = {prompt: shard.index for shard in assigned.values() for prompt in shard.prompts}
     new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in known))
-    first = max(assigned, default=-1) + 1
+    first = max([*planned, *manifests], default=-1) + 1
     added = [PlannedShard(first + i, tuple(chunk)) for i, chunk in enumerate(_chunks(new, pool.prompts_per_shard))]
     assigned |= {shard.index: shard for shard in added}
     known |= {prompt: shard.index for shard in added for prompt in shard.prompts}
@@ -97,7 +99,6 @@ def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConf
         _write_plan(store, key, added)
     wanted = sorted({known[prompt] for prompt in prompts})
     shards = tuple(assigned[index] for index in wanted)
-    manifests = folder.manifests()
     missing = tuple(shard for shard in shards if not _holds(manifests.get(shard.index), shard))
     return PoolPlan(pool_id, folder, model, sampler, pool, shards, missing)
 
@@ -150,10 +151,13 @@ def generate_pool(plan: PoolPlan, *, device: str | None = None, progress: Progre
             rows.append(row)
             done += 1
             progress(done, total, "images")
-        plan.folder.commit(
+        manifest = plan.folder.commit(
             shard.index, pa.Table.from_pylist(rows, schema=SCHEMA), device=device_name(painter.device),
             batch_size=plan.pool.batch_size, seconds=time.monotonic() - start,
             details={"prompt_ids": shard.prompt_ids})
+        if not _holds(manifest, shard):
+            raise StorageError(f"shard {shard.index} of {plan.folder.key} was taken at the same moment by a run with "
+                               "other prompts: start this run again, it will plan around it")
     return done
 
 

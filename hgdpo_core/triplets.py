@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from hgdpo_core.config import TripletConfig, content_hash
+from hgdpo_core.errors import StoppedError
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.selection import select_pair
@@ -62,7 +63,7 @@ def build_triplets(pool: ShardFolder, scores: ShardFolder, triplets: ShardFolder
                   scores.input_shard(index, manifest=score_manifests[index]))
         if index not in counted or counted[index].inputs != inputs:
             if should_stop():
-                break
+                raise StoppedError("stopped while ranking pools; finished shards are kept")
             table, rejected = _select(pool, scores, index, wanted, config)
             if rejected.num_rows:
                 triplets.reject(f"shard-{index:05d}", rejected)

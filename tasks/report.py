@@ -44,7 +44,7 @@ def publish(run: Run, pool: PoolPlan, scores: ShardFolder, triplets: Triplets, l
         counts={"prompts": len(run.prompts.prompts), "pool_images": pool.images, "triplets": triplets.counts.triplets,
                 "rejected": triplets.counts.rejected, "evaluation_prompts": len(comparison.prompts)},
         pairs=sample, best_wins=pairs(gains), worst_losses=pairs(losses), pools=pools, training_log=lora.log,
-        sft_log=sft_log, timings=seconds, artifacts=artifacts)
+        sft_log=sft_log, timings=seconds, artifacts=artifacts, notes=_notes(run))
     summary = {
         "preset": run.config.preset, "root": run.store.root, "run_id": run.run_id,
         "win_rate": {name: rate.as_dict() for name, rate in comparison.win_rates.items()},
@@ -59,3 +59,9 @@ def publish(run: Run, pool: PoolPlan, scores: ShardFolder, triplets: Triplets, l
     get_run_logger().info(headline(data))
     return summary
 
+
+def _notes(run: Run) -> list[str]:
+    if not any(scorer.source == "figures" for scorer in run.config.evaluation.scorers):
+        return []
+    return ["Where this page says PickScore, the judge is the figures world's own: a small model of PickScore's shape, "
+            "trained on drawings. Nothing here says anything about photographs."]

@@ -37,6 +37,7 @@ def test_overrides_reach_their_setting_and_are_checked():
     ({"pool.images_per_prompt": 1}, "a winner and a loser need at least 2"),
     ({"dpo.learning_rate": float("nan")}, "dpo.learning_rate"),
     ({"evaluation.scorers": []}, "evaluation.scorers"),
+    ({"evaluation.scorers": [{"name": "pickscore"}, {"name": "pickscore"}]}, "name each once"),
 ])
 def test_mistakes_are_one_line(overrides, message):
     with pytest.raises(ConfigError, match=message) as error:

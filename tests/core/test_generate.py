@@ -89,6 +89,21 @@ def test_finished_shards_are_found_and_a_longer_list_adds_only_the_rest(tmp_path
     assert longer.folder.config["expected"] == {"shards": 2, "rows": 9}
 
 
+def test_an_index_planned_twice_keeps_its_shard_and_the_other_prompts_move_on(tmp_path, model):
+    draw(tmp_path, model, prompts=PROMPTS[:2])
+    plans = next((tmp_path / "pools").glob("*/plan"))
+    ours = next(plans.iterdir())
+    rival = Store(str(tmp_path / "rival"))
+    plan = plan_pool(rival, model, SAMPLER, PoolConfig(images_per_prompt=3, prompts_per_shard=2), PROMPTS[2:])
+    theirs = next(rival.local_path(f"{plan.folder.key}/plan").iterdir())
+    (plans / "00000-000000000000.parquet").write_bytes(theirs.read_bytes())  # sorts first, so it is believed
+    assert ours.name > "00000-000000000000.parquet"
+    images, healed = draw(tmp_path, model)
+    assert set(images) == {(prompt, index) for prompt in PROMPTS for index in range(3)}
+    _, again = draw(tmp_path, model)
+    assert again.missing == () and again.indices == healed.indices
+
+
 def test_what_decides_an_image_decides_the_pool(tmp_path, model):
     store, pool = Store(str(tmp_path)), PoolConfig()
     base = plan_pool(store, model, SAMPLER, pool, PROMPTS).pool_id

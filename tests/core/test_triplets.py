@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from hgdpo_core.config import DpoConfig, PoolConfig, SamplerConfig, TargetConfig, TripletConfig
-from hgdpo_core.errors import InputError
+from hgdpo_core.errors import InputError, StoppedError
 from hgdpo_core.generate import generate_pool, plan_pool
 from hgdpo_core.images import decode_image
 from hgdpo_core.latents import LatentPairs, cache_latents, latent_folder
@@ -75,6 +75,17 @@ def test_pools_without_a_pair_are_kept_with_their_reason(world):
         for row in pq.read_table(pa.BufferReader(rows)).cast(REJECTED_SCHEMA).to_pylist():
             rejected[row["prompt"]] = row["reason"]
     assert rejected == {PROMPTS[1]: "winner and loser score the same", PROMPTS[3]: "a score is not finite"}
+
+
+def test_stopping_is_said_and_keeps_what_is_finished(world):
+    store, _, plan, scores = world
+    config = TripletConfig(loser_rank=3)
+    folder = triplet_folder(store, plan.folder, scores, "5-stopped", config)
+    asked = iter([False, True])
+    with pytest.raises(StoppedError, match="finished shards are kept"):
+        build_triplets(plan.folder, scores, folder, PROMPTS, plan.indices, config, should_stop=lambda: next(asked))
+    assert list(folder.manifests()) == [0]
+    assert build_triplets(plan.folder, scores, folder, PROMPTS, plan.indices, config).rejected == 2
 
 
 def test_loser_rank_and_subset_of_prompts(world):
