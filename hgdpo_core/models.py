@@ -156,10 +156,10 @@ def _quiet_diffusers() -> Iterator[None]:
 
 
 def _check_unet(path: Path, pipeline: StableDiffusionPipeline) -> None:
-    channels = pipeline.unet.config.in_channels
-    if channels != 4:
-        raise ModelError(f"the UNet of {path} takes {channels} input channels: expected 4 "
-                         "(an inpainting model takes 9 and cannot be tuned here)")
+    channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if channels != latent_channels:
+        raise ModelError(f"the UNet of {path} takes {channels} input channels: expected the {latent_channels} of its "
+                         "VAE's latents (an inpainting model takes 9 and cannot be tuned here)")
     prediction = pipeline.scheduler.config.prediction_type
     if prediction not in PREDICTION_TYPES:
         raise ModelError(f"{path} predicts {prediction!r}: expected {' or '.join(PREDICTION_TYPES)}")

@@ -17,7 +17,7 @@ from .dataset import render_batch, sample_figures
 from .loop import Plan, in_batches, open_in_float32, save_tensors, train
 from .people import caption
 from .train_tokenizer import TARGET_TOKENS, load_tokenizer, tokenize
-from .train_vae import encode
+from .train_vae import LATENT_CHANNELS, encode
 
 PLAN = Plan(steps=3000, batch=32, learning_rate=1e-3, warm_up=200)
 PICTURES = 20000
@@ -62,9 +62,11 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def new_unet() -> UNet2DConditionModel:
     """An untrained UNet with 4.3 million parameters, cross attention on both levels, for latents
-    `[B,4,8,8]`."""
+    `[B,8,8,8]`."""
     return UNet2DConditionModel(
         sample_size=8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         block_out_channels=(64, 128),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -84,13 +86,13 @@ class TextToNoise(nn.Module):
         self.unet = unet
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        """Predicted noise, float32 `[B,4,8,8]`, of noisy scaled latents at integer timesteps `[B]`."""
+        """Predicted noise, float32 `[B,8,8,8]`, of noisy scaled latents at integer timesteps `[B]`."""
         states = self.text_encoder(input_ids=ids).last_hidden_state
         return self.unet(noisy, timesteps, states, return_dict=False)[0].float()
 
 
 def draw_latents(vae: AutoencoderKL, count: int, *, seed: int, path: Path) -> tuple[Tensor, list[str]]:
-    """Scaled latents `[N,4,8,8]` of right training pictures and their captions; cached in `path`."""
+    """Scaled latents `[N,8,8,8]` of right training pictures and their captions; cached in `path`."""
     rng = np.random.default_rng([seed, 88])
     figures = sample_figures("train", count, rng)
     seeds = rng.integers(2**32, size=count).tolist()

@@ -31,7 +31,7 @@ from .train_tokenizer import TARGET_TOKENS, train_tokenizer
 
 STAGES = ("tokenizer", "vae", "judge", "target")
 PLANS = {"vae": train_vae.PLAN, "judge": train_judge.PLAN, "target": train_target.PLAN}
-EXAMPLES = {"judge": train_judge.PAIRS, "target": train_target.PICTURES}
+EXAMPLES = {"vae": train_vae.PICTURES, "judge": train_judge.PAIRS, "target": train_target.PICTURES}
 TOKENIZER_FOLDER = "target/tokenizer"
 MIB = 2**20
 MAX_MIB = 20
@@ -55,7 +55,7 @@ class Run:
         return replace(plan, steps=self.scaled(plan.steps, 2), batch=min(plan.batch, self.scaled(1000, 4)))
 
     def examples(self, stage: str) -> int:
-        """Pairs or pictures that are drawn before the training begins; the VAE draws as it goes."""
+        """Pairs or pictures that are drawn before the training begins."""
         return self.scaled(EXAMPLES[stage], 16) if stage in EXAMPLES else 0
 
     @property
@@ -69,9 +69,8 @@ def run_tokenizer(run: Run, work: Path) -> dict:
 
 
 def run_vae(run: Run, work: Path) -> dict:
-    folder, checkpoint = run.output / "target" / "vae", work / "checkpoint.pt"
-    plan, measured = run.plan("vae"), 2 * run.samples
-    train_vae.train_vae(folder, plan, measured=measured, seed=run.seed, checkpoint=checkpoint)
+    folder, pictures, measured = run.output / "target" / "vae", run.examples("vae"), 2 * run.samples
+    train_vae.train_vae(folder, run.plan("vae"), pictures=pictures, measured=measured, seed=run.seed, work=work)
     return evaluate_vae(train_vae.load_vae(folder), run.samples)
 
 
