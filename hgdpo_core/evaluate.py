@@ -1,17 +1,21 @@
-"""Target against tuned model: same prompts, same seeds, win rates by every scorer, colour shift, pairs to look at."""
+"""Target against tuned model: same prompts, same seeds; win rates, score changes, defects, colours, with intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from hgdpo_core.colours import ColourChange, ColourHistograms, PromptColours, colour_change
 from hgdpo_core.config import EvaluationConfig, PoolConfig, SamplerConfig, content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.generate import PoolPlan, plan_pool
 from hgdpo_core.images import decode_image
-from hgdpo_core.metrics import ColourShift, ColourStatistics, WinRate, win_rate
+from hgdpo_core.intervals import DefectChange, Interval, ScoreChange, defect_change, score_change, win_rate_interval
+from hgdpo_core.metrics import ColourShift, WinRate, win_rate
 from hgdpo_core.models import Model
 from hgdpo_core.prompts import prompt_id
+from hgdpo_core.scorers import defect_limit
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
 
@@ -26,7 +30,28 @@ class Comparison:
     target_scores: dict[str, list[float]]
     tuned_scores: dict[str, list[float]]
     colour_shift: ColourShift
-    lora_weight: float
+    lora_weight: float | None
+    """None where the tuned model wears no LoRA."""
+    images_per_prompt: int
+    score_changes: dict[str, ScoreChange]
+    win_rate_intervals: dict[str, Interval | None]
+    """Bootstrap over prompts; only with several images a prompt, beside the exact interval."""
+    defects: dict[str, DefectChange]
+    """By scorers that can tell a defective image (their module declares DEFECT_BELOW)."""
+    colour_change: ColourChange
+    target_histograms: ColourHistograms
+    tuned_histograms: ColourHistograms
+
+    def findings(self) -> dict[str, Any]:
+        """All numbers as plain JSON values under the names of `summary.json`."""
+        return {
+            "win_rate": {name: rate.as_dict() for name, rate in self.win_rates.items()},
+            "win_rate_bootstrap": {name: interval and interval._asdict()
+                                   for name, interval in self.win_rate_intervals.items()},
+            "score_change": {name: change.as_dict() for name, change in self.score_changes.items()},
+            "defect_rate": {name: change.as_dict() for name, change in self.defects.items()},
+            "colour_shift": self.colour_shift.as_dict(), "colour_change": self.colour_change.as_dict(),
+            "lora_weight": self.lora_weight, "images_per_prompt": self.images_per_prompt}
 
 
 def plan_evaluation(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConfig, config: EvaluationConfig,
@@ -46,47 +71,57 @@ def refuse_seen_prompts(evaluation: Sequence[str], training: Sequence[str]) -> N
 
 def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapping[str, ShardFolder],
             tuned_scores: Mapping[str, ShardFolder], prompts: Sequence[str], config: EvaluationConfig) -> Comparison:
-    """Win rates of the tuned model over the target, and its colour shift; kept in `evaluations/<id>/`."""
+    """The tuned model against the target, by every scorer and in colour; kept in `evaluations/<id>/`."""
     identity = {"target": target.folder.key, "tuned": tuned.folder.key, "prompts": list(prompts),
                 "scores": {name: [target_scores[name].key, tuned_scores[name].key] for name in target_scores}}
     evaluation_id = f"{len(prompts)}-{content_hash(identity)}"
-    means_target = {name: mean_scores(folder, target, prompts) for name, folder in target_scores.items()}
-    means_tuned = {name: mean_scores(folder, tuned, prompts) for name, folder in tuned_scores.items()}
+    before = {name: image_scores(folder, target, prompts) for name, folder in target_scores.items()}
+    after = {name: image_scores(folder, tuned, prompts) for name, folder in tuned_scores.items()}
+    several = config.images_per_prompt > 1
+    limits = {name: below for name in before if (below := defect_limit(name)) is not None}
+    target_colours, tuned_colours = prompt_colours(target, prompts), prompt_colours(tuned, prompts)
     result = Comparison(
         evaluation_id, list(prompts),
-        {name: win_rate(np.array(means_tuned[name]), np.array(means_target[name])) for name in target_scores},
-        means_target, means_tuned,
-        colour_statistics(tuned, prompts).shift_from(colour_statistics(target, prompts)),
-        config.lora_weight)
+        {name: win_rate(after[name], before[name]) for name in before},
+        {name: scores.mean(axis=1).tolist() for name, scores in before.items()},
+        {name: scores.mean(axis=1).tolist() for name, scores in after.items()},
+        tuned_colours.total().shift_from(target_colours.total()), tuned.model.lora and tuned.model.lora.weight,
+        images_per_prompt=config.images_per_prompt,
+        score_changes={name: score_change(after[name], before[name]) for name in before},
+        win_rate_intervals={name: win_rate_interval(after[name], before[name]) for name in before if several},
+        defects={name: defect_change(after[name], before[name], below) for name, below in limits.items()},
+        colour_change=colour_change(tuned_colours.statistics, target_colours.statistics),
+        target_histograms=target_colours.histograms, tuned_histograms=tuned_colours.histograms)
     store.write_json(f"evaluations/{evaluation_id}/config.json", {**identity, "config": config.model_dump(mode="json")})
     store.write_json(f"evaluations/{evaluation_id}/result.json", {
-        "lora_weight": config.lora_weight,
-        "win_rate": {name: rate.as_dict() for name, rate in result.win_rates.items()},
-        "colour_shift": result.colour_shift.as_dict(), "prompts": list(prompts), "target_scores": means_target,
-        "tuned_scores": means_tuned})
+        **result.findings(), "prompts": list(prompts), "target_scores": result.target_scores,
+        "tuned_scores": result.tuned_scores, "colour_histograms": {
+            "target": result.target_histograms.as_dict(), "tuned": result.tuned_histograms.as_dict()}})
     return result
 
 
-def mean_scores(scores: ShardFolder, plan: PoolPlan, prompts: Sequence[str]) -> list[float]:
-    """A prompt's mean score over its images, in the order of `prompts`."""
-    values: dict[str, list[float]] = {}
+def image_scores(scores: ShardFolder, plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:
+    """Scores of all images, float64 [P, K]: row i is `prompts[i]`, column j the image of index j."""
+    values: dict[str, dict[int, float]] = {}
     for index in plan.indices:
         table = scores.read(index)
-        for key, score in zip(table["prompt_id"].to_pylist(), table["score"].to_pylist(), strict=True):
-            values.setdefault(key, []).append(score)
-    return [float(np.mean(values[prompt_id(prompt)])) for prompt in prompts]
+        columns = (table[name].to_pylist() for name in ("prompt_id", "index", "score"))
+        for key, image, score in zip(*columns, strict=True):
+            values.setdefault(key, {})[image] = score
+    images = range(plan.pool.images_per_prompt)
+    return np.array([[values[prompt_id(prompt)][image] for image in images] for prompt in prompts], dtype=np.float64)
 
 
-def colour_statistics(plan: PoolPlan, prompts: Sequence[str]) -> ColourStatistics:
-    """Colour sums over all images of the prompts, read shard by shard."""
-    wanted = {prompt_id(prompt) for prompt in prompts}
-    statistics = ColourStatistics()
+def prompt_colours(plan: PoolPlan, prompts: Sequence[str]) -> PromptColours:
+    """Colours of all images of the prompts, read shard by shard."""
+    positions = {prompt_id(prompt): position for position, prompt in enumerate(prompts)}
+    colours = PromptColours.of(len(prompts))
     for index in plan.indices:
         rows = plan.folder.read(index)
         for key, image in zip(rows["prompt_id"].to_pylist(), rows["image"], strict=True):
-            if key in wanted:
-                statistics.update(np.asarray(decode_image(image.as_py()))[None])
-    return statistics
+            if key in positions:
+                colours.add(positions[key], np.asarray(decode_image(image.as_py())))
+    return colours
 
 
 def read_images(plan: PoolPlan, prompts: Sequence[str]) -> dict[str, bytes]:

@@ -61,17 +61,22 @@ def win_rate(scores_a: Scores, scores_b: Scores) -> WinRate:
     row i of both is the same prompt with the same seeds. A tie is exact equality. InputError (a ValueError)
     names shapes that differ and how many scores are not finite.
     """
+    # the float64 mean of float32 scores is exact enough to keep equal scores equal
+    a, b = (side.mean(axis=1) for side in paired_scores("win_rate", scores_a, scores_b))
+    return WinRate.from_counts(int((a > b).sum()), int((a < b).sum()), int((a == b).sum()))
+
+
+def paired_scores(function: str, scores_a: Scores, scores_b: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Both sides as float64 [P, K]; InputError, in the name of `function`, unless they are pairs of finite scores."""
     a, b = _float64(scores_a), _float64(scores_b)
     if a.shape != b.shape or a.ndim not in (1, 2) or (a.ndim == 2 and a.shape[1] == 0):
-        raise InputError(f"win_rate needs two score arrays of one shape, [P] or [P, K] with K >= 1, "
+        raise InputError(f"{function} needs two score arrays of one shape, [P] or [P, K] with K >= 1, "
                          f"got {list(a.shape)} and {list(b.shape)}: score the same prompts with both models")
     broken_a, broken_b = int((~np.isfinite(a)).sum()), int((~np.isfinite(b)).sum())
     if broken_a or broken_b:
-        raise InputError(f"win_rate needs finite scores, but {broken_a} of {a.size} scores of A and "
+        raise InputError(f"{function} needs finite scores, but {broken_a} of {a.size} scores of A and "
                          f"{broken_b} of {b.size} of B are not: score these again or leave out their prompts")
-    if a.ndim == 2:  # the float64 mean of float32 scores is exact enough to keep equal scores equal
-        a, b = a.mean(axis=1), b.mean(axis=1)
-    return WinRate.from_counts(int((a > b).sum()), int((a < b).sum()), int((a == b).sum()))
+    return (a[:, None], b[:, None]) if a.ndim == 1 else (a, b)
 
 
 class ColourShift(NamedTuple):
@@ -105,14 +110,17 @@ class ColourStatistics:
     def update(self, images: Images) -> None:
         """Add images: uint8 [B, H, W, 3] (numpy or torch) or a sequence of PIL images of any sizes."""
         for image in _each_uint8_image(images):
-            hue, saturation, value = rgb_to_hsv(image)
-            angle = 2 * np.pi * hue
-            self.pixels += hue.size
-            self.hue_sum += float(hue.sum())
-            self.saturation_sum += float(saturation.sum())
-            self.value_sum += float(value.sum())
-            self.cosine_sum += float((saturation * np.cos(angle)).sum())
-            self.sine_sum += float((saturation * np.sin(angle)).sum())
+            self.add(*rgb_to_hsv(image))
+
+    def add(self, hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> None:
+        """Add one image as `rgb_to_hsv` returns it."""
+        angle = 2 * np.pi * hue
+        self.pixels += hue.size
+        self.hue_sum += float(hue.sum())
+        self.saturation_sum += float(saturation.sum())
+        self.value_sum += float(value.sum())
+        self.cosine_sum += float((saturation * np.cos(angle)).sum())
+        self.sine_sum += float((saturation * np.sin(angle)).sum())
 
     def merge(self, other: "ColourStatistics") -> None:
         """Add the images that `other` has seen."""

@@ -56,7 +56,8 @@ class ReportData:
     """Shell line that starts this run again."""
     win_rates: Mapping[str, WinRate]
     """Tuned over target by scorer name; the first is the headline, and its scores stand under the pairs."""
-    lora_weight: float
+    lora_weight: float | None
+    """None where the tuned model wears no LoRA."""
     colour_shift: ColourShift | None
     """Tuned against target on the evaluation images."""
     counts: Mapping[str, int]
@@ -104,7 +105,7 @@ def headline(data: ReportData) -> str:
         return "This run has no evaluation."
     name, rate = next(iter(data.win_rates.items()))
     scorer, prompts = SCORER_TITLES.get(name, name), _count(rate.n, "held-out prompt")
-    start = f"With the LoRA at weight {float(data.lora_weight)}, {scorer}"
+    start = scorer if data.lora_weight is None else f"With the LoRA at weight {float(data.lora_weight)}, {scorer}"
     if rate.rate is None:
         return f"{start} tells the two models apart on none of {prompts}."
     tally = f"{_count(rate.wins, 'win')}, {_count(rate.losses, 'loss', 'losses')}"
@@ -220,7 +221,8 @@ def _win_rates(data: ReportData) -> str:
              *(f"{count:,}" for count in (rate.wins, rate.losses, rate.ties, rate.n))) for title, rate in titled]
     table = _table("Wins / (wins + losses) with its Clopper-Pearson interval; ties count apart.",
                    ("Scorer", "Win rate", "95 % interval", "Wins", "Losses", "Ties", "Prompts"), rows)
-    intro = f"How often the tuned model (LoRA weight {float(data.lora_weight)}) scores above the target model."
+    weight = "" if data.lora_weight is None else f" (LoRA weight {float(data.lora_weight)})"
+    intro = f"How often the tuned model{weight} scores above the target model."
     return _section("Win rates", intro, f'<ul class="bars">{bars}</ul>{scale}{table}')
 
 

@@ -14,12 +14,21 @@ from tasks.ui import show_table
 @task(name="evaluate", **STAGE)
 def judge(run: Run, target: PoolPlan, tuned: PoolPlan, target_scores: dict[str, ShardFolder],
           tuned_scores: dict[str, ShardFolder]) -> Comparison:
-    """Win rates by every scorer, colour shift; kept in `evaluations/`."""
+    """Win rates, score changes, defects and colours, with intervals; kept in `evaluations/`."""
     result = compare(run.store, target, tuned, target_scores, tuned_scores, run.evaluation_prompts.prompts,
                      run.config.evaluation)
-    rows = [{"scorer": name, **rate.as_dict()} for name, rate in result.win_rates.items()]
-    show_table("win-rates", rows, "Tuned model against target, held-out prompts, same seeds")
-    show_table("colour-shift", [result.colour_shift.as_dict()], "Colour shift of the tuned model (percent, degrees)")
+    found = result.findings()
+    changes = {name: {"change": row["mean"], "change_low": row["ci_low"], "change_high": row["ci_high"],
+                      "sign_test_p": row["sign_test_p"]} for name, row in found["score_change"].items()}
+    rows = [{"scorer": name, **rate, **changes[name]} for name, rate in found["win_rate"].items()]
+    show_table("win-rates", rows, "Tuned model against target, held-out prompts, same seeds; 95 % intervals")
+    if result.defects:
+        show_table("defects", [{"scorer": name, **row} for name, row in found["defect_rate"].items()],
+                   "Share of defective images; the difference is tuned minus target")
+    colours = [{"what": name, **row} for name, row in found["colour_change"].items() if isinstance(row, dict)]
+    show_table("colour-shift", colours, "Colours of the tuned model against the target's; 95 % intervals")
     for row in rows:
         get_run_logger().info("Win rate by %s: %s", row["scorer"], {k: v for k, v in row.items() if k != "scorer"})
+    for name, row in found["defect_rate"].items():
+        get_run_logger().info("Defective images by %s: %s", name, row)
     return result

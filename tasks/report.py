@@ -47,8 +47,7 @@ def publish(run: Run, pool: PoolPlan, scores: ShardFolder, triplets: Triplets, l
         sft_log=sft_log, timings=seconds, artifacts=artifacts, notes=_notes(run))
     summary = {
         "preset": run.config.preset, "root": run.store.root, "run_id": run.run_id,
-        "win_rate": {name: rate.as_dict() for name, rate in comparison.win_rates.items()},
-        "colour_shift": comparison.colour_shift.as_dict(), "lora_weight": comparison.lora_weight,
+        **comparison.findings(),
         "triplets": triplets.counts.triplets, "rejected": triplets.counts.rejected, "pool_images": pool.images,
         "evaluation_prompts": len(comparison.prompts), "timings": seconds, "artifacts": artifacts}
     run.store.write_bytes(run.key("report.html"), render_report(data).encode())

@@ -26,7 +26,9 @@ class Scorer(Protocol):
 
 
 SCORERS: dict[str, ModuleType] = {"pickscore": pickscore}
-"""Each module offers `locate(source)`, whose last item is the fingerprint, and `load(source=, device=, dtype=)`."""
+"""Each module offers `locate(source)`, whose last item is the fingerprint, and `load(source=, device=, dtype=)`.
+
+One that can tell a defective image declares DEFECT_BELOW: an image that scores below is defective."""
 
 
 def load_scorer(name: str, *, source: str | None = None, device: str = "cpu",
@@ -38,6 +40,11 @@ def load_scorer(name: str, *, source: str | None = None, device: str = "cpu",
 def find_scorer(name: str, source: str | None) -> str:
     """The fingerprint of a scorer without loading it; ModelError when its weights are not to be had."""
     return _module(name).locate(source)[-1]
+
+
+def defect_limit(name: str) -> float | None:
+    """The score under which an image is defective, for scorers that can tell; None for those that only rank."""
+    return getattr(_module(name), "DEFECT_BELOW", None)
 
 
 def _module(name: str) -> ModuleType:

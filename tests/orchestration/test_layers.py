@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "deployments": {"hgdpo_core", "tasks", "flows", "deployments", "prefect"},
 }
 GUARDED = set(MAY_IMPORT) | {"prefect", "tests"}
-PURE = ["losses", "selection", "metrics", "schedule"]
+PURE = ["losses", "selection", "metrics", "intervals", "colours", "schedule"]
 
 
 def imports(path: Path) -> set[str]:
