@@ -10,6 +10,7 @@ from pydantic import Field
 
 from tasks.evaluate import judge
 from tasks.generate import draw_evaluation, draw_pool
+from tasks.guard import guard
 from tasks.prepare import prepare, show_plan
 from tasks.report import publish
 from tasks.score import score
@@ -61,7 +62,8 @@ def hgdpo(
         target_scores = {scorer.name: score(run, target_images, scorer) for scorer in scorers}
         tuned_scores = {scorer.name: score(run, tuned_images, scorer) for scorer in scorers}
         comparison = judge(run, target_images, tuned_images, target_scores, tuned_scores)
-    return publish(run, pool, scores, triplets, lora, sft_log, target_images, tuned_images, comparison, seconds)
+        alarms = guard(run, lora, comparison)
+    return publish(run, pool, scores, triplets, lora, sft_log, target_images, tuned_images, comparison, alarms, seconds)
 
 
 @contextmanager

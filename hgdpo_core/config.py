@@ -157,6 +157,12 @@ class RunConfig(StageConfig):
     dpo: DpoConfig
     evaluation: EvaluationConfig
 
+    @property
+    def training_judge(self) -> str | None:
+        """Name of the evaluation scorer that also ranks the training pools; None when the evaluation leaves it out."""
+        judge = (self.scorer.name, self.scorer.source)
+        return next((s.name for s in self.evaluation.scorers if (s.name, s.source) == judge), None)
+
     @model_validator(mode="after")
     def _ranks_exist(self) -> Self:
         rank, pool = self.triplets.loser_rank, self.pool.images_per_prompt

@@ -168,7 +168,7 @@ header { padding-top: clamp(40px, 8vw, 96px); }
 h1 { font-size: clamp(1.7rem, 4vw, 2.6rem); line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 1.2rem; }
 h2 { font-size: 1.45rem; letter-spacing: -0.01em; margin: 0 0 .4rem; }
 section { margin-top: clamp(48px, 7vw, 88px); }
-p, ul.notes { max-width: 68ch; }
+p, ul.notes, ul.warnings { max-width: 68ch; }
 .eyebrow { color: var(--accent); font-weight: 600; margin: 0 0 .5rem; }
 .lead { font-size: clamp(1.15rem, 2.2vw, 1.4rem); line-height: 1.45; margin: 0 0 .8rem; }
 .reading { margin: 0 0 .8rem; }
@@ -179,8 +179,9 @@ code { font: .875em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 a { color: var(--accent); }
 i { font-style: normal; }
 ul, ol, dl { list-style: none; margin: 0; padding: 0; }
-.notes { border-left: 3px solid var(--accent); padding-left: 18px; }
-.notes li + li { margin-top: .6rem; }
+.notes, .warnings { border-left: 3px solid var(--accent); padding-left: 18px; }
+.warnings { border-color: var(--loss); }
+.notes li + li, .warnings li + li { margin-top: .6rem; }
 .bars { display: grid; gap: 12px; }
 .bars li { display: grid; grid-template-columns: minmax(6rem, 10rem) 1fr; align-items: center; gap: 2px 16px; }
 .bars b { font-size: 1.3rem; font-variant-numeric: tabular-nums; }

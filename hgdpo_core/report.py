@@ -78,6 +78,8 @@ class ReportData:
     """Path or URL by name; http(s) URLs become links."""
     notes: Sequence[str] = ()
     """Honest remarks, one sentence or two each."""
+    warnings: Sequence[str] = ()
+    """What the guards found; they stand above everything but the headline."""
 
 
 ImageEncoder = Callable[[Image.Image], str]
@@ -149,8 +151,9 @@ def encode_data_uri(image: Image.Image, side_px: int, quality: int) -> str:
 
 def _page(data: ReportData, encode: ImageEncoder) -> str:
     sections = (
+        _list("Warnings", data.warnings, "warnings"),
         _win_rates(data),
-        _notes(data.notes),
+        _list("What to keep in mind", data.notes, "notes"),
         _pairs("Side by side", "A random sample of held-out prompts, both models from one seed.", data.pairs, encode),
         _pairs("Best wins", "Where the tuned model gained most.", data.best_wins, encode),
         _pairs("Worst losses", "Where the tuned model lost most.", data.worst_losses, encode),
@@ -226,9 +229,9 @@ def _win_rates(data: ReportData) -> str:
     return _section("Win rates", intro, f'<ul class="bars">{bars}</ul>{scale}{table}')
 
 
-def _notes(notes: Sequence[str]) -> str:
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return _section("What to keep in mind", "", f'<ul class="notes">{items}</ul>') if notes else ""
+def _list(title: str, sentences: Sequence[str], style: str) -> str:
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return _section(title, "", f'<ul class="{style}">{items}</ul>') if sentences else ""
 
 
 def _pairs(title: str, intro: str, pairs: Sequence[PairSample], encode: ImageEncoder) -> str:

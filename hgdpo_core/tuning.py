@@ -1,5 +1,6 @@
 """Tuning as programs: cached latents in, a model in the store out. A model that is already there is found, not made."""
 
+import logging
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from hgdpo_core.checkpoints import Checkpoints
 from hgdpo_core.config import DpoConfig, SftConfig, TrainingConfig, content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.fingerprints import fingerprint_path
+from hgdpo_core.guards import CollapseWatch
 from hgdpo_core.latents import LatentPairs
 from hgdpo_core.lora import save_lora
 from hgdpo_core.model_store import fetch_model, publish_model
@@ -20,6 +22,8 @@ from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
 from hgdpo_core.train import train_dpo
 from hgdpo_core.triplets import model_fingerprint
+
+logger = logging.getLogger(__name__)
 
 BOOKKEEPING = {"checkpoint_every", "log_every"}  # settings that change no weight, so no id either
 
@@ -67,7 +71,8 @@ def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardF
         _refuse_foreign(triplets, indices, model)
     pipeline = load_pipeline(model, default_device(), dtype="float32")
     result = train_dpo(pipeline.unet, pipeline.scheduler.config, pairs, config, progress=progress,
-                       checkpoints=Checkpoints(store, f"models/{model_id}/checkpoints"), should_stop=should_stop)
+                       checkpoints=Checkpoints(store, f"models/{model_id}/checkpoints"), should_stop=should_stop,
+                       on_log=CollapseWatch(logger.warning))
     with tempfile.TemporaryDirectory() as folder:
         save_lora(pipeline.unet, Path(folder))
         return _publish(store, model_id, Path(folder), "lora", config, latents, result.log)

@@ -9,6 +9,7 @@ from prefect.logging import get_run_logger
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.generate import PoolPlan
 from hgdpo_core.grids import pair_grid, pool_grid
+from hgdpo_core.guards import Alarm
 from hgdpo_core.report import ReportData, headline, render_report
 from hgdpo_core.run import Run
 from hgdpo_core.shards import ShardFolder
@@ -24,7 +25,7 @@ PAIRS, EXTREMES, POOLS = 24, 6, 4
 @task(name="report", **STAGE)
 def publish(run: Run, pool: PoolPlan, scores: ShardFolder, triplets: Triplets, lora: Tuned,
             sft_log: list[dict[str, float]], target_images: PoolPlan, tuned_images: PoolPlan, comparison: Comparison,
-            seconds: dict[str, float]) -> dict[str, Any]:
+            alarms: list[Alarm], seconds: dict[str, float]) -> dict[str, Any]:
     """`summary.json` and `report.html` in `runs/<run_id>/`; returns the summary."""
     scorer = run.config.evaluation.scorers[0].name
     gains, losses = extreme_positions(comparison, scorer, EXTREMES)
@@ -44,10 +45,11 @@ def publish(run: Run, pool: PoolPlan, scores: ShardFolder, triplets: Triplets, l
         counts={"prompts": len(run.prompts.prompts), "pool_images": pool.images, "triplets": triplets.counts.triplets,
                 "rejected": triplets.counts.rejected, "evaluation_prompts": len(comparison.prompts)},
         pairs=sample, best_wins=pairs(gains), worst_losses=pairs(losses), pools=pools, training_log=lora.log,
-        sft_log=sft_log, timings=seconds, artifacts=artifacts, notes=_notes(run))
+        sft_log=sft_log, timings=seconds, artifacts=artifacts, notes=_notes(run),
+        warnings=[alarm.message for alarm in alarms])
     summary = {
         "preset": run.config.preset, "root": run.store.root, "run_id": run.run_id,
-        **comparison.findings(),
+        **comparison.findings(), "warnings": [alarm.as_dict() for alarm in alarms],
         "triplets": triplets.counts.triplets, "rejected": triplets.counts.rejected, "pool_images": pool.images,
         "evaluation_prompts": len(comparison.prompts), "timings": seconds, "artifacts": artifacts}
     run.store.write_bytes(run.key("report.html"), render_report(data).encode())

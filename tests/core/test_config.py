@@ -22,6 +22,15 @@ def test_sd15_is_the_papers():
     assert config.evaluation.prompts.category == "People"
 
 
+def test_the_training_judge_is_known_by_name_and_weights():
+    config = figures()
+    assert config.training_judge == "pickscore"
+    other = config.scorer.model_copy(update={"source": "somewhere/else"})
+    assert config.model_copy(update={"scorer": other}).training_judge is None
+    slower = config.scorer.model_copy(update={"batch_size": 1})
+    assert config.model_copy(update={"scorer": slower}).training_judge == "pickscore"
+
+
 def test_overrides_reach_their_setting_and_are_checked():
     config = apply_overrides(figures(), {"dpo.beta": 100, "triplets.loser_rank": 5})
     assert (config.dpo.beta, config.triplets.loser_rank) == (100.0, 5)

@@ -1,0 +1,77 @@
+"""Tunings of the figures model that take seconds: rendered pairs in, a LoRA trained in memory, pictures by both out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from hgdpo_core.config import DpoConfig, TargetConfig
+from hgdpo_core.figures import caption, prompts, render
+from hgdpo_core.figures.dataset import sample_figures, to_model_range
+from hgdpo_core.models import find_model, load_pipeline
+from hgdpo_core.sampler import (
+    decode_latents,
+    encode_latents,
+    encode_text,
+    initial_noise,
+    make_scheduler,
+    sample_latents,
+)
+from hgdpo_core.train import PairBatch, train_dpo
+from hgdpo_core.training import OnLog, TrainingResult, epoch_order
+
+
+class SmallWorld:
+    """The shipped figures target, some training figures, and held-out prompts with the target's own pictures."""
+
+    def __init__(self, *, pairs: int = 8, held_out: int = 16, steps: int = 6):
+        self.model = find_model(TargetConfig(source="figures", dtype="float32"))
+        self.figures = sample_figures("train", pairs, np.random.default_rng(0))
+        self.prompts = prompts("validation", held_out, seed=0)
+        self.steps = steps
+        self.pipeline = load_pipeline(self.model)
+        self.embeds = encode_text(self.pipeline, [caption(figure) for figure in self.figures], None)
+        self.held_out_embeds = encode_text(self.pipeline, self.prompts, None)
+        self.target_pictures = self.draw(self.pipeline.unet)
+
+    def pictures(self, defects: Sequence[str | None], *, seed: int = 0) -> np.ndarray:
+        """The training figures as the renderer draws them, uint8 [B, 64, 64, 3]."""
+        return np.stack([np.asarray(render(figure, seed + i, defect=defect))
+                         for i, (figure, defect) in enumerate(zip(self.figures, defects, strict=True))])
+
+    def train(self, winners: np.ndarray, losers: np.ndarray, *, on_log: OnLog | None = None,
+              **settings) -> tuple[TrainingResult, np.ndarray]:
+        """The training's result, and the tuned model's pictures of the held-out prompts from the target's seeds."""
+        pairs = _Pairs(*(encode_latents(self.pipeline.vae, to_model_range(side)) for side in (winners, losers)),
+                       self.embeds)
+        unet = load_pipeline(self.model).unet
+        config = DpoConfig(**{"batch_size": 4, "learning_rate": 3e-4, "lambda_stat": 0.0, "mixed_precision": "no",
+                              "lora_rank": 8, **settings})
+        result = train_dpo(unet, self.pipeline.scheduler.config, pairs, config, checkpoints=None,
+                           on_log=on_log)
+        return result, self.draw(unet)
+
+    @torch.no_grad()
+    def draw(self, unet) -> np.ndarray:
+        """Pictures of the held-out prompts, uint8 [P, 64, 64, 3], seed = position."""
+        factor = self.pipeline.vae_scale_factor
+        noise = initial_noise(range(len(self.prompts)), unet.config.in_channels, 64 // factor, 64 // factor)
+        latents = sample_latents(unet, make_scheduler(self.pipeline.scheduler.config), self.held_out_embeds,
+                                 self.held_out_embeds[:1], noise, steps=self.steps, guidance_scale=1.0)
+        return decode_latents(self.pipeline.vae, latents)
+
+
+class _Pairs:
+    """A PairSource in memory."""
+
+    def __init__(self, winners: torch.Tensor, losers: torch.Tensor, embeds: torch.Tensor):
+        self.winners, self.losers, self.embeds = winners, losers, embeds
+
+    def __len__(self) -> int:
+        return len(self.winners)
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        return epoch_order(len(self), seed, epoch)
+
+    def batch(self, indices: Sequence[int]) -> PairBatch:
+        return PairBatch(self.winners[list(indices)], self.losers[list(indices)], self.embeds[list(indices)])
