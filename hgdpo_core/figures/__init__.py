@@ -1,5 +1,5 @@
-"""The built-in world: drawn people, a miniature Stable Diffusion that paints them, and a judge shaped like
-PickScore.
+"""The built-in world: drawn people, a miniature Stable Diffusion that paints them, a judge shaped like PickScore,
+and an inspector that counts limbs.
 
 Everything is 64 x 64 pixels and runs on a laptop's CPU without a download. The weights lie in `weights/`
 inside the package; `weights/README.md` says how they were trained and how good they are. To train them anew:
@@ -16,6 +16,7 @@ __all__ = [
     "DEFECTS",
     "Figure",
     "caption",
+    "inspector_path",
     "judge_path",
     "parse_caption",
     "prompts",
@@ -35,3 +36,8 @@ def target_path() -> Path:
 def judge_path() -> Path:
     """The folder of the shipped judge; `CLIPModel` and its processor open it, as they open PickScore."""
     return _WEIGHTS / "judge"
+
+
+def inspector_path() -> Path:
+    """The folder of the shipped inspector, an independent witness for evaluation."""
+    return _WEIGHTS / "inspector"

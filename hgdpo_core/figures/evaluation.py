@@ -4,20 +4,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from .dataset import HELD_OUT_SEED, render_batch, sample_figures, to_model_range, to_pixels
-from .judge_data import KINDS, make_pairs
+from .generated_pairs import make_generated_pairs
+from .inspector import inspect, load_inspector
+from .judge_data import KINDS, Pairs, make_pairs
 from .loop import in_batches
 from .people import VOCABULARIES, Figure, caption, parse_caption, prompts
+from .sampling import draw_samples, load_pipeline
 from .train_judge import unit
 from .train_tokenizer import tokenize
 from .train_vae import decode, encode, psnr
 
 # How the target is drawn for its own evaluation; few steps, since 8 x 8 latents need few.
 STEPS, GUIDANCE = 12, 3.0
+GENERATED_KINDS = 6
 
 
 def held_out(count: int) -> tuple[list[Figure], np.ndarray, np.ndarray]:
@@ -83,17 +87,28 @@ class Judge:
         return best == torch.tensor([words.index(getattr(figure, name)) for figure in figures])
 
 
-def evaluate_judge(folder: Path, vae: AutoencoderKL, count: int) -> dict:
-    """Per kind of defect, how often the right picture outscores the other: as drawn, and through the VAE."""
+def accuracy_by_kind(right: Tensor, other: Tensor, kinds: Tensor) -> dict[str, float]:
+    """How often the right picture scores above the other, per kind that occurs and over all."""
+    won = (right > other).float()
+    found = {
+        kind: round(float(won[kinds == i].mean()), 3) for i, kind in enumerate(KINDS) if bool((kinds == i).any())
+    }
+    return {**found, "all": round(float(won.mean()), 3)}
+
+
+def evaluate_judge(folder: Path, vae: AutoencoderKL, count: int, target: Path | None = None) -> dict:
+    """Per kind of defect, how often the right picture outscores the other: as drawn, through the VAE, and where both
+    were made by the target (if there is one)."""
     judge = Judge(folder)
     pairs = make_pairs(vae, count * len(KINDS), split="test", seed=HELD_OUT_SEED)
-    accuracy: dict[str, dict[str, float]] = {}
-    for view in ("clean", "decoded"):
-        pictures = getattr(pairs, view).numpy()
-        right, other = (judge.score(pairs.captions, pictures[:, side]) for side in (0, 1))
-        won = (right > other).float()
-        accuracy[view] = {kind: round(float(won[pairs.kinds == i].mean()), 3) for i, kind in enumerate(KINDS)}
-        accuracy[view]["all"] = round(float(won.mean()), 3)
+    views: dict[str, tuple[Pairs, Tensor]] = {"clean": (pairs, pairs.clean), "decoded": (pairs, pairs.decoded)}
+    if target is not None:
+        made = make_generated_pairs(target, count * GENERATED_KINDS, split="test", seed=HELD_OUT_SEED)
+        views["generated"] = made, made.decoded
+    accuracy = {}
+    for view, (shown, pictures) in views.items():
+        right, other = (judge.score(shown.captions, pictures[:, side].numpy()) for side in (0, 1))
+        accuracy[view] = accuracy_by_kind(right, other, shown.kinds)
     figures, pictures, _ = held_out(count)
     return {
         "pairs_per_kind": count,
@@ -103,43 +118,34 @@ def evaluate_judge(folder: Path, vae: AutoencoderKL, count: int) -> dict:
     }
 
 
-def draw_samples(
-    pipeline: StableDiffusionPipeline, texts: list[str], *, steps: int, guidance: float
-) -> np.ndarray:
-    """One picture a caption, uint8 `[B,64,64,3]`, each from the seed that is its index."""
-    pipeline.set_progress_bar_config(disable=True)
-    pictures = []
-    for part in in_batches(len(texts), 32, "target: sample"):
-        seeds = range(part.start, part.stop)
-        drawn = pipeline(
-            texts[part],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=64,
-            width=64,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="np",
-        )
-        pictures.append((drawn.images * 255).round().astype(np.uint8))  # type: ignore[union-attr]
-    return np.concatenate(pictures)
+def evaluate_inspector(folder: Path, vae: AutoencoderKL, count: int) -> dict:
+    """Per kind of defect, as drawn and through the VAE: how often the right picture outscores the other, and the share
+    of pictures that it calls defective (`right`: of right ones)."""
+    inspector = load_inspector(folder)
+    pairs = make_pairs(vae, count * len(KINDS), split="test", seed=HELD_OUT_SEED)
+    figures = [parse_caption(text) for text in pairs.captions]
+    accuracy, called = {}, {}
+    for view in ("clean", "decoded"):
+        pictures = getattr(pairs, view).numpy()
+        right, other = (inspect(inspector, figures, pictures[:, side]) for side in (0, 1))
+        accuracy[view] = accuracy_by_kind(right, other, pairs.kinds)
+        broken = (other < 0).float()
+        called[view] = {kind: round(float(broken[pairs.kinds == i].mean()), 3) for i, kind in enumerate(KINDS)}
+        called[view] = {"right": round(float((right < 0).float().mean()), 3), **called[view]}
+    return {"pairs_per_kind": count, "accuracy": accuracy, "called_defective": called}
 
 
-def load_pipeline(folder: Path) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    return pipeline
-
-
-def evaluate_target(folder: Path, judge_folder: Path, count: int) -> dict:
-    """What the judge makes of pictures for test prompts, beside what it makes of right drawings through the
-    VAE."""
-    judge, pipeline = Judge(judge_folder), load_pipeline(folder)
-    texts = prompts("test", count, seed=0)
+def evaluate_target(folder: Path, judge_folder: Path, inspector_folder: Path, count: int) -> dict:
+    """What judge and inspector make of pictures for validation prompts, beside what they make of right drawings
+    through the VAE."""
+    judge, inspector, pipeline = Judge(judge_folder), load_inspector(inspector_folder), load_pipeline(folder)
+    texts = prompts("validation", count, seed=0)
     figures = [parse_caption(text) for text in texts]
     right, _ = render_batch(figures, range(HELD_OUT_SEED, HELD_OUT_SEED + count))
     right = to_pixels(decode(pipeline.vae, encode(pipeline.vae, right, name="target: right")))
-    drawn = draw_samples(pipeline, texts, steps=STEPS, guidance=GUIDANCE)
+    drawn = draw_samples(pipeline, texts, steps=STEPS, guidance=GUIDANCE, seeds=list(range(count)))
     drawn_scores, right_scores = judge.score(texts, drawn), judge.score(texts, right)
+    defective = [float((inspect(inspector, figures, images) < 0).float().mean()) for images in (drawn, right)]
     return {
         "prompts": count,
         "steps": STEPS,
@@ -147,6 +153,8 @@ def evaluate_target(folder: Path, judge_folder: Path, count: int) -> dict:
         "score": round(float(drawn_scores.mean()), 3),
         "score_of_right_pictures": round(float(right_scores.mean()), 3),
         "share_above_right_picture": round(float((drawn_scores > right_scores).float().mean()), 3),
+        "defective": round(defective[0], 3),
+        "defective_right_pictures": round(defective[1], 3),
         "reads": judge.read(figures, drawn),
         "reads_right_pictures": judge.read(figures, right),
     }

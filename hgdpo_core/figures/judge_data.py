@@ -1,9 +1,8 @@
-"""The judge's training pairs: for one caption a right picture and another with something wrong, clean and
-through the VAE.
+"""Pairs to train judges on: for one caption a right picture and another with something wrong, clean and through
+the VAE.
 
-The judge will rank what the target draws, and that always comes out of the VAE, often from latents that are
-not quite right. So each picture is kept twice: as drawn, and decoded from latents with a little noise on
-them.
+A judge will rank what the target draws, and that always comes out of the VAE, often from latents that are not quite
+right. So each picture is kept twice: as drawn, and decoded from latents with a little noise on them.
 """
 
 from dataclasses import astuple, dataclass
@@ -16,14 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .dataset import render_batch, sample_figures, to_pixels
+from .inspector import COUNTS
 from .loop import in_batches, save_tensors
-from .people import VOCABULARIES, Figure, caption
-from .renderer import DEFECTS, alter_figure
+from .people import VOCABULARIES, Figure, caption, parse_caption
+from .renderer import DEFECTS, alter_figure, count_parts, render_parts
 from .train_vae import decode, encode
 
 # What a target does wrong that no drawing shows: latents far from any picture's.
 SMEARED = "smeared"
 KINDS = (*DEFECTS, SMEARED)
+# The label of what nobody knows: what a target really drew.
+UNKNOWN = -100
 
 # Standard deviations of the noise on latents of unit deviation.
 LITTLE_NOISE = 0.3
@@ -39,11 +41,18 @@ class Pairs:
     decoded: Tensor  # uint8 [N,2,64,64,3]
     kinds: Tensor  # int64 [N], index into KINDS
     attributes: Tensor  # int64 [N,2,6], what is really drawn, indices into VOCABULARIES
+    counts: Tensor  # int64 [N,2,5], indices into the options of COUNTS
+    parts: Tensor  # uint8 [N,2,8,8,4], how much of each 8 x 8 pixels each of PARTS covers, 255 is all
 
 
 def attribute_indices(figure: Figure) -> list[int]:
     words = zip(VOCABULARIES.values(), astuple(figure), strict=True)
     return [vocabulary.index(word) for vocabulary, word in words]
+
+
+def count_indices(seed: int, defect: str | None, smeared: bool) -> list[int]:
+    found = {**vars(count_parts(seed, defect)), "smeared": int(smeared)}
+    return [options.index(found[name]) for name, options in COUNTS.items()]
 
 
 def draw_pair(
@@ -78,7 +87,13 @@ def make_pairs(
     pictures[smeared, 1] = decoded[smeared, 1]
     altered = [[f, alter_figure(f, s, d)] for f, (_, (s, d)) in zip(figures, drawn, strict=True)]
     attributes = torch.tensor([[attribute_indices(f) for f in pair] for pair in altered])
-    return Pairs([caption(f) for f in figures], pictures, decoded, indices, attributes)
+    counts = torch.tensor([
+        [count_indices(*right, False), count_indices(*other, name == SMEARED)]
+        for (right, other), name in zip(drawn, names, strict=True)
+    ])
+    covered = [[render_parts(f, s, defect=d) for s, d in pair] for f, pair in zip(figures, drawn, strict=True)]
+    parts = torch.from_numpy(np.rint(255 * np.array(covered)).astype(np.uint8))
+    return Pairs([caption(f) for f in figures], pictures, decoded, indices, attributes, counts, parts)
 
 
 def pass_through(vae: AutoencoderKL, clean: np.ndarray, kinds: Tensor, seed: int) -> Tensor:
@@ -97,11 +112,12 @@ def pass_through(vae: AutoencoderKL, clean: np.ndarray, kinds: Tensor, seed: int
     return torch.from_numpy(np.concatenate(decoded)).reshape(count, 2, 64, 64, 3)
 
 
+TENSORS = ("clean", "decoded", "kinds", "attributes", "counts", "parts")
+
+
 def save_pairs(pairs: Pairs, path: Path) -> None:
-    tensors = {
-        name: getattr(pairs, name).contiguous() for name in ("clean", "decoded", "kinds", "attributes")
-    }
-    save_tensors(path, tensors)
+    asked = torch.tensor([attribute_indices(parse_caption(text)) for text in pairs.captions])
+    save_tensors(path, {"asked": asked, **{name: getattr(pairs, name).contiguous() for name in TENSORS}})
 
 
 def load_pairs(path: Path) -> Pairs:
@@ -109,6 +125,6 @@ def load_pairs(path: Path) -> Pairs:
     words = list(VOCABULARIES.values())
     figures = [
         Figure(*(vocabulary[i] for vocabulary, i in zip(words, row, strict=True)))
-        for row in tensors["attributes"][:, 0].tolist()
+        for row in tensors.pop("asked").tolist()
     ]
     return Pairs([caption(figure) for figure in figures], **tensors)

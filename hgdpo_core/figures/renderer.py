@@ -25,6 +25,7 @@ DEFECTS = (
     "wrong_caption",
 )
 
+PARTS = ("head", "torso", "arm", "leg")
 OUTLINE: Colour = (44, 36, 48)
 OUTLINE_PX = 4.5
 SHOE: Colour = (74, 52, 48)
@@ -60,6 +61,17 @@ class Shape:
     width: float
     colour: Colour
     outlined: bool = True
+    part: str = ""  # one of PARTS, or none of them
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What can be counted on a picture: attached arms and legs, heads, and limbs that hang in the air."""
+
+    arms: int = 2
+    legs: int = 2
+    heads: int = 1
+    loose: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,11 +178,26 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, fatten: float, fill: Col
         draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=fill)
 
 
+def choose_limb(rng: np.random.Generator) -> str:
+    """The limb that a defect befalls."""
+    return str(rng.choice(["left_arm", "left_leg", "right_arm", "right_leg"]))
+
+
+def count_parts(seed: int, defect: str | None) -> Anatomy:
+    """The anatomy of the picture that `render` draws with this seed and defect."""
+    if defect in ("no_head", "two_heads"):
+        return Anatomy(heads=0 if defect == "no_head" else 2)
+    if defect not in ("missing_limb", "detached_limb", "extra_limb"):
+        return Anatomy()
+    kind = "arms" if choose_limb(np.random.default_rng([seed, 2])).endswith("arm") else "legs"
+    return replace(Anatomy(loose=int(defect == "detached_limb")), **{kind: 3 if defect == "extra_limb" else 1})
+
+
 def break_limbs(
     limbs: dict[str, tuple[Point, Point, Point]], defect: str | None, build: Build, rng: np.random.Generator
 ) -> dict[str, tuple[Point, Point, Point]]:
     """The limbs with one missing, torn off, or grown in addition; unchanged for any other defect."""
-    name = str(rng.choice(sorted(limbs)))
+    name = choose_limb(rng)
     side = -1 if name.startswith("left") else 1
     if defect == "missing_limb":
         return {key: joints for key, joints in limbs.items() if key != name}
@@ -198,7 +225,8 @@ def person_shapes(figure: Figure, seed: int, defect: str | None) -> tuple[list[S
     limbs = break_limbs(skeleton.limbs, defect, build, harm)
     cheer = float(rng.uniform(0, 0.6)) + 0.8 * (figure.pose in ("cheering", "jumping", "waving"))
     heads = head_centres(skeleton.head, build.head, defect)
-    shapes = [s for centre in heads for s in back_hair(figure.person, centre, build.head, palette.hair)]
+    hair = [s for centre in heads for s in back_hair(figure.person, centre, build.head, palette.hair)]
+    shapes = name_part("head", hair)
     if figure.pose == "sitting":
         x, y = build.hip + 10, 8.0
         stool = ((-x, y), (x, y), (x - 3, skeleton.ground), (-x + 3, skeleton.ground))
@@ -209,10 +237,14 @@ def person_shapes(figure: Figure, seed: int, defect: str | None) -> tuple[list[S
         "arms": [s for n in limbs if n.endswith("arm") for s in limb_shapes(n, limbs[n], build, palette)],
     }
     order = ("torso", "arms", "legs") if figure.pose == "sitting" else ("legs", "torso", "arms")
-    shapes += [shape for part in order for shape in parts[part]]
+    shapes += [shape for part in order for shape in name_part(part.removesuffix("s"), parts[part])]
     for centre in heads:
-        shapes += head_shapes(figure.person, centre, build, palette, min(cheer, 1.0))
+        shapes += name_part("head", head_shapes(figure.person, centre, build, palette, min(cheer, 1.0)))
     return shapes, skeleton
+
+
+def name_part(part: str, shapes: list[Shape]) -> list[Shape]:
+    return [replace(shape, part=part) for shape in shapes]
 
 
 def head_centres(head: Point, radius: float, defect: str | None) -> list[Point]:
@@ -286,3 +318,18 @@ def draw_person(draw: ImageDraw.ImageDraw, draw_mask: ImageDraw.ImageDraw, shape
 def render(figure: Figure, seed: int, *, defect: str | None = None, size_px: int = 64) -> Image.Image:
     """A picture of the figure, RGB, `size_px` square. See `render_with_mask`."""
     return render_with_mask(figure, seed, defect=defect, size_px=size_px)[0]
+
+
+def render_parts(figure: Figure, seed: int, *, defect: str | None = None, cells: int = 8) -> np.ndarray:
+    """How much of each cell of a `cells` x `cells` grid each of PARTS covers in the picture: float32
+    `[cells,cells,4]` in 0..1."""
+    figure = alter_figure(figure, seed, defect)
+    shapes, _ = place_shapes(*person_shapes(figure, seed, defect), seed)
+    canvas = Image.new("L", (CANVAS_PX, CANVAS_PX))
+    draw = ImageDraw.Draw(canvas)
+    for shape in shapes:
+        draw_shape(draw, shape, 0, PARTS.index(shape.part) + 1 if shape.part else 0)
+    size = CANVAS_PX // cells
+    grid = np.asarray(canvas).reshape(cells, size, cells, size)
+    covered = [(grid == i + 1).mean(axis=(1, 3), dtype=np.float32) for i in range(len(PARTS))]
+    return np.stack(covered, axis=-1)

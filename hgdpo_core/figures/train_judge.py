@@ -1,10 +1,15 @@
 """The judge: a small CLIP in the shape of PickScore, score = exp(logit_scale) * cosine(text, image).
 
-Trained with PickScore's objective (arXiv:2305.01569, section 4): of two pictures for one caption, the softmax
-of their scores should favour the better one. A contrastive term over the batch, and heads that name what is
-drawn and what is wrong (thrown away afterwards), only make it learn from little.
+Trained with PickScore's objective (arXiv:2305.01569, section 4): of two pictures for one caption, the softmax of
+their scores should favour the better one. A contrastive term over the batch, and heads that name what is drawn, count
+limbs and say where head, torso, arms and legs are (thrown away afterwards), only make it learn from little: without
+them it took ten times the steps to notice a limb.
+
+It learns in two stages: from drawings and what the VAE makes of them, then also from pictures that the target made, for
+those are what it will rank.
 """
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +19,18 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from .judge_data import KINDS, Pairs, load_pairs, make_pairs, save_pairs
+from .generated_pairs import make_generated_pairs
+from .inspector import SIZES
+from .judge_data import KINDS, UNKNOWN, Pairs, load_pairs, make_pairs, save_pairs
 from .loop import Plan, open_in_float32, train
 from .people import VOCABULARIES, Figure, caption, change_attributes, parse_caption
+from .renderer import PARTS
 from .train_tokenizer import JUDGE_TOKENS, load_tokenizer, tokenize
 
-PLAN = Plan(steps=2000, batch=48, learning_rate=1e-3, weight_decay=0.05)
-PAIRS = 12000
+PLAN = Plan(steps=3600, batch=48, learning_rate=1e-3, weight_decay=0.05)
+PAIRS = 20000
+CALIBRATION = Plan(steps=900, batch=48, learning_rate=3e-4, weight_decay=0.05, warm_up=100)
+GENERATED_PAIRS = 4000
 # A limb is a small part of a picture, and a missing one leaves nothing to see: the judge needs more of them.
 TRAINING_KINDS = (*KINDS, "missing_limb", "missing_limb", "detached_limb", "extra_limb")
 
@@ -30,6 +40,7 @@ CAPTIONS_WEIGHT = 0.5
 CHANGED_CAPTIONS = 2
 CONTRASTIVE_WEIGHT = 0.3
 HEADS_WEIGHT = 0.3
+PARTS_WEIGHT = 2.0
 SHIFT_PX = 2
 
 
@@ -74,22 +85,32 @@ def save_processor(tokenizer_folder: Path, folder: Path) -> None:
 
 
 class JudgeWithHeads(nn.Module):
-    """The judge, and for its training one linear head that names the attributes drawn and the kind of
-    defect."""
+    """The judge, and for its training linear heads: attributes and counts of a picture, parts of each patch."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
         self.clip = clip
-        self.sizes = [*(len(words) for words in VOCABULARIES.values()), len(KINDS) + 1]
-        self.heads = nn.Linear(clip.visual_projection.in_features, sum(self.sizes))
+        width = clip.visual_projection.in_features
+        self.heads, self.parts = nn.Linear(width, sum(SIZES)), nn.Linear(width, len(PARTS))
 
-    def forward(self, ids: Tensor, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Unit text embeddings `[B,D]`, unit image embeddings `[I,D]`, and the heads' logits `[I,size]`
-        each."""
-        pooled = self.clip.vision_model(pixel_values=images).pooler_output
+    def forward(self, ids: Tensor, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+        """Unit text embeddings `[B,D]`, unit image embeddings `[I,D]`, the heads' logits `[I,size]` each, and the
+        parts' `[I,64,4]`."""
+        seen = self.clip.vision_model(pixel_values=images)
         text = self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output)
-        named = self.heads(pooled).float().split(self.sizes, dim=-1)
-        return unit(text), unit(self.clip.visual_projection(pooled)), list(named)
+        named = self.heads(seen.pooler_output).float().split(SIZES, dim=-1)
+        parts = self.parts(seen.last_hidden_state[:, 1:]).float()
+        return unit(text), unit(self.clip.visual_projection(seen.pooler_output)), list(named), parts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs as 2B pictures, the right ones first."""
+
+    images: Tensor  # float32 [2B,3,64,64] in [-1, 1]
+    labels: Tensor  # int64 [2B,11], answers of the heads, UNKNOWN for what a target made
+    parts: Tensor  # float32 [2B,64,4] in 0..1
+    drawn: Tensor  # bool [2B], whether labels and parts are known
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -102,22 +123,26 @@ def preference_loss(right: Tensor, other: Tensor) -> Tensor:
     return F.softplus(other - right)
 
 
-def judge_loss(model: JudgeWithHeads, ids: Tensor, changed: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    """ids `[B,T]`; changed captions' ids `[K*B,T]`; images `[2B,3,64,64]`, the B right ones first; labels
-    `[2B,7]` for the heads."""
-    texts, pictures, named = model(torch.cat([ids, changed]), images)
+def judge_loss(model: JudgeWithHeads, ids: Tensor, changed: Tensor, batch: Batch) -> Tensor:
+    """ids `[B,T]`; changed captions' ids `[K*B,T]`; the batch's pictures are the B right ones, then the others."""
+    texts, pictures, named, parts = model(torch.cat([ids, changed]), batch.images)
     scale = model.clip.logit_scale.exp().clamp(max=100)
-    batch = len(ids)
-    right, own = pictures[:batch], torch.arange(batch)
-    scores = scale * texts[:batch] @ pictures.T  # [B,2B]
-    pairs = preference_loss(scores[own, own], scores[own, own + batch]).mean()
-    wrong_texts = scale * (texts[batch:].reshape(-1, batch, texts.shape[-1]) * right).sum(-1)  # [K,B]
+    count = len(ids)
+    right, own = pictures[:count], torch.arange(count)
+    scores = scale * texts[:count] @ pictures.T  # [B,2B]
+    pairs = preference_loss(scores[own, own], scores[own, own + count]).mean()
+    wrong_texts = scale * (texts[count:].reshape(-1, count, texts.shape[-1]) * right).sum(-1)  # [K,B]
     captions = preference_loss(scores[own, own], wrong_texts).mean()
-    among_images = F.cross_entropy(scores, own)
-    among_texts = F.cross_entropy(scores[:, :batch].T, own)
-    heads = sum((F.cross_entropy(logits, labels[:, i]) for i, logits in enumerate(named)), torch.zeros(()))
-    contrastive = among_images + among_texts
-    return pairs + CAPTIONS_WEIGHT * captions + CONTRASTIVE_WEIGHT * contrastive + HEADS_WEIGHT * heads
+    contrastive = F.cross_entropy(scores, own) + F.cross_entropy(scores[:, :count].T, own)
+    heads = [F.cross_entropy(logits, batch.labels[:, i], ignore_index=UNKNOWN) for i, logits in enumerate(named)]
+    where = F.binary_cross_entropy_with_logits(parts[batch.drawn], batch.parts[batch.drawn])
+    return (
+        pairs
+        + CAPTIONS_WEIGHT * captions
+        + CONTRASTIVE_WEIGHT * contrastive
+        + HEADS_WEIGHT * torch.stack(heads).sum()
+        + PARTS_WEIGHT * where
+    )
 
 
 def change_captions(figures: list[Figure], rng: np.random.Generator) -> list[str]:
@@ -130,50 +155,111 @@ def change_captions(figures: list[Figure], rng: np.random.Generator) -> list[str
     ]
 
 
-def sample_pairs(pairs: Pairs, batch: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The indices `[B]`, images and labels of a batch for `judge_loss`: each pair clean or through the VAE,
-    mirrored or not, shifted by up to two pixels."""
+def sample_pairs(pairs: Pairs, batch: int, rng: np.random.Generator) -> tuple[Tensor, Batch]:
+    """The indices `[B]` of random pairs and their batch: each pair clean or through the VAE, mirrored or not, shifted
+    by up to two pixels."""
     chosen = torch.from_numpy(rng.integers(len(pairs.captions), size=batch))
     through = torch.from_numpy(rng.random(batch) < 0.65)[:, None, None, None, None]
     images = torch.where(through, pairs.decoded[chosen], pairs.clean[chosen])
-    images = images.transpose(0, 1).reshape(2 * batch, 64, 64, 3)
-    images = augment(images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1, rng)
-    kinds = torch.stack([torch.zeros(batch, dtype=torch.long), pairs.kinds[chosen] + 1])
-    labels = torch.cat([pairs.attributes[chosen].transpose(0, 1), kinds[..., None]], dim=-1)
-    return chosen, images, labels.reshape(2 * batch, -1)
+    images = images.transpose(0, 1).reshape(2 * batch, 64, 64, 3).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    labels = torch.cat([pairs.attributes[chosen], pairs.counts[chosen]], dim=-1)
+    labels = labels.transpose(0, 1).reshape(2 * batch, -1)
+    parts = pairs.parts[chosen].transpose(0, 1).reshape(2 * batch, 8, 8, -1).float() / 255
+    images, parts = augment(images, parts, rng)
+    return chosen, Batch(images, labels, parts, labels[:, 0] != UNKNOWN)
 
 
-def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
+def augment(images: Tensor, parts: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)[:, None, None, None]
     images = torch.where(mirrored, images.flip(-1), images)
+    parts = torch.where(mirrored, parts.flip(2), parts)
     padded = F.pad(images, (SHIFT_PX,) * 4, mode="replicate")
     x, y = rng.integers(2 * SHIFT_PX + 1, size=2)
-    return padded[..., y : y + 64, x : x + 64].contiguous()
+    return padded[..., y : y + 64, x : x + 64].contiguous(), parts.flatten(1, 2)
 
 
 def train_judge(
     folder: Path, tokenizer_folder: Path, vae: AutoencoderKL, plan: Plan, *, pairs: int, seed: int, work: Path
 ) -> None:
-    """Train the judge and write it, with its processor, as a transformers folder in fp16."""
+    """Train the judge on drawings and write it, with its processor, as a transformers folder in fp16."""
     tokenizer = load_tokenizer(tokenizer_folder)
     path = work / "judge-pairs.safetensors"
     if not path.exists():
         save_pairs(make_pairs(vae, pairs, split="train", seed=seed, kinds=TRAINING_KINDS), path)
-    data = load_pairs(path)
-    ids, figures = tokenize(tokenizer, data.captions), [parse_caption(text) for text in data.captions]
     torch.manual_seed(seed)
     model = JudgeWithHeads(new_judge(tokenizer))
+    judge = fit(model, tokenizer, [(load_pairs(path), plan.batch)], plan, seed=seed, checkpoint=work / "checkpoint.pt")
+    save_judge(judge, tokenizer_folder, folder)
+
+
+def calibrate_judge(
+    folder: Path,
+    drawn_judge: Path,
+    target: Path,
+    vae: AutoencoderKL,
+    plan: Plan,
+    *,
+    pairs: int,
+    seed: int,
+    work: Path,
+) -> None:
+    """Train the judge of drawings on, with a third of its pairs made by the target, and write it like `train_judge`."""
+    tokenizer = load_tokenizer(target / "tokenizer")
+    paths = work / "judge-pairs.safetensors", work / "generated-pairs.safetensors"
+    if not paths[0].exists():
+        save_pairs(make_pairs(vae, 2 * pairs, split="train", seed=seed + 1, kinds=TRAINING_KINDS), paths[0])
+    if not paths[1].exists():
+        save_pairs(make_generated_pairs(target, pairs, split="train", seed=seed), paths[1])
+    torch.manual_seed(seed)
+    model = JudgeWithHeads(CLIPModel.from_pretrained(drawn_judge, dtype=torch.float32))
+    third = max(plan.batch // 3, 1)
+    sources = [(load_pairs(paths[0]), plan.batch - third), (load_pairs(paths[1]), third)]
+    judge = fit(model, tokenizer, sources, plan, seed=seed, checkpoint=work / "checkpoint.pt")
+    save_judge(judge, target / "tokenizer", folder)
+
+
+def fit(
+    model: JudgeWithHeads,
+    tokenizer: CLIPTokenizer,
+    sources: list[tuple[Pairs, int]],
+    plan: Plan,
+    *,
+    seed: int,
+    checkpoint: Path,
+) -> CLIPModel:
+    """Train on batches of so many pairs from each source; returns the averaged judge without its heads."""
     # On a CPU the backward pass of torch's fused attention takes longer than all the rest together.
     model.clip.set_attn_implementation("eager")
+    tokens = [tokenize(tokenizer, pairs.captions) for pairs, _ in sources]
 
     def loss_of(rng: np.random.Generator, _: torch.Generator) -> Tensor:
-        chosen, images, labels = sample_pairs(data, plan.batch, rng)
-        changed = tokenize(tokenizer, change_captions([figures[i] for i in chosen.tolist()], rng))
-        return judge_loss(model, ids[chosen], changed, images, labels)
+        ids, figures, batches = [], [], []
+        for (pairs, count), known in zip(sources, tokens, strict=True):
+            chosen, batch = sample_pairs(pairs, count, rng)
+            ids.append(known[chosen])
+            figures += [parse_caption(pairs.captions[i]) for i in chosen.tolist()]
+            batches.append(batch)
+        changed = tokenize(tokenizer, change_captions(figures, rng))
+        return judge_loss(model, torch.cat(ids), changed, join_batches(batches))
 
-    average = train(model, loss_of, plan, name="judge", seed=seed, checkpoint=work / "checkpoint.pt")
+    average = train(model, loss_of, plan, name="judge", seed=seed, checkpoint=checkpoint)
     judge = average.get_submodule("clip")
     assert isinstance(judge, CLIPModel)
+    return judge
+
+
+def join_batches(batches: list[Batch]) -> Batch:
+    """One batch with the right pictures of all before the others of all."""
+
+    def join(name: str) -> Tensor:
+        halves = [getattr(batch, name).chunk(2) for batch in batches]
+        return torch.cat([half[side] for side in (0, 1) for half in halves])
+
+    return Batch(**{field.name: join(field.name) for field in fields(Batch)})
+
+
+def save_judge(judge: CLIPModel, tokenizer_folder: Path, folder: Path) -> None:
+    """The judge in fp16, with its processor, as a transformers folder."""
     judge.half().save_pretrained(folder)
     open_in_float32(folder)
     save_processor(tokenizer_folder, folder)

@@ -1,15 +1,16 @@
 """Train the figures world from nothing: `python -m hgdpo_core.figures`.
 
-Four stages, each reading what the ones before it wrote under the output folder:
+Six stages, each reading what the ones before it wrote:
 
-    tokenizer -> target/tokenizer
-    vae       -> target/vae
-    judge     -> judge/
-    target    -> target/ (complete pipeline)
+    tokenizer    -> target/tokenizer
+    vae          -> target/vae
+    drawn_judge  -> drawn_judge/ in the work folder: a judge that has seen drawings only
+    target       -> target/ (complete pipeline)
+    inspector    -> inspector/
+    judge        -> judge/, the judge of drawings trained on with the target's pictures
 
-A stage keeps its checkpoint in a work folder named by a hash of its settings and of the files it reads, and
-leaves `done.json` there when it has finished. A stage that is done is not done again, one that was killed
-goes on.
+A stage keeps its checkpoint in a work folder named by a hash of its settings and of the files it reads, and leaves
+`done.json` there when it has finished. A stage that is done is not done again, one that was killed goes on.
 """
 
 import hashlib
@@ -23,15 +24,27 @@ import torch
 
 from hgdpo_core.errors import ConfigError
 
-from . import train_judge, train_target, train_vae
+from . import train_inspector, train_judge, train_target, train_vae
 from .card import write_card
-from .evaluation import evaluate_judge, evaluate_target, evaluate_vae
+from .evaluation import evaluate_inspector, evaluate_judge, evaluate_target, evaluate_vae
 from .loop import Plan, read_progress
 from .train_tokenizer import TARGET_TOKENS, train_tokenizer
 
-STAGES = ("tokenizer", "vae", "judge", "target")
-PLANS = {"vae": train_vae.PLAN, "judge": train_judge.PLAN, "target": train_target.PLAN}
-EXAMPLES = {"vae": train_vae.PICTURES, "judge": train_judge.PAIRS, "target": train_target.PICTURES}
+STAGES = ("tokenizer", "vae", "drawn_judge", "target", "inspector", "judge")
+PLANS = {
+    "vae": train_vae.PLAN,
+    "drawn_judge": train_judge.PLAN,
+    "target": train_target.PLAN,
+    "inspector": train_inspector.PLAN,
+    "judge": train_judge.CALIBRATION,
+}
+EXAMPLES = {
+    "vae": train_vae.PICTURES,
+    "drawn_judge": train_judge.PAIRS,
+    "target": train_target.PICTURES,
+    "inspector": train_inspector.PAIRS,
+    "judge": train_judge.GENERATED_PAIRS,
+}
 TOKENIZER_FOLDER = "target/tokenizer"
 MIB = 2**20
 MAX_MIB = 20
@@ -74,80 +87,115 @@ def run_vae(run: Run, work: Path) -> dict:
     return evaluate_vae(train_vae.load_vae(folder), run.samples)
 
 
-def run_judge(run: Run, work: Path) -> dict:
+def run_drawn_judge(run: Run, work: Path) -> dict:
     vae = train_vae.load_vae(run.output / "target" / "vae")
     train_judge.train_judge(
-        run.output / "judge",
+        run.work / "drawn_judge",
         run.output / TOKENIZER_FOLDER,
+        vae,
+        run.plan("drawn_judge"),
+        pairs=run.examples("drawn_judge"),
+        seed=run.seed,
+        work=work,
+    )
+    return evaluate_judge(run.work / "drawn_judge", vae, run.samples)
+
+
+def run_target(run: Run, work: Path) -> dict:
+    vae = train_vae.load_vae(run.output / "target" / "vae")
+    pictures = run.examples("target")
+    train_target.train_target(
+        run.output / "target", vae, run.plan("target"), pictures=pictures, seed=run.seed, work=work
+    )
+    return {}
+
+
+def run_inspector(run: Run, work: Path) -> dict:
+    vae = train_vae.load_vae(run.output / "target" / "vae")
+    pairs = run.examples("inspector")
+    train_inspector.train_inspector(
+        run.output / "inspector", vae, run.plan("inspector"), pairs=pairs, seed=run.seed, work=work
+    )
+    return evaluate_inspector(run.output / "inspector", vae, run.samples)
+
+
+def run_judge(run: Run, work: Path) -> dict:
+    vae, target = train_vae.load_vae(run.output / "target" / "vae"), run.output / "target"
+    train_judge.calibrate_judge(
+        run.output / "judge",
+        run.work / "drawn_judge",
+        target,
         vae,
         run.plan("judge"),
         pairs=run.examples("judge"),
         seed=run.seed,
         work=work,
     )
-    return evaluate_judge(run.output / "judge", vae, run.samples)
-
-
-def run_target(run: Run, work: Path) -> dict:
-    vae = train_vae.load_vae(run.output / "target" / "vae")
-    train_target.train_target(
-        run.output / "target",
-        vae,
-        run.plan("target"),
-        pictures=run.examples("target"),
-        seed=run.seed,
-        work=work,
-    )
-    return evaluate_target(run.output / "target", run.output / "judge", run.samples)
+    found = evaluate_judge(run.output / "judge", vae, run.samples, target)
+    return {**found, "target": evaluate_target(target, run.output / "judge", run.output / "inspector", run.samples)}
 
 
 RUNNERS: dict[str, Callable[[Run, Path], dict]] = {
     "tokenizer": run_tokenizer,
     "vae": run_vae,
-    "judge": run_judge,
+    "drawn_judge": run_drawn_judge,
     "target": run_target,
+    "inspector": run_inspector,
+    "judge": run_judge,
 }
 # The files that each stage's training depends on, and the one by which its result is recognised.
 TOKENIZER_FILE = f"{TOKENIZER_FOLDER}/tokenizer.json"
 VAE_FILE = "target/vae/diffusion_pytorch_model.safetensors"
+DRAWN_JUDGE_FILE = "drawn_judge/model.safetensors"
+UNET_FILE = "target/unet/diffusion_pytorch_model.safetensors"
+INSPECTOR_FILE = "inspector/model.safetensors"
 READS = {
     "tokenizer": (),
     "vae": (),
-    "judge": (VAE_FILE, TOKENIZER_FILE),
+    "drawn_judge": (VAE_FILE, TOKENIZER_FILE),
     "target": (VAE_FILE, TOKENIZER_FILE),
+    "inspector": (VAE_FILE,),
+    "judge": (VAE_FILE, TOKENIZER_FILE, DRAWN_JUDGE_FILE, UNET_FILE),
 }
 WRITES = {
     "tokenizer": TOKENIZER_FILE,
     "vae": VAE_FILE,
+    "drawn_judge": DRAWN_JUDGE_FILE,
+    "target": UNET_FILE,
+    "inspector": INSPECTOR_FILE,
     "judge": "judge/model.safetensors",
-    "target": "target/unet/diffusion_pytorch_model.safetensors",
 }
-# A new judge makes the target's metrics stale, but not its training.
-EVALUATES = {"target": ("judge/model.safetensors",)}
+# A new inspector makes the judge's metrics stale (they hold the target's), but not its training.
+EVALUATES = {"judge": (INSPECTOR_FILE,)}
 
 
-def fingerprints(stage: str, names: tuple[str, ...], output: Path) -> dict[str, str]:
+def locate(run: Run, name: str) -> Path:
+    """Where a stage's file lies: all ship but the judge of drawings."""
+    return (run.work if name == DRAWN_JUDGE_FILE else run.output) / name
+
+
+def fingerprints(stage: str, names: tuple[str, ...], run: Run) -> dict[str, str]:
     """The sha256 of each of the files, which earlier stages must have written."""
     for name in names:
-        if not (output / name).exists():
+        if not locate(run, name).exists():
             raise FileNotFoundError(
-                f"stage {stage!r} reads {output / name}, which is missing: "
+                f"stage {stage!r} reads {locate(run, name)}, which is missing: "
                 f"run the stages {', '.join(STAGES)} in order"
             )
-    return {name: hashlib.sha256((output / name).read_bytes()).hexdigest() for name in names}
+    return {name: hashlib.sha256(locate(run, name).read_bytes()).hexdigest() for name in names}
 
 
 def training_settings(stage: str, run: Run) -> dict:
     """What a stage's training is given: its settings, and the files it reads."""
     plan = asdict(run.plan(stage)) if stage in PLANS else {}
-    inputs = fingerprints(stage, READS[stage], run.output)
+    inputs = fingerprints(stage, READS[stage], run)
     settings = {"stage": stage, "seed": run.seed, "scale": run.scale, "examples": run.examples(stage)}
     return {**settings, **plan, "inputs": inputs}
 
 
-def written(stage: str, output: Path) -> dict[str, str]:
+def written(stage: str, run: Run) -> dict[str, str]:
     """The sha256 of what a stage has written, or nothing: another seed may have written over it since."""
-    path = output / WRITES[stage]
+    path = locate(run, WRITES[stage])
     return {WRITES[stage]: hashlib.sha256(path.read_bytes()).hexdigest()} if path.exists() else {}
 
 
@@ -157,15 +205,15 @@ def run_stage(stage: str, run: Run) -> bool:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     work = run.work / f"{stage}-{digest}"
     done = work / "done.json"
-    evaluated_by = fingerprints(stage, EVALUATES.get(stage, ()), run.output)
+    evaluated_by = fingerprints(stage, EVALUATES.get(stage, ()), run)
     record = json.loads(done.read_text()) if done.exists() else {}
-    fresh = record.get("evaluated_by") == evaluated_by and record.get("wrote") == written(stage, run.output)
+    fresh = record.get("evaluated_by") == evaluated_by and record.get("wrote") == written(stage, run)
     if not fresh:
         work.mkdir(parents=True, exist_ok=True)
         metrics = RUNNERS[stage](run, work)
         machine = {"threads": torch.get_num_threads(), "machine": platform.machine()}
         training = {**settings, **read_progress(work / "checkpoint.pt"), **machine}
-        wrote = written(stage, run.output)
+        wrote = written(stage, run)
         record = {"training": training, "metrics": metrics, "evaluated_by": evaluated_by, "wrote": wrote}
         done.write_text(json.dumps(record, indent=1))
     collect_metrics(stage, record, run.output)

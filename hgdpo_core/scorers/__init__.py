@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.scorers import pickscore
+from hgdpo_core.scorers import inspector, pickscore
 
 Images = Sequence[Image.Image] | np.ndarray | torch.Tensor
 
@@ -25,7 +25,7 @@ class Scorer(Protocol):
         ...
 
 
-SCORERS: dict[str, ModuleType] = {"pickscore": pickscore}
+SCORERS: dict[str, ModuleType] = {"inspector": inspector, "pickscore": pickscore}
 """Each module offers `locate(source)`, whose last item is the fingerprint, and `load(source=, device=, dtype=)`.
 
 One that can tell a defective image declares DEFECT_BELOW: an image that scores below is defective."""

@@ -12,13 +12,13 @@ from torch import nn
 from hgdpo_core.figures.__main__ import main
 from hgdpo_core.figures.loop import Plan, rate_at, train
 from hgdpo_core.figures.train_judge import preference_loss
-from hgdpo_core.figures.training import PLANS, Run, run_stages
+from hgdpo_core.figures.training import PLANS, STAGES, Run, run_stages
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
     folder = tmp_path_factory.mktemp("figures")
-    return ["--output", str(folder / "weights"), "--scale", "0.0005"], ["tokenizer", "vae", "judge", "target"]
+    return ["--output", str(folder / "weights"), "--scale", "0.0005"], list(STAGES)
 
 
 def test_the_command_trains_everything_and_then_has_nothing_to_do(trained):
@@ -31,7 +31,7 @@ def test_the_command_trains_everything_and_then_has_nothing_to_do(trained):
     pipeline = StableDiffusionPipeline.from_pretrained(weights / "target")
     assert pipeline.unet.config["cross_attention_dim"] == 128
     card = (weights / "README.md").read_text()
-    assert "PSNR" in card and "two_heads" in card and "test prompts" in card
+    assert "PSNR" in card and "two_heads" in card and "validation prompts" in card and "Inspector" in card
     assert (weights / "judge" / "preprocessor_config.json").exists()
     assert not list(weights.rglob("checkpoint*"))
 

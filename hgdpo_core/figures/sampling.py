@@ -1,0 +1,38 @@
+"""Pictures by a target, through plain diffusers: what the training and its evaluation need."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+from .loop import in_batches
+
+BATCH = 32
+
+
+def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_samples(
+    pipeline: Any, texts: list[str], *, steps: int, guidance: float, seeds: list[int]
+) -> np.ndarray:
+    """One picture a caption, uint8 `[B,64,64,3]`, each from its own seed."""
+    pictures = []
+    for part in in_batches(len(texts), BATCH, "target: sample"):
+        drawn = pipeline(
+            texts[part],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=64,
+            width=64,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+            output_type="np",
+        )
+        pictures.append((drawn.images * 255).round().astype(np.uint8))
+    return np.concatenate(pictures)

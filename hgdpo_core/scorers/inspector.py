@@ -1,0 +1,67 @@
+"""The figures world's inspector: a second witness that never judged a pool (hgdpo_core/figures/inspector.py).
+
+Its score is the calibrated log-odds that a picture shows what its caption asks for, whole and sharp. It knows figures
+captions only.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hgdpo_core.errors import InputError, ModelError
+from hgdpo_core.figures.inspector import Inspector, inspect, load_inspector
+from hgdpo_core.figures.people import Figure, parse_caption
+from hgdpo_core.fingerprints import fingerprint_path
+
+DEFECT_BELOW = 0.0
+"""A picture that scores below is defective: wrong anatomy, smeared, or not what the caption says."""
+
+SIZE_PX = 64
+
+
+class FiguresInspector:
+    """A loaded inspector."""
+
+    name = "inspector"
+
+    def __init__(self, inspector: Inspector, fingerprint: str):
+        self.inspector, self.fingerprint = inspector, fingerprint
+
+    def score(self, images: Sequence[Image.Image] | np.ndarray | torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Log-odds, float32 [B] on the CPU; pictures of another size than 64 x 64 are resized first."""
+        if len(images) != len(prompts):
+            raise ValueError(f"expected one prompt an image, got {len(images)} images and {len(prompts)} prompts")
+        pictures = [image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)) for image in images]
+        pixels = [np.asarray(picture.convert("RGB").resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX))
+                  for picture in pictures]
+        return inspect(self.inspector, [_read(prompt) for prompt in prompts], np.stack(pixels))
+
+
+def _read(prompt: str) -> Figure:
+    try:
+        return parse_caption(prompt)
+    except ValueError as error:
+        raise InputError(f"scorer inspector knows captions of the figures world only: {error}") from None
+
+
+def locate(source: str | None) -> tuple[Path, str]:
+    """The folder of the weights, and its fingerprint; None and "figures" are the shipped ones."""
+    if source in (None, "figures"):
+        from hgdpo_core import figures
+
+        folder = figures.inspector_path()
+    else:
+        folder = Path(source).expanduser()
+    if not (folder / "model.safetensors").is_file():
+        raise ModelError(f"scorer inspector: {folder} holds no model.safetensors: expected a folder that "
+                         "`python -m hgdpo_core.figures` made, or leave the source out for the shipped one")
+    return folder, fingerprint_path(folder)
+
+
+def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FiguresInspector:
+    """The inspector, always in float32 on the CPU: it is too small to gain from anything else."""
+    folder, fingerprint = locate(source)
+    return FiguresInspector(load_inspector(folder), fingerprint)
