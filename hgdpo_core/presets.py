@@ -20,9 +20,10 @@ PARTI_PROMPTS = "https://raw.githubusercontent.com/google-research/parti/main/Pa
 def figures() -> RunConfig:
     """The built-in world on a CPU in minutes: same code, 64x64 pixels, settings that suit a small model."""
     judge = ScorerConfig(name="pickscore", source="figures", batch_size=64)
+    inspector = ScorerConfig(name="inspector", source="figures", batch_size=64)  # never ranks a pool
     return RunConfig(
         preset="figures",
-        prompts=PromptSource(source="figures", split="train", limit=160),
+        prompts=PromptSource(source="figures", split="train", limit=192),
         images="figures",
         target=TargetConfig(source="figures"),
         sampler=SamplerConfig(width=64, height=64, steps=10, guidance_scale=1.5),  # chosen on validation prompts
@@ -34,7 +35,7 @@ def figures() -> RunConfig:
         dpo=DpoConfig(max_steps=120, batch_size=16, learning_rate=3e-4, warmup_steps=10, optimizer="adam8bit",
                       checkpoint_every=60),
         evaluation=EvaluationConfig(prompts=PromptSource(source="figures", split="test", limit=512), lora_weight=1.0,
-                                    scorers=(judge,)),
+                                    scorers=(judge, inspector)),
     )
 
 
