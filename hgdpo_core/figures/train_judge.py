@@ -27,7 +27,7 @@ from .people import VOCABULARIES, Figure, caption, change_attributes, parse_capt
 from .renderer import PARTS
 from .train_tokenizer import JUDGE_TOKENS, load_tokenizer, tokenize
 
-PLAN = Plan(steps=3600, batch=48, learning_rate=1e-3, weight_decay=0.05)
+PLAN = Plan(steps=2200, batch=48, learning_rate=1e-3, weight_decay=0.05)
 PAIRS = 20000
 CALIBRATION = Plan(steps=900, batch=48, learning_rate=3e-4, weight_decay=0.05, warm_up=100)
 GENERATED_PAIRS = 4000

@@ -8,10 +8,14 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from hgdpo_core.errors import InputError
 from hgdpo_core.figures import DEFECTS, judge_path, parse_caption, prompts, render, target_path
 from hgdpo_core.figures.card import write_card
 from hgdpo_core.figures.dataset import render_batch
 from hgdpo_core.figures.evaluation import Judge
+from hgdpo_core.figures.training import STAGES
+from hgdpo_core.scorers import load_scorer
+from hgdpo_core.scorers.inspector import DEFECT_BELOW
 
 WEIGHTS = target_path().parent
 
@@ -130,12 +134,38 @@ def test_the_judge_prefers_right_pictures(judge):
         )
         for defect in DEFECTS
     }
-    assert np.mean(list(won.values())) >= 0.85, won
-    assert min(won.values()) >= 0.7, won
+    assert np.mean(list(won.values())) >= 0.92, won
+    assert min(won.values()) >= 0.8, won
+
+
+def test_the_inspector_tells_broken_pictures_from_right_ones():
+    inspector = load_scorer("inspector")
+    texts = prompts("test", 40, seed=6)
+    figures, seeds = [parse_caption(text) for text in texts], range(2**43, 2**43 + len(texts))
+    right = inspector.score(render_batch(figures, seeds)[0], texts)
+    assert float((right >= DEFECT_BELOW).float().mean()) >= 0.85
+    for defect in DEFECTS:
+        broken = inspector.score(render_batch(figures, seeds, [defect] * len(texts))[0], texts)
+        assert float((broken < DEFECT_BELOW).float().mean()) >= 0.8, defect
+        assert float((right > broken).float().mean()) >= 0.85, defect
+
+
+def test_the_inspector_knows_figures_captions_only():
+    with pytest.raises(InputError, match="captions of the figures world only"):
+        load_scorer("inspector").score(np.zeros((1, 64, 64, 3), np.uint8), ["a portrait photo"])
+
+
+def test_the_quality_that_the_card_states_is_the_one_asked_for():
+    metrics = {stage: record["metrics"] for stage, record in json.loads((WEIGHTS / "metrics.json").read_text()).items()}
+    assert metrics["vae"]["psnr_db"] >= 28
+    for view in ("clean", "decoded"):
+        accuracy = metrics["judge"]["accuracy"][view]
+        assert min(accuracy["wrong_colour"], accuracy["wrong_caption"]) >= 0.95
+        assert min(accuracy[kind] for kind in DEFECTS) >= 0.9
 
 
 def test_the_card_is_what_the_metrics_say(tmp_path):
     metrics = json.loads((WEIGHTS / "metrics.json").read_text())
-    assert set(metrics) == {"tokenizer", "vae", "judge", "target"}
+    assert set(metrics) == set(STAGES)
     write_card(tmp_path / "README.md", metrics)
     assert (tmp_path / "README.md").read_text() == (WEIGHTS / "README.md").read_text()
