@@ -70,7 +70,7 @@ def test_long_prompts_are_cut_and_counts_must_match(scorer, images):
 
 
 def test_unknown_or_missing_scorers_are_one_line(tmp_path):
-    with pytest.raises(ConfigError, match="there is no scorer 'beauty'; there are pickscore"):
+    with pytest.raises(ConfigError, match="there is no scorer 'beauty'; there are .*pickscore"):
         load_scorer("beauty")
     with pytest.raises(ModelError, match="does not exist"):
         load_scorer("pickscore", source=str(tmp_path / "nowhere"))
