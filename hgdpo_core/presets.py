@@ -18,22 +18,25 @@ PARTI_PROMPTS = "https://raw.githubusercontent.com/google-research/parti/main/Pa
 
 
 def figures() -> RunConfig:
-    """The built-in world on a CPU in minutes: same code, 64x64 pixels, settings that suit a small model."""
+    """The built-in world on a CPU in minutes: same code, 64x64 pixels, settings that suit a small model.
+
+    Guidance, prompts, steps, learning rate and beta were chosen on validation prompts (docs/EXPERIMENTS.md).
+    """
     judge = ScorerConfig(name="pickscore", source="figures", batch_size=64)
     inspector = ScorerConfig(name="inspector", source="figures", batch_size=64)  # never ranks a pool
     return RunConfig(
         preset="figures",
-        prompts=PromptSource(source="figures", split="train", limit=192),
+        prompts=PromptSource(source="figures", split="train", limit=320),
         images="figures",
         target=TargetConfig(source="figures"),
-        sampler=SamplerConfig(width=64, height=64, steps=10, guidance_scale=1.5),  # chosen on validation prompts
+        sampler=SamplerConfig(width=64, height=64, steps=10, guidance_scale=1.5),
         sft=SftConfig(max_steps=60, batch_size=32, learning_rate=1e-4, warmup_steps=10, weight_decay=0.01,
                       checkpoint_every=30),
         pool=PoolConfig(images_per_prompt=20, prompts_per_shard=32, batch_size=64),
         scorer=judge,
         triplets=TripletConfig(),
-        dpo=DpoConfig(max_steps=120, batch_size=16, learning_rate=3e-4, warmup_steps=10, optimizer="adam8bit",
-                      checkpoint_every=60),
+        dpo=DpoConfig(max_steps=60, batch_size=16, learning_rate=6e-4, warmup_steps=10, optimizer="adam8bit",
+                      beta=1000.0, checkpoint_every=30),
         evaluation=EvaluationConfig(prompts=PromptSource(source="figures", split="test", limit=512), lora_weight=1.0,
                                     scorers=(judge, inspector)),
     )
