@@ -66,6 +66,27 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate(options: argparse.Namespace) -> int:
+    """Compare any two models or LoRA weights: win rates, defects, colours, a report."""
+    from hgdpo_core.comparison_run import open_comparison, plan_comparison
+
+    names = ("preset", "root", "tuned", "target", "base", "prompts", "scorers", "images_per_prompt", "lora_weight",
+             "target_lora_weight")
+    parameters = {**{name: getattr(options, name) for name in names}, "overrides": dict(options.set or [])}
+    run = open_comparison(**parameters)  # bad input fails before Prefect starts, in one line
+    if options.plan:
+        print(json.dumps(plan_comparison(run), indent=1))
+        return 0
+    from flows.evaluate import evaluate as compare
+    from flows.server import some_server
+
+    with some_server():
+        summary: dict[str, Any] = compare(**parameters)  # pyright: ignore[reportAssignmentType]
+    report = _publish(summary, Path(options.publish)) if options.publish else summary["artifacts"]["report"]
+    _print_summary(summary, report)
+    return 0
+
+
 def collect(options: argparse.Namespace) -> int:
     """Remove what no manifest names."""
     from hgdpo_core.gc import collect_garbage
@@ -107,7 +128,13 @@ def _print_summary(summary: dict[str, Any], report: str) -> None:
         else:
             print(f"{scorer}: tuned model wins {100 * rate['rate']:.1f} % (95 % interval {100 * rate['ci_low']:.1f} to "
                   f"{100 * rate['ci_high']:.1f} %; {rate['wins']} wins, {rate['losses']} losses, {rate['ties']} ties)")
-    print(f"LoRA:   {summary['artifacts']['lora']}")
+    for scorer, change in summary["defect_rate"].items():
+        print(f"{scorer}: {100 * change['target']:.1f} % of the target's images are defective, "
+              f"{100 * change['tuned']:.1f} % of the tuned model's")
+    for warning in summary.get("warnings", ()):
+        print(f"warning: {warning['message']}")
+    if "lora" in summary["artifacts"]:
+        print(f"LoRA:   {summary['artifacts']['lora']}")
     print(f"Report: {report}")
 
 
@@ -142,11 +169,32 @@ def _parser() -> argparse.ArgumentParser:
         if function is run:
             command.add_argument("--publish", metavar="FOLDER", help="also copy summary.json and report.html there")
             command.add_argument("--plan", action="store_true", help="say what would be done, and stop")
+    _add_evaluate(commands.add_parser("evaluate", help=(evaluate.__doc__ or "").splitlines()[0]))
     garbage = commands.add_parser("gc", help=(collect.__doc__ or "").splitlines()[0])
     garbage.add_argument("--root")
     garbage.add_argument("--dry-run", action="store_true", help="list, remove nothing")
     garbage.set_defaults(command=collect)
     return parser
+
+
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    model = "diffusers folder, .safetensors file or hub id"
+    command.add_argument("--tuned", required=True, metavar="MODEL", help=f"{model}, or a LoRA (folder or .safetensors)")
+    command.add_argument("--target", metavar="MODEL", help=f"held against the tuned one: {model}, or a LoRA on --base")
+    command.add_argument("--base", metavar="MODEL", help="the model that wears the LoRAs; default: the target")
+    command.add_argument("--lora-weight", type=float, help="weight of a LoRA; default: the preset's")
+    command.add_argument("--target-lora-weight", type=float, help="weight of the target's LoRA; default: --lora-weight")
+    command.add_argument("--prompts", help="prompt file: txt, csv, tsv, jsonl or parquet; default: the preset's")
+    command.add_argument("--scorers", type=lambda text: text.split(","), metavar="NAME[=SOURCE],...",
+                         help="judges, separated by commas; default: the preset's")
+    command.add_argument("--images-per-prompt", type=int, help="images of each prompt by each model; default 1")
+    command.add_argument("--preset", default="figures", help="sampler and prompts: figures or sd15 (the paper's)")
+    command.add_argument("--root", help="where all results go, any fsspec URL; default $HGDPO_ROOT or output/full")
+    command.add_argument("--set", action="append", type=_setting, metavar="NAME=VALUE",
+                         help="override a setting, for example --set sampler.steps=20; repeatable")
+    command.add_argument("--publish", metavar="FOLDER", help="also copy summary.json and report.html there")
+    command.add_argument("--plan", action="store_true", help="say what would be drawn and found, and stop")
+    command.set_defaults(command=evaluate)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """The whole method, top to bottom: the user's model and prompts in, a LoRA, its proof and a report out."""
 
-import time
-from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any, Literal
 
 from prefect import flow
 from pydantic import Field
 
+from flows.timing import timed as _timed
 from tasks.evaluate import judge
 from tasks.generate import draw_evaluation, draw_pool
 from tasks.guard import guard
@@ -64,10 +62,3 @@ def hgdpo(
         comparison = judge(run, target_images, tuned_images, target_scores, tuned_scores)
         alarms = guard(run, lora, comparison)
     return publish(run, pool, scores, triplets, lora, sft_log, target_images, tuned_images, comparison, alarms, seconds)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str, clock: Callable[[], float] = time.monotonic):
-    start = clock()
-    yield
-    seconds[stage] = round(clock() - start, 2)

@@ -6,7 +6,7 @@ Where a setting is the paper's, its docstring cites arXiv:2405.20216v1; METHOD-l
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +17,7 @@ MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 Optimizer = Literal["adam8bit", "adamw"]
 ImageFormat = Literal["png", "webp", "jpeg"]
 ScorerName = Literal["inspector", "pickscore"]
+ConfigT = TypeVar("ConfigT", bound="StageConfig")
 
 
 class StageConfig(BaseModel):
@@ -55,14 +56,19 @@ class SamplerConfig(StageConfig):
     guidance_scale: float = Field(default=5.0, ge=1.0)
 
 
-class PoolConfig(StageConfig):
+class DrawingConfig(StageConfig):
+    """How images are drawn and kept, whatever they are for."""
+
+    image_format: ImageFormat = "png"
+    prompts_per_shard: int = Field(default=32, ge=1, description="prompts in the unit of commit")
+    batch_size: int = Field(default=8, ge=1, description="images sampled together; never changes which images are made")
+
+
+class PoolConfig(DrawingConfig):
     """The pool of N candidates per prompt (paper Eq. 4)."""
 
     images_per_prompt: int = Field(default=20, ge=1, description="N of the paper")
     seed: int = Field(default=0, ge=0, description="run seed; an image's own seed is derived from it, the prompt and j")
-    image_format: ImageFormat = "png"
-    prompts_per_shard: int = Field(default=32, ge=1, description="prompts in the unit of commit")
-    batch_size: int = Field(default=8, ge=1, description="images sampled together; never changes which images are made")
 
 
 class ScorerConfig(StageConfig):
@@ -174,6 +180,20 @@ class RunConfig(StageConfig):
         return self
 
 
+class ComparisonConfig(StageConfig):
+    """Two models on the same prompts and seeds, without the rest of the pipeline."""
+
+    preset: str
+    target: TargetConfig = Field(description="a model, or a LoRA worn by `base`; its other settings count for both")
+    tuned: str = Field(description="what is held against the target: a model, or a LoRA")
+    base: str | None = Field(default=None, description="the model that wears the LoRAs; default: the target")
+    target_lora_weight: float | None = Field(default=None, gt=0, description="where the target is a LoRA; default: "
+                                             "evaluation.lora_weight, the tuned one's")
+    sampler: SamplerConfig
+    pool: DrawingConfig
+    evaluation: EvaluationConfig
+
+
 def canonical_json(value: BaseModel | Mapping[str, Any] | list[Any]) -> str:
     """The one JSON text of a value: sorted keys, no spaces, UTF-8 kept."""
     data = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
@@ -185,7 +205,7 @@ def content_hash(value: BaseModel | Mapping[str, Any] | list[Any], length: int =
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
 
 
-def apply_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+def apply_overrides(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
     """`config` with dotted settings replaced, for example `{"dpo.beta": 1000}`; ConfigError names what is wrong."""
     data = config.model_dump()
     for dotted, value in overrides.items():
@@ -197,13 +217,13 @@ def apply_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfi
             known = ", ".join(sorted(node)) if isinstance(node, dict) else "none below that name"
             raise ConfigError(f"override {dotted!r} names no setting; settings at that place: {known}")
         node[leaf] = value
-    return validate(data)
+    return validate(type(config), data)
 
 
-def validate(data: Mapping[str, Any]) -> RunConfig:
-    """A `RunConfig` from plain data; ConfigError with one line a mistake instead of pydantic's report."""
+def validate(kind: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
+    """A config from plain data; ConfigError with one line a mistake instead of pydantic's report."""
     try:
-        return RunConfig.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         raise ConfigError(describe(error)) from None
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hgdpo_core.colours import ColourChange, ColourHistograms, PromptColours, colour_change
-from hgdpo_core.config import EvaluationConfig, PoolConfig, SamplerConfig, content_hash
+from hgdpo_core.config import DrawingConfig, EvaluationConfig, PoolConfig, SamplerConfig, content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.generate import PoolPlan, plan_pool
 from hgdpo_core.images import decode_image
@@ -46,7 +46,7 @@ class Comparison:
         """All numbers as plain JSON values under the names of `summary.json`."""
         return {
             "win_rate": {name: rate.as_dict() for name, rate in self.win_rates.items()},
-            "win_rate_bootstrap": {name: interval and interval._asdict()
+            "win_rate_bootstrap": {name: interval and {"ci_low": interval.low, "ci_high": interval.high}
                                    for name, interval in self.win_rate_intervals.items()},
             "score_change": {name: change.as_dict() for name, change in self.score_changes.items()},
             "defect_rate": {name: change.as_dict() for name, change in self.defects.items()},
@@ -54,10 +54,11 @@ class Comparison:
             "lora_weight": self.lora_weight, "images_per_prompt": self.images_per_prompt}
 
 
-def plan_evaluation(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConfig, config: EvaluationConfig,
+def plan_evaluation(store: Store, model: Model, sampler: SamplerConfig, pool: DrawingConfig, config: EvaluationConfig,
                     prompts: Sequence[str]) -> PoolPlan:
     """The pool of one model's images for an evaluation: `images_per_prompt` each, seeds from evaluation.seed."""
-    settings = pool.model_copy(update={"images_per_prompt": config.images_per_prompt, "seed": config.seed})
+    settings = PoolConfig.model_validate({**pool.model_dump(), "images_per_prompt": config.images_per_prompt,
+                                          "seed": config.seed})
     return plan_pool(store, model, sampler, settings, prompts)
 
 

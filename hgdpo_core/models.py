@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from hgdpo_core.config import TargetConfig, content_hash
@@ -18,11 +19,12 @@ from hgdpo_core.fingerprints import fingerprint_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A diffusers LoRA folder and the weight it is used with."""
+    """A LoRA's .safetensors file, or the diffusers folder that holds it, and the weight it is used with."""
 
     path: Path
     weight: float
@@ -53,8 +55,26 @@ class Model:
                 "clip_skip": self.clip_skip, "lora": lora}
 
     def with_lora(self, path: Path, weight: float) -> "Model":
-        """The same model wearing a LoRA at a weight."""
-        return replace(self, lora=Lora(path, weight, fingerprint_path(path / "pytorch_lora_weights.safetensors")))
+        """The same model wearing a LoRA, a folder or a .safetensors file, at a weight."""
+        return replace(self, lora=Lora(path, weight, fingerprint_path(lora_file(path))))
+
+
+def lora_file(path: Path) -> Path:
+    """The weights of a LoRA that is a file, or a folder as diffusers saves it."""
+    return path / LORA_NAME if path.is_dir() else path
+
+
+def is_lora(path: Path) -> bool:
+    """Whether a local path is a LoRA, and not a whole model, by its tensors' names; ModelError for a broken file."""
+    file = lora_file(path)
+    if file.suffix != ".safetensors" or not file.is_file():
+        return False
+    try:
+        with safe_open(file, framework="pt") as weights:
+            names = list(weights.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is not a readable .safetensors file: {_first_line(error)}") from None
+    return bool(names) and all("lora" in name for name in names)
 
 
 def find_model(config: TargetConfig) -> Model:
@@ -63,6 +83,8 @@ def find_model(config: TargetConfig) -> Model:
     A hub id is downloaded here (safetensors only); its fingerprint is the commit.
     """
     path, commit = _locate(config)
+    if is_lora(path):
+        raise ModelError(f"{path} is a LoRA: expected a whole model (diffusers folder, .safetensors file or hub id)")
     if path.is_dir():
         check_folder(path)
     return Model(path=path, fingerprint=commit or fingerprint_path(path), dtype=resolve_dtype(config.dtype),
@@ -78,9 +100,9 @@ def _locate(config: TargetConfig) -> tuple[Path, str | None]:
     if path.is_dir() or path.suffix == ".safetensors" and path.is_file():
         return path, None
     if path.is_file():
-        raise ModelError(f"target {path} is a file, but no .safetensors: convert it to one, or to a diffusers folder")
+        raise ModelError(f"{path} is a file, but no .safetensors: convert it to one, or to a diffusers folder")
     if path.is_absolute() or config.source.startswith(".") or config.source.count("/") != 1:
-        raise ModelError(f"target {config.source} does not exist: expected a diffusers folder, a .safetensors file "
+        raise ModelError(f"model {config.source} does not exist: expected a diffusers folder, a .safetensors file "
                          "or a hub id like runwayml/stable-diffusion-v1-5")
     return _download(config)
 
@@ -89,7 +111,7 @@ def _download(config: TargetConfig) -> tuple[Path, str]:
     try:
         folder = Path(StableDiffusionPipeline.download(config.source, revision=config.revision, use_safetensors=True))
     except Exception as error:  # the hub client raises a wide family: all mean "could not be had"
-        raise ModelError(f"target {config.source} is no local folder and could not be downloaded from the hub: "
+        raise ModelError(f"model {config.source} is no local folder and could not be downloaded from the hub: "
                          f"{_first_line(error)}") from None
     return folder, folder.name
 
@@ -166,9 +188,14 @@ def _check_unet(path: Path, pipeline: StableDiffusionPipeline) -> None:
 
 
 def _merge_lora(pipeline: StableDiffusionPipeline, lora: Lora) -> None:
-    with _quiet_diffusers():
-        pipeline.load_lora_weights(str(lora.path), weight_name="pytorch_lora_weights.safetensors",
-                                   local_files_only=True)
+    file = lora_file(lora.path)
+    try:
+        with _quiet_diffusers():
+            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise ModelError(f"the LoRA {lora.path} does not fit the model: {_first_line(error)}") from None
+    if not any(pipeline.get_list_adapters().values()):  # diffusers passes over names that it cannot place
+        raise ModelError(f"the LoRA {lora.path} has no layer of this model: is it one for another family?")
     pipeline.fuse_lora(lora_scale=lora.weight)
     pipeline.unload_lora_weights()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hgdpo_core.colours import ColourHistograms
 from hgdpo_core.metrics import WinRate
 
 WIDTH, HEIGHT = 360, 200
@@ -75,16 +76,79 @@ def line_chart(spec: ChartSpec, log: Sequence[Mapping[str, float]]) -> str:
     return _figure(spec, lines, "".join(parts))
 
 
-def win_rate_bar(rate: WinRate) -> str:
+def rate_bar(rate: WinRate) -> str:
     """A bar from 0 to 100 % with its interval as a whisker and a line at 50 %; stretches to its container."""
     marks = ""
     if rate.rate is not None and rate.ci_low is not None and rate.ci_high is not None:
-        value, low, high = 100 * rate.rate, 100 * rate.ci_low, 100 * rate.ci_high
-        marks = (f'<rect class="bar" width="{value:.2f}" height="24"/>'
-                 f'<path class="edge" d="M{value:.2f} 0V24"/>'
+        low, high = 100 * rate.ci_low, 100 * rate.ci_high
+        marks = (_bar(100 * rate.rate) +
                  f'<path class="whisker" d="M{low:.2f} 12H{high:.2f}M{low:.2f} 7V17M{high:.2f} 7V17"/>')
-    return ('<svg class="rate-bar" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true">'
+    return _bar_frame(marks, "rate-bar")
+
+
+def share_bar(share: float, who: str) -> str:
+    """A plain bar from 0 to 100 %; `who` is its class."""
+    return _bar_frame(_bar(100 * share), f"rate-bar {who}")
+
+
+def _bar(value: float) -> str:
+    return f'<rect class="bar" width="{value:.2f}" height="24"/><path class="edge" d="M{value:.2f} 0V24"/>'
+
+
+def _bar_frame(marks: str, style: str) -> str:
+    return (f'<svg class="{style}" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true">'
             f'<rect class="track" width="100" height="24"/><path class="half" d="M50 0V24"/>{marks}</svg>')
+
+
+@dataclass(frozen=True)
+class HistogramSpec:
+    """What one histogram shows: a channel of ColourHistograms, and the labels of its axis from 0 to 1."""
+
+    title: str
+    channel: str
+    meaning: str
+    labels: tuple[str, ...]
+
+
+HISTOGRAMS = (
+    HistogramSpec("Hue", "hue", "weighted by saturation: grey has no hue", ("0°", "120°", "240°", "360°")),
+    HistogramSpec("Saturation", "saturation", "0: grey, 1: pure colour", ("0", "0.5", "1")),
+    HistogramSpec("Value", "value", "0: black, 1: bright", ("0", "0.5", "1")),
+)
+
+
+def histogram(spec: HistogramSpec, target: ColourHistograms, tuned: ColourHistograms) -> str:
+    """A <figure> with the shares of both models' pixels: the target as an area, the tuned model as a line."""
+    sides = [np.array(side.as_dict()[spec.channel]) for side in (target, tuned)]
+    top = max(float(side.max()) for side in sides) or 1.0
+    value_scale = _Scale(0.0, top, BOTTOM, TOP)
+    outlines = [_outline(side, value_scale) for side in sides]
+    drawing = (_axes(None, value_scale, percent=True) +
+               f'<path class="area" d="{outlines[0]}V{BOTTOM}H{LEFT}Z"/><path class="outline" d="{outlines[1]}"/>')
+    if spec.channel == "hue":
+        drawing += _hue_strip(len(sides[0]))
+    for number, label in enumerate(spec.labels):
+        x = LEFT + (RIGHT - LEFT) * number / (len(spec.labels) - 1)
+        anchor = "end" if number == len(spec.labels) - 1 else "middle"
+        drawing += f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 20}" text-anchor="{anchor}">{label}</text>'
+    moved = 50 * float(np.abs(sides[0] - sides[1]).sum())
+    label = html.escape(f"{spec.title} of all pixels of both models; {moved:.1f} % of the pixels lie in other bins")
+    return (f'<figure class="chart"><figcaption><b>{html.escape(spec.title)}</b><span>{moved:.1f} % moved</span>'
+            f'<small>{html.escape(spec.meaning)}. Area: target, line: tuned</small></figcaption>'
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{drawing}</svg></figure>')
+
+
+def _outline(shares: np.ndarray, value_scale: "_Scale") -> str:
+    """Path of the steps over the bins, from the left end of the axis to the right one."""
+    width = (RIGHT - LEFT) / len(shares)
+    steps = "".join(f"V{value_scale(float(share)):.1f}H{LEFT + (i + 1) * width:.1f}" for i, share in enumerate(shares))
+    return f"M{LEFT} {BOTTOM}{steps}"
+
+
+def _hue_strip(bins: int) -> str:
+    width = (RIGHT - LEFT) / bins
+    return "".join(f'<rect x="{LEFT + i * width:.1f}" y="{BOTTOM + 2}" width="{width + 0.3:.1f}" height="4" '
+                   f'fill="hsl({360 * (i + 0.5) / bins:.0f} 80% 55%)"/>' for i in range(bins))
 
 
 class _Scale:
@@ -123,13 +187,15 @@ def _points(steps: np.ndarray, values: np.ndarray, step_scale: _Scale, value_sca
     return " ".join(f"{step_scale(step):.1f},{value_scale(value):.1f}" for step, value in kept_points)
 
 
-def _axes(step_scale: _Scale, value_scale: _Scale) -> str:
+def _axes(step_scale: _Scale | None, value_scale: _Scale, *, percent: bool = False) -> str:
     parts = []
     for value in value_scale.ticks():
         y = value_scale(value)
+        label = f"{100 * value:.3g} %" if percent else format_number(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
-                     f'{format_number(value)}</text>')
+                     f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    if step_scale is None:
+        return "".join(parts)
     for value in step_scale.ticks():
         if value == round(value):
             parts.append(f'<text class="tick" x="{step_scale(value):.1f}" y="{BOTTOM + 17}" '
@@ -192,6 +258,9 @@ ul, ol, dl { list-style: none; margin: 0; padding: 0; }
 .rate-bar .edge { stroke: var(--accent); stroke-width: 3; }
 .rate-bar .whisker { stroke: var(--ink); }
 .rate-bar .half { stroke: var(--faint); stroke-width: 1; stroke-dasharray: 3 3; }
+.rate-bar.target .bar { fill: var(--faint); }
+.rate-bar.target .edge { stroke: var(--faint); }
+.bars small { font-size: .8rem; font-weight: 400; }
 .scale { display: flex; max-width: none; margin: 4px 0 28px; font-size: .8rem; color: var(--faint); }
 .scale span { flex: 1; }
 .scale span:nth-child(2) { text-align: center; }
@@ -205,6 +274,8 @@ th, td { text-align: left; padding: 8px 20px 8px 0; border-bottom: 1px solid var
 td { white-space: nowrap; }
 thead th { font-size: .8rem; font-weight: 500; color: var(--faint); white-space: nowrap; }
 tbody th { font-weight: 600; }
+td small, tbody th small { display: block; font-weight: 400; font-size: .8rem; }
+.scroll + .scroll { margin-top: 36px; }
 figure { margin: 0; }
 figcaption { font-size: .8rem; font-variant-numeric: tabular-nums; margin-top: 6px; }
 figcaption b { font-weight: 600; color: var(--ink); }
@@ -231,6 +302,8 @@ h3.prompt { font-weight: 600; margin: 32px 0 14px; max-width: 68ch; }
 .chart .raw { stroke-width: 1; opacity: .28; }
 .chart .second { stroke: var(--loss); }
 .chart .smooth.second { stroke-dasharray: 6 3; }
+.chart .area { fill: var(--faint); opacity: .32; }
+.chart .outline { fill: none; stroke: var(--accent); stroke-width: 2; }
 .chart .grid { stroke: var(--line); }
 .chart .baseline { stroke: var(--faint); stroke-dasharray: 4 4; }
 .chart .tick { fill: var(--faint); font-size: 11px; }

@@ -64,8 +64,8 @@ def open_run(preset: str = "figures", root: str | None = None, *, prompts: str |
         find_scorer(scorer.name, scorer.source)
     store.check_writable()
     image_set = _read_images(config.images, store)
-    command = _command({"preset": preset, "root": store.root, "prompts": prompts, "target": target, "images": images},
-                       overrides or {})
+    options = {"preset": preset, "root": store.root, "prompts": prompts, "target": target, "images": images}
+    command = shell_command("run", options, overrides or {})
     run = Run(config, store, f"{preset}-{content_hash(config)}", model, training, evaluation, image_set, command)
     save_prompts(store, training)
     save_prompts(store, evaluation)
@@ -73,8 +73,9 @@ def open_run(preset: str = "figures", root: str | None = None, *, prompts: str |
     return run
 
 
-def _command(options: Mapping[str, str | None], overrides: Mapping[str, Any]) -> str:
-    words = ["hgdpo run"]
+def shell_command(verb: str, options: Mapping[str, str | None], overrides: Mapping[str, Any]) -> str:
+    """The line that starts a command again: `hgdpo <verb> --option value --set name=value`."""
+    words = [f"hgdpo {verb}"]
     words += [f"--{name} {shlex.quote(value)}" for name, value in options.items() if value is not None]
     words += [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in overrides.items()]
     return " ".join(words)

@@ -3,6 +3,7 @@
 from prefect import task
 from prefect.logging import get_run_logger
 
+from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.evaluate import Comparison, compare
 from hgdpo_core.generate import PoolPlan
 from hgdpo_core.run import Run
@@ -12,7 +13,7 @@ from tasks.ui import show_table
 
 
 @task(name="evaluate", **STAGE)
-def judge(run: Run, target: PoolPlan, tuned: PoolPlan, target_scores: dict[str, ShardFolder],
+def judge(run: Run | ComparisonRun, target: PoolPlan, tuned: PoolPlan, target_scores: dict[str, ShardFolder],
           tuned_scores: dict[str, ShardFolder]) -> Comparison:
     """Win rates, score changes, defects and colours, with intervals; kept in `evaluations/`."""
     result = compare(run.store, target, tuned, target_scores, tuned_scores, run.evaluation_prompts.prompts,

@@ -3,6 +3,7 @@
 from prefect import task
 from prefect.logging import get_run_logger
 
+from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.generate import PoolPlan, generate_pool, plan_pool
 from hgdpo_core.models import Model
@@ -19,7 +20,7 @@ def draw_pool(run: Run, model: Model) -> PoolPlan:
 
 
 @task(name="evaluation images", task_run_name="evaluation images: {who}", **STAGE)
-def draw_evaluation(run: Run, model: Model, who: str) -> PoolPlan:
+def draw_evaluation(run: Run | ComparisonRun, model: Model, who: str) -> PoolPlan:
     """The held-out prompts by one model, with the seeds every model gets."""
     plan = plan_evaluation(run.store, model, run.config.sampler, run.config.pool, run.config.evaluation,
                            run.evaluation_prompts.prompts)

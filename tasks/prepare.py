@@ -5,6 +5,7 @@ from typing import Any
 from prefect import task
 from prefect.logging import get_run_logger
 
+from hgdpo_core.comparison_run import ComparisonRun, open_comparison, plan_comparison
 from hgdpo_core.run import Run, open_run, plan_run
 from tasks.options import STAGE
 from tasks.ui import show_table
@@ -24,9 +25,22 @@ def prepare(preset: str, root: str | None, prompts: str | None, target: str | No
     return run
 
 
+@task(name="prepare comparison", **STAGE)
+def prepare_comparison(**parameters: Any) -> ComparisonRun:
+    """The checked comparison; a mistake in its inputs fails here, before any model loads."""
+    logger = get_run_logger()
+    run = open_comparison(**parameters)
+    logger.info("Comparison %s in %s", run.run_id, run.store.root)
+    logger.info("Prompts: %s", run.evaluation_prompts.describe())
+    for who, model in (("Target", run.target), ("Tuned", run.tuned)):
+        worn = f" with {model.lora.path.name} at weight {model.lora.weight}" if model.lora else ""
+        logger.info("%s: %s%s (%s, %s)", who, model.path.name, worn, model.fingerprint[:12], model.dtype)
+    return run
+
+
 @task(name="plan", **STAGE)
-def show_plan(run: Run) -> list[dict[str, Any]]:
+def show_plan(run: Run | ComparisonRun) -> list[dict[str, Any]]:
     """What the run would make and what it would find; makes nothing."""
-    rows = plan_run(run)
+    rows = plan_run(run) if isinstance(run, Run) else plan_comparison(run)
     show_table("plan", rows, f"What {run.run_id} would do")
     return rows

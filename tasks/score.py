@@ -3,6 +3,7 @@
 from prefect import task
 from prefect.logging import get_run_logger
 
+from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.generate import PoolPlan
 from hgdpo_core.run import Run
@@ -13,7 +14,7 @@ from tasks.ui import stage_progress
 
 
 @task(name="score", task_run_name="score {pool.pool_id} by {scorer.name}", **STAGE)
-def score(run: Run, pool: PoolPlan, scorer: ScorerConfig) -> ShardFolder:
+def score(run: Run | ComparisonRun, pool: PoolPlan, scorer: ScorerConfig) -> ShardFolder:
     """The folder with the scorer's scores for all of the pool's planned shards."""
     scores = score_folder(run.store, pool.pool_id, scorer)
     with stage_progress(f"{scorer.name}") as progress:

@@ -12,13 +12,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hgdpo_core import report
+from hgdpo_core.colours import ColourChange, ColourHistograms
 from hgdpo_core.errors import InputError
 from hgdpo_core.grids import PairSample, PoolSample
-from hgdpo_core.metrics import ColourShift, WinRate
-from hgdpo_core.plots import STYLE, ChartSpec, format_number, line_chart, read_line, smooth, win_rate_bar
+from hgdpo_core.intervals import Estimate, Interval, defect_change, score_change
+from hgdpo_core.metrics import ColourShift, WinRate, rgb_to_hsv
+from hgdpo_core.plots import (
+    HISTOGRAMS,
+    STYLE,
+    ChartSpec,
+    format_number,
+    histogram,
+    line_chart,
+    rate_bar,
+    read_line,
+    share_bar,
+    smooth,
+)
 from hgdpo_core.presets import figures
 from hgdpo_core.report import ReportData, encode_data_uri, headline, read_interval, render_report
+from hgdpo_core.report import page as report_page
+from hgdpo_core.report.parts import p_value, signed, span
 
 EVIL = """a man <script>alert("x")</script> & 'friends' <img src=http://example.org/x.png>"""
 VOID = {"meta", "img", "line", "rect", "path", "polyline", "br"}
@@ -65,14 +79,21 @@ def sample_pair(prompt: str = "a woman", size: tuple[int, int] = (64, 64)) -> Pa
 
 def sample_log(rows: int) -> list[dict[str, float]]:
     return [{"step": float(i + 1), "loss": 1 / (i + 1), "dpo_loss": 0.6, "stat_loss": 1e-6, "margin": -1e-4,
-             "implicit_accuracy": 0.75, "winner_error": 0.1, "loser_error": 0.2, "grad_norm": 1.0,
+             "implicit_accuracy": 0.75, "winner_error": 0.1, "loser_error": 0.2,
+             "reference_winner_error": 0.1, "reference_loser_error": 0.15, "grad_norm": 1.0,
              "learning_rate": 1e-5} for i in range(rows)]
+
+
+def histograms(seed: int) -> ColourHistograms:
+    result = ColourHistograms()
+    result.update(*rgb_to_hsv(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)))
+    return result
 
 
 EMPTY = ReportData(
     preset="figures", title="A run", config=figures(), root="/data/run",
     created_at=datetime(2030, 1, 2, 3, 4, tzinfo=UTC), command="hgdpo run --root '/a b'",
-    win_rates={}, lora_weight=1.0, colour_shift=None, counts={})
+    win_rates={}, lora_weight=1.0, colour_shift=None, counts={}, training_judge="pickscore")
 
 FULL = dataclasses.replace(
     EMPTY, title=EVIL, root="s3://bucket/<root>", lora_weight=0.5,
@@ -81,6 +102,11 @@ FULL = dataclasses.replace(
     pairs=[sample_pair(EVIL), sample_pair()], best_wins=[sample_pair()], worst_losses=[sample_pair()],
     pools=[PoolSample(EVIL, [picture(i) for i in range(3)], [2.0, 3.0, 1.0], 1, 2),
            PoolSample("a man", [picture(i) for i in range(2)], [1.0, 1.0], -1, -1)],
+    score_changes={"pickscore": score_change([3.0, 1.0, 2.5], [1.0, 1.5, 2.0])},
+    defects={"pickscore": defect_change([[1.0], [-1.0]], [[-1.0], [-1.0]], 0.0)},
+    colour_change=ColourChange(Estimate(-1.7, -90.0, 60.0), Estimate(1.234, 0.5, 2.0), Estimate(-0.5, -1.0, 0.0),
+                               Estimate(None, None, None), 0.02, 0.03),
+    histograms=(histograms(1), histograms(2)), warnings=[f"Collapse: {EVIL}"],
     training_log=sample_log(500), sft_log=[{"step": 1.0, "loss": 0.2}],
     timings={"pool": 4000.0, "train": 61.0}, notes=[EVIL],
     artifacts={"report": "https://example.org/a?b=1&c=2", "lora": "javascript:alert(1)"})
@@ -125,10 +151,45 @@ def test_reading_warns_when_the_judge_chose_the_pairs():
 
 def test_numbers_and_sections_are_on_the_page():
     page = Page(render_report(FULL))
-    for words in ("310", "LAION aesthetic", "24,000", "1 h 7 min", "1 min 1 s", "-1.70°", "1.23 %", "not defined",
+    for words in ("310", "LAION aesthetic", "24,000", "1 h 7 min", "1 min 1 s", "−1.70°", "1.23 %", "not defined",
                   "2030-01-02 03:04 UTC", "What to keep in mind", "Worst losses", "no pair: not used",
                   "Supervised fine-tuning", '"lambda_stat"', "LoRA", "Pool images"):
         assert words in page.text, words
+
+
+def test_intervals_defects_and_warnings_are_on_the_page():
+    text = Page(render_report(FULL)).text
+    for words in ("−90.0° to +60.0°", "+0.667", "Defective images", "100.0 %", "−50.0 points", "+0.50 % to +2.00 %",
+                  "nearly cancel out", "0.02 and 0.03", "ranked the training pools", "Sign test p", "Collapse: a man",
+                  "Rise of the error"):
+        assert words in text, words
+    # a warning is the first thing under the headline, the rate in the paper's shape before its counts
+    assert text.index("Collapse") < text.index("How often") < text.index("vs. target") < text.index("Sign test p")
+
+
+def test_the_other_judges_are_named_with_what_they_find():
+    rates = {"pickscore": WinRate.from_counts(310, 196, 6), "hps": WinRate.from_counts(70, 30, 0),
+             "clip": WinRate.from_counts(30, 70, 0), "inspector": WinRate.from_counts(50, 50, 0),
+             "aesthetic": WinRate.from_counts(0, 0, 9)}
+    reading = read_interval(dataclasses.replace(EMPTY, win_rates=rates))
+    assert reading.endswith("Of the other judges, HPS v2 finds it better; CLIP finds it worse; Inspector and "
+                            "LAION aesthetic find it neither surely better nor surely worse.")
+    assert "other judges" not in read_interval(with_rate(3, 2, 1))
+
+
+def test_several_images_a_prompt_are_said_where_they_matter():
+    several = dataclasses.replace(
+        FULL, images_per_prompt=4, win_rate_intervals={"pickscore": Interval(0.55, 0.66), "aesthetic": None})
+    text = Page(render_report(several)).text
+    for words in ("mean over its 4 images", "The first of a prompt's 4 images is shown", "55.0–66.0 %"):
+        assert words in text, words
+    assert "Bootstrap over prompts" not in Page(render_report(FULL)).text
+
+
+def test_a_model_without_a_lora_has_no_weight():
+    plain = dataclasses.replace(with_rate(3, 1, 0), lora_weight=None)
+    assert headline(plain).startswith("PickScore prefers the tuned model on 75.0 %")
+    assert "weight" not in Page(render_report(plain)).text.split("Win rates")[1].split("How to repeat")[0]
 
 
 def test_the_command_is_on_the_page():
@@ -152,7 +213,7 @@ def test_page_is_wellformed_and_loads_nothing():
 
 def test_markup_in_text_stays_text():
     page = Page(render_report(FULL))
-    assert page.text.count(EVIL) >= 4  # title, heading, pair, pool, note
+    assert page.text.count(EVIL) >= 6  # title, heading, warning, note, pair, pool
     assert any(EVIL in (image["alt"] or "") for image in page.all("img"))
 
 
@@ -161,7 +222,7 @@ def test_page_has_what_a_screen_reader_needs():
     tags = [tag for tag, _ in page.tags]
     assert page.all("html")[0]["lang"] == "en"
     assert tags.count("h1") == tags.count("main") == 1
-    assert tags.count("caption") == tags.count("table") == 4
+    assert tags.count("caption") == tags.count("table") == 7  # rates, tally, scores, defects, colours, times, places
     assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
     for drawing in page.all("svg"):
         assert drawing.get("aria-hidden") or (drawing["role"] == "img" and drawing["aria-label"])
@@ -208,9 +269,9 @@ def test_images_shrink_until_the_page_fits(monkeypatch):
     pair = PairSample("noise", Image.fromarray(noise), Image.fromarray(noise), 1.0, 2.0)
     data = dataclasses.replace(EMPTY, pairs=[pair])
     best = len(render_report(data).encode())
-    monkeypatch.setattr(report, "MAX_BYTES", best)
+    monkeypatch.setattr(report_page, "MAX_BYTES", best)
     assert len(render_report(data).encode()) < best
-    monkeypatch.setattr(report, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(report_page, "MAX_BYTES", 10_000)
     with pytest.raises(InputError, match="fewer pairs or pools"):
         render_report(data)
 
@@ -249,9 +310,39 @@ def test_charts_draw_any_range_inside_their_frame(values):
 
 
 def test_bar_shows_rate_and_interval_where_they_belong():
-    bar = win_rate_bar(WinRate(0.6, 60, 40, 0, 100, 0.5, 0.7))
+    bar = rate_bar(WinRate(0.6, 60, 40, 0, 100, 0.5, 0.7))
     assert 'width="60.00"' in bar and "M50.00 12H70.00" in bar
-    assert "whisker" not in win_rate_bar(WinRate.from_counts(0, 0, 3))
+    assert "whisker" not in rate_bar(WinRate.from_counts(0, 0, 3))
+
+
+def test_a_share_is_a_bar_of_its_own_colour():
+    assert 'class="rate-bar target"' in share_bar(0.25, "target") and 'width="25.00"' in share_bar(0.25, "target")
+
+
+@pytest.mark.parametrize("spec", HISTOGRAMS, ids=lambda spec: spec.channel)
+def test_histograms_draw_both_models_inside_their_frame(spec):
+    drawn = histogram(spec, histograms(1), histograms(2))
+    Page(drawn)
+    numbers = [float(n) for path in re.findall(r' d="([^"]+)"', drawn) for n in re.findall(r"-?[0-9.]+", path)]
+    assert numbers and all(0 <= n <= 360 for n in numbers)
+    assert "0.0 % moved" in histogram(spec, histograms(1), histograms(1))
+    assert 'aria-label="' in histogram(spec, ColourHistograms(), ColourHistograms())  # no image at all
+
+
+def test_histogram_says_how_many_pixels_moved():
+    red, blue = ColourHistograms(), ColourHistograms()
+    for colours, rgb in ((red, (255, 0, 0)), (blue, (0, 0, 255))):
+        colours.update(*rgb_to_hsv(np.full((2, 2, 3), rgb, dtype=np.uint8)))
+    assert "100.0 % moved" in histogram(HISTOGRAMS[0], red, blue)
+    assert "0.0 % moved" in histogram(HISTOGRAMS[2], red, blue)
+
+
+def test_numbers_keep_their_sign_and_intervals_do_not_look_like_one():
+    assert [signed(v, 2) for v in (1.234, -0.5, -0.001, 0.0)] == ["+1.23", "−0.50", "0.00", "0.00"]
+    assert span(0.5, 0.7, lambda end: f"{end:.1f}") == "0.5–0.7"
+    assert span(-0.5, 0.7, lambda end: signed(end, 1)) == "−0.5 to +0.7"
+    assert span(None, 1.0, str) == "–"
+    assert [p_value(p) for p in (1.0, 0.049, 0.00012, 1e-9)] == ["1.00", "0.049", "0.00012", "< 0.0001"]
 
 
 def test_numbers_are_short():

@@ -1,0 +1,150 @@
+"""Two models held against each other, opened: `hgdpo evaluate` without the rest of the pipeline.
+
+Each side is a whole model (diffusers folder, .safetensors file, hub id, "figures") or a LoRA worn by a base model.
+Everything a user can get wrong is checked here, before any model loads.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hgdpo_core import __version__
+from hgdpo_core.config import (
+    ComparisonConfig,
+    DrawingConfig,
+    PromptSource,
+    RunConfig,
+    ScorerConfig,
+    apply_overrides,
+    content_hash,
+    validate,
+)
+from hgdpo_core.errors import ConfigError, InputError
+from hgdpo_core.evaluate import plan_evaluation
+from hgdpo_core.models import Model, find_model, is_lora
+from hgdpo_core.presets import PARTI_PROMPTS, build_config
+from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
+from hgdpo_core.run import default_root, shell_command
+from hgdpo_core.scorers import find_scorer
+from hgdpo_core.storage import Store
+
+
+@dataclass(frozen=True)
+class ComparisonRun:
+    """Checked inputs of one comparison. Cheap to hold: no tensors, no network."""
+
+    config: ComparisonConfig
+    store: Store
+    run_id: str
+    target: Model
+    tuned: Model
+    evaluation_prompts: PromptList
+    command: str
+    """Shell line that starts this comparison again."""
+
+    def key(self, name: str) -> str:
+        """Key of a file of this comparison, for example `runs/<run_id>/summary.json`."""
+        return f"runs/{self.run_id}/{name}"
+
+
+def open_comparison(preset: str = "figures", root: str | None = None, *, tuned: str | None = None,
+                    target: str | None = None, base: str | None = None, prompts: str | None = None,
+                    scorers: Sequence[str] | None = None, images_per_prompt: int | None = None,
+                    lora_weight: float | None = None, target_lora_weight: float | None = None,
+                    overrides: Mapping[str, Any] | None = None) -> ComparisonRun:
+    """Build the config, check root, prompts, models and scorers, and write `runs/<run_id>/config.json`.
+
+    `scorers` are names, or `name=source`; a name alone means the preset's scorer of that name, else the public one.
+    What is None is the preset's. ConfigError, InputError, ModelError or StorageError say in one line what is wrong.
+    """
+    if tuned is None:
+        raise InputError("there is nothing to compare the target with: give tuned, a model or a LoRA")
+    changes = {"images_per_prompt": images_per_prompt, "lora_weight": lora_weight,
+               "prompts": None if prompts is None else PromptSource(source=prompts).model_dump()}
+    # a preset wants training prompts too; nothing here reads them
+    config = _build(build_config(preset, target=target, prompts=prompts or PARTI_PROMPTS), scorers, changes,
+                    {"tuned": tuned, "base": base, "target_lora_weight": target_lora_weight})
+    if overrides:
+        config = apply_overrides(config, overrides)
+    store = Store(root or default_root())
+    evaluation_prompts = read_prompts(config.evaluation.prompts)
+    models = _find_models(config, lora_weight)
+    for scorer in config.evaluation.scorers:
+        find_scorer(scorer.name, scorer.source)
+    store.check_writable()
+    options = {"preset": preset, "root": store.root, "target": target, "tuned": tuned, "base": base, "prompts": prompts,
+               "images-per-prompt": images_per_prompt, "lora-weight": lora_weight,
+               "target-lora-weight": target_lora_weight, "scorers": ",".join(scorers) if scorers else None}
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    command = shell_command("evaluate", given, overrides or {})
+    run = ComparisonRun(config, store, f"evaluate-{content_hash(config)}", *models, evaluation_prompts, command)
+    save_prompts(store, evaluation_prompts)
+    store.write_json(run.key("config.json"), {"code_version": __version__, **config.model_dump(mode="json")})
+    return run
+
+
+def plan_comparison(run: ComparisonRun) -> list[dict[str, Any]]:
+    """What a comparison would draw and what it would find, a row a model, without drawing it."""
+    rows = []
+    for who, model in (("target", run.target), ("tuned", run.tuned)):
+        plan = plan_evaluation(run.store, model, run.config.sampler, run.config.pool, run.config.evaluation,
+                               run.evaluation_prompts.prompts)
+        rows.append({"stage": who, "pool_id": plan.pool_id, "shards": len(plan.shards),
+                     "missing_shards": len(plan.missing), "images": plan.images,
+                     "missing_images": plan.missing_images})
+    return rows
+
+
+def _build(preset: RunConfig, scorers: Sequence[str] | None, evaluation: Mapping[str, Any],
+           settings: Mapping[str, Any]) -> ComparisonConfig:
+    known = {scorer.name: scorer for scorer in (preset.scorer, *preset.evaluation.scorers)}
+    changes = {name: value for name, value in evaluation.items() if value is not None}
+    if scorers:
+        changes["scorers"] = [_scorer(text, known) for text in scorers]
+    return validate(ComparisonConfig, {
+        "preset": preset.preset, "target": preset.target.model_dump(), **settings,
+        "sampler": preset.sampler.model_dump(),
+        "pool": preset.pool.model_dump(include=set(DrawingConfig.model_fields)),
+        "evaluation": {**preset.evaluation.model_dump(), **changes}})
+
+
+def _scorer(text: str, known: Mapping[str, ScorerConfig]) -> dict[str, Any]:
+    name, _, source = text.partition("=")
+    if source:
+        return {"name": name, "source": source}
+    return known[name].model_dump() if name in known else {"name": name}
+
+
+def _find_models(config: ComparisonConfig, lora_weight: float | None) -> tuple[Model, Model]:
+    """Target and tuned model, each wearing its LoRA if it is one."""
+    target_lora, tuned_lora = (_local_lora(source) for source in (config.target.source, config.tuned))
+    if config.target_lora_weight is not None and target_lora is None:
+        raise ConfigError(f"target_lora_weight is {config.target_lora_weight}, but the target {config.target.source} "
+                          "is no LoRA: leave it out")
+    if lora_weight is not None and target_lora is None and tuned_lora is None:
+        raise ConfigError(f"lora_weight is {lora_weight}, but neither {config.target.source} nor {config.tuned} is a "
+                          "LoRA: leave it out")
+    if config.base is not None and target_lora is None and tuned_lora is None:
+        raise ConfigError(f"base is {config.base}, but neither {config.target.source} nor {config.tuned} is a LoRA "
+                          "that it could wear: leave it out")
+    if config.base is None and target_lora is not None:
+        raise InputError(f"the target {config.target.source} is a LoRA: give base, the model that wears it")
+    weight = config.evaluation.lora_weight
+
+    def find(source: str, lora: Path | None, worn_at: float) -> Model:
+        wearer = source if lora is None else config.base or config.target.source
+        revision = config.target.revision if wearer == config.target.source else None
+        model = find_model(config.target.model_copy(update={"source": wearer, "revision": revision}))
+        return model if lora is None else model.with_lora(lora, worn_at)
+
+    target = find(config.target.source, target_lora, config.target_lora_weight or weight)
+    tuned = find(config.tuned, tuned_lora, weight)
+    if target.identity() == tuned.identity():
+        raise InputError(f"target and tuned are the same model ({config.tuned}): there is nothing to compare")
+    return target, tuned
+
+
+def _local_lora(source: str) -> Path | None:
+    path = Path(source).expanduser()
+    return path if path.exists() and is_lora(path) else None

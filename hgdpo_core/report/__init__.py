@@ -1,0 +1,13 @@
+"""One run as one HTML file: no network, no script, light and dark, fit for a phone and a screen reader.
+
+data.py holds what the page shows, page.py puts it together; numbers.py, pictures.py and training.py are its sections,
+parts.py the HTML they are made of.
+"""
+
+from hgdpo_core.report.data import SCORER_TITLES, ReportData
+from hgdpo_core.report.headline import headline, read_interval
+from hgdpo_core.report.page import CONTENT_POLICY, MAX_BYTES, render_report
+from hgdpo_core.report.parts import encode_data_uri
+
+__all__ = ["CONTENT_POLICY", "MAX_BYTES", "SCORER_TITLES", "ReportData", "encode_data_uri", "headline", "read_interval",
+           "render_report"]

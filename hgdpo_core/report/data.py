@@ -1,0 +1,65 @@
+"""Everything the report shows, as plain values: whoever has them can make a page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from hgdpo_core.colours import ColourChange, ColourHistograms
+from hgdpo_core.config import StageConfig
+from hgdpo_core.grids import PairSample, PoolSample
+from hgdpo_core.intervals import DefectChange, Interval, ScoreChange
+from hgdpo_core.metrics import ColourShift, WinRate
+
+SCORER_TITLES = {"pickscore": "PickScore", "hps": "HPS v2", "imagereward": "ImageReward",
+                 "aesthetic": "LAION aesthetic", "clip": "CLIP",
+                 "inspector": "Inspector"}
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything the page shows. Empty or None parts leave their section out, or say that there is nothing."""
+
+    preset: str
+    title: str
+    config: StageConfig
+    root: str
+    """URL or path of the object store; must hold no secret, for it is printed."""
+    created_at: datetime
+    command: str
+    """Shell line that starts this run again."""
+    win_rates: Mapping[str, WinRate]
+    """Tuned over target by scorer name; the first is the headline, and its scores stand under the pairs."""
+    lora_weight: float | None
+    """None where the tuned model wears no LoRA."""
+    colour_shift: ColourShift | None
+    """Tuned against target on the evaluation images."""
+    counts: Mapping[str, int]
+    """Shown in this order; underscores become spaces: prompts, pool_images, triplets, rejected, ..."""
+    training_judge: str | None = None
+    """The scorer, among `win_rates`, that ranked the training pools: what it finds is no independent proof."""
+    images_per_prompt: int = 1
+    score_changes: Mapping[str, ScoreChange] = field(default_factory=dict)
+    win_rate_intervals: Mapping[str, Interval | None] = field(default_factory=dict)
+    """Bootstrap over prompts, where there are several images a prompt."""
+    defects: Mapping[str, DefectChange] = field(default_factory=dict)
+    colour_change: ColourChange | None = None
+    histograms: tuple[ColourHistograms, ColourHistograms] | None = None
+    """Of target and tuned model."""
+    pairs: Sequence[PairSample] = ()
+    """A random sample of evaluation prompts, not a selection."""
+    best_wins: Sequence[PairSample] = ()
+    worst_losses: Sequence[PairSample] = ()
+    pools: Sequence[PoolSample] = ()
+    training_log: Sequence[Mapping[str, float]] = ()
+    """Rows with step, loss, dpo_loss, stat_loss, margin, implicit_accuracy, winner_error, loser_error,
+    grad_norm, learning_rate; a column that is missing has no chart."""
+    sft_log: Sequence[Mapping[str, float]] = ()
+    """Rows with step, loss, grad_norm, learning_rate."""
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by stage, in the order of the run."""
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    """Path or URL by name; http(s) URLs become links."""
+    notes: Sequence[str] = ()
+    """Honest remarks, one sentence or two each."""
+    warnings: Sequence[str] = ()
+    """What the guards found; they stand above everything but the headline."""

@@ -1,0 +1,170 @@
+"""Sections of numbers: who wins, defects, colours, counts, timings, artifacts."""
+
+from collections.abc import Mapping
+from html import escape
+
+from hgdpo_core.colours import WEAK_RESULTANT, ColourChange, ColourHistograms
+from hgdpo_core.intervals import DefectChange, Estimate
+from hgdpo_core.metrics import ColourShift
+from hgdpo_core.plots import HISTOGRAMS, histogram, rate_bar, share_bar
+from hgdpo_core.report.data import SCORER_TITLES, ReportData
+from hgdpo_core.report.parts import (
+    NOTHING,
+    count_of,
+    duration,
+    p_value,
+    percent,
+    rate_interval,
+    section,
+    signed,
+    span,
+    table,
+    words,
+)
+
+SCALE = '<p class="scale" aria-hidden="true"><span>0 %</span><span>50 %</span><span>100 %</span></p>'
+
+
+def win_rates(data: ReportData) -> str:
+    """Bars with error bars, the table in the shape of the paper's Table 1, counts, and mean scores."""
+    if not data.win_rates:
+        return ""
+    rates = [(_title(data, name), rate) for name, rate in data.win_rates.items()]
+    bars = "".join(f"<li><span>{title}</span><b>{percent(rate.rate)}</b>{rate_bar(rate)}</li>"
+                   for title, rate in rates)
+    weight = "" if data.lora_weight is None else f" (LoRA weight {float(data.lora_weight)})"
+    several = ("" if data.images_per_prompt == 1 else
+               f" Each prompt's score is the mean over its {data.images_per_prompt} images.")
+    intro = f"How often the tuned model{weight} scores above the target model.{several}"
+    shown = [_paper_table(data), _tally(data), _score_table(data)]
+    return section("Win rates", intro, f'<ul class="bars">{bars}</ul>{SCALE}{"".join(shown)}')
+
+
+def _paper_table(data: ReportData) -> str:
+    """One row of the paper's Table 1, with the interval that it leaves out."""
+    cells = [f"{percent(rate.rate)}<small>{rate_interval(rate)}</small>" for rate in data.win_rates.values()]
+    return table("As the paper's Table 1 prints it: win rate by each scorer, the 95 % interval below.",
+                 ("Tuned model", *(SCORER_TITLES.get(name, name) for name in data.win_rates)),
+                 [("vs. target", *cells)])
+
+
+def _tally(data: ReportData) -> str:
+    several = data.images_per_prompt > 1
+    rows = []
+    for name, rate in data.win_rates.items():
+        cells = [f"{count:,}" for count in (rate.wins, rate.losses, rate.ties, rate.n)]
+        change = data.score_changes.get(name)
+        cells.append(NOTHING if change is None else p_value(change.sign_test_p))
+        if several:
+            low, high = data.win_rate_intervals.get(name) or (None, None)
+            cells.append(span(low, high, lambda end: f"{100 * end:.1f}") + ("" if low is None else " %"))
+        rows.append((_title(data, name), *cells))
+    columns = ["Scorer", "Wins", "Losses", "Ties", "Prompts", "Sign test p"]
+    caption = ("Win rate = wins / (wins + losses), Clopper-Pearson interval; ties count apart. p: two-sided exact sign "
+               "test.")
+    if several:
+        columns.append("Bootstrap over prompts")
+        caption += " The bootstrap resamples whole prompts."
+    return table(caption, columns, rows)
+
+
+def _score_table(data: ReportData) -> str:
+    if not data.score_changes:
+        return ""
+    rows = [(_title(data, name), f"{change.mean_b:.3f}", f"{change.mean_a:.3f}", signed(change.mean, 3),
+             span(change.ci_low, change.ci_high, lambda end: signed(end, 3)))
+            for name, change in data.score_changes.items()]
+    return table("Mean scores in each scorer's own units; the change with its paired 95 % interval over prompts.",
+                 ("Scorer", "Target", "Tuned", "Change", "95 % interval"), rows)
+
+
+def defects(changes: Mapping[str, DefectChange]) -> str:
+    """Share of defective images before and after."""
+    bars, rows = [], []
+    for name, change in changes.items():
+        title = escape(SCORER_TITLES.get(name, name))
+        for who, share in (("target", change.target), ("tuned", change.tuned)):
+            bars.append(f"<li><span>{title}: {who}</span><b>{percent(share)}</b>{share_bar(share, who)}</li>")
+        rows.append((title, f"{change.below:g}", percent(change.target), percent(change.tuned),
+                     f"{signed(100 * change.difference, 1)} points",
+                     span(change.ci_low, change.ci_high, lambda end: signed(100 * end, 1))))
+    intro = "An image that scores below the scorer's own limit counts as defective. Less is better."
+    figures = table("The difference is tuned minus target, in percentage points; 95 % bootstrap interval over prompts.",
+                    ("Scorer", "Limit", "Target", "Tuned", "Difference", "95 % interval"), rows)
+    return section("Defective images", intro, f'<ul class="bars">{"".join(bars)}</ul>{SCALE}{figures}') if rows else ""
+
+
+def colours(shift: ColourShift | None, change: ColourChange | None,
+            histograms: tuple[ColourHistograms, ColourHistograms] | None) -> str:
+    """How far the colours moved, with intervals, and how they are spread."""
+    if shift is None:
+        return ""
+    estimates = (None,) * 4 if change is None else (
+        change.hue_degrees, change.hue_percent, change.saturation_percent, change.value_percent)
+    names = ("Hue as an angle", "Hue", "Saturation", "Value")
+    sizes = (None, shift.hue, shift.saturation, shift.value)
+    rows = [(name, *_colour_cells(name, shift, size, estimate))
+            for name, size, estimate in zip(names, sizes, estimates, strict=True)]
+    shown = table("Tuned against target over all pixels of the evaluation images; 95 % bootstrap intervals over "
+                  "prompts. The last column compares with the paper's Table 2.",
+                  ("Channel", "Change", "95 % interval", "As in the paper"), rows)
+    intro = ("No shift is 0. Hue is an angle, so its first row counts: a mean weighted by saturation, + from red "
+             "towards yellow. The other rows are plain means over pixels; the paper prints their size without a sign.")
+    note = f'<p class="intro">{escape(_weak_hue(change))}</p>' if change is not None and change.hue_is_weak else ""
+    charts = "" if histograms is None else (
+        f'<div class="charts">{"".join(histogram(spec, *histograms) for spec in HISTOGRAMS)}</div>')
+    return section("Colours", intro, shown + note + charts)
+
+
+def _colour_cells(name: str, shift: ColourShift, size: float | None, estimate: Estimate | None) -> tuple[str, ...]:
+    undefined = "not defined"
+    if name == "Hue as an angle":
+        value = undefined if shift.hue_degrees is None else f"{signed(shift.hue_degrees, 2)}°"
+        low, high = (None, None) if estimate is None else (estimate.ci_low, estimate.ci_high)
+        return value, span(low, high, lambda end: f"{signed(end, 1)}°"), NOTHING
+    paper = undefined if size is None else f"{size:.2f} %"
+    if estimate is None:
+        return NOTHING, NOTHING, paper
+    value = undefined if estimate.value is None else f"{signed(estimate.value, 2)} %"
+    return value, span(estimate.ci_low, estimate.ci_high, lambda end: f"{signed(end, 2)} %"), paper
+
+
+def _weak_hue(change: ColourChange) -> str:
+    lengths = ["none" if length is None else f"{length:.2f}"
+               for length in (change.target_hue_resultant, change.tuned_hue_resultant)]
+    return (f"The hues of these images nearly cancel out: their resultant lengths are {lengths[0]} and {lengths[1]}, "
+            f"where 1 is one hue and below {WEAK_RESULTANT:g} the mean hue has hardly a direction. So the angle may "
+            "turn far without a visible change: trust its interval, and the rows below it.")
+
+
+def counts(numbers: Mapping[str, int]) -> str:
+    """How much of everything there was."""
+    items = "".join(f"<div><dt>{escape(words(name))}</dt><dd>{count:,}</dd></div>" for name, count in numbers.items())
+    return section("Counts", "", f'<dl class="counts">{items}</dl>') if numbers else ""
+
+
+def timings(seconds: Mapping[str, float]) -> str:
+    """Time by stage; what was found again took none."""
+    total = sum(seconds.values())
+    rows = [(escape(words(stage)), duration(value), f"{100 * value / total if total else 0:.0f} %")
+            for stage, value in seconds.items()]
+    rows.append(("Total", duration(total), ""))
+    return section("Timings", "", table("Time by stage; what was found again took none.", ("Stage", "Time", "Share"),
+                                        rows)) if seconds else ""
+
+
+def artifacts(places: Mapping[str, str]) -> str:
+    """What the run left, and where."""
+    rows = []
+    for name, place in places.items():
+        shown = f"<code>{escape(place)}</code>"
+        if place.startswith(("https://", "http://")):
+            shown = f'<a href="{escape(place)}" rel="noreferrer">{shown}</a>'
+        rows.append((escape(words(name)), shown))
+    return section("Artifacts", "", table(f"{count_of(len(rows), 'place')} in the object store.",
+                                          ("Artifact", "Place"), rows)) if rows else ""
+
+
+def _title(data: ReportData, name: str) -> str:
+    title = escape(SCORER_TITLES.get(name, name))
+    return f"{title} <small>ranked the training pools</small>" if name == data.training_judge else title

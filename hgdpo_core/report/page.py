@@ -1,0 +1,94 @@
+"""The page: its frame, the order of its sections, and a size that a mail or a phone takes."""
+
+import json
+from html import escape
+
+from PIL import Image
+
+from hgdpo_core.errors import InputError
+from hgdpo_core.plots import STYLE
+from hgdpo_core.report.data import ReportData
+from hgdpo_core.report.headline import headline, read_interval
+from hgdpo_core.report.numbers import artifacts, colours, counts, defects, timings, win_rates
+from hgdpo_core.report.parts import ImageEncoder, encode_data_uri, listing, section, sentence
+from hgdpo_core.report.pictures import pairs, pools
+from hgdpo_core.report.training import DPO_CHARTS, SFT_CHARTS, charts, with_rises
+
+MAX_BYTES = 10_000_000
+CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+QUALITY_LEVELS = ((640, 85), (448, 80), (320, 72), (224, 60))  # longer side in pixels, WebP quality
+
+
+def render_report(data: ReportData) -> str:
+    """The page as HTML text, under 10 MB in UTF-8.
+
+    Images shrink until it fits; where even the smallest do not, InputError says what to drop. Prompts, notes and
+    names are shown as text, never as markup, and the page forbids itself every network request.
+    """
+    size = 0
+    for side_px, quality in QUALITY_LEVELS:
+        def encode(image: Image.Image, side: int = side_px, q: int = quality) -> str:
+            return encode_data_uri(image, side, q)
+
+        page = _page(data, encode)
+        size = len(page.encode())
+        if size < MAX_BYTES:
+            return page
+    raise InputError(f"the report would have {size:,} bytes with the smallest images; expected under "
+                     f"{MAX_BYTES:,}: hand in fewer pairs or pools")
+
+
+def _page(data: ReportData, encode: ImageEncoder) -> str:
+    shown = "" if data.images_per_prompt == 1 else (
+        f" The first of a prompt's {data.images_per_prompt} images is shown; the scores are means over all of them.")
+    sections = (
+        listing("Warnings", data.warnings, "warnings"),
+        win_rates(data),
+        listing("What to keep in mind", data.notes, "notes"),
+        pairs("Side by side", f"A random sample of held-out prompts, both models from one seed.{shown}", data.pairs,
+              encode),
+        pairs("Best wins", "Where the tuned model gained most.", data.best_wins, encode),
+        pairs("Worst losses", "Where the tuned model lost most.", data.worst_losses, encode),
+        defects(data.defects),
+        colours(data.colour_shift, data.colour_change, data.histograms),
+        pools(data.pools, encode),
+        charts("DPO training", DPO_CHARTS, with_rises(data.training_log)),
+        charts("Supervised fine-tuning", SFT_CHARTS, data.sft_log),
+        counts(data.counts),
+        timings(data.timings),
+        artifacts(data.artifacts),
+        _repeat(data),
+    )
+    when = data.created_at.strftime("%Y-%m-%d %H:%M %Z").strip()
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
+<title>{escape(data.title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header>
+<p class="eyebrow">HG-DPO · preset {escape(data.preset)}</p>
+<h1>{escape(data.title)}</h1>
+<p class="lead">{sentence(headline(data))}</p>
+<p class="reading">{sentence(read_interval(data))}</p>
+<p class="meta">{when} · <code>{escape(data.root)}</code></p>
+</header>
+<main>
+{"".join(sections)}</main>
+<footer><p>Method: arXiv:2405.20216v1. This page holds all it shows; it loads nothing from elsewhere.</p></footer>
+</body>
+</html>
+"""
+
+
+def _repeat(data: ReportData) -> str:
+    settings = json.dumps(data.config.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    body = (f"<pre><code>{escape(data.command)}</code></pre><details><summary>All settings of this run</summary>"
+            f"<pre><code>{escape(settings)}</code></pre></details>")
+    intro = "The same root reuses what is finished; another root makes everything anew."
+    return section("How to repeat", intro, body)
