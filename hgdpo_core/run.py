@@ -105,6 +105,6 @@ def plan_run(run: Run) -> list[dict[str, Any]]:
     if run.images is not None:
         return [{"stage": "sft", "images": len(run.images.images), "note": "the pool's id follows from its result"},
                 {"stage": "pool", "images": len(run.prompts.prompts) * run.config.pool.images_per_prompt}]
-    plan = plan_pool(run.store, run.target, run.config.sampler, run.config.pool, run.prompts.prompts)
+    plan = plan_pool(run.store, run.target, run.config.sampler.plain, run.config.pool, run.prompts.prompts)
     return [{"stage": "pool", "pool_id": plan.pool_id, "shards": len(plan.shards), "missing_shards": len(plan.missing),
              "images": plan.images, "missing_images": plan.missing_images}]

@@ -34,7 +34,7 @@ def publish(run: Run, pool: PoolPlan, scores: ShardFolder, triplets: Triplets, l
         return sample_pairs(comparison, target_images, tuned_images, scorer, positions)
 
     sample = pairs(random_positions(comparison, PAIRS))
-    pools = sample_pools(pool, scores, POOLS, run.config.triplets.loser_rank)
+    pools = sample_pools(pool, scores, POOLS, run.config.triplets)
     artifacts = {"report": run.store.url(run.key("report.html")), "summary": run.store.url(run.key("summary.json")),
                  "lora": run.store.url(f"models/{lora.model_id}"), "triplets": run.store.url(triplets.folder.key),
                  "pool": run.store.url(pool.folder.key)}
