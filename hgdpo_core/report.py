@@ -22,7 +22,8 @@ TINY_PX = 128  # images up to this side stay lossless, and hard pixels are shown
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 QUALITY_LEVELS = ((640, 85), (448, 80), (320, 72), (224, 60))  # longer side in pixels, WebP quality
 SCORER_TITLES = {"pickscore": "PickScore", "hps": "HPS v2", "image_reward": "ImageReward",
-                 "aesthetic": "LAION aesthetic", "clip": "CLIP"}
+                 "aesthetic": "LAION aesthetic", "clip": "CLIP",
+                 "tinted": "PickScore with a fondness for warm tints (made up to study colour shift)"}
 ACRONYMS = {"sft": "SFT", "dpo": "DPO", "lora": "LoRA"}
 
 DPO_CHARTS = (

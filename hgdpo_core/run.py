@@ -49,7 +49,18 @@ def default_root() -> str:
 def open_run(preset: str = "figures", root: str | None = None, *, prompts: str | None = None,
              target: str | None = None, images: str | None = None,
              overrides: Mapping[str, Any] | None = None) -> Run:
-    """Build the config, check root, prompts, images, target and scorers, and write `runs/<run_id>/config.json`.
+    """A checked run, with `runs/<run_id>/config.json` and its lists of prompts written; errors as `check_run`."""
+    run = check_run(preset, root, prompts=prompts, target=target, images=images, overrides=overrides)
+    save_prompts(run.store, run.prompts)
+    save_prompts(run.store, run.evaluation_prompts)
+    run.store.write_json(run.key("config.json"), {"code_version": __version__, **run.config.model_dump(mode="json")})
+    return run
+
+
+def check_run(preset: str = "figures", root: str | None = None, *, prompts: str | None = None,
+              target: str | None = None, images: str | None = None,
+              overrides: Mapping[str, Any] | None = None) -> Run:
+    """Build the config, check root, prompts, images, target and scorers; leaves no trace of a run in the root.
 
     ConfigError, InputError, ModelError or StorageError say in one line what is wrong; nothing is lost or half made.
     """
@@ -64,17 +75,14 @@ def open_run(preset: str = "figures", root: str | None = None, *, prompts: str |
         find_scorer(scorer.name, scorer.source)
     store.check_writable()
     image_set = _read_images(config.images, store)
-    command = _command({"preset": preset, "root": store.root, "prompts": prompts, "target": target, "images": images},
-                       overrides or {})
-    run = Run(config, store, f"{preset}-{content_hash(config)}", model, training, evaluation, image_set, command)
-    save_prompts(store, training)
-    save_prompts(store, evaluation)
-    store.write_json(run.key("config.json"), {"code_version": __version__, **config.model_dump(mode="json")})
-    return run
+    options = {"preset": preset, "root": store.root, "prompts": prompts, "target": target, "images": images}
+    command = shell_command("run", options, overrides or {})
+    return Run(config, store, f"{preset}-{content_hash(config)}", model, training, evaluation, image_set, command)
 
 
-def _command(options: Mapping[str, str | None], overrides: Mapping[str, Any]) -> str:
-    words = ["hgdpo run"]
+def shell_command(verb: str, options: Mapping[str, str | None], overrides: Mapping[str, Any]) -> str:
+    """The line that starts a command again: `hgdpo <verb> --option value --set name=value`."""
+    words = [f"hgdpo {verb}"]
     words += [f"--{name} {shlex.quote(value)}" for name, value in options.items() if value is not None]
     words += [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in overrides.items()]
     return " ".join(words)
