@@ -15,8 +15,11 @@ from hgdpo_core.ablate.program import Shared
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.ablate.tables import TITLES, WORLDS
-from hgdpo_core.grids import pool_grid
+from hgdpo_core.grids import pool_grid, row_grid
+from hgdpo_core.images import decode_image
+from hgdpo_core.shards import ShardFolder
 from hgdpo_core.showcase import sample_pools
+from hgdpo_core.storage import Store
 
 INK, FAINT, LINE, ACCENT, SECOND = "#181a20", "#5b616d", "#dfe1e6", "#1665c0", "#b4440d"
 DPI = 150
@@ -109,6 +112,23 @@ def weight_chart(results: Results, planned: PlannedTable) -> bytes:
 def pool_picture(results: Results, shared: Shared, world: World, count: int = 3) -> Image.Image:
     """Figure 6: the first pools in the ranking of the world's judge."""
     return pool_grid(sample_pools(shared.pool, shared.scores[world], count, results.ablation.run.config.triplets))
+
+
+def weight_picture(results: Results, planned: PlannedTable, prompt: str) -> Image.Image:
+    """Figure 8: one prompt from several seeds, a row a LoRA weight, by the first training."""
+    rows = sorted(planned.rows, key=lambda row: row.arm.lora_weight)
+    drawn = [("LoRA weight 0 (target)", results.target_diversity),
+             *((f"LoRA {row.label}", results.diversity[row.arm][0]) for row in rows)]
+    store = results.ablation.run.store
+    return row_grid(prompt, [(label, _images(store, record.pool, prompt)) for label, record in drawn if record])
+
+
+def _images(store: Store, pool: str, prompt: str) -> list[Image.Image]:
+    """All images of a prompt in a pool, in the order of their indices."""
+    folder = ShardFolder.open(store, pool)
+    rows = [row for index in folder.manifests() for row in folder.read(index, ["prompt", "index", "image"]).to_pylist()
+            if row["prompt"] == prompt]
+    return [decode_image(row["image"]) for row in sorted(rows, key=lambda row: row["index"])]
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

@@ -16,6 +16,7 @@ from hgdpo_core.ablate.charts import (
     distance_chart,
     pool_picture,
     weight_chart,
+    weight_picture,
     win_rate_chart,
 )
 from hgdpo_core.ablate.claims import Claim, judge_claims
@@ -78,6 +79,10 @@ def draw_pictures(results: Results, shared: Shared) -> dict[str, tuple[str, byte
         chart = {"2": colour_chart, "8": weight_chart}.get(table.number, win_rate_chart)
         name = f"{'figure' if table.number == '8' else 'table'}-{table.number}-{table.world}"
         pictures[name] = (name.replace("-", " ").capitalize(), chart(results, table))
+        if table.number == "8":
+            prompt = results.ablation.run.evaluation_prompts.prompts[0]
+            pictures["figure-8-images"] = ("Figure 8: one prompt at several LoRA weights, seeds from left to right",
+                                           _png(weight_picture(results, table, prompt)))
     worlds: tuple[World, ...] = results.ablation.settings.worlds
     for world in worlds:
         pictures[f"figure-5b-{world}"] = (f"Figure 5b {world}", distance_chart(results, world))

@@ -50,6 +50,7 @@ class DiversityRecord(StageConfig):
     """Mean pairwise distance of each prompt's images; kept in `ablations/diversity/`."""
 
     pool: str
+    """Key of the images' folder."""
     distances: list[float]
 
 

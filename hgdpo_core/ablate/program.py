@@ -8,10 +8,11 @@ from typing import Any
 from hgdpo_core import __version__
 from hgdpo_core.ablate.arms import Arm, PlannedTable, all_arms, evaluation_scorers, plan_tables, ranking_scorer
 from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check
-from hgdpo_core.config import content_hash
+from hgdpo_core.config import apply_overrides, content_hash
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.generate import PoolPlan, generate_pool, plan_pool
 from hgdpo_core.models import Model
+from hgdpo_core.presets import build_config
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import save_prompts
 from hgdpo_core.run import Run, check_run, shell_command
@@ -68,10 +69,12 @@ def open_ablation(preset: str = "figures", root: str | None = None, *, prompts: 
     given = dict(overrides or {})
     own = {name.removeprefix(PREFIX): given.pop(name) for name in list(given) if name.startswith(PREFIX)}
     config = build_settings({**(settings or {}), **own})
+    varied = apply_overrides(build_config(preset, target=target, prompts=prompts, images=images), given)
+    check(config, varied)
     if config.split != "test":
-        given["evaluation.prompts.split"] = config.split
+        held_out = varied.evaluation.prompts.model_copy(update={"split": config.split})
+        given["evaluation.prompts"] = held_out.model_dump()
     run = check_run(preset, root, prompts=prompts, target=target, images=images, overrides=given)
-    check(config, run.config)
     scorer = ranking_scorer(run.config, config.worlds[-1])
     find_scorer(scorer.name, scorer.source)
     identity = {"run": run.config.model_dump(mode="json"), "ablation": config.model_dump(mode="json")}

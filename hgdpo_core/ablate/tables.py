@@ -155,7 +155,8 @@ def _training_table(results: Results) -> Table:
 
 def _how(results: Results, world: World) -> str:
     ablation, prompts = results.ablation, results.ablation.run.evaluation_prompts.prompts
-    split = f"{ablation.settings.split} " if ablation.run.config.evaluation.prompts.source == "figures" else ""
+    source = ablation.run.config.evaluation.prompts
+    split = f"{source.split} " if source.source == "figures" else ""
     seeds = ablation.settings.seeds
     return (f"{WORLDS[world][0].upper()}{WORLDS[world][1:]}. {len(prompts)} held-out {split}prompts, "
             f"{seeds} training{'s' if seeds > 1 else ''} an arm; 95 % intervals by resampling prompts"
