@@ -23,8 +23,9 @@ def hgdpo_ablate(
     overrides: Overrides = Field(default_factory=dict,
                                  description='settings by dotted name, as {"ablation.pool_sizes": [2, 20]}'),
     seeds: int = Field(3, ge=1, description="trainings of every arm"),
-    worlds: list[World] = Field(default_factory=lambda: ["plain", "tinted"], description="plain: the run's own judge "
-                                "ranks the pools; tinted: the same judge, made fond of warm tints"),
+    worlds: list[World] | None = Field(
+        None, description="plain: the run's own judge ranks the pools; tinted: the same judge, made fond of warm tints; "
+                          "default: both for figures, plain otherwise"),
     comparisons: list[Comparison] = Field(
         default_factory=lambda: ["pool_size", "loser_rank", "dataset_size", "statistics", "beta", "lora_weight"]),
     split: Split = Field("test", description="figures prompts to measure on; choose settings on validation"),
@@ -32,7 +33,9 @@ def hgdpo_ablate(
 ) -> dict[str, Any]:
     """Measure the paper's ablations (arXiv:2405.20216v1, Tables 2, 3, 5, 6, Figures 5b, 6, 8); returns all numbers."""
     explain_own_errors()
-    settings = {"seeds": seeds, "worlds": worlds, "comparisons": comparisons, "split": split}
+    settings: dict[str, Any] = {"seeds": seeds, "comparisons": comparisons, "split": split}
+    if worlds is not None:
+        settings["worlds"] = worlds
     ablation = prepare_ablation(preset, root, prompts, target, images, overrides, settings)
     if plan_only:
         return {"plan": plan_ablation(ablation)}

@@ -182,7 +182,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_ablation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seeds", type=int, help="trainings of every arm; default 3")
-    command.add_argument("--worlds", nargs="+", metavar="WORLD", help="plain, tinted; default both")
+    command.add_argument("--worlds", nargs="+", metavar="WORLD", help="plain, tinted; default: both for figures, plain "
+                         "otherwise")
     command.add_argument("--comparisons", nargs="+", metavar="NAME", help="pool_size, loser_rank, dataset_size, "
                          "statistics, beta, lora_weight; default all")
     command.add_argument("--split", help="figures prompts to measure on: test or validation")

@@ -140,5 +140,6 @@ def ranking_scorer(config: RunConfig, world: World) -> ScorerConfig:
 
 def evaluation_scorers(config: RunConfig, world: World) -> tuple[ScorerConfig, ...]:
     """The judges of a world's arms: the run's own and, in the tinted world, the one that ranked its pools."""
-    own = tuple(scorer for scorer in config.evaluation.scorers if scorer.name != "tinted")
-    return own if world == "plain" else (*own, ranking_scorer(config, world))
+    own = config.evaluation.scorers
+    named = any(scorer.name == "tinted" for scorer in own)
+    return own if world == "plain" or named else (*own, ranking_scorer(config, world))

@@ -140,5 +140,5 @@ def summarise(results: Results, claims: Sequence[Claim], tables: Sequence[Table]
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.convert("P", palette=Image.Palette.ADAPTIVE).save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

@@ -68,7 +68,8 @@ def open_ablation(preset: str = "figures", root: str | None = None, *, prompts: 
     """
     given = dict(overrides or {})
     own = {name.removeprefix(PREFIX): given.pop(name) for name in list(given) if name.startswith(PREFIX)}
-    config = build_settings({**(settings or {}), **own})
+    usual = {} if preset == "figures" else {"worlds": ("plain",)}  # real judges have tastes enough
+    config = build_settings({**usual, **(settings or {}), **own})
     varied = apply_overrides(build_config(preset, target=target, prompts=prompts, images=images), given)
     check(config, varied)
     if config.split != "test":

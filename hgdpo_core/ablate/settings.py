@@ -18,7 +18,8 @@ class AblationConfig(StageConfig):
     seeds: int = Field(default=3, ge=1, description="trainings of every arm, with dpo.seed 0, 1, ...")
     worlds: tuple[World, ...] = Field(
         default=("plain", "tinted"), min_length=1,
-        description="plain: the run's own judge ranks the pools; tinted: the same judge, made fond of warm tints")
+        description="plain: the run's own judge ranks the pools; tinted: the same judge, made fond of warm tints "
+                    "(default for the preset figures alone)")
     comparisons: tuple[Comparison, ...] = Field(
         default=("pool_size", "loser_rank", "dataset_size", "statistics", "beta", "lora_weight"), min_length=1,
         description="the tinted world is for statistics and beta alone")
@@ -67,6 +68,9 @@ def check(settings: AblationConfig, config: RunConfig) -> None:
     if settings.worlds == ("tinted",) and not {"statistics", "beta"} & set(settings.comparisons):
         raise ConfigError("the tinted world is for the comparisons statistics and beta: name one of them, or the plain "
                           "world")
+    if "tinted" in settings.worlds and config.scorer.name != "pickscore":
+        raise ConfigError(f"the tinted world tints PickScore, but scorer.name is {config.scorer.name}: leave tinted "
+                          "out of ablation.worlds, or rank by pickscore")
     if settings.split == "validation" and config.evaluation.prompts.source != "figures":
         raise ConfigError("only the figures world's prompts have a validation split: give other prompts in "
                           "evaluation.prompts instead")
