@@ -10,13 +10,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hgdpo_core.ablate.arms import PlannedTable
-from hgdpo_core.ablate.estimates import Estimate
+from hgdpo_core.ablate.estimates import scaled
 from hgdpo_core.ablate.program import Shared
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.ablate.tables import TITLES, WORLDS
 from hgdpo_core.grids import pool_grid, row_grid
 from hgdpo_core.images import decode_image
+from hgdpo_core.intervals import Estimate
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.showcase import sample_pools
 from hgdpo_core.storage import Store
@@ -37,7 +38,7 @@ def win_rate_chart(results: Results, planned: PlannedTable) -> bytes:
             axes.plot([100 * rate for rate in seeds if rate is not None],
                       [place + shift] * sum(rate is not None for rate in seeds), ".", color=colours[number % 4],
                       alpha=0.35, markersize=5)
-            _whisker(axes, _scaled(results.win_rate(row.arm, scorer), 100), place + shift, colours[number % 4],
+            _whisker(axes, scaled(results.win_rate(row.arm, scorer), 100), place + shift, colours[number % 4],
                      scorer if place == 0 else None)
     axes.axvline(50, color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
     axes.set_yticks(range(len(planned.rows)), [row.label for row in planned.rows])
@@ -91,7 +92,7 @@ def weight_chart(results: Results, planned: PlannedTable) -> bytes:
     figure = Figure(figsize=(8.6, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, scorer in enumerate(scorers):
-        _curve(left, weights, [_scaled(results.win_rate(row.arm, scorer), 100) for row in rows],
+        _curve(left, weights, [scaled(results.win_rate(row.arm, scorer), 100) for row in rows],
                [ACCENT, SECOND, FAINT, INK][number % 4], scorer)
     left.axhline(50, color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
     left.set_ylabel("prompts won against the target, %")
@@ -149,10 +150,6 @@ def _curve(axes: Any, places: Sequence[float], values: Sequence[Estimate], colou
         axes.plot([place, place], [value.ci_low, value.ci_high], color=colour, linewidth=1.5)
     axes.plot([place for place, _ in known], [value.value for _, value in known], "o-", color=colour, markersize=5,
               label=label)
-
-
-def _scaled(value: Estimate, factor: float) -> Estimate:
-    return Estimate(*(None if part is None else factor * part for part in value))
 
 
 def _save(figure: Figure, axes: Any, title: str, world: World) -> bytes:

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 
 from hgdpo_core.ablate.arms import Arm, base_arm
-from hgdpo_core.ablate.estimates import Estimate
+from hgdpo_core.ablate.estimates import scaled
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
+from hgdpo_core.intervals import Estimate
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,5 @@ def _colour_claim(results: Results, text: str, name: str, arm: Arm, whole: Arm) 
 
 def _win_rate_claim(results: Results, text: str, measured: str, arm: Arm, other: Arm, above: bool) -> Claim:
     scorer = next(iter(results.records[arm][0].win_rate))
-    gap = results.win_rate_gap(arm, other, scorer)
-    points = Estimate(*(None if value is None else 100 * value for value in gap))
+    points = scaled(results.win_rate_gap(arm, other, scorer), 100)
     return Claim(arm.world, text, f"{measured}, by {scorer}", "percentage points", points, above)

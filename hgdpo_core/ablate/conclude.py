@@ -118,7 +118,8 @@ def summarise(results: Results, claims: Sequence[Claim], tables: Sequence[Table]
              "score_change": {name: results.score_change(arm, name).as_dict() for name in seeds[0].win_rate},
              "colour": {name: results.colour(arm, name).as_dict() for name in COLOURS},
              "diversity": value.as_dict() if (value := results.diversity_of(arm)) else None,
-             "seeds": [record.model_dump(mode="json", exclude={"arm", "gains", "colours", "triplets"})
+             "defects": {name: value.as_dict() for name in seeds[0].win_rate if (value := results.defects(arm, name))},
+             "seeds": [record.model_dump(mode="json", exclude={"arm", "gains", "defects", "colours", "triplets"})
                        for record in seeds]}
             for arm, seeds in results.records.items()]
     target = results.diversity_of(None)
@@ -133,7 +134,7 @@ def summarise(results: Results, claims: Sequence[Claim], tables: Sequence[Table]
                             for world, values in results.distances.items()},
         "claims": [{**asdict(claim), "estimate": claim.estimate.as_dict(), "verdict": claim.verdict}
                    for claim in claims],
-        "tables": [asdict(table) for table in tables],
+        "tables": [table.as_dict() for table in tables],
         "artifacts": {name: ablation.run.store.url(ablation.key(file))
                       for name, file in (("page", "index.html"), ("tables", "tables.md"), ("plots", "plots"))}}
 

@@ -7,28 +7,15 @@ seeds their part of the doubt is only roughly known; with one it is not in the i
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from hgdpo_core.metrics import CONFIDENCE, WinRate
+from hgdpo_core.intervals import PERCENTILES, Estimate
+from hgdpo_core.metrics import WinRate
 
 RESAMPLES = 4_000  # a tail of 2.5 % is then known to 0.25 percentage points
-PERCENTILES = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Means [..., K] -> value [...]."""
-
-
-class Estimate(NamedTuple):
-    """A number with its interval; all None where it is not defined."""
-
-    value: float | None
-    ci_low: float | None
-    ci_high: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values under the field names."""
-        return self._asdict()
 
 
 def resampled_means(values: np.ndarray) -> np.ndarray:
@@ -88,6 +75,11 @@ def win_rate_estimate(gains: np.ndarray) -> Estimate:
         exact = WinRate.from_counts(*((decided, 0, 0) if result.value else (0, decided, 0)))
         return Estimate(result.value, exact.ci_low, exact.ci_high)
     return result
+
+
+def scaled(value: Estimate, factor: float) -> Estimate:
+    """The same number in another unit."""
+    return Estimate(*(None if part is None else factor * part for part in (value.value, value.ci_low, value.ci_high)))
 
 
 def first(means: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from hgdpo_core.ablate.arms import Arm, arm_config, evaluation_scorers
 from hgdpo_core.ablate.program import Shared, StageProgress, draw, score, silent_stages
 from hgdpo_core.config import RunConfig, ScorerConfig, StageConfig, content_hash
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.evaluate import compare, plan_evaluation
+from hgdpo_core.evaluate import compare, image_scores, plan_evaluation
 from hgdpo_core.generate import PoolPlan, plan_pool
 from hgdpo_core.images import decode_image
 from hgdpo_core.latents import cache_latents, latent_folder
@@ -20,7 +20,8 @@ from hgdpo_core.metrics import channel_means, mean_pairwise_distance
 from hgdpo_core.models import DTYPES, default_device
 from hgdpo_core.progress import ShouldStop, never_stop
 from hgdpo_core.prompts import PromptList, prompt_id, save_prompts
-from hgdpo_core.scorers import find_scorer, load_embedder
+from hgdpo_core.scorers import defect_limit, find_scorer, load_embedder
+from hgdpo_core.shards import ShardFolder
 from hgdpo_core.triplets import build_triplets, dataset_card, triplet_folder
 from hgdpo_core.tuning import Tuned, tune_lora
 
@@ -39,6 +40,8 @@ class ArmRecord(StageConfig):
     win_rate: dict[str, dict[str, float | int | None]]
     gains: dict[str, list[float]]
     """Mean score of the tuned model minus that of the target, a prompt, by scorer."""
+    defects: dict[str, list[float]]
+    """Share of defective images, tuned minus target, a prompt, by scorers that can tell."""
     colours: list[list[float]]
     """`channel_means` of each prompt's images, averaged."""
     colour_shift: dict[str, float | None]
@@ -80,10 +83,20 @@ def run_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_
         win_rate={name: rate.as_dict() for name, rate in result.win_rates.items()},
         gains={name: (np.array(result.tuned_scores[name]) - np.array(result.target_scores[name])).tolist()
                for name in scores},
+        defects={name: _defect_difference(shared, name, images, scores[name], below) for name in scores
+                 if (below := defect_limit(name)) is not None},
         colours=prompt_colours(images, prompts).round(6).tolist(), colour_shift=result.colour_shift.as_dict(),
         training=_last_means(tuned))
     store.write_json(key, record.model_dump(mode="json"))
     return record
+
+
+def _defect_difference(shared: Shared, scorer: str, images: PoolPlan, scores: ShardFolder,
+                       below: float) -> list[float]:
+    prompts = shared.ablation.run.evaluation_prompts.prompts
+    tuned, target = ((image_scores(folder, plan, prompts) < below).mean(axis=1)
+                     for folder, plan in ((scores, images), (shared.target_scores[scorer], shared.target_images)))
+    return (tuned - target).tolist()
 
 
 def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_stages,

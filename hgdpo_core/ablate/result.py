@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from hgdpo_core.ablate.arms import Arm
-from hgdpo_core.ablate.estimates import Estimate, difference, estimate, first, outcomes, rate, win_rate_estimate
+from hgdpo_core.ablate.estimates import difference, estimate, first, outcomes, rate, win_rate_estimate
 from hgdpo_core.ablate.measure import ArmRecord, DiversityRecord
 from hgdpo_core.ablate.program import Ablation
 from hgdpo_core.ablate.settings import World
+from hgdpo_core.intervals import Estimate
 
 COLOURS = ("hue", "saturation", "value", "hue_degrees", "warmth", "distance")
 """Signed changes in percent of the target's mean; the circular mean's in degrees; red minus blue, and how far the
@@ -45,6 +46,12 @@ class Results:
     def score_change(self, arm: Arm, scorer: str) -> Estimate:
         """Mean score of the tuned model minus the target's, in the scorer's units."""
         return estimate(self.gains(arm, scorer)[..., None], first)
+
+    def defects(self, arm: Arm, scorer: str) -> Estimate | None:
+        """Share of defective images, tuned minus target; None for a scorer that cannot tell."""
+        if scorer not in self.records[arm][0].defects:
+            return None
+        return estimate(np.array([record.defects[scorer] for record in self.records[arm]])[..., None], first)
 
     def colour(self, arm: Arm, name: str) -> Estimate:
         """One of COLOURS, of the arm against the target."""

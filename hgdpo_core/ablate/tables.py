@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hgdpo_core.ablate import paper
 from hgdpo_core.ablate.arms import Arm, PlannedTable, arm_labels, base_arm
 from hgdpo_core.ablate.claims import Claim
-from hgdpo_core.ablate.estimates import Estimate
+from hgdpo_core.ablate.estimates import scaled
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
+from hgdpo_core.intervals import Estimate
+from hgdpo_core.scorers import defect_limit
 
 TITLES = {"3": "Table 3: pool size, and what keeps the colours", "5": "Table 5: the loser's rank",
           "6": "Table 6: size of the data set", "2": "Table 2: colour shift", "8": "Figure 8: LoRA weight"}
@@ -29,6 +32,11 @@ class Table:
     notes: tuple[str, ...]
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values under the field names."""
+        return {"title": self.title, "notes": list(self.notes), "columns": list(self.columns),
+                "rows": [list(row) for row in self.rows]}
 
 
 def make_tables(results: Results, claims: Sequence[Claim]) -> list[Table]:
@@ -61,6 +69,8 @@ def _win_rate_table(results: Results, planned: PlannedTable) -> Table:
     for scorer in scorers:
         columns += [f"{scorer}: wins, %", "per seed", "wins/losses/ties", "against the whole pool, points",
                     "mean score change"]
+        if defect_limit(scorer) is not None:
+            columns.append("defective images, points")
     columns.append("paper: PickScore / HPS / ImageReward / Aesthetic / CLIP")
     rows = []
     for row in planned.rows:
@@ -84,10 +94,12 @@ def _win_rate_cells(results: Results, arm: Arm, whole: Arm, scorer: str) -> list
     counts = [tuple(record.win_rate[scorer][name] for name in ("wins", "losses", "ties")) for record in records]
     seeds = ", ".join(_percent(record.win_rate[scorer]["rate"]) for record in records)
     gap = "–" if arm == whole or whole not in results.records else _interval(
-        _times(results.win_rate_gap(arm, whole, scorer), 100), 1, signed=True)
-    return [_interval(_times(results.win_rate(arm, scorer), 100), 1), seeds,
-            "/".join(str(sum(count[i] or 0 for count in counts)) for i in range(3)), gap,
-            _interval(results.score_change(arm, scorer), 3, signed=True)]
+        scaled(results.win_rate_gap(arm, whole, scorer), 100), 1, signed=True)
+    cells = [_interval(scaled(results.win_rate(arm, scorer), 100), 1), seeds,
+             "/".join(str(sum(count[i] or 0 for count in counts)) for i in range(3)), gap,
+             _interval(results.score_change(arm, scorer), 3, signed=True)]
+    defects = results.defects(arm, scorer)
+    return cells if defects is None else [*cells, _interval(scaled(defects, 100), 2, signed=True)]
 
 
 def _colour_table(results: Results, planned: PlannedTable) -> Table:
@@ -114,7 +126,7 @@ def _weight_table(results: Results, planned: PlannedTable) -> Table:
     for row in planned.rows:
         cells = [row.label]
         for scorer in scorers:
-            cells += [_interval(_times(results.win_rate(row.arm, scorer), 100), 1),
+            cells += [_interval(scaled(results.win_rate(row.arm, scorer), 100), 1),
                       _interval(results.score_change(row.arm, scorer), 3, signed=True)]
         rows.append((*cells, _or_dash(results.diversity_of(row.arm), 4)))
     columns = ["N-20-SML with the LoRA at"]
@@ -177,10 +189,6 @@ def _paper_row(row: paper.Row | None) -> str:
 
 def _percent(value: float | int | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
-
-
-def _times(value: Estimate, factor: float) -> Estimate:
-    return Estimate(*(None if part is None else factor * part for part in value))
 
 
 def _or_dash(value: Estimate | None, digits: int) -> str:

@@ -16,12 +16,13 @@ from hgdpo_core.ablate.claims import Claim
 from hgdpo_core.ablate.conclude import run_ablation
 from hgdpo_core.ablate.cost import plan_ablation
 from hgdpo_core.ablate.distances import measure_distances
-from hgdpo_core.ablate.estimates import Estimate
 from hgdpo_core.ablate.measure import ArmRecord, run_arm
 from hgdpo_core.ablate.program import open_ablation, prepare_shared
 from hgdpo_core.ablate.settings import AblationConfig
 from hgdpo_core.errors import ConfigError, StoppedError
+from hgdpo_core.intervals import Estimate
 from hgdpo_core.presets import figures, sd15
+from hgdpo_core.scorers import pickscore
 from hgdpo_core.shards import ShardFolder
 
 SETTINGS = {"seeds": 1}
@@ -44,6 +45,14 @@ def inputs(tmp_path_factory, target_folder, judge_folder):
             "sampler.steps": 1, "sampler.guidance_scale": 1.0, "pool.images_per_prompt": 4, "pool.prompts_per_shard": 2,
             "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2, "dpo.mixed_precision": "no",
             "dpo.optimizer": "adamw"}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _defects():
+    """The tiny judge can tell defects here: images that score under 0."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pickscore, "DEFECT_BELOW", 0.0, raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +196,9 @@ def test_numbers_of_a_row_follow_from_its_records(finished):
     assert (rate["wins"], rate["losses"]) == (int((gains > 0).sum()), int((gains < 0).sum()))
     assert row["win_rate"]["pickscore"]["value"] == pytest.approx(rate["rate"])
     assert row["score_change"]["pickscore"]["value"] == pytest.approx(gains.mean())
+    saved = shared.ablation.run.store.read_json(f"evaluations/{record.evaluation_id}/result.json")
+    defective = [np.mean(np.array(saved[f"{who}_scores"]["pickscore"]) < 0) for who in ("tuned", "target")]
+    assert row["defects"]["pickscore"]["value"] == pytest.approx(defective[0] - defective[1])
     for name in ("hue", "saturation", "value"):  # the record's colours are rounded to six digits
         assert abs(row["colour"][name]["value"]) == pytest.approx(record.colour_shift[name], abs=1e-3)
     assert row["colour"]["hue_degrees"]["value"] == pytest.approx(record.colour_shift["hue_degrees"], abs=0.1)

@@ -5,6 +5,12 @@ import pytest
 
 from hgdpo_core.ablate.estimates import difference, estimate, first, outcomes, rate, win_rate_estimate
 from hgdpo_core.ablate.result import colour_statistic
+from hgdpo_core.intervals import Estimate
+
+
+def ends(estimate: Estimate) -> tuple[float, float]:
+    assert estimate.ci_low is not None and estimate.ci_high is not None
+    return estimate.ci_low, estimate.ci_high
 
 
 def test_a_win_rate_counts_decided_prompts_of_all_seeds():
@@ -18,31 +24,32 @@ def test_the_interval_is_as_wide_as_the_exact_one_and_seeds_widen_it():
     """One seed, 400 prompts at 70 %: near the normal interval of a share, +-4.5 points."""
     rng = np.random.default_rng(0)
     one = np.where(rng.random((1, 400)) < 0.7, 1.0, -1.0)
-    low, high = win_rate_estimate(one)[1:]
+    low, high = ends(win_rate_estimate(one))
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 400), rel=0.1)
     same = np.repeat(one, 3, axis=0)  # three seeds that always agree are no more sure than one
-    assert np.ptp(win_rate_estimate(same)[1:]) == pytest.approx(high - low, rel=0.1)
+    assert np.ptp(ends(win_rate_estimate(same))) == pytest.approx(high - low, rel=0.1)
     differing = np.stack([np.where(rng.random(400) < share, 1.0, -1.0) for share in (0.5, 0.7, 0.9)])
-    assert np.ptp(win_rate_estimate(differing)[1:]) > 2 * (high - low)
+    assert np.ptp(ends(win_rate_estimate(differing))) > 2 * (high - low)
 
 
 def test_where_all_prompts_are_won_the_exact_interval_remains():
-    assert win_rate_estimate(np.ones((2, 10)))[:2] == (1.0, pytest.approx(0.6915, abs=1e-4))
+    high_side = win_rate_estimate(np.ones((2, 10)))
+    assert (high_side.value, high_side.ci_low, high_side.ci_high) == (1.0, pytest.approx(0.6915, abs=1e-4), 1.0)
     low_side = win_rate_estimate(-np.ones((2, 10)))
     assert (low_side.value, low_side.ci_low) == (0.0, 0.0) and low_side.ci_high == pytest.approx(0.3085, abs=1e-4)
 
 
 def test_nothing_decided_is_not_defined():
-    assert win_rate_estimate(np.zeros((2, 5))) == (None, None, None)
+    assert win_rate_estimate(np.zeros((2, 5))) == Estimate(None, None, None)
 
 
 def test_a_difference_is_taken_in_pairs():
     """Two arms that share their noise differ by exactly their shift; an arm differs from itself by nothing."""
     rng = np.random.default_rng(1)
     values = rng.normal(size=(3, 200, 1))
-    assert difference(values, values, first) == (0.0, 0.0, 0.0)
+    assert difference(values, values, first) == Estimate(0.0, 0.0, 0.0)
     shifted = difference(values + 0.1, values, first)
-    np.testing.assert_allclose(shifted, 0.1)
+    assert (shifted.value, *ends(shifted)) == pytest.approx((0.1, 0.1, 0.1))
     alone = estimate(values, first)
     assert alone.ci_high - alone.ci_low > 0.2
 
