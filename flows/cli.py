@@ -77,13 +77,41 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.plan:
         print(json.dumps(plan_comparison(run), indent=1))
         return 0
-    from flows.evaluate import evaluate as compare
+    from flows.evaluate import hgdpo_evaluate
     from flows.server import some_server
 
     with some_server():
-        summary: dict[str, Any] = compare(**parameters)  # pyright: ignore[reportAssignmentType]
+        summary: dict[str, Any] = hgdpo_evaluate(**parameters)  # pyright: ignore[reportAssignmentType]
     report = _publish(summary, Path(options.publish)) if options.publish else summary["artifacts"]["report"]
     _print_summary(summary, report)
+    return 0
+
+
+def ablate(options: argparse.Namespace) -> int:
+    """The paper's comparisons from one pool: tables with intervals, the paper's numbers beside."""
+    from hgdpo_core.ablate.cost import plan_ablation
+    from hgdpo_core.ablate.program import open_ablation
+
+    parameters = _parameters(options)
+    given = {"seeds": options.seeds, "worlds": options.worlds, "comparisons": options.comparisons,
+             "split": options.split}
+    settings = {name: value for name, value in given.items() if value is not None}
+    rest = {name: value for name, value in parameters.items() if name not in ("preset", "root")}
+    # Bad input fails before Prefect starts, in one line.
+    ablation = open_ablation(parameters["preset"], parameters["root"], settings=settings, **rest)
+    if options.plan:
+        print(json.dumps(plan_ablation(ablation), indent=1))
+        return 0
+    from flows.ablate import hgdpo_ablate
+    from flows.server import some_server
+
+    with some_server():
+        result: Any = hgdpo_ablate(**parameters, **settings)
+    print()
+    for claim in result["claims"]:
+        print(f"{claim['world']:>6} world, {claim['text']}: {claim['verdict']}")
+    for name, place in result["artifacts"].items():
+        print(f"{name}: {place}")
     return 0
 
 
@@ -156,7 +184,7 @@ def _setting(text: str) -> tuple[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hgdpo", description="Better human images from your own model (HG-DPO).")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for function in (run, plan):
+    for function in (run, plan, ablate):
         command = commands.add_parser(function.__name__, help=(function.__doc__ or "").splitlines()[0])
         command.add_argument("--preset", default="figures", help="figures (built in, CPU) or sd15 (the paper's)")
         command.add_argument("--root", help="where all results go, any fsspec URL; default $HGDPO_ROOT or output/full")
@@ -168,6 +196,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         if function is run:
             command.add_argument("--publish", metavar="FOLDER", help="also copy summary.json and report.html there")
+        if function is ablate:
+            _add_ablation_options(command)
+        if function is not plan:
             command.add_argument("--plan", action="store_true", help="say what would be done, and stop")
     _add_evaluate(commands.add_parser("evaluate", help=(evaluate.__doc__ or "").splitlines()[0]))
     garbage = commands.add_parser("gc", help=(collect.__doc__ or "").splitlines()[0])
@@ -195,6 +226,15 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--publish", metavar="FOLDER", help="also copy summary.json and report.html there")
     command.add_argument("--plan", action="store_true", help="say what would be drawn and found, and stop")
     command.set_defaults(command=evaluate)
+
+
+def _add_ablation_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seeds", type=int, help="trainings of every arm; default 3")
+    command.add_argument("--worlds", nargs="+", metavar="WORLD", help="plain, tinted; default: both for figures, plain "
+                         "otherwise")
+    command.add_argument("--comparisons", nargs="+", metavar="NAME", help="pool_size, loser_rank, dataset_size, "
+                         "statistics, beta, lora_weight; default all")
+    command.add_argument("--split", help="figures prompts to measure on: test or validation")
 
 
 if __name__ == "__main__":

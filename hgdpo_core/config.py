@@ -5,7 +5,7 @@ Where a setting is the paper's, its docstring cites arXiv:2405.20216v1; METHOD-l
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,7 +16,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 Optimizer = Literal["adam8bit", "adamw"]
 ImageFormat = Literal["png", "webp", "jpeg"]
-ScorerName = Literal["inspector", "pickscore"]
+ScorerName = Literal["inspector", "pickscore", "tinted"]
 ConfigT = TypeVar("ConfigT", bound="StageConfig")
 
 
@@ -54,6 +54,13 @@ class SamplerConfig(StageConfig):
     height: int = Field(default=1024, ge=8, multiple_of=8, description="pixels")
     steps: int = Field(default=50, ge=1)
     guidance_scale: float = Field(default=5.0, ge=1.0)
+    latent_normalisation: bool = Field(default=False, description="LAN (paper Eq. 7): a tuned model's latents keep the "
+                                       "target's channel statistics; twice the cost of sampling")
+
+    @property
+    def plain(self) -> "SamplerConfig":
+        """The same without latent normalisation: how a model without a LoRA is sampled."""
+        return self.model_copy(update={"latent_normalisation": False})
 
 
 class DrawingConfig(StageConfig):
@@ -86,6 +93,8 @@ class TripletConfig(StageConfig):
 
     loser_rank: int | None = Field(default=None, ge=2,
                                    description="l of N-20-L-l: 1-based rank of the loser; default: last")
+    pool_size: int | None = Field(default=None, ge=2,
+                                  description="N of N-2, N-5, ...: rank only a pool's first N images; default: all")
 
 
 class TrainingConfig(StageConfig):
@@ -174,9 +183,14 @@ class RunConfig(StageConfig):
         rank, pool = self.triplets.loser_rank, self.pool.images_per_prompt
         if pool < 2:
             raise ValueError(f"pool.images_per_prompt is {pool}: a winner and a loser need at least 2")
-        if rank is not None and rank > pool:
-            raise ValueError(f"triplets.loser_rank is {rank}, but a pool holds only {pool} images: "
-                             f"choose a rank from 2 to {pool} or a larger pool.images_per_prompt")
+        ranked = self.triplets.pool_size or pool
+        if ranked > pool:
+            raise ValueError(f"triplets.pool_size is {ranked}, but a pool holds only {pool} images: "
+                             f"choose a size from 2 to {pool} or a larger pool.images_per_prompt")
+        if rank is not None and rank > ranked:
+            larger = "pool.images_per_prompt" if ranked == pool else "triplets.pool_size"
+            raise ValueError(f"triplets.loser_rank is {rank}, but only {ranked} images of a pool are ranked: "
+                             f"choose a rank from 2 to {ranked} or a larger {larger}")
         return self
 
 
@@ -203,6 +217,12 @@ def canonical_json(value: BaseModel | Mapping[str, Any] | list[Any]) -> str:
 def content_hash(value: BaseModel | Mapping[str, Any] | list[Any], length: int = 12) -> str:
     """First `length` hex digits of the sha256 of `canonical_json(value)`; ids end in it."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+
+
+def identity(config: BaseModel, *, later: Collection[str]) -> dict[str, Any]:
+    """Plain data for an id. Settings named in `later` came after the first ids: at their default they are left out."""
+    defaults = {name for name in later if getattr(config, name) == type(config).model_fields[name].default}
+    return config.model_dump(mode="json", exclude=defaults)
 
 
 def apply_overrides(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:

@@ -56,10 +56,13 @@ class Comparison:
 
 def plan_evaluation(store: Store, model: Model, sampler: SamplerConfig, pool: DrawingConfig, config: EvaluationConfig,
                     prompts: Sequence[str]) -> PoolPlan:
-    """The pool of one model's images for an evaluation: `images_per_prompt` each, seeds from evaluation.seed."""
+    """The pool of one model's images for an evaluation: `images_per_prompt` each, seeds from evaluation.seed.
+
+    Latent normalisation, where the sampler has it on, is for the tuned model; the target is sampled plainly.
+    """
     settings = PoolConfig.model_validate({**pool.model_dump(), "images_per_prompt": config.images_per_prompt,
                                           "seed": config.seed})
-    return plan_pool(store, model, sampler, settings, prompts)
+    return plan_pool(store, model, sampler if model.lora else sampler.plain, settings, prompts)
 
 
 def refuse_seen_prompts(evaluation: Sequence[str], training: Sequence[str]) -> None:

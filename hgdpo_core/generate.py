@@ -6,14 +6,14 @@ An evaluation's images are a pool too: of another model, with fewer images a pro
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import pyarrow as pa
 import torch
 
-from hgdpo_core.config import PoolConfig, SamplerConfig, content_hash
-from hgdpo_core.errors import ModelError, StoppedError, StorageError
+from hgdpo_core.config import PoolConfig, SamplerConfig, content_hash, identity
+from hgdpo_core.errors import ConfigError, ModelError, StoppedError, StorageError
 from hgdpo_core.images import encode_image
 from hgdpo_core.models import Model, default_device, device_name, load_pipeline
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
@@ -74,13 +74,20 @@ class PoolPlan:
 def pool_settings(model: Model, sampler: SamplerConfig, pool: PoolConfig) -> dict:
     """All that decides a pool's images, and nothing else: not the prompts, the batch or the device."""
     return {"stage": "pool", "format_version": FORMAT_VERSION, "model": model.identity(),
-            "sampler": sampler.model_dump(mode="json"), "images_per_prompt": pool.images_per_prompt,
+            "sampler": identity(sampler, later={"latent_normalisation"}),
+            "images_per_prompt": pool.images_per_prompt,
             "seed": pool.seed, "image_format": pool.image_format, "prompts_per_shard": pool.prompts_per_shard}
 
 
 def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConfig,
               prompts: Sequence[str]) -> PoolPlan:
-    """Assign every prompt to a shard, keeping earlier assignments: a list that grows finds its finished prompts."""
+    """Assign every prompt to a shard, keeping earlier assignments: a list that grows finds its finished prompts.
+
+    ConfigError when latent normalisation is asked of a model without a LoRA.
+    """
+    if sampler.latent_normalisation and model.lora is None:
+        raise ConfigError("sampler.latent_normalisation is on, but the model wears no LoRA: only a tuned model has a "
+                          "reference to take channel statistics from; sample this one without it")
     settings = pool_settings(model, sampler, pool)
     pool_id = f"n{pool.images_per_prompt}-{content_hash(settings)}"
     key = f"pools/{pool_id}"
@@ -167,6 +174,7 @@ class Painter:
     def __init__(self, model: Model, sampler: SamplerConfig, pool: PoolConfig, device: str):
         self.device, self.model, self.sampler, self.pool = device, model, sampler, pool
         self.pipeline = load_pipeline(model, device)
+        self.reference = load_pipeline(replace(model, lora=None), device).unet if sampler.latent_normalisation else None
         self.scheduler = make_scheduler(self.pipeline.scheduler.config)
         self.negative_embeds = encode_text(self.pipeline, [model.negative_prompt], model.clip_skip)
 
@@ -197,7 +205,8 @@ class Painter:
         height, width = self.sampler.height // factor, self.sampler.width // factor
         noise = initial_noise(seeds, unet.config.in_channels, height, width)
         latents = sample_latents(unet, self.scheduler, prompt_embeds, self.negative_embeds, noise,
-                                 steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale)
+                                 steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale,
+                                 reference=self.reference)
         if not bool(torch.isfinite(latents).all()):
             raise ModelError(f"{self.model.path} draws images that are not finite in {self.model.dtype}: check its "
                              "weights, or set target.dtype to float32")

@@ -139,6 +139,28 @@ def pool_grid(pools: Sequence[PoolSample]) -> Image.Image:
     return canvas
 
 
+def row_grid(heading: str, rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Labelled rows of images under one heading, such as one prompt drawn at several LoRA weights (paper Figure 8)."""
+    if not rows or not all(images for _, images in rows):
+        raise InputError(f"row_grid needs at least one image in every row, got {[len(images) for _, images in rows]}")
+    tiles = [[scale_to_tile(image, POOL_TILE_PX) for image in images] for _, images in rows]
+    tile_width = max(tile.width for row in tiles for tile in row)
+    tile_height = max(tile.height for row in tiles for tile in row)
+    row_width = max(len(row) for row in tiles) * (tile_width + GAP) - GAP
+    lines = _wrap(heading, _font(PROMPT_SIZE), row_width)
+    label_height, row_height = _text_height(1, LABEL_SIZE), _text_height(1, LABEL_SIZE) + tile_height + MARGIN // 2
+    top = MARGIN + _text_height(len(lines), PROMPT_SIZE) + GAP
+    canvas = Image.new("RGB", (row_width + 2 * MARGIN, top + len(rows) * row_height + MARGIN // 2), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    _draw_lines(draw, (MARGIN, MARGIN), lines, PROMPT_SIZE, INK)
+    for (label, _), row in zip(rows, tiles, strict=True):
+        _draw_lines(draw, (MARGIN, top), [label], LABEL_SIZE, FAINT)
+        for place, tile in enumerate(row):
+            canvas.paste(tile, (MARGIN + place * (tile_width + GAP), top + label_height))
+        top += row_height
+    return canvas
+
+
 def _draw_tile(canvas: Image.Image, draw: ImageDraw.ImageDraw, tile: Image.Image,
                box: tuple[int, int, int, int], label: str, mark: tuple[int, int, int] | None) -> None:
     """The tile centred in box (left, top, width, height) with its label below; a mark colours both."""

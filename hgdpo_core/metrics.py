@@ -194,6 +194,30 @@ def latent_distance(latents: torch.Tensor, other: torch.Tensor) -> tuple[torch.T
     return 1 - means, 1 - deviations
 
 
+def mean_pairwise_distance(features: torch.Tensor) -> torch.Tensor:
+    """Diversity: mean of 1 - cosine over all pairs of a prompt's K images, float32 [P], in 0..2 (Figure 8).
+
+    `features` are [P, K, D] of any length, K >= 2; 0 means that all images of a prompt look alike to the features.
+    """
+    if features.ndim != 3 or features.shape[1] < 2:
+        raise InputError("mean_pairwise_distance needs features [P, K, D] of at least 2 images a prompt, got "
+                         f"{list(features.shape)}")
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    first, second = torch.triu_indices(features.shape[1], features.shape[1], offset=1)
+    return 1 - (unit[:, first] * unit[:, second]).sum(dim=-1).mean(dim=-1)
+
+
+def channel_means(image: np.ndarray) -> np.ndarray:
+    """What colour tables need of one image uint8 [H, W, 3]: float64 [8] of plain means over its pixels.
+
+    Hue, saturation, value (0..1), saturation * cos and * sin of the hue (its circular mean), red, green, blue (0..255).
+    """
+    hue, saturation, value = rgb_to_hsv(image)
+    angle = 2 * np.pi * hue
+    channels = (hue, saturation, value, saturation * np.cos(angle), saturation * np.sin(angle))
+    return np.array([*(channel.mean() for channel in channels), *image.reshape(-1, 3).mean(axis=0)])
+
+
 def _float64(scores: Scores) -> np.ndarray:
     if isinstance(scores, torch.Tensor):
         return scores.detach().to("cpu", torch.float64).numpy()

@@ -49,7 +49,18 @@ def default_root() -> str:
 def open_run(preset: str = "figures", root: str | None = None, *, prompts: str | None = None,
              target: str | None = None, images: str | None = None,
              overrides: Mapping[str, Any] | None = None) -> Run:
-    """Build the config, check root, prompts, images, target and scorers, and write `runs/<run_id>/config.json`.
+    """A checked run, with `runs/<run_id>/config.json` and its lists of prompts written; errors as `check_run`."""
+    run = check_run(preset, root, prompts=prompts, target=target, images=images, overrides=overrides)
+    save_prompts(run.store, run.prompts)
+    save_prompts(run.store, run.evaluation_prompts)
+    run.store.write_json(run.key("config.json"), {"code_version": __version__, **run.config.model_dump(mode="json")})
+    return run
+
+
+def check_run(preset: str = "figures", root: str | None = None, *, prompts: str | None = None,
+              target: str | None = None, images: str | None = None,
+              overrides: Mapping[str, Any] | None = None) -> Run:
+    """Build the config, check root, prompts, images, target and scorers; leaves no trace of a run in the root.
 
     ConfigError, InputError, ModelError or StorageError say in one line what is wrong; nothing is lost or half made.
     """
@@ -66,11 +77,7 @@ def open_run(preset: str = "figures", root: str | None = None, *, prompts: str |
     image_set = _read_images(config.images, store)
     options = {"preset": preset, "root": store.root, "prompts": prompts, "target": target, "images": images}
     command = shell_command("run", options, overrides or {})
-    run = Run(config, store, f"{preset}-{content_hash(config)}", model, training, evaluation, image_set, command)
-    save_prompts(store, training)
-    save_prompts(store, evaluation)
-    store.write_json(run.key("config.json"), {"code_version": __version__, **config.model_dump(mode="json")})
-    return run
+    return Run(config, store, f"{preset}-{content_hash(config)}", model, training, evaluation, image_set, command)
 
 
 def shell_command(verb: str, options: Mapping[str, str | None], overrides: Mapping[str, Any]) -> str:
@@ -106,6 +113,6 @@ def plan_run(run: Run) -> list[dict[str, Any]]:
     if run.images is not None:
         return [{"stage": "sft", "images": len(run.images.images), "note": "the pool's id follows from its result"},
                 {"stage": "pool", "images": len(run.prompts.prompts) * run.config.pool.images_per_prompt}]
-    plan = plan_pool(run.store, run.target, run.config.sampler, run.config.pool, run.prompts.prompts)
+    plan = plan_pool(run.store, run.target, run.config.sampler.plain, run.config.pool, run.prompts.prompts)
     return [{"stage": "pool", "pool_id": plan.pool_id, "shards": len(plan.shards), "missing_shards": len(plan.missing),
              "images": plan.images, "missing_images": plan.missing_images}]

@@ -4,11 +4,13 @@
 |------------------------------|----------------------------------------|
 | DPMSolverMultistepScheduler  | `make_scheduler(target's own config)`  |
 | r_ij, the seed of a candidate| `initial_noise([seed, ...])`           |
+| Eq. 7, LAN                   | `match_statistics`, with a `reference` |
 
 The loop does what diffusers' StableDiffusionPipeline does, so that plain diffusers reproduces an image from its seed.
 It is written out because latent adaptive normalisation and speed work need to stand between two steps.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -39,27 +41,56 @@ def encode_text(pipeline: StableDiffusionPipeline, texts: Sequence[str], clip_sk
 
 @torch.no_grad()
 def sample_latents(unet: Denoiser, scheduler: DPMSolverMultistepScheduler, prompt_embeds: torch.Tensor,
-                   negative_embeds: torch.Tensor, noise: torch.Tensor, *, steps: int,
-                   guidance_scale: float) -> torch.Tensor:
+                   negative_embeds: torch.Tensor, noise: torch.Tensor, *, steps: int, guidance_scale: float,
+                   reference: Denoiser | None = None) -> torch.Tensor:
     """Latents [B, C, h, w] at t=0, scaled as the VAE's scaling factor says.
 
     prompt_embeds [B, L, D]; negative_embeds [1, L, D]; noise [B, C, h, w] float32. A guidance scale of 1 runs the
     conditional branch alone. Each row depends on its own inputs only, up to the arithmetic of the batch size.
+
+    With a `reference`, latent adaptive normalisation (paper Eq. 7): both sample from the same noise, and after every
+    step the latents of `unet` take the channel statistics of the reference's.
     """
     guided = guidance_scale > 1
     device, dtype = prompt_embeds.device, prompt_embeds.dtype
-    scheduler.set_timesteps(steps, device=device)
-    latents = noise.to(device=device, dtype=dtype) * scheduler.init_noise_sigma
     embeds = torch.cat([negative_embeds.expand_as(prompt_embeds), prompt_embeds]) if guided else prompt_embeds
+    scheduler.set_timesteps(steps, device=device)
+    reference_scheduler = copy.deepcopy(scheduler)  # the solver remembers earlier steps: each trajectory its own
+    latents = noise.to(device=device, dtype=dtype) * scheduler.init_noise_sigma
+    reference_latents = latents
     for timestep in scheduler.timesteps:
-        inputs = torch.cat([latents, latents]) if guided else latents
-        prediction = unet(scheduler.scale_model_input(inputs, timestep), timestep, encoder_hidden_states=embeds,
-                          return_dict=False)[0]
-        if guided:
-            unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        latents = _step(unet, scheduler, latents, timestep, embeds, guidance_scale)
+        if reference is not None:
+            reference_latents = _step(reference, reference_scheduler, reference_latents, timestep, embeds,
+                                      guidance_scale)
+            latents = match_statistics(latents, reference_latents)
     return latents
+
+
+def _step(unet: Denoiser, scheduler: DPMSolverMultistepScheduler, latents: torch.Tensor, timestep: torch.Tensor,
+          embeds: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """The latents one step on; with guidance, `embeds` hold the negative prompts before the prompts."""
+    guided = guidance_scale > 1
+    inputs = torch.cat([latents, latents]) if guided else latents
+    prediction = unet(scheduler.scale_model_input(inputs, timestep), timestep, encoder_hidden_states=embeds,
+                      return_dict=False)[0]
+    if guided:
+        unconditional, conditional = prediction.chunk(2)
+        prediction = unconditional + guidance_scale * (conditional - unconditional)
+    return scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+
+
+def match_statistics(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """`latents` [B, C, h, w] with every channel's mean and standard deviation those of `reference` (paper Eq. 7).
+
+    Written as a scale and an offset, so that equal statistics change no bit. A channel that is constant cannot be
+    scaled: it takes the mean alone.
+    """
+    own, other = latents.float(), reference.float()
+    deviation = own.std(dim=(2, 3), keepdim=True)
+    scale = torch.where(deviation > 0, other.std(dim=(2, 3), keepdim=True) / deviation, 1.0)
+    offset = other.mean(dim=(2, 3), keepdim=True) - own.mean(dim=(2, 3), keepdim=True) * scale
+    return (own * scale + offset).to(latents.dtype)
 
 
 @torch.no_grad()

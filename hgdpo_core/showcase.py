@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from hgdpo_core.config import TripletConfig
 from hgdpo_core.evaluate import Comparison, read_images
 from hgdpo_core.generate import PoolPlan
 from hgdpo_core.grids import PairSample, PoolSample
@@ -37,11 +38,11 @@ def extreme_positions(comparison: Comparison, scorer: str, count: int) -> tuple[
     return ([i for i in reversed(order[-count:]) if gain[i] > 0], [i for i in order[:count] if gain[i] < 0])
 
 
-def sample_pools(plan: PoolPlan, scores: ShardFolder, count: int, loser_rank: int | None) -> list[PoolSample]:
+def sample_pools(plan: PoolPlan, scores: ShardFolder, count: int, config: TripletConfig) -> list[PoolSample]:
     """The first few pools of the first shard, ranked (arXiv:2405.20216v1, Figure 6)."""
     pools: list[PoolSample] = []
-    for pool in read_ranked_pools(plan.folder, scores, plan.indices[0]):
-        winner, loser = select_pair(torch.tensor([pool.scores]), loser_rank=loser_rank)
+    for pool in read_ranked_pools(plan.folder, scores, plan.indices[0], config.pool_size):
+        winner, loser = select_pair(torch.tensor([pool.scores]), loser_rank=config.loser_rank)
         if int(winner) < 0:
             continue
         images = [decode_image(data) for data in pool.images]

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hgdpo_core.config import TripletConfig, content_hash
-from hgdpo_core.errors import StoppedError
+from hgdpo_core.config import TripletConfig, content_hash, identity
+from hgdpo_core.errors import ConfigError, StoppedError
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.selection import select_pair
@@ -42,9 +42,16 @@ class TripletCounts:
 
 def triplet_folder(store: Store, pool: ShardFolder, scores: ShardFolder, prompts_id: str,
                    config: TripletConfig) -> ShardFolder:
-    """Where the triplets of a pool, its scores and a list of prompts lie; another ranking is another data set."""
+    """Where the triplets of a pool, its scores and a list of prompts lie; another ranking is another data set.
+
+    ConfigError when `config.pool_size` is more than the pool holds.
+    """
+    held = pool.config["images_per_prompt"]
+    if config.pool_size is not None and config.pool_size > held:
+        raise ConfigError(f"pool_size is {config.pool_size}, but {pool.key} holds {held} images a prompt: "
+                          f"choose a size from 2 to {held}")
     settings = {"stage": "triplets", "pool": pool.key, "scores": scores.key, "prompts_id": prompts_id,
-                **config.model_dump(mode="json")}
+                **identity(config, later={"pool_size"})}
     return ShardFolder.create(store, f"triplets/{prompts_id.split('-')[0]}-{content_hash(settings)}", settings)
 
 
@@ -76,7 +83,7 @@ def _select(pool: ShardFolder, scores: ShardFolder, index: int, wanted: set[str]
             config: TripletConfig) -> tuple[pa.Table, pa.Table]:
     rows, rejected = [], []
     settings = pool.config
-    for candidates in read_ranked_pools(pool, scores, index):
+    for candidates in read_ranked_pools(pool, scores, index, config.pool_size):
         if candidates.prompt_id not in wanted:
             continue
         winners, losers = select_pair(torch.tensor([candidates.scores]), loser_rank=config.loser_rank)
@@ -102,8 +109,12 @@ class RankedPool:
     scores: list[float]
 
 
-def read_ranked_pools(pool: ShardFolder, scores: ShardFolder, index: int) -> Iterator[RankedPool]:
-    """The pools of one shard, joined with their scores by prompt and index."""
+def read_ranked_pools(pool: ShardFolder, scores: ShardFolder, index: int,
+                      pool_size: int | None = None) -> Iterator[RankedPool]:
+    """The pools of one shard, joined with their scores by prompt and index; of each its first `pool_size` images.
+
+    Seeds do not depend on N, so these are what a run with a smaller pool would have drawn.
+    """
     images, values = pool.read(index), scores.read(index)
     by_key = {(p, i): s for p, i, s in zip(values["prompt_id"].to_pylist(), values["index"].to_pylist(),
                                            values["score"].to_pylist(), strict=True)}
@@ -111,7 +122,7 @@ def read_ranked_pools(pool: ShardFolder, scores: ShardFolder, index: int) -> Ite
     for row in images.select(["prompt_id", "prompt", "index", "seed", "image"]).to_pylist():
         grouped.setdefault(row["prompt_id"], []).append(row)
     for key, candidates in grouped.items():
-        candidates.sort(key=lambda row: row["index"])
+        candidates = sorted(candidates, key=lambda row: row["index"])[:pool_size]
         yield RankedPool(key, candidates[0]["prompt"], [row["image"] for row in candidates],
                          [row["seed"] for row in candidates], [by_key[key, row["index"]] for row in candidates])
 

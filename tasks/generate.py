@@ -15,7 +15,7 @@ from tasks.ui import stage_progress
 @task(name="pool", **STAGE)
 def draw_pool(run: Run, model: Model) -> PoolPlan:
     """N candidates for every training prompt."""
-    plan = plan_pool(run.store, model, run.config.sampler, run.config.pool, run.prompts.prompts)
+    plan = plan_pool(run.store, model, run.config.sampler.plain, run.config.pool, run.prompts.prompts)
     return _draw(plan, "pool")
 
 

@@ -30,7 +30,7 @@ def publish(run: Run, pool: PoolPlan, scores: ShardFolder, triplets: Triplets, l
             sft_log: list[dict[str, float]], target_images: PoolPlan, tuned_images: PoolPlan, comparison: Comparison,
             alarms: list[Alarm], seconds: dict[str, float]) -> dict[str, Any]:
     """`summary.json` and `report.html` in `runs/<run_id>/`; returns the summary."""
-    pools = sample_pools(pool, scores, POOLS, run.config.triplets.loser_rank)
+    pools = sample_pools(pool, scores, POOLS, run.config.triplets)
     artifacts = {**_own_artifacts(run), "lora": run.store.url(f"models/{lora.model_id}"),
                  "triplets": run.store.url(triplets.folder.key), "pool": run.store.url(pool.folder.key)}
     data = ReportData(

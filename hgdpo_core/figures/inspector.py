@@ -44,6 +44,9 @@ class Block(nn.Module):
 class Inspector(nn.Module):
     """1.2 million parameters; pictures `[B,3,64,64]` in [-1, 1] to the logits of each question, `[B,size]` each."""
 
+    calibration: Tensor
+    """Temperature and threshold of the log-odds, chosen on validation pictures; not trained with the rest."""
+
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 32, 5, 2, 2)
@@ -53,7 +56,6 @@ class Inspector(nn.Module):
         self.norm = nn.GroupNorm(8, 128)
         self.hidden = nn.Linear(128 * 16, 256)
         self.heads = nn.Linear(256, sum(SIZES))
-        # Temperature and threshold of the log-odds, chosen on validation pictures; not trained with the rest.
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
 
     def forward(self, pictures: Tensor) -> list[Tensor]:

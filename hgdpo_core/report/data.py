@@ -12,7 +12,8 @@ from hgdpo_core.metrics import ColourShift, WinRate
 
 SCORER_TITLES = {"pickscore": "PickScore", "hps": "HPS v2", "imagereward": "ImageReward",
                  "aesthetic": "LAION aesthetic", "clip": "CLIP",
-                 "inspector": "Inspector"}
+                 "inspector": "Inspector",
+                 "tinted": "PickScore with a fondness for warm tints (made up to study colour shift)"}
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image
 
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.scorers import inspector, pickscore
+from hgdpo_core.scorers import inspector, pickscore, tinted
 
 Images = Sequence[Image.Image] | np.ndarray | torch.Tensor
 
@@ -25,7 +25,7 @@ class Scorer(Protocol):
         ...
 
 
-SCORERS: dict[str, ModuleType] = {"inspector": inspector, "pickscore": pickscore}
+SCORERS: dict[str, ModuleType] = {"inspector": inspector, "pickscore": pickscore, "tinted": tinted}
 """Each module offers `locate(source)`, whose last item is the fingerprint, and `load(source=, device=, dtype=)`.
 
 One that can tell a defective image declares DEFECT_BELOW: an image that scores below is defective."""
@@ -45,6 +45,24 @@ def find_scorer(name: str, source: str | None) -> str:
 def defect_limit(name: str) -> float | None:
     """The score under which an image is defective, for scorers that can tell; None for those that only rank."""
     return getattr(_module(name), "DEFECT_BELOW", None)
+
+
+@runtime_checkable
+class ImageEmbedder(Protocol):
+    """A judge with an image tower of its own, whose features tell how much images differ."""
+
+    def embed_images(self, images: Images) -> torch.Tensor:
+        """L2-normalised float32 [B, D] of B images (PIL, or uint8 [B, H, W, 3])."""
+        ...
+
+
+def load_embedder(name: str, *, source: str | None = None, device: str = "cpu",
+                  dtype: torch.dtype = torch.float32) -> ImageEmbedder:
+    """The image tower of a scorer; ConfigError for a scorer that has none."""
+    scorer = load_scorer(name, source=source, device=device, dtype=dtype)
+    if not isinstance(scorer, ImageEmbedder):
+        raise ConfigError(f"scorer {name} has no image features of its own: use pickscore")
+    return scorer
 
 
 def _module(name: str) -> ModuleType:

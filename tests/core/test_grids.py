@@ -16,6 +16,7 @@ from hgdpo_core.grids import (
     pair_grid,
     pool_grid,
     rank_pool,
+    row_grid,
     scale_to_tile,
 )
 
@@ -106,3 +107,13 @@ def test_unusable_samples_are_refused():
 def test_scores_print_alike_everywhere():
     assert format_score(21.34567) == "21.346"
     assert format_score(float("nan")) == "no score"
+
+
+def test_rows_stand_below_each_other_in_the_order_given():
+    grid = row_grid("a man", [("weight 0", [plain(COLOURS[0]), plain(COLOURS[1])]), ("weight 1", [plain(COLOURS[2])])])
+    places = [left_edge(grid, colour) for colour in COLOURS[:3]]
+    assert places[0] == places[2] == MARGIN and places[1] > places[0]
+    tops = [np.flatnonzero((np.asarray(grid) == colour).all(axis=-1).any(axis=1))[0] for colour in COLOURS[:3]]
+    assert tops[0] == tops[1] < tops[2]
+    with pytest.raises(InputError, match="at least one image in every row"):
+        row_grid("a man", [("weight 0", [])])

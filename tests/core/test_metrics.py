@@ -12,7 +12,16 @@ from PIL import Image
 from scipy.stats import beta
 
 from hgdpo_core.errors import HGDPOError, InputError
-from hgdpo_core.metrics import ColourStatistics, WinRate, colour_shift, latent_distance, rgb_to_hsv, win_rate
+from hgdpo_core.metrics import (
+    ColourStatistics,
+    WinRate,
+    channel_means,
+    colour_shift,
+    latent_distance,
+    mean_pairwise_distance,
+    rgb_to_hsv,
+    win_rate,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -189,3 +198,22 @@ def test_latent_distance_worked_by_hand():
         torch.testing.assert_close(distance, torch.zeros(3), rtol=0, atol=1e-5)
     with pytest.raises(InputError, match=r"\[B, C, H, W\]"):
         latent_distance(same, same[:1])
+
+
+def test_diversity_is_the_mean_distance_of_all_pairs():
+    features = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]], [[3.0, 3.0], [1.0, 1.0], [2.0, 2.0]]])
+    torch.testing.assert_close(mean_pairwise_distance(features), torch.tensor([(1 + 2 + 1) / 3, 0.0]))
+    with pytest.raises(InputError, match="at least 2 images a prompt"):
+        mean_pairwise_distance(features[:, :1])
+
+
+def test_channel_means_are_those_of_the_colour_shift():
+    rng = np.random.default_rng(5)
+    image, other = rng.integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
+    ours, theirs = channel_means(image), channel_means(other)
+    shift = colour_shift(image[None], other[None])
+    for channel, name in enumerate(("hue", "saturation", "value")):
+        assert getattr(shift, name) == pytest.approx(100 * abs(ours[channel] / theirs[channel] - 1))
+    angle = np.degrees(np.arctan2(ours[4], ours[3]) - np.arctan2(theirs[4], theirs[3]))
+    assert shift.hue_degrees == pytest.approx(180 - (180 - angle) % 360)
+    np.testing.assert_allclose(ours[5:], image.reshape(-1, 3).mean(axis=0))

@@ -12,7 +12,8 @@ from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.generate import generate_pool, plan_pool
 from hgdpo_core.models import find_model
 from hgdpo_core.score import missing_scores, score_folder, score_pool
-from hgdpo_core.scorers import load_scorer
+from hgdpo_core.scorers import find_scorer, load_embedder, load_scorer
+from hgdpo_core.scorers.tinted import STRENGTH, warmth
 from hgdpo_core.storage import Store
 
 TOLERANCE = 1e-4  # of scores of order 1: float32 sums in another order
@@ -96,3 +97,23 @@ def test_scores_are_found_again_and_follow_the_pool(tmp_path, target_folder, jud
     torch.testing.assert_close(torch.tensor(rows["score"].to_pylist()), again, rtol=0, atol=TOLERANCE)
     half = ScorerConfig(source=str(judge_folder), dtype="bfloat16")
     assert missing_scores(plan.folder, score_folder(store, plan.pool_id, half), plan.indices) == plan.indices
+
+
+def test_the_tinted_judge_is_the_judge_and_a_stated_fondness(judge_folder, scorer, images, tmp_path):
+    import tiny
+
+    tinted = load_scorer("tinted", source=str(judge_folder))
+    plain = Image.new("RGB", (32, 32), (100, 100, 100))
+    warm = Image.new("RGB", (32, 32), (151, 0, 100))  # red stands 51 levels, a fifth of 255, above blue
+    torch.testing.assert_close(warmth([plain, warm, np.asarray(warm)]), torch.tensor([0.0, 0.2, 0.2]))
+    added = tinted.score([plain, warm], TEXTS[:2]) - scorer.score([plain, warm], TEXTS[:2])
+    torch.testing.assert_close(added, torch.tensor([0.0, 0.2 * STRENGTH]), rtol=0, atol=TOLERANCE)
+    assert tinted.name == "tinted" and tinted.fingerprint != scorer.fingerprint
+    other = load_scorer("tinted", source=str(tiny.save_judge(tmp_path / "other", seed=1)))
+    assert other.fingerprint != tinted.fingerprint == find_scorer("tinted", str(judge_folder))
+
+
+def test_features_of_images_come_from_the_judge(judge_folder, scorer, images):
+    for name in ("pickscore", "tinted"):
+        features = load_embedder(name, source=str(judge_folder)).embed_images(images)
+        torch.testing.assert_close(features, scorer.embed_images(images))

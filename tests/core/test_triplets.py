@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from hgdpo_core.config import DpoConfig, PoolConfig, SamplerConfig, TargetConfig, TripletConfig
-from hgdpo_core.errors import InputError, StoppedError
+from hgdpo_core.errors import ConfigError, InputError, StoppedError
 from hgdpo_core.generate import generate_pool, plan_pool
 from hgdpo_core.images import decode_image
 from hgdpo_core.latents import LatentPairs, cache_latents, latent_folder
@@ -92,6 +92,23 @@ def test_loser_rank_and_subset_of_prompts(world):
     _, counts, rows = build(world, TripletConfig(loser_rank=2), PROMPTS[:1])
     assert counts.triplets == 1
     assert (rows[PROMPTS[0]]["loser_index"], rows[PROMPTS[0]]["loser_rank"]) == (3, 2)
+
+
+def test_a_smaller_pool_is_the_first_images_of_the_larger(world):
+    """Prompt 0 scores 1, 4, 2, 3; of its first 3 images the lower ranks change, of prompt 2 the tie goes as always."""
+    whole, _, _ = build(world)
+    folder, counts, rows = build(world, TripletConfig(pool_size=3))
+    assert folder.key != whole.key and (counts.triplets, counts.rejected) == (3, 2)
+    assert {p: (r["winner_index"], r["loser_index"]) for p, r in rows.items()} == {
+        PROMPTS[0]: (1, 0), PROMPTS[2]: (0, 1), PROMPTS[4]: (0, 2)}
+    assert {(r["pool_size"], r["loser_rank"]) for r in rows.values()} == {(3, 3)}
+    _, _, ranked = build(world, TripletConfig(pool_size=3, loser_rank=2))
+    assert ranked[PROMPTS[0]]["loser_index"] == 2
+
+
+def test_a_pool_size_over_the_pool_is_refused(world):
+    with pytest.raises(ConfigError, match="pool_size is 5, but .* holds 4 images a prompt"):
+        build(world, TripletConfig(pool_size=5))
 
 
 def test_finished_shards_are_found_and_counts_stay(world):

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from flows.cli import main
-from flows.evaluate import evaluate
+from flows.evaluate import hgdpo_evaluate
 from hgdpo_core.scorers import pickscore
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
@@ -29,7 +29,7 @@ def parameters(tmp_path_factory, target_folder, judge_folder):
 def summary(server, parameters):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pickscore, "DEFECT_BELOW", 0.0, raising=False)
-        return evaluate(**parameters)
+        return hgdpo_evaluate(**parameters)
 
 
 def test_the_summary_holds_what_was_measured(summary, parameters):
@@ -63,7 +63,7 @@ def test_a_second_run_finds_everything(summary, parameters):
         return {p: p.stat().st_mtime_ns for p in Path(parameters["root"]).rglob("shard-*")}
 
     before = files()
-    again = evaluate(**parameters)
+    again = hgdpo_evaluate(**parameters)
     assert before and files() == before
     assert again["win_rate"] == summary["win_rate"] and again["run_id"] == summary["run_id"]
 

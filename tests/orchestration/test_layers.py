@@ -46,5 +46,6 @@ def test_pure_modules_touch_no_files_and_no_networks():
 
 def test_the_core_runs_without_prefect_installed():
     code = ("import sys; sys.modules['prefect'] = None\n"
+            "import hgdpo_core.ablate.conclude\n"
             "import hgdpo_core.run, hgdpo_core.report, hgdpo_core.tuning, hgdpo_core.showcase, hgdpo_core.gc")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

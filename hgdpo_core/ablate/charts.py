@@ -1,0 +1,177 @@
+"""The ablation's plots as PNG, in the colours of the report."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from hgdpo_core.ablate.arms import PlannedTable
+from hgdpo_core.ablate.estimates import scaled
+from hgdpo_core.ablate.program import Shared
+from hgdpo_core.ablate.result import Results
+from hgdpo_core.ablate.settings import World
+from hgdpo_core.ablate.tables import TITLES, WORLDS
+from hgdpo_core.grids import pool_grid, row_grid
+from hgdpo_core.images import decode_image
+from hgdpo_core.intervals import Estimate
+from hgdpo_core.shards import ShardFolder
+from hgdpo_core.showcase import sample_pools
+from hgdpo_core.storage import Store
+
+INK, FAINT, LINE, ACCENT, SECOND = "#181a20", "#5b616d", "#dfe1e6", "#1665c0", "#b4440d"
+DPI = 150
+
+
+def win_rate_chart(results: Results, planned: PlannedTable) -> bytes:
+    """A row an arm: the win rate by every judge with its interval, the single trainings as small dots."""
+    scorers = list(results.records[planned.rows[0].arm][0].win_rate)
+    figure, axes = _figure(6.8, 1.1 + 0.42 * len(planned.rows))
+    colours = [ACCENT, SECOND, FAINT, INK]
+    for number, scorer in enumerate(scorers):
+        shift = 0.22 * (number - (len(scorers) - 1) / 2)
+        for place, row in enumerate(planned.rows):
+            seeds = [record.win_rate[scorer]["rate"] for record in results.records[row.arm]]
+            axes.plot([100 * rate for rate in seeds if rate is not None],
+                      [place + shift] * sum(rate is not None for rate in seeds), ".", color=colours[number % 4],
+                      alpha=0.35, markersize=5)
+            _whisker(axes, scaled(results.win_rate(row.arm, scorer), 100), place + shift, colours[number % 4],
+                     scorer if place == 0 else None)
+    axes.axvline(50, color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
+    axes.set_yticks(range(len(planned.rows)), [row.label for row in planned.rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("prompts won against the target, % (bar: 95 % interval; small dots: single trainings)")
+    if len(scorers) > 1:
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(scorers))
+    return _save(figure, axes, TITLES[planned.number], planned.world)
+
+
+def colour_chart(results: Results, planned: PlannedTable) -> bytes:
+    """A row an arm: how far red minus blue, saturation and value moved."""
+    figure, axes = _figure(6.8, 1.1 + 0.5 * len(planned.rows))
+    kinds = (("warmth", "red minus blue, levels of 255", SECOND), ("saturation", "saturation, %", ACCENT),
+             ("value", "value, %", FAINT))
+    for number, (name, title, colour) in enumerate(kinds):
+        for place, row in enumerate(planned.rows):
+            _whisker(axes, results.colour(row.arm, name), place + 0.2 * (number - 1), colour,
+                     title if place == 0 else None)
+    axes.axvline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
+    axes.set_yticks(range(len(planned.rows)), [row.label for row in planned.rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("tuned minus target, with 95 % intervals")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    return _save(figure, axes, TITLES["2"], planned.world)
+
+
+def distance_chart(results: Results, world: World) -> bytes:
+    """Figure 5b: two curves over the rank."""
+    distances = results.distances[world]
+    ranks, pools = np.arange(2, distances.shape[1] + 2), len(distances)
+    figure, axes = _figure(5.4, 3.6)
+    for i, (title, colour, style) in enumerate((("channel means", ACCENT, "-"),
+                                                ("channel standard deviations", SECOND, "--"))):
+        mean = distances[..., i].mean(axis=0)
+        error = 1.96 * distances[..., i].std(axis=0, ddof=min(1, pools - 1)) / pools**0.5
+        axes.plot(ranks, mean, style, color=colour, label=title)
+        axes.fill_between(ranks, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("rank n in the pool")
+    axes.set_ylabel("cosine distance to the best image")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return _save(figure, axes, "Figure 5b: latent statistics against rank", world)
+
+
+def weight_chart(results: Results, planned: PlannedTable) -> bytes:
+    """Figure 8: win rate and diversity against the LoRA's weight."""
+    scorers = list(results.records[planned.rows[0].arm][0].win_rate)
+    rows = sorted(planned.rows, key=lambda row: row.arm.lora_weight)
+    weights = [row.arm.lora_weight for row in rows]
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, scorer in enumerate(scorers):
+        _curve(left, weights, [scaled(results.win_rate(row.arm, scorer), 100) for row in rows],
+               [ACCENT, SECOND, FAINT, INK][number % 4], scorer)
+    left.axhline(50, color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
+    left.set_ylabel("prompts won against the target, %")
+    if len(scorers) > 1:
+        left.legend(frameon=False)
+    measured = [(row.arm.lora_weight, value) for row in rows if (value := results.diversity_of(row.arm)) is not None]
+    target = results.diversity_of(None)
+    points = [(0.0, target), *measured] if target is not None else measured
+    _curve(right, [weight for weight, _ in points], [value for _, value in points], SECOND, "diversity")
+    right.set_ylabel("diversity: mean 1 - cosine of image features")
+    for axes in (left, right):
+        _style(axes)
+        axes.set_xlabel("LoRA weight (0: the target)")
+    figure.suptitle(f"{TITLES['8']}\n{WORLDS[planned.world]}", x=0.01, ha="left", fontsize=11, color=INK)
+    return _png(figure)
+
+
+def pool_picture(results: Results, shared: Shared, world: World, count: int = 3) -> Image.Image:
+    """Figure 6: the first pools in the ranking of the world's judge."""
+    return pool_grid(sample_pools(shared.pool, shared.scores[world], count, results.ablation.run.config.triplets))
+
+
+def weight_picture(results: Results, planned: PlannedTable, prompt: str) -> Image.Image:
+    """Figure 8: one prompt from several seeds, a row a LoRA weight, by the first training."""
+    rows = sorted(planned.rows, key=lambda row: row.arm.lora_weight)
+    drawn = [("LoRA weight 0 (target)", results.target_diversity),
+             *((f"LoRA {row.label}", results.diversity[row.arm][0]) for row in rows)]
+    store = results.ablation.run.store
+    return row_grid(prompt, [(label, _images(store, record.pool, prompt)) for label, record in drawn if record])
+
+
+def _images(store: Store, pool: str, prompt: str) -> list[Image.Image]:
+    """All images of a prompt in a pool, in the order of their indices."""
+    folder = ShardFolder.open(store, pool)
+    rows = [row for index in folder.manifests() for row in folder.read(index, ["prompt", "index", "image"]).to_pylist()
+            if row["prompt"] == prompt]
+    return [decode_image(row["image"]) for row in sorted(rows, key=lambda row: row["index"])]
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _whisker(axes: Any, value: Estimate, place: float, colour: str, label: str | None) -> None:
+    if value.value is None:
+        return
+    axes.plot([value.ci_low, value.ci_high], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
+    axes.plot([value.value], [place], "o", color=colour, markersize=6, label=label)
+
+
+def _curve(axes: Any, places: Sequence[float], values: Sequence[Estimate], colour: str, label: str) -> None:
+    known = [(place, value) for place, value in zip(places, values, strict=True) if value.value is not None]
+    for place, value in known:
+        axes.plot([place, place], [value.ci_low, value.ci_high], color=colour, linewidth=1.5)
+    axes.plot([place for place, _ in known], [value.value for _, value in known], "o-", color=colour, markersize=5,
+              label=label)
+
+
+def _save(figure: Figure, axes: Any, title: str, world: World) -> bytes:
+    _style(axes)
+    figure.suptitle(f"{title}\n{WORLDS[world]}", x=0.01, ha="left", fontsize=11, color=INK)
+    return _png(figure)
+
+
+def _style(axes: Any) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(LINE)
+    axes.tick_params(colors=FAINT, labelsize=9, length=0)
+    axes.grid(color=LINE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=FAINT, fontsize=9)
+
+
+def _png(figure: Figure) -> bytes:
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
+    return buffer.getvalue()

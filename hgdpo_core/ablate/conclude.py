@@ -1,0 +1,145 @@
+"""From the records of all arms to what a person reads: result.json, tables.md, plots and one page."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hgdpo_core import __version__
+from hgdpo_core.ablate.arms import Arm, arm_labels
+from hgdpo_core.ablate.charts import (
+    colour_chart,
+    distance_chart,
+    pool_picture,
+    weight_chart,
+    weight_picture,
+    win_rate_chart,
+)
+from hgdpo_core.ablate.claims import Claim, judge_claims
+from hgdpo_core.ablate.distances import measure_distances
+from hgdpo_core.ablate.measure import DiversityRecord, measure_diversity, prompt_colours, run_arm
+from hgdpo_core.ablate.page import render_page
+from hgdpo_core.ablate.program import Ablation, Shared, StageProgress, prepare_shared, silent_stages
+from hgdpo_core.ablate.result import COLOURS, Results
+from hgdpo_core.ablate.settings import World
+from hgdpo_core.ablate.tables import WORLDS, Table, make_tables, to_markdown
+from hgdpo_core.progress import ShouldStop, never_stop
+
+
+def run_ablation(ablation: Ablation, stages: StageProgress = silent_stages,
+                 should_stop: ShouldStop = never_stop) -> dict[str, Any]:
+    """The whole ablation, one arm after another; returns what `result.json` holds."""
+    return conclude(prepare_shared(ablation, stages, should_stop), stages, should_stop)
+
+
+def conclude(shared: Shared, stages: StageProgress = silent_stages,
+             should_stop: ShouldStop = never_stop) -> dict[str, Any]:
+    """Measure what has not been measured yet, then write `ablations/<id>/`; returns what `result.json` holds."""
+    results = gather(shared, stages, should_stop)
+    claims = judge_claims(results)
+    tables = make_tables(results, claims)
+    pictures = draw_pictures(results, shared)
+    store, key = shared.ablation.run.store, shared.ablation.key
+    for name, (_, data) in pictures.items():
+        store.write_bytes(key(f"plots/{name}.png"), data)
+    notes = remarks(shared.ablation)
+    head = "\n".join(["# HG-DPO ablations", "", *(f"- {note}" for note in notes), ""])
+    text = f"{head}\n    {shared.ablation.command}\n\n{to_markdown(tables)}"
+    store.write_bytes(key("tables.md"), text.encode())
+    uris = {title: "data:image/png;base64," + base64.b64encode(data).decode() for title, data in pictures.values()}
+    store.write_bytes(key("index.html"), render_page(shared.ablation, tables, uris, notes).encode())
+    result = {**summarise(results, claims, tables), "plots": list(pictures)}
+    store.write_json(key("result.json"), result)
+    return result
+
+
+def gather(shared: Shared, stages: StageProgress, should_stop: ShouldStop) -> Results:
+    """The records of all arms with the target's colours, the diversity of Figure 8 and the distances of Figure 5b."""
+    ablation = shared.ablation
+    records = {arm: [run_arm(shared, arm, seed, stages, should_stop) for seed in ablation.seeds]
+               for arm in ablation.arms}
+    sweep = [row.arm for table in ablation.tables if table.number == "8" for row in table.rows]
+    diversity: dict[Arm, list[DiversityRecord]] = {
+        arm: [measure_diversity(shared, arm, seed, stages, should_stop) for seed in ablation.seeds] for arm in sweep}
+    target = measure_diversity(shared, None, 0, stages, should_stop) if sweep else None
+    distances: dict[World, np.ndarray] = {
+        world: measure_distances(shared, world, stages, should_stop) for world in ablation.settings.worlds}
+    return Results(ablation, records, prompt_colours(shared.target_images, ablation.run.evaluation_prompts.prompts),
+                   target, diversity, distances)
+
+
+def draw_pictures(results: Results, shared: Shared) -> dict[str, tuple[str, bytes]]:
+    """File name -> title and PNG, in the order of the page."""
+    pictures: dict[str, tuple[str, bytes]] = {}
+    for table in results.ablation.tables:
+        chart = {"2": colour_chart, "8": weight_chart}.get(table.number, win_rate_chart)
+        name = f"{'figure' if table.number == '8' else 'table'}-{table.number}-{table.world}"
+        pictures[name] = (name.replace("-", " ").capitalize(), chart(results, table))
+        if table.number == "8":
+            prompt = results.ablation.run.evaluation_prompts.prompts[0]
+            pictures["figure-8-images"] = ("Figure 8: one prompt at several LoRA weights, seeds from left to right",
+                                           _png(weight_picture(results, table, prompt)))
+    worlds: tuple[World, ...] = results.ablation.settings.worlds
+    for world in worlds:
+        pictures[f"figure-5b-{world}"] = (f"Figure 5b {world}", distance_chart(results, world))
+    for world in worlds:
+        pictures[f"figure-6-{world}"] = (f"Figure 6: pools in their ranking, {WORLDS[world]}",
+                                         _png(pool_picture(results, shared, world)))
+    return pictures
+
+
+def remarks(ablation: Ablation) -> list[str]:
+    """What a reader must know before any number."""
+    notes = []
+    if any(scorer.source == "figures" for scorer in ablation.run.config.evaluation.scorers):
+        notes.append("Where this says PickScore, the judge is the figures world's own: a small model of PickScore's "
+                     "shape, trained on drawings. Nothing here says anything about photographs; the paper's numbers "
+                     "stand beside as the claim that is tested, not as a value to reach.")
+    if "tinted" in ablation.settings.worlds:
+        notes.append("TINTED WORLD means: the pools were ranked by the same judge plus a stated fondness for warm "
+                     "tints (scorers/tinted.py), made up to study colour shift. Its arms are compared with each other "
+                     "only.")
+    if ablation.run.config.scorer.name in {scorer.name for scorer in ablation.run.config.evaluation.scorers}:
+        notes.append("The judge that ranks the pools is also among the judges of the evaluation: by it a win rate "
+                     "shows that training reaches its aim, not that people agree.")
+    return notes
+
+
+def summarise(results: Results, claims: Sequence[Claim], tables: Sequence[Table]) -> dict[str, Any]:
+    """All numbers as plain JSON values; `tables` holds the texts of tables.md too."""
+    ablation = results.ablation
+    labels = arm_labels(ablation.tables)
+    arms = [{"label": labels[arm], **asdict(arm), "triplets": seeds[0].triplets,
+             "win_rate": {name: results.win_rate(arm, name).as_dict() for name in seeds[0].win_rate},
+             "score_change": {name: results.score_change(arm, name).as_dict() for name in seeds[0].win_rate},
+             "colour": {name: results.colour(arm, name).as_dict() for name in COLOURS},
+             "diversity": value.as_dict() if (value := results.diversity_of(arm)) else None,
+             "defects": {name: value.as_dict() for name in seeds[0].win_rate if (value := results.defects(arm, name))},
+             "seeds": [record.model_dump(mode="json", exclude={"arm", "gains", "defects", "colours", "triplets"})
+                       for record in seeds]}
+            for arm, seeds in results.records.items()]
+    target = results.diversity_of(None)
+    return {
+        "ablation_id": ablation.ablation_id, "code_version": __version__, "command": ablation.command,
+        "root": ablation.run.store.root, "preset": ablation.run.config.preset,
+        "evaluation_prompts": len(ablation.run.evaluation_prompts.prompts),
+        "settings": ablation.settings.model_dump(mode="json"), "arms": arms,
+        "target_diversity": target.as_dict() if target else None,
+        "latent_distance": {world: {"pools": len(values), "means": values.mean(axis=0)[:, 0].tolist(),
+                                    "deviations": values.mean(axis=0)[:, 1].tolist()}
+                            for world, values in results.distances.items()},
+        "claims": [{**asdict(claim), "estimate": claim.estimate.as_dict(), "verdict": claim.verdict}
+                   for claim in claims],
+        "tables": [table.as_dict() for table in tables],
+        "artifacts": {name: ablation.run.store.url(ablation.key(file))
+                      for name, file in (("page", "index.html"), ("tables", "tables.md"), ("plots", "plots"))}}
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,41 @@
+"""What an ablation has to do, before it does it."""
+
+from typing import Any
+
+from hgdpo_core.ablate.arms import evaluation_scorers, training_of
+from hgdpo_core.ablate.program import Ablation
+
+FIGURES_STEPS_PER_SECOND, FIGURES_IMAGES_PER_SECOND, FIGURES_SCORES_PER_SECOND = 3.5, 40.0, 100.0
+"""The figures world on 2 idle CPU cores; a busy machine is slower."""
+
+
+def plan_ablation(ablation: Ablation) -> dict[str, Any]:
+    """Counts of all work, as if nothing were there yet; what is found is not made again, so a run may do less.
+
+    `minutes` is an estimate for the built-in figures model on 2 idle CPU cores, None for any other model. Images with
+    latent normalisation count twice: two models draw them.
+    """
+    run, settings, arms, seeds = ablation.run, ablation.settings, ablation.arms, ablation.settings.seeds
+    config, prompts = run.config, len(run.evaluation_prompts.prompts)
+    trainings = len({training_of(arm) for arm in arms}) * seeds
+    pool = len(run.prompts.prompts) * config.pool.images_per_prompt
+    one_evaluation = prompts * config.evaluation.images_per_prompt
+    drawn = one_evaluation * (1 + seeds * sum(1 + arm.latent_normalisation for arm in arms))
+    sweep = sum(len(table.rows) for table in ablation.tables if table.number == "8")
+    diversity = settings.diversity_prompts * settings.diversity_images * (1 + seeds * sweep) if sweep else 0
+    judges = {world: len(evaluation_scorers(config, world)) for world in settings.worlds}
+    scores = pool * len(settings.worlds) + one_evaluation * (
+        max(judges.values()) + seeds * sum(judges[arm.world] for arm in arms))
+    return {"ablation_id": ablation.ablation_id, "arms": len(arms), "seeds": seeds, "trainings": trainings,
+            "pool_images": pool, "evaluation_images": drawn, "diversity_images": diversity, "scores": scores,
+            "minutes": _minutes(ablation, trainings, pool + drawn + diversity, scores)}
+
+
+def _minutes(ablation: Ablation, trainings: int, images: int, scores: int) -> float | None:
+    config = ablation.run.config
+    if config.target.source != "figures":
+        return None
+    steps = trainings * (config.dpo.max_steps or 0) + (config.sft.max_steps or 0 if config.images else 0)
+    seconds = (steps / FIGURES_STEPS_PER_SECOND + images / FIGURES_IMAGES_PER_SECOND
+               + scores / FIGURES_SCORES_PER_SECOND)
+    return round(seconds / 60, 1)

@@ -1,0 +1,204 @@
+"""One arm with one training seed: triplets, LoRA, images, scores, numbers. What is finished is found again."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from hgdpo_core.ablate.arms import Arm, arm_config, evaluation_scorers
+from hgdpo_core.ablate.program import Shared, StageProgress, draw, score, silent_stages
+from hgdpo_core.config import RunConfig, ScorerConfig, StageConfig, content_hash
+from hgdpo_core.errors import ConfigError
+from hgdpo_core.evaluate import compare, image_scores, plan_evaluation
+from hgdpo_core.generate import PoolPlan, plan_pool
+from hgdpo_core.images import decode_image
+from hgdpo_core.latents import cache_latents, latent_folder
+from hgdpo_core.metrics import channel_means, mean_pairwise_distance
+from hgdpo_core.models import DTYPES, default_device
+from hgdpo_core.progress import ShouldStop, never_stop
+from hgdpo_core.prompts import PromptList, prompt_id, save_prompts
+from hgdpo_core.scorers import defect_limit, find_scorer, load_embedder
+from hgdpo_core.shards import ShardFolder
+from hgdpo_core.triplets import build_triplets, dataset_card, triplet_folder
+from hgdpo_core.tuning import Tuned, tune_lora
+
+FORMAT_VERSION = 1  # raise when the same arm would be measured otherwise
+LAST_SHARE = 0.2  # of the training log, what `training` averages over
+
+
+class ArmRecord(StageConfig):
+    """What was measured of an arm with one training seed; kept in `ablations/arms/`."""
+
+    arm: dict[str, Any]
+    seed: int
+    triplets: int
+    model_id: str
+    evaluation_id: str
+    win_rate: dict[str, dict[str, float | int | None]]
+    gains: dict[str, list[float]]
+    """Mean score of the tuned model minus that of the target, a prompt, by scorer."""
+    defects: dict[str, list[float]]
+    """Share of defective images, tuned minus target, a prompt, by scorers that can tell."""
+    colours: list[list[float]]
+    """`channel_means` of each prompt's images, averaged."""
+    colour_shift: dict[str, float | None]
+    training: dict[str, float]
+    """Means over the last fifth of the training log: loss, dpo_loss, stat_loss (unweighted), implicit_accuracy."""
+
+
+class DiversityRecord(StageConfig):
+    """Mean pairwise distance of each prompt's images; kept in `ablations/diversity/`."""
+
+    pool: str
+    """Key of the images' folder."""
+    distances: list[float]
+
+
+def run_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_stages,
+            should_stop: ShouldStop = never_stop) -> ArmRecord:
+    """Train the arm with a seed and measure it against the target on the evaluation prompts.
+
+    A record of the same settings, model, prompts and judges is returned as it is. Each step that is finished is found
+    again, so a stopped arm goes on where it stood.
+    """
+    store, config = shared.ablation.run.store, arm_config(shared.ablation.run.config, arm, seed)
+    key = f"ablations/arms/{_arm_id(shared, config, arm)}.json"
+    found = _read_record(shared, key)
+    if found is not None:
+        return found
+    tuned, triplets = train_arm(shared, arm, seed, stages, should_stop)
+    prompts = shared.ablation.run.evaluation_prompts.prompts
+    model = shared.model.with_lora(tuned.path, arm.lora_weight)
+    images = plan_evaluation(store, model, config.sampler, config.pool, config.evaluation, prompts)
+    draw(images, "images", stages, should_stop)
+    scores = {scorer.name: score(shared.ablation.run, images, scorer, stages, should_stop)
+              for scorer in config.evaluation.scorers}
+    target_scores = {name: shared.target_scores[name] for name in scores}
+    result = compare(store, shared.target_images, images, target_scores, scores, prompts, config.evaluation)
+    record = ArmRecord(
+        arm=asdict(arm), seed=seed, triplets=triplets, model_id=tuned.model_id, evaluation_id=result.evaluation_id,
+        win_rate={name: rate.as_dict() for name, rate in result.win_rates.items()},
+        gains={name: (np.array(result.tuned_scores[name]) - np.array(result.target_scores[name])).tolist()
+               for name in scores},
+        defects={name: _defect_difference(shared, name, images, scores[name], below) for name in scores
+                 if (below := defect_limit(name)) is not None},
+        colours=prompt_colours(images, prompts).round(6).tolist(), colour_shift=result.colour_shift.as_dict(),
+        training=_last_means(tuned))
+    store.write_json(key, record.model_dump(mode="json"))
+    return record
+
+
+def _defect_difference(shared: Shared, scorer: str, images: PoolPlan, scores: ShardFolder,
+                       below: float) -> list[float]:
+    prompts = shared.ablation.run.evaluation_prompts.prompts
+    tuned, target = ((image_scores(folder, plan, prompts) < below).mean(axis=1)
+                     for folder, plan in ((scores, images), (shared.target_scores[scorer], shared.target_images)))
+    return (tuned - target).tolist()
+
+
+def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_stages,
+              should_stop: ShouldStop = never_stop) -> tuple[Tuned, int]:
+    """The arm's LoRA, and the number of triplets it was trained on."""
+    run, config = shared.ablation.run, arm_config(shared.ablation.run.config, arm, seed)
+    prompts = PromptList(run.prompts.prompts[:arm.prompts])
+    save_prompts(run.store, prompts)
+    scores = shared.scores[arm.world]
+    indices = plan_pool(run.store, shared.model, config.sampler.plain, config.pool, prompts.prompts).indices
+    folder = triplet_folder(run.store, shared.pool.folder, scores, prompts.id, config.triplets)
+    with stages("triplets") as progress:
+        counts = build_triplets(shared.pool.folder, scores, folder, prompts.prompts, indices, config.triplets,
+                                progress=progress, should_stop=should_stop)
+    run.store.write_bytes(f"{folder.key}/README.md", dataset_card(folder, indices, counts).encode())
+    latents = latent_folder(run.store, folder, shared.model, (config.sampler.width, config.sampler.height))
+    with stages("latents") as progress:
+        cache_latents(folder, latents, shared.model, indices, progress=progress, should_stop=should_stop)
+    with stages("dpo") as progress:
+        tuned = tune_lora(run.store, shared.model, folder, latents, indices, config.dpo, progress=progress,
+                          should_stop=should_stop)
+    return tuned, counts.triplets
+
+
+def measure_diversity(shared: Shared, arm: Arm | None, seed: int, stages: StageProgress = silent_stages,
+                      should_stop: ShouldStop = never_stop) -> DiversityRecord:
+    """How much several images of one prompt differ: of an arm's model, or of the target for None (paper Figure 8).
+
+    1 - cosine of image features (the first evaluation judge's image tower), averaged over all pairs of a prompt.
+    """
+    run, settings = shared.ablation.run, shared.ablation.settings
+    config, model = run.config, shared.model
+    if arm is not None:
+        config = arm_config(run.config, arm, seed)
+        model = shared.model.with_lora(train_arm(shared, arm, seed, stages, should_stop)[0].path, arm.lora_weight)
+    evaluation = config.evaluation.model_copy(update={"images_per_prompt": settings.diversity_images})
+    prompts = run.evaluation_prompts.prompts[:settings.diversity_prompts]
+    pool = plan_evaluation(run.store, model, config.sampler, config.pool, evaluation, prompts)
+    features = _feature_scorer(run.config)
+    identity = {"format_version": FORMAT_VERSION, "pool": pool.folder.key, "prompts": list(prompts),
+                "features": find_scorer(features.name, features.source)}
+    key = f"ablations/diversity/{content_hash(identity)}.json"
+    if run.store.exists(key):
+        return DiversityRecord.model_validate(run.store.read_json(key))
+    draw(pool, "images", stages, should_stop)
+    record = DiversityRecord(pool=pool.folder.key, distances=_distances(pool, prompts, features))
+    run.store.write_json(key, record.model_dump(mode="json"))
+    return record
+
+
+def _distances(pool: PoolPlan, prompts: Sequence[str], scorer: ScorerConfig) -> list[float]:
+    embedder = load_embedder(scorer.name, source=scorer.source, device=default_device(), dtype=DTYPES[scorer.dtype])
+    found: dict[str, list[torch.Tensor]] = {}
+    for index in pool.indices:
+        rows = pool.folder.read(index)
+        for start in range(0, rows.num_rows, scorer.batch_size):
+            part = rows.slice(start, scorer.batch_size)
+            features = embedder.embed_images([decode_image(data) for data in part["image"].to_pylist()]).cpu()
+            for key, feature in zip(part["prompt_id"].to_pylist(), features, strict=True):
+                found.setdefault(key, []).append(feature)
+    stacked = torch.stack([torch.stack(found[prompt_id(prompt)]) for prompt in prompts])
+    return mean_pairwise_distance(stacked).tolist()
+
+
+def _feature_scorer(config: RunConfig) -> ScorerConfig:
+    """The first judge of the evaluation that has an image tower, else the one that ranks the pools."""
+    return next((scorer for scorer in config.evaluation.scorers if scorer.name == "pickscore"), config.scorer)
+
+
+def prompt_colours(plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:
+    """`channel_means` averaged over each prompt's images, float64 [P, 8]."""
+    wanted = {prompt_id(prompt): row for row, prompt in enumerate(prompts)}
+    sums = np.zeros((len(prompts), 8))
+    for index in plan.indices:
+        rows = plan.folder.read(index)
+        for key, image in zip(rows["prompt_id"].to_pylist(), rows["image"], strict=True):
+            if key in wanted:
+                sums[wanted[key]] += channel_means(np.asarray(decode_image(image.as_py())))
+    return sums / plan.pool.images_per_prompt
+
+
+def _arm_id(shared: Shared, config: RunConfig, arm: Arm) -> str:
+    """All that decides an arm's numbers. Batch sizes and the like may stand in it: they cost a measurement at most."""
+    run = shared.ablation.run
+    return content_hash({
+        "format_version": FORMAT_VERSION, "arm": asdict(arm), "config": config.model_dump(mode="json"),
+        "model": shared.model.identity(), "prompts": run.prompts.id, "evaluation_prompts": run.evaluation_prompts.id,
+        "scores": shared.scores[arm.world].key,
+        "judges": [find_scorer(scorer.name, scorer.source) for scorer in evaluation_scorers(run.config, arm.world)]})
+
+
+def _read_record(shared: Shared, key: str) -> ArmRecord | None:
+    store = shared.ablation.run.store
+    if not store.exists(key):
+        return None
+    try:
+        return ArmRecord.model_validate(store.read_json(key))
+    except ValidationError:
+        raise ConfigError(f"{store.url(key)} is no record of this version: delete it and run again") from None
+
+
+def _last_means(tuned: Tuned) -> dict[str, float]:
+    rows = tuned.log[-max(1, round(LAST_SHARE * len(tuned.log))):]
+    return {name: float(np.mean([row[name] for row in rows]))
+            for name in ("loss", "dpo_loss", "stat_loss", "implicit_accuracy")}

@@ -1,0 +1,53 @@
+"""An ablation as one HTML file: its tables, plots and pictures, no network, no script."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from hgdpo_core.ablate.program import Ablation
+from hgdpo_core.ablate.tables import Table
+from hgdpo_core.plots import STYLE
+from hgdpo_core.report import CONTENT_POLICY
+
+WIDE = ".scroll table { min-width: max-content; } td { white-space: nowrap; } .plots img { max-width: 960px; }"
+
+
+def render_page(ablation: Ablation, tables: Sequence[Table], pictures: Mapping[str, str], notes: Sequence[str]) -> str:
+    """The page as HTML text. `pictures`: title -> data URI, in the order shown."""
+    remarks = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    shown = "".join(f'<section class="plots"><h2>{escape(title)}</h2><img src="{uri}" alt="{escape(title)}"></section>'
+                    for title, uri in pictures.items())
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
+<title>HG-DPO ablations, preset {escape(ablation.run.config.preset)}</title>
+<style>{STYLE}{WIDE}</style>
+</head>
+<body>
+<header>
+<p class="eyebrow">HG-DPO · ablations · preset {escape(ablation.run.config.preset)}</p>
+<h1>The paper's comparisons from one pool</h1>
+<p class="lead">The tables of arXiv:2405.20216v1 measured here, the paper's own numbers beside them.</p>
+<ul class="notes">{remarks}</ul>
+</header>
+<main>
+{"".join(_section(table) for table in tables)}{shown}
+<section><h2>How to repeat</h2><pre><code>{escape(ablation.command)}</code></pre></section>
+</main>
+<footer><p>Method: arXiv:2405.20216v1. This page holds all it shows; it loads nothing from elsewhere.</p></footer>
+</body>
+</html>
+"""
+
+
+def _section(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
+    rows = ((first, "".join(f"<td>{escape(cell)}</td>" for cell in rest)) for first, *rest in table.rows)
+    body = "".join(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>' for first, cells in rows)
+    notes = "".join(f'<p class="intro">{escape(note)}</p>' for note in table.notes)
+    return (f'<section><h2>{escape(table.title)}</h2>{notes}<div class="scroll" tabindex="0" role="region" '
+            f'aria-label="{escape(table.title)}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            "</section>\n")
