@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hgdpo_core.errors import ConfigError
 
@@ -16,7 +16,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 Optimizer = Literal["adam8bit", "adamw"]
 ImageFormat = Literal["png", "webp", "jpeg"]
-ScorerName = Literal["inspector", "pickscore", "tinted"]
+ScorerName = Literal["pickscore", "inspector", "tinted"]
 ConfigT = TypeVar("ConfigT", bound="StageConfig")
 
 
@@ -83,7 +83,7 @@ class ScorerConfig(StageConfig):
 
     name: ScorerName = "pickscore"
     source: str | None = Field(default=None,
-                               description="hub id or folder; default: the public checkpoint of that name")
+                               description="hub id, folder or weights file; default: the public weights of that name")
     batch_size: int = Field(default=32, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -147,7 +147,18 @@ class EvaluationConfig(StageConfig):
     images_per_prompt: int = Field(default=1, ge=1)
     seed: int = Field(default=1_000, ge=0)
     lora_weight: float = Field(default=0.5, gt=0, description="scale of the LoRA at inference (paper A.3: 0.5)")
-    scorers: tuple[ScorerConfig, ...] = Field(min_length=1)
+    scorers: tuple[ScorerConfig, ...] = Field(min_length=1, description='short: "pickscore=my/folder,clip"')
+
+    @field_validator("scorers", mode="before")
+    @classmethod
+    def _names_do(cls, value: Any) -> Any:
+        """Scorers from `name` or `name=source`, in one string or each in its own, where the other defaults serve."""
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            return value
+        parts = [item.partition("=") if isinstance(item, str) else item for item in items]
+        return [{"name": part[0].strip(), "source": part[2].strip() or None} if isinstance(part, tuple) else part
+                for part in parts]
 
     @model_validator(mode="after")
     def _scorers_differ(self) -> Self:

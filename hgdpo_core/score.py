@@ -11,6 +11,7 @@ from hgdpo_core.images import decode_image
 from hgdpo_core.models import DTYPES, default_device, device_name
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.scorers import Scorer, find_scorer, load_scorer
+from hgdpo_core.scorers.pictures import threads
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
 
@@ -60,5 +61,5 @@ def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: Sco
 
 
 def _score_rows(judge: Scorer, rows: pa.Table) -> list[float]:
-    images = [decode_image(data) for data in rows["image"].to_pylist()]
+    images = list(threads().map(decode_image, rows["image"].to_pylist()))
     return judge.score(images, rows["prompt"].to_pylist()).tolist()

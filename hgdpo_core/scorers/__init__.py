@@ -1,21 +1,24 @@
 """Judges of images behind one small interface: `load_scorer(name).score(images, prompts)`."""
 
+import shlex
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
-from PIL import Image
 
-from hgdpo_core.errors import ConfigError
+from hgdpo_core.config import ScorerConfig
+from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.scorers import inspector, pickscore, tinted
-
-Images = Sequence[Image.Image] | np.ndarray | torch.Tensor
+from hgdpo_core.scorers.pictures import Images
 
 
 class Scorer(Protocol):
-    """A judge: higher is better. `fingerprint` tells one version of its weights from another."""
+    """A judge: higher is better. `fingerprint` tells one version of its weights from another.
+
+    A score depends on its own picture and prompt alone: the rest of a batch, its order and size move it by float
+    rounding only (below 1e-5 in float32). A score that is not finite comes back as it is: a pool that holds one
+    yields no triplet, and a win rate refuses it.
+    """
 
     name: str
     fingerprint: str
@@ -25,21 +28,56 @@ class Scorer(Protocol):
         ...
 
 
-SCORERS: dict[str, ModuleType] = {"inspector": inspector, "pickscore": pickscore, "tinted": tinted}
-"""Each module offers `locate(source)`, whose last item is the fingerprint, and `load(source=, device=, dtype=)`.
+class ScorerSource(Protocol):
+    """What stands in the registry: a module or an object that finds a scorer and loads it.
 
-One that can tell a defective image declares DEFECT_BELOW: an image that scores below is defective."""
+    One that can tell a defective image declares DEFECT_BELOW: an image that scores below is defective.
+    """
+
+    def locate(self, source: str | None) -> tuple[Any, ...]:
+        """What the scorer is made of; the last item is the fingerprint. ModelError when it is not to be had."""
+        ...
+
+    def load(self, *, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Scorer:
+        """The scorer, its networks in `dtype`."""
+        ...
+
+
+SCORERS: dict[str, ScorerSource] = {"pickscore": pickscore, "inspector": inspector, "tinted": tinted}
 
 
 def load_scorer(name: str, *, source: str | None = None, device: str = "cpu",
                 dtype: torch.dtype = torch.float32) -> Scorer:
-    """A scorer by name; `source` is a hub id or folder, "figures" the built-in judge, None the public checkpoint."""
+    """A scorer by name; `source` is a hub id, a folder or (but for pickscore) a weights file, None the public weights.
+
+    pickscore also knows the source "figures", the built-in judge.
+    """
     return _module(name).load(source=source, device=device, dtype=dtype)
 
 
 def find_scorer(name: str, source: str | None) -> str:
     """The fingerprint of a scorer without loading it; ModelError when its weights are not to be had."""
     return _module(name).locate(source)[-1]
+
+
+def require_scorers(scorers: Sequence[ScorerConfig], option: str = "--set evaluation.scorers=") -> None:
+    """ModelError, in one line, when one of an evaluation's scorers is not to be had: what to do, with it or without.
+
+    `option` is what a user would write before the names of the scorers.
+    """
+    reasons: dict[str, str] = {}
+    for scorer in scorers:
+        try:
+            find_scorer(scorer.name, scorer.source)
+        except ModelError as error:
+            reasons[scorer.name] = str(error)
+    if not reasons:
+        return
+    others = list(reasons)[1:]
+    message = next(iter(reasons.values())) + (f" (missing too: {', '.join(others)})" if others else "")
+    left = ",".join(f"{scorer.name}={scorer.source}" if scorer.source else scorer.name
+                    for scorer in scorers if scorer.name not in reasons)
+    raise ModelError(message + (f"; or do without: {option + shlex.quote(left)}" if left else ""))
 
 
 def defect_limit(name: str) -> float | None:
@@ -61,11 +99,11 @@ def load_embedder(name: str, *, source: str | None = None, device: str = "cpu",
     """The image tower of a scorer; ConfigError for a scorer that has none."""
     scorer = load_scorer(name, source=source, device=device, dtype=dtype)
     if not isinstance(scorer, ImageEmbedder):
-        raise ConfigError(f"scorer {name} has no image features of its own: use pickscore")
+        raise ConfigError(f"scorer {name} has no image features of its own: use pickscore or clip")
     return scorer
 
 
-def _module(name: str) -> ModuleType:
+def _module(name: str) -> ScorerSource:
     if name not in SCORERS:
         raise ConfigError(f"there is no scorer {name!r}; there are {', '.join(sorted(SCORERS))}")
     return SCORERS[name]

@@ -5,17 +5,18 @@ Any transformers CLIPModel folder trained with its objective serves, such as the
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from hgdpo_core.errors import ModelError
 from hgdpo_core.fingerprints import fingerprint_path
+from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, floor_half, normalise_pixels
+from hgdpo_core.scorers.texts import TextCache
+from hgdpo_core.scorers.towers import normalise
+from hgdpo_core.scorers.weights import first_line, freeze, quiet_transformers
 
 MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -31,36 +32,43 @@ class PickScore:
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil,
                  fingerprint: str):
         self.model: Any = model  # transformers' own types do not know what it returns
-        self.tokenizer, self.processor, self.fingerprint = tokenizer, processor, fingerprint
+        self.tokenizer, self.fingerprint = tokenizer, fingerprint
+        self.image_size, self.mean, self.deviation = _read_processor(processor)
         text: Any = model.config.text_config
         self.max_tokens = min(MAX_TOKENS, text.max_position_embeddings)
+        self.texts = TextCache(self.embed_texts)
 
     @torch.no_grad()
-    def score(self, images: Sequence[Image.Image] | np.ndarray | torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
         """Raw PickScore (not a probability), float32 [B] on the CPU. A prompt that repeats is embedded once."""
-        if len(images) != len(prompts):
-            raise ValueError(f"expected one prompt an image, got {len(images)} images and {len(prompts)} prompts")
-        distinct = list(dict.fromkeys(prompts))
-        texts = self.embed_texts(distinct)[[distinct.index(prompt) for prompt in prompts]]
-        cosine = (texts * self.embed_images(images)).sum(dim=-1)
+        check_counts(images, prompts)
+        cosine = (self.texts(prompts) * self.embed_images(images)).sum(dim=-1)
         return (self.model.logit_scale.float().exp() * cosine).cpu()
 
+    @torch.no_grad()
     def embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
         """L2-normalised float32 [B, D]; texts are cut at 77 tokens (or what the model's positions allow)."""
-        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.max_tokens,
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=self.max_tokens,
                                 return_tensors="pt").to(self.model.device)
-        return _normalise(self.model.get_text_features(**tokens).pooler_output)
+        return normalise(self.model.get_text_features(**tokens).pooler_output)
 
-    def embed_images(self, images: Sequence[Image.Image] | np.ndarray | torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def embed_images(self, images: Images) -> torch.Tensor:
         """L2-normalised float32 [B, D]."""
-        pictures = [image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)) for image in images]
-        pixels = self.processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")["pixel_values"]
-        pixels = pixels.to(device=self.model.device, dtype=self.model.dtype)
-        return _normalise(self.model.get_image_features(pixel_values=pixels).pooler_output)
+        pixels = crop_pixels(images, self.image_size, halve=floor_half).to(self.model.device)
+        values = normalise_pixels(pixels, self.model.dtype, mean=self.mean, deviation=self.deviation)
+        return normalise(self.model.get_image_features(pixel_values=values).pooler_output)
 
 
-def _normalise(embeds: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(embeds.float(), dim=-1)
+def _read_processor(processor: Any) -> tuple[int, list[float], list[float]]:
+    """Side in pixels, mean and deviation of a CLIP image processor; ModelError for one that does more or less."""
+    side = processor.size.get("shortest_edge")
+    crop = (processor.crop_size["height"], processor.crop_size["width"])
+    steps = (processor.do_resize, processor.do_center_crop, processor.do_rescale, processor.do_normalize)
+    if side is None or crop != (side, side) or not all(steps) or processor.resample != 3:
+        raise ModelError(f"scorer pickscore: its preprocessor_config.json asks for {processor.size} and a crop of "
+                         f"{crop}: expected CLIP's own (bicubic, shortest_edge equal to a square crop)")
+    return side, processor.image_mean, processor.image_std
 
 
 def locate(source: str | None) -> tuple[Path, Path, str]:
@@ -83,25 +91,18 @@ def _download(repository: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a wide family: all mean "could not be had"
-        first = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"scorer pickscore: {repository} could not be downloaded ({first}); download it once on a "
-                         "machine with network and give its folder as the scorer's source") from None
+        raise ModelError(f"scorer pickscore: {repository} could not be downloaded ({first_line(error)}); download it "
+                         "once on a machine with network and give its folder as the scorer's source") from None
 
 
 def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PickScore:
     """PickScore from the hub (None), a hub id, a folder, or "figures"."""
     folder, processor_folder, fingerprint = locate(source)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        model = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-        tokenizer = CLIPTokenizer.from_pretrained(processor_folder, local_files_only=True)
-        processor = CLIPImageProcessorPil.from_pretrained(processor_folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"scorer pickscore: {folder} does not load as a CLIP model: {first}") from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
-    return PickScore(cast(Any, model).to(device).eval().requires_grad_(False), tokenizer, processor, fingerprint)
+    with quiet_transformers():
+        try:
+            model = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(processor_folder, local_files_only=True)
+            processor = CLIPImageProcessorPil.from_pretrained(processor_folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(f"scorer pickscore: {folder} does not load as a CLIP model: {first_line(error)}") from None
+    return PickScore(freeze(model, device), tokenizer, processor, fingerprint)

@@ -1,0 +1,156 @@
+"""CLIP's two towers as a transformers CLIPModel, also from weights that carry the names of open_clip and OpenAI."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import torch
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from hgdpo_core.errors import ModelError
+from hgdpo_core.scorers.pictures import normalise_pixels
+from hgdpo_core.scorers.texts import TextCache
+from hgdpo_core.scorers.weights import build, count_blocks, first_line, quiet_transformers
+
+OPENAI_CLIP = "openai/clip-vit-large-patch14"
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+MODEL_FILES = (("config.json", "model.safetensors"),)
+SETTINGS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # OpenAI's files hold them as tensors
+
+RENAMES = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.", "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.": "text_model.final_layer_norm.",
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+}
+IN_A_BLOCK = {".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".mlp.c_fc.": ".mlp.fc1.",
+              ".mlp.c_proj.": ".mlp.fc2.", ".attn.out_proj.": ".self_attn.out_proj."}
+
+
+class ClipTowers:
+    """Both embeddings of a CLIP, L2-normalised, float32. A prompt that repeats is embedded once."""
+
+    def __init__(self, model: Any, tokenizer: CLIPTokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_tokens: int = model.config.text_config.max_position_embeddings
+        self.image_size: int = model.config.vision_config.image_size
+        self.texts = TextCache(self._embed_texts)
+
+    @torch.no_grad()
+    def pictures(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, D] of the pixels of `crop_pixels` or `letterbox_pixels`."""
+        values = normalise_pixels(pixels.to(self.model.device), self.model.dtype)
+        return normalise(self.model.get_image_features(pixel_values=values).pooler_output)
+
+    @torch.no_grad()
+    def _embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        tokens = self.tokenizer([clean_text(prompt) for prompt in prompts], padding=True, truncation=True,
+                                max_length=self.max_tokens, return_tensors="pt")
+        # without a mask: attention is causal, so what stands behind the end of a text cannot change it
+        ids = tokens["input_ids"].to(self.model.device)
+        return normalise(self.model.get_text_features(input_ids=ids).pooler_output)
+
+
+def normalise(embeds: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1, float32."""
+    return torch.nn.functional.normalize(embeds.float(), dim=-1)
+
+
+def clean_text(text: str) -> str:
+    """`text` as CLIP's own tokenizers clean it: mojibake and curly quotes mended, entities resolved, one space."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+def load_tokenizer(scorer: str, files: Sequence[Path]) -> CLIPTokenizer:
+    """The tokenizer in `files`, one of the choices of TOKENIZER_FILES."""
+    try:
+        with quiet_transformers():
+            if len(files) == 1:
+                return CLIPTokenizer.from_pretrained(files[0].parent, local_files_only=True)
+            return CLIPTokenizer(vocab=str(files[0]), merges=str(files[1]))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ModelError(f"scorer {scorer}: {files[0].parent} holds no CLIP tokenizer: {first_line(error)}") from None
+
+
+def convert(scorer: str, path: Path, tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, *, act: str,
+            vision_heads: int | None = None, text_heads: int | None = None, dtype: torch.dtype) -> Any:
+    """A CLIPModel of tensors named as in open_clip and OpenAI's CLIP.
+
+    Sizes are read from the tensors, heads are 64 wide unless numbered; `act` is "gelu" (open_clip) or "quick_gelu"
+    (OpenAI), which no tensor tells.
+    """
+    try:
+        config = _read_config(tensors, tokenizer, act, vision_heads, text_heads)
+    except KeyError as error:
+        raise ModelError(f"scorer {scorer}: {path} lacks {error.args[0]}: expected the tensors of a CLIP with the "
+                         "names of open_clip") from None
+    return build(scorer, path, CLIPModel, config, rename_tensors(tensors), dtype)
+
+
+def load_folder(scorer: str, folder: Path, dtype: torch.dtype, kind: Any = CLIPModel) -> Any:
+    """The transformers CLIPModel of a folder, or with `kind` one of its towers."""
+    with quiet_transformers():
+        try:
+            model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True,
+                                                 output_loading_info=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(f"scorer {scorer}: {folder} does not load as a CLIP model: {first_line(error)}") from None
+    if report["missing_keys"]:
+        raise ModelError(f"scorer {scorer}: {folder} lacks {sorted(report['missing_keys'])[0]}: these are weights of "
+                         "another model")
+    return model
+
+
+def rename_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """open_clip's tensors under transformers' names; attention's joint input projection is cut in three."""
+    renamed: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        if name in SETTINGS:
+            continue
+        new = _rename(name)
+        if ".attn.in_proj_" in new:
+            stem, kind = new.split(".attn.in_proj_")
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[f"{stem}.self_attn.{letter}_proj.{kind}"] = part.contiguous()
+        else:
+            renamed[new] = value.T.contiguous() if name in ("visual.proj", "text_projection") else value
+    return renamed
+
+
+def _rename(name: str) -> str:
+    for old, new in RENAMES.items():
+        if name == old or old.endswith(".") and name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    for old, new in IN_A_BLOCK.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _read_config(tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, act: str, vision_heads: int | None,
+                 text_heads: int | None) -> CLIPConfig:
+    width, _, patch, _ = tensors["visual.conv1.weight"].shape
+    shared = {"projection_dim": tensors["visual.proj"].shape[1], "hidden_act": act}
+    grid = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
+    vocabulary, text_width = tensors["token_embedding.weight"].shape
+    vision = {"hidden_size": width, "patch_size": patch, "image_size": grid * patch,
+              "intermediate_size": len(tensors["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
+              "num_hidden_layers": count_blocks(tensors, "visual.transformer.resblocks."),
+              "num_attention_heads": vision_heads or width // 64, **shared}
+    text = {"hidden_size": text_width, "vocab_size": vocabulary,
+            "max_position_embeddings": len(tensors["positional_embedding"]),
+            "intermediate_size": len(tensors["transformer.resblocks.0.mlp.c_fc.weight"]),
+            "num_hidden_layers": count_blocks(tensors, "transformer.resblocks."),
+            "num_attention_heads": text_heads or text_width // 64, **shared,
+            # the text is pooled where the end stands: with another id every caption would be the same
+            "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id}
+    return CLIPConfig(vision_config=vision, text_config=text, projection_dim=shared["projection_dim"])
