@@ -1,0 +1,101 @@
+"""LAION's aesthetic predictor, sac+logos+ava1-l14-linearMSE: a linear head over OpenAI CLIP ViT-L/14's image embedding.
+
+It judges the picture alone; a prompt changes nothing. https://github.com/christophschuhmann/improved-aesthetic-predictor
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from transformers import CLIPVisionModelWithProjection
+
+from hgdpo_core.errors import ModelError
+from hgdpo_core.scorers.heads import linear_head
+from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, normalise_pixels
+from hgdpo_core.scorers.towers import MODEL_FILES, OPENAI_CLIP, load_folder, normalise
+from hgdpo_core.scorers.weights import (
+    find_files,
+    find_weights,
+    fingerprint,
+    first_line,
+    first_of,
+    freeze,
+    local_place,
+    read_tensors,
+)
+
+STEM = "sac+logos+ava1-l14-linearMSE"
+NAMES = (f"{STEM}.safetensors", f"{STEM}.pth")
+ADDRESS = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
+HEAD_URL = f"{ADDRESS}/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
+HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+
+
+class Aesthetic:
+    """A loaded aesthetic predictor."""
+
+    name = "aesthetic"
+
+    def __init__(self, vision: Any, head: torch.nn.Module, fingerprint: str):
+        self.vision, self.head, self.fingerprint = vision, head, fingerprint
+
+    @torch.no_grad()
+    def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
+        """Ratings of about 1 to 10, float32 [B] on the CPU. Prompts are counted, not read."""
+        check_counts(images, prompts)
+        return self.head(self.embed_images(images))[:, 0].cpu()
+
+    @torch.no_grad()
+    def embed_images(self, images: Images) -> torch.Tensor:
+        """L2-normalised float32 [B, D]."""
+        pixels = crop_pixels(images, self.vision.config.image_size).to(self.vision.device)
+        return normalise(self.vision(pixel_values=normalise_pixels(pixels, self.vision.dtype)).image_embeds)
+
+
+def locate(source: str | None) -> tuple[Path, Path, str]:
+    """The head's file, the folder of its CLIP (a transformers CLIPModel), the fingerprint.
+
+    The CLIP is the one beside the head, if there is one, else OpenAI's from the hub.
+    """
+    head = public_head() if source is None else find_weights("aesthetic", source, NAMES, ADDRESS)
+    beside = head.parent if local_place("aesthetic", source) else None
+    clip = find_files("aesthetic", "its CLIP", beside, MODEL_FILES, OPENAI_CLIP)
+    return head, clip[0].parent, fingerprint("aesthetic", [head, *clip])
+
+
+def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Aesthetic:
+    """The published head (None), or one from a folder or file; CLIP runs in `dtype`, the head in float32."""
+    path, folder, mark = locate(source)
+    head = linear_head("aesthetic", path, read_tensors("aesthetic", path), "layers.")
+    vision = load_folder("aesthetic", folder, dtype, CLIPVisionModelWithProjection)
+    width, expected = vision.config.projection_dim, next(head.parameters()).shape[1]
+    if width != expected:
+        raise ModelError(f"scorer aesthetic: the head reads {expected} numbers, the CLIP in {folder} gives {width}: "
+                         f"put the head beside {OPENAI_CLIP}")
+    return Aesthetic(freeze(vision, device), freeze(head, device), mark)
+
+
+def public_head() -> Path:
+    """The published head, fetched once into the cache and checked by its sha256."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo" / "scorers"
+    found = first_of(cache, NAMES)
+    if found:
+        return found
+    try:
+        with fsspec.open(HEAD_URL, "rb") as file:
+            data: bytes = file.read()  # type: ignore[union-attr]
+    except Exception as error:  # aiohttp raises a wide family: all mean "could not be had"
+        raise ModelError(f"scorer aesthetic: {HEAD_URL} could not be downloaded ({first_line(error)}): put that file "
+                         f"into {cache}, or beside the files of {OPENAI_CLIP} and give that folder as the scorer's "
+                         "source") from None
+    if hashlib.sha256(data).hexdigest() != HEAD_SHA256:
+        raise ModelError(f"scorer aesthetic: {HEAD_URL} gave {len(data)} bytes that are not the published head: try "
+                         f"again, or put the right file into {cache}")
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = cache / f".{os.getpid()}"
+    temporary.write_bytes(data)
+    return temporary.replace(cache / NAMES[-1])
