@@ -16,7 +16,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 Optimizer = Literal["adam8bit", "adamw"]
 ImageFormat = Literal["png", "webp", "jpeg"]
-ScorerName = Literal["pickscore", "hps_v2.0", "hps_v2.1", "aesthetic", "clip", "inspector", "tinted"]
+ScorerName = Literal["pickscore", "hps_v2.0", "hps_v2.1", "imagereward", "aesthetic", "clip", "inspector", "tinted"]
 ConfigT = TypeVar("ConfigT", bound="StageConfig")
 
 

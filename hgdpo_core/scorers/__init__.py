@@ -8,7 +8,7 @@ import torch
 
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.errors import ConfigError, ModelError
-from hgdpo_core.scorers import aesthetic, clip, hps, inspector, pickscore, tinted
+from hgdpo_core.scorers import aesthetic, clip, hps, imagereward, inspector, pickscore, tinted
 from hgdpo_core.scorers.pictures import Images
 
 
@@ -44,8 +44,8 @@ class ScorerSource(Protocol):
 
 
 SCORERS: dict[str, ScorerSource] = {"pickscore": pickscore, "hps_v2.0": hps.V20, "hps_v2.1": hps.V21,
-                                    "aesthetic": aesthetic, "clip": clip, "inspector": inspector,
-                                    "tinted": tinted}
+                                    "imagereward": imagereward, "aesthetic": aesthetic, "clip": clip,
+                                    "inspector": inspector, "tinted": tinted}
 
 
 def load_scorer(name: str, *, source: str | None = None, device: str = "cpu",
