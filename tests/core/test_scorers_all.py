@@ -1,0 +1,276 @@
+"""What every scorer promises: scores that depend on their own picture and prompt, errors that say what to do."""
+
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import tiny_scorers
+import torch
+from golden import scorer_inputs
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from hgdpo_core import scorers as scorers_package
+from hgdpo_core.config import ScorerConfig, apply_overrides
+from hgdpo_core.errors import InputError, ModelError
+from hgdpo_core.presets import sd15
+from hgdpo_core.scorers import aesthetic, find_scorer, load_scorer, require_scorers, texts
+from hgdpo_core.scorers.pictures import crop_pixels, letterbox_pixels, to_pictures
+from hgdpo_core.scorers.towers import clean_text
+
+TOLERANCE = 1e-5
+"""What the docstring of Scorer promises for float32, of scores of order 0.1 to 1."""
+BFLOAT16_ERROR = {"pickscore": 0.1, "hps_v2.1": 0.01, "clip": 0.01, "aesthetic": 0.01, "imagereward": 0.02}
+"""Largest difference from float32 on these weights; docs/BENCHMARKS.md has it for the published size."""
+NAMES = sorted(BFLOAT16_ERROR)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, judge_folder):
+    root = tmp_path_factory.mktemp("scorers")
+    return {"pickscore": judge_folder} | {name: save(root / name) for name, save in tiny_scorers.SAVE.items()}
+
+
+@pytest.fixture(scope="module")
+def scorers(sources):
+    return {name: load_scorer(name, source=str(source)) for name, source in sources.items()}
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return scorer_inputs.make_pictures(), scorer_inputs.PROMPTS
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_batches_their_order_and_padding_do_not_matter(sources, scorers, inputs, name, batch):
+    """The prompts hold a long and an empty one: alone or beside the others, each scores the same."""
+    pictures, prompts = inputs
+    whole = scorers[name].score(pictures, prompts)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(batch)).tolist()
+    scores = torch.empty_like(whole)
+    fresh = load_scorer(name, source=str(sources[name]))  # no text embedding kept from before
+    for first in range(0, len(order), batch):
+        chosen = order[first:first + batch]
+        scores[chosen] = fresh.score([pictures[i] for i in chosen], [prompts[i] for i in chosen])
+    torch.testing.assert_close(scores, whole, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_picture_one_score_whatever_its_file_mode(scorers, name):
+    """RGB, opaque RGBA, palette, PNG's EXIF rotation; uint8 arrays; grey as L and as RGB."""
+    few_colours = scorer_inputs.make_pictures()[1].resize((96, 64)).quantize(64)
+    picture, score = few_colours.convert("RGB"), scorers[name].score
+    wanted = score([picture], ["a cat"])
+    rotated = picture.transpose(Image.Transpose.ROTATE_90)
+    rotated.getexif()[274] = 6  # "turn me by 90 degrees clockwise to see me upright"
+    transparent = picture.copy()
+    transparent.putalpha(40)
+    grey = picture.convert("L")
+    same = [few_colours, picture.convert("RGBA"), transparent, rotated]
+    for other in same:
+        torch.testing.assert_close(score([other], ["a cat"]), wanted, rtol=0, atol=TOLERANCE)
+    array = np.asarray(picture)[None]
+    for other in (array, torch.from_numpy(array.copy())):
+        torch.testing.assert_close(score(other, ["a cat"]), wanted, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(score([grey], ["a cat"]), score([grey.convert("RGB")], ["a cat"]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_size(scorers, name):
+    sizes = [(1, 1), (1, 40), (300, 2), (224, 100), (2000, 30)]
+    pictures = [Image.new("RGB", size, (200, 80, 40)) for size in sizes]
+    assert torch.isfinite(scorers[name].score(pictures, ["a wall"] * len(sizes))).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_costs_what_is_stated(sources, scorers, inputs, name):
+    half = load_scorer(name, source=str(sources[name]), dtype=torch.bfloat16).score(*inputs)
+    error = (half - scorers[name].score(*inputs)).abs().max()
+    assert half.dtype == torch.float32 and 0 < error < BFLOAT16_ERROR[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_inputs_are_one_line(scorers, inputs, name):
+    with pytest.raises(InputError, match="got 8 images and 7 prompts"):
+        scorers[name].score(inputs[0], inputs[1][:7])
+    with pytest.raises(InputError, match=r"got float32 \[1, 8, 8, 3\]: multiply by 255"):
+        scorers[name].score(np.zeros((1, 8, 8, 3), np.float32), ["a"])
+
+
+@pytest.mark.parametrize("name", ["hps_v2.1", "clip", "pickscore"])
+def test_a_prompt_is_embedded_once_for_all_its_images_and_batches(sources, inputs, name):
+    scorer = load_scorer(name, source=str(sources[name]))
+    cache = scorer.texts if name == "pickscore" else scorer.towers.texts
+    embed, seen = cache.embed, []
+    cache.embed = lambda prompts: (seen.extend(prompts), embed(prompts))[1]
+    for _ in range(3):
+        scorer.score(inputs[0][:4], ["a cat", "a dog", "a cat", "a cat"])
+    assert seen == ["a cat", "a dog"]
+
+
+def test_old_prompts_leave_the_cache(monkeypatch):
+    monkeypatch.setattr(texts, "MAX_PROMPTS", 2)
+    cache = texts.TextCache(lambda prompts: torch.tensor([[float(len(prompt))] for prompt in prompts]))
+    assert cache(["a", "bb", "ccc", "a"]).flatten().tolist() == [1, 2, 3, 1]
+    assert list(cache.rows) == ["bb", "ccc"] and cache(["a", "ccc"]).flatten().tolist() == [1, 3]
+
+
+def test_the_aesthetic_predictor_does_not_read_the_prompt(scorers, inputs):
+    scores = [scorers["aesthetic"].score(inputs[0][:1], [prompt]) for prompt in ("a cat", "a dog")]
+    assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("name", ["hps_v2.1", "clip", "imagereward", "pickscore"])
+def test_two_prompts_differ(scorers, inputs, name):
+    """A CLIP config with another end id pools the same token of every text: all captions would be one."""
+    scores = scorers[name].score([inputs[0][0]] * 2, ["a woman in a red top", "two people walking"])
+    assert (scores[0] - scores[1]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(tiny_scorers.SAVE))
+def test_a_score_that_is_not_finite_comes_back_as_it_is(sources, tmp_path, inputs, name):
+    """Selection then rejects its pool and a win rate refuses it (tests of both): it must not be hidden here."""
+    folder = shutil.copytree(sources[name], tmp_path / name)
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    tensors = load_file(file)
+    broken = next(key for key in tensors if key.endswith(("class_embedding", "cls_token")) or "layers.0.bias" in key)
+    save_file(tensors | {broken: torch.full_like(tensors[broken], float("nan"))}, file, metadata={"format": "pt"})
+    scores = load_scorer(name, source=str(folder)).score(inputs[0][:2], inputs[1][:2])
+    assert scores.shape == (2,) and torch.isnan(scores).all()
+
+
+def test_text_is_cleaned_as_the_originals_clean_it():
+    assert clean_text(" A  woman\u2019s &amp;amp; CAF\u00c9\n") == "a woman's & caf\u00e9"
+
+
+def test_pixels_of_the_two_ways_to_look():
+    """A wide picture, left half red: the crop keeps the middle, the letterbox all of it between black bars."""
+    picture = Image.new("RGB", (80, 40), "blue")
+    picture.paste("red", (0, 0, 40, 40))
+    crop = crop_pixels([picture], 20)[0]
+    assert crop.shape == (3, 20, 20) and crop[0, :, :8].min() > 240 and crop[2, :, 12:].min() > 240
+    box = letterbox_pixels([picture], 20, antialias=False)[0]
+    assert box[:, :5].abs().max() == 0 and box[:, 15:].abs().max() == 0
+    assert box[0, 5:15, :8].min() > 0.95 and box[2, 5:15, 12:].min() > 0.95
+    assert [p.mode for p in to_pictures([picture.convert("LA"), picture.convert("CMYK")])] == ["RGB", "RGB"]
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hps_v2.0", "hps_v2.1", "imagereward", "aesthetic", "clip"])
+def test_what_is_missing_is_named_in_one_line_offline(name, tmp_path):
+    with pytest.raises(ModelError, match=f"scorer {name}.* could not be downloaded .*source") as error:
+        find_scorer(name, None)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ModelError, match=f"scorer {name}: .*nowhere does not exist: expected a folder"):
+        find_scorer(name, str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(("name", "remove", "message"), [
+    ("hps_v2.1", "HPS_v2.1_compressed.safetensors",
+     "no HPS_v2.1_compressed.safetensors or HPS_v2.1_compressed.pt: put the last of these, from xswu/HPSv2, there"),
+    ("hps_v2.1", "merges.txt",
+     "scorer hps_v2.1 needs the CLIP tokenizer: vocab.json and merges.txt of openai/clip-vit-large-patch14 could not "
+     "be downloaded .*: put them beside the weights in"),
+    ("imagereward", "vocab.txt", "needs BERT's vocabulary: vocab.txt of google-bert/bert-base-uncased could not"),
+    ("clip", "config.json", "lacks config.json or model.safetensors: put those of openai/clip-vit-large-patch14 there"),
+    ("aesthetic", "model.safetensors", "needs its CLIP: config.json and model.safetensors of openai/clip-vit-large-pa"),
+])
+def test_an_incomplete_folder_says_what_to_put_there(sources, tmp_path, name, remove, message):
+    folder = shutil.copytree(sources[name], tmp_path / name)
+    (folder / remove).unlink()
+    with pytest.raises(ModelError, match=message) as error:
+        find_scorer(name, str(folder))
+    assert "\n" not in str(error.value)
+
+
+def _refuse(name):
+    raise ModelError(f"no {name}")
+
+
+def test_an_evaluation_says_which_scorers_it_lacks_and_how_to_do_without(sources, monkeypatch):
+    found = ScorerConfig(name="imagereward", source=str(sources["imagereward"]))
+    lacking = [ScorerConfig(name="hps_v2.0"), found, ScorerConfig(name="clip")]
+    with pytest.raises(ModelError, match="scorer hps_v2.0: HPS_v2_compressed.pt of xswu/HPSv2 could not be") as error:
+        require_scorers(lacking)
+    message, _, command = str(error.value).partition("; or do without: --set evaluation.scorers=")
+    assert message.endswith("(missing too: clip)") and "\n" not in message
+    config = sd15("a/b", "p.txt")
+    assert apply_overrides(config, {"evaluation.scorers": shlex.split(command)[0]}).evaluation.scorers == (found,)
+
+    monkeypatch.setattr(scorers_package, "find_scorer", lambda name, _: _refuse(name) if name == "clip" else "")
+    with pytest.raises(ModelError, match="--set evaluation.scorers=pickscore,hps_v2.0,imagereward,aesthetic$"):
+        require_scorers(config.evaluation.scorers)
+    with pytest.raises(ModelError, match="do without: --scorers pickscore,hps_v2.0,imagereward,aesthetic$"):
+        require_scorers(config.evaluation.scorers, option="--scorers ")
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="as the scorer's source$"):
+        require_scorers([ScorerConfig(name="clip")])
+    require_scorers([found])
+
+
+def test_weights_of_another_model_are_refused(sources, tmp_path):
+    folder = shutil.copytree(sources["hps_v2.1"], tmp_path / "hps")
+    file = folder / "HPS_v2.1_compressed.safetensors"
+    tensors = load_file(file)
+    for change, message in ((tensors | {"visual.extra": torch.zeros(1)}, "holds the unknown visual.extra"),
+                            ({k: v for k, v in tensors.items() if k != "ln_final.bias"}, "lacks .*final_layer_norm"),
+                            ({"a": torch.zeros(1)}, "lacks visual.conv1.weight: expected the tensors of a CLIP")):
+        save_file(change, file)
+        with pytest.raises(ModelError, match=message):
+            load_scorer("hps_v2.1", source=str(folder))
+    file.write_bytes(b"not weights")
+    with pytest.raises(ModelError, match="does not read as weights") as error:
+        load_scorer("hps_v2.1", source=str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoints_are_read_safely(sources, tmp_path, inputs, scorers):
+    """A .pt as published (tensors under state_dict, of a wrapped model) scores the same; one with code is refused."""
+    folder = shutil.copytree(sources["hps_v2.1"], tmp_path / "hps")
+    tensors = load_file(folder / "HPS_v2.1_compressed.safetensors")
+    (folder / "HPS_v2.1_compressed.safetensors").unlink()
+    file = folder / "HPS_v2.1_compressed.pt"
+    torch.save({"epoch": 1, "state_dict": {f"module.{name}": value for name, value in tensors.items()}}, file)
+    scores = scorers["hps_v2.1"].score(*inputs)
+    assert torch.equal(load_scorer("hps_v2.1", source=str(folder)).score(*inputs), scores)
+    assert torch.equal(load_scorer("hps_v2.1", source=str(file)).score(*inputs), scores)
+    torch.save({"state_dict": tensors, "hook": tmp_path}, file)
+    with pytest.raises(ModelError, match="holds more than tensors, so the safe loader refuses it: save its tensors"):
+        load_scorer("hps_v2.1", source=str(folder))
+
+
+def test_the_two_releases_of_hps_are_two_scorers(sources, tmp_path):
+    folder = tiny_scorers.save_hps(tmp_path, name="HPS_v2_compressed.safetensors")
+    shutil.copy(folder / "HPS_v2_compressed.safetensors", folder / "HPS_v2.1_compressed.safetensors")
+    assert load_scorer("hps_v2.0", source=str(folder)).name == "hps_v2.0"
+    assert find_scorer("hps_v2.0", str(folder)) != find_scorer("hps_v2.1", str(folder))
+
+
+@pytest.mark.parametrize("name", sorted(tiny_scorers.SAVE))
+def test_the_fingerprint_follows_the_weights_not_the_folder(sources, tmp_path, name):
+    folder = shutil.copytree(sources[name], tmp_path / "elsewhere")
+    before = find_scorer(name, str(folder))
+    assert before == find_scorer(name, str(sources[name])) == load_scorer(name, source=str(folder)).fingerprint
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    tensors = load_file(file)
+    first = next(iter(tensors))
+    save_file(tensors | {first: tensors[first] + 1}, file, metadata={"format": "pt"})
+    assert find_scorer(name, str(folder)) != before
+
+
+def test_the_fetched_head_must_be_the_published_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "head.pth").write_bytes(b"something else")
+    monkeypatch.setattr(aesthetic, "HEAD_URL", f"file://{tmp_path}/head.pth")
+    with pytest.raises(ModelError, match="gave 14 bytes that are not the published head"):
+        aesthetic.public_head()
+
+
+def test_a_head_of_another_clip_is_refused(sources, tmp_path):
+    folder = shutil.copytree(sources["aesthetic"], tmp_path / "aesthetic")
+    file = folder / "sac+logos+ava1-l14-linearMSE.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"layers.0.weight": torch.zeros(1024, 7)}, file)
+    with pytest.raises(ModelError, match="the head reads 7 numbers, the CLIP in .* gives 48"):
+        load_scorer("aesthetic", source=str(folder))
