@@ -26,7 +26,7 @@ from hgdpo_core.models import Model, find_model, is_lora
 from hgdpo_core.presets import PARTI_PROMPTS, build_config
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.run import default_root, shell_command
-from hgdpo_core.scorers import find_scorer
+from hgdpo_core.scorers import require_scorers
 from hgdpo_core.storage import Store
 
 
@@ -70,8 +70,7 @@ def open_comparison(preset: str = "figures", root: str | None = None, *, tuned: 
     store = Store(root or default_root())
     evaluation_prompts = read_prompts(config.evaluation.prompts)
     models = _find_models(config, lora_weight)
-    for scorer in config.evaluation.scorers:
-        find_scorer(scorer.name, scorer.source)
+    require_scorers(config.evaluation.scorers, option="--scorers ")
     store.check_writable()
     options = {"preset": preset, "root": store.root, "target": target, "tuned": tuned, "base": base, "prompts": prompts,
                "images-per-prompt": images_per_prompt, "lora-weight": lora_weight,

@@ -8,12 +8,15 @@ from hgdpo_core.config import (
     RunConfig,
     SamplerConfig,
     ScorerConfig,
+    ScorerName,
     SftConfig,
     TargetConfig,
     TripletConfig,
 )
 from hgdpo_core.errors import ConfigError
 
+PAPER_JUDGES: tuple[ScorerName, ...] = ("hps_v2.0", "imagereward", "aesthetic", "clip")
+"""The paper's judges beside PickScore (Table 1)."""
 PARTI_PROMPTS = "https://raw.githubusercontent.com/google-research/parti/main/PartiPrompts.tsv"
 
 
@@ -51,6 +54,7 @@ def sd15(target: str | None = None, prompts: str | None = None) -> RunConfig:
         missing = " and ".join(name for name, value in (("target", target), ("prompts", prompts)) if value is None)
         raise ConfigError(f"preset sd15 tunes your own model on your own prompts: give {missing}")
     judge = ScorerConfig(name="pickscore", batch_size=32)
+    judges = (judge, *(ScorerConfig(name=name) for name in PAPER_JUDGES))
     return RunConfig(
         preset="sd15",
         prompts=PromptSource(source=prompts),
@@ -64,7 +68,7 @@ def sd15(target: str | None = None, prompts: str | None = None) -> RunConfig:
         dpo=DpoConfig(batch_size=4, learning_rate=1e-5, warmup_steps=100, beta=2500.0, lambda_stat=10_000.0,
                       lora_rank=8, optimizer="adam8bit"),
         evaluation=EvaluationConfig(prompts=PromptSource(source=PARTI_PROMPTS, column="Prompt", category="People"),
-                                    lora_weight=0.5, scorers=(judge,)),
+                                    lora_weight=0.5, scorers=judges),
     )
 
 

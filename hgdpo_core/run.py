@@ -15,7 +15,7 @@ from hgdpo_core.generate import plan_pool
 from hgdpo_core.models import Model, find_model
 from hgdpo_core.presets import build_config
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
-from hgdpo_core.scorers import find_scorer
+from hgdpo_core.scorers import find_scorer, require_scorers
 from hgdpo_core.sft_images import ImageSet, read_image_set
 from hgdpo_core.storage import Store
 
@@ -71,8 +71,8 @@ def check_run(preset: str = "figures", root: str | None = None, *, prompts: str 
     training, evaluation = read_prompts(config.prompts), read_prompts(config.evaluation.prompts)
     refuse_seen_prompts(evaluation.prompts, training.prompts)
     model = find_model(config.target)
-    for scorer in (config.scorer, *config.evaluation.scorers):
-        find_scorer(scorer.name, scorer.source)
+    find_scorer(config.scorer.name, config.scorer.source)
+    require_scorers(config.evaluation.scorers)
     store.check_writable()
     image_set = _read_images(config.images, store)
     options = {"preset": preset, "root": store.root, "prompts": prompts, "target": target, "images": images}

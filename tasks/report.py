@@ -15,6 +15,7 @@ from hgdpo_core.grids import PairSample, pair_grid, pool_grid
 from hgdpo_core.guards import Alarm
 from hgdpo_core.report import ReportData, headline, render_report
 from hgdpo_core.run import Run
+from hgdpo_core.scorers.towers import OPENAI_CLIP
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.showcase import extreme_positions, random_positions, sample_pairs, sample_pools
 from hgdpo_core.tuning import Tuned
@@ -108,7 +109,8 @@ def _write(run: Run | ComparisonRun, data: ReportData, summary: Mapping[str, Any
 
 
 def _notes(scorers: tuple[ScorerConfig, ...]) -> list[str]:
-    if not any(scorer.source == "figures" for scorer in scorers):
-        return []
-    return ["Where this page says PickScore, the judge is the figures world's own: a small model of PickScore's shape, "
-            "trained on drawings. Nothing here says anything about photographs."]
+    notes = [f"CLIP is the checkpoint {scorer.source or OPENAI_CLIP}." for scorer in scorers if scorer.name == "clip"]
+    if any(scorer.source == "figures" for scorer in scorers):
+        notes.append("Where this page says PickScore, the judge is the figures world's own: a small model of "
+                     "PickScore's shape, trained on drawings. Nothing here says anything about photographs.")
+    return notes

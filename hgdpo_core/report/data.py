@@ -10,8 +10,8 @@ from hgdpo_core.grids import PairSample, PoolSample
 from hgdpo_core.intervals import DefectChange, Interval, ScoreChange
 from hgdpo_core.metrics import ColourShift, WinRate
 
-SCORER_TITLES = {"pickscore": "PickScore", "hps": "HPS v2", "imagereward": "ImageReward",
-                 "aesthetic": "LAION aesthetic", "clip": "CLIP",
+SCORER_TITLES = {"pickscore": "PickScore", "hps_v2.0": "HPS v2.0", "hps_v2.1": "HPS v2.1",
+                 "imagereward": "ImageReward", "aesthetic": "LAION aesthetic", "clip": "CLIP",
                  "inspector": "Inspector",
                  "tinted": "PickScore with a fondness for warm tints (made up to study colour shift)"}
 

@@ -20,6 +20,8 @@ def test_sd15_is_the_papers():
     assert (config.dpo.lora_rank, config.dpo.learning_rate, config.dpo.batch_size) == (8, 1e-5, 4)
     assert (config.dpo.optimizer, config.dpo.adam_betas) == ("adam8bit", (0.9, 0.999))
     assert config.evaluation.prompts.category == "People"
+    assert [scorer.name for scorer in config.evaluation.scorers] == [
+        "pickscore", "hps_v2.0", "imagereward", "aesthetic", "clip"]
 
 
 def test_the_training_judge_is_known_by_name_and_weights():
@@ -37,7 +39,15 @@ def test_overrides_reach_their_setting_and_are_checked():
     assert content_hash(config) != content_hash(figures())
 
 
+def test_scorers_may_be_given_by_name():
+    for value in ("pickscore=my/judge, clip", ["pickscore=my/judge", {"name": "clip"}]):
+        scorers = apply_overrides(sd15("a/b", "p.txt"), {"evaluation.scorers": value}).evaluation.scorers
+        assert [(scorer.name, scorer.source) for scorer in scorers] == [("pickscore", "my/judge"), ("clip", None)]
+
+
 @pytest.mark.parametrize(("overrides", "message"), [
+    ({"evaluation.scorers": "pickscore,beauty"}, "evaluation.scorers.1.name: Input should be .*'pickscore'.*'beauty'"),
+    ({"evaluation.scorers": 3}, "evaluation.scorers"),
     ({"dpo.bata": 1}, "'dpo.bata' names no setting; settings at that place: .*beta"),
     ({"nothing.here": 1}, "names no setting"),
     ({"dpo.beta": -1}, "dpo.beta: Input should be greater than 0 .got -1"),

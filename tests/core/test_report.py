@@ -29,7 +29,7 @@ from hgdpo_core.plots import (
     share_bar,
     smooth,
 )
-from hgdpo_core.presets import figures
+from hgdpo_core.presets import figures, sd15
 from hgdpo_core.report import ReportData, encode_data_uri, headline, read_interval, render_report
 from hgdpo_core.report import page as report_page
 from hgdpo_core.report.parts import p_value, signed, span
@@ -168,11 +168,11 @@ def test_intervals_defects_and_warnings_are_on_the_page():
 
 
 def test_the_other_judges_are_named_with_what_they_find():
-    rates = {"pickscore": WinRate.from_counts(310, 196, 6), "hps": WinRate.from_counts(70, 30, 0),
+    rates = {"pickscore": WinRate.from_counts(310, 196, 6), "hps_v2.1": WinRate.from_counts(70, 30, 0),
              "clip": WinRate.from_counts(30, 70, 0), "inspector": WinRate.from_counts(50, 50, 0),
              "aesthetic": WinRate.from_counts(0, 0, 9)}
     reading = read_interval(dataclasses.replace(EMPTY, win_rates=rates))
-    assert reading.endswith("Of the other judges, HPS v2 finds it better; CLIP finds it worse; Inspector and "
+    assert reading.endswith("Of the other judges, HPS v2.1 finds it better; CLIP finds it worse; Inspector and "
                             "LAION aesthetic find it neither surely better nor surely worse.")
     assert "other judges" not in read_interval(with_rate(3, 2, 1))
 
@@ -190,6 +190,12 @@ def test_a_model_without_a_lora_has_no_weight():
     plain = dataclasses.replace(with_rate(3, 1, 0), lora_weight=None)
     assert headline(plain).startswith("PickScore prefers the tuned model on 75.0 %")
     assert "weight" not in Page(render_report(plain)).text.split("Win rates")[1].split("How to repeat")[0]
+
+
+def test_scorers_have_their_names():
+    rates = {scorer.name: WinRate.from_counts(3, 1, 0) for scorer in sd15("a/b", "p.txt").evaluation.scorers}
+    text = Page(render_report(dataclasses.replace(EMPTY, win_rates=rates))).text
+    assert all(title in text for title in ("PickScore", "HPS v2.0", "ImageReward", "LAION aesthetic", "CLIP"))
 
 
 def test_the_command_is_on_the_page():
