@@ -8,7 +8,12 @@ from hgdpo_core.ablate.tables import Table
 from hgdpo_core.plots import STYLE
 from hgdpo_core.report import CONTENT_POLICY
 
-WIDE = ".scroll table { min-width: max-content; } td { white-space: nowrap; } .plots { max-width: none; } .plots img { width: auto; max-width: 100%; }"
+WIDE = """
+.scroll table { min-width: max-content; }
+.plots { max-width: none; }
+.plots img { width: auto; max-width: min(100%, 960px); }
+section.plots img { max-width: 100%; }
+"""
 
 
 def render_page(ablation: Ablation, tables: Sequence[Table], pictures: Mapping[str, tuple[str, str]],
