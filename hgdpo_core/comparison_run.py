@@ -70,6 +70,9 @@ def open_comparison(preset: str = "figures", root: str | None = None, *, tuned: 
     store = Store(root or default_root())
     evaluation_prompts = read_prompts(config.evaluation.prompts)
     models = _find_models(config, lora_weight)
+    if config.sampler.latent_normalisation and models[1].lora is None:
+        raise ConfigError(f"sampler.latent_normalisation is on, but the tuned model {tuned} is no LoRA: only a LoRA "
+                          "has a reference to take channel statistics from")
     require_scorers(config.evaluation.scorers, option="--scorers ")
     store.check_writable()
     options = {"preset": preset, "root": store.root, "target": target, "tuned": tuned, "base": base, "prompts": prompts,

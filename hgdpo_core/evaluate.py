@@ -58,7 +58,7 @@ def plan_evaluation(store: Store, model: Model, sampler: SamplerConfig, pool: Dr
                     prompts: Sequence[str]) -> PoolPlan:
     """The pool of one model's images for an evaluation: `images_per_prompt` each, seeds from evaluation.seed.
 
-    Latent normalisation, where the sampler has it on, is for the tuned model; the target is sampled plainly.
+    Latent normalisation, where the sampler has it on, is for models that wear a LoRA; others are sampled plainly.
     """
     settings = PoolConfig.model_validate({**pool.model_dump(), "images_per_prompt": config.images_per_prompt,
                                           "seed": config.seed})

@@ -95,7 +95,13 @@ def _statistic_rows(base: Arm, name: str, config: RunConfig, settings: AblationC
     others = [weight for weight in dict.fromkeys(settings.lambdas) if weight != paper_weight]
     return [TableRow(f"{name}-LAN", replace(base, latent_normalisation=True), "N-20-LAN"),
             TableRow(f"{name}-SML", replace(base, lambda_stat=paper_weight), "N-20-SML"),
-            *(TableRow(f"{name}-SML (lambda {weight:g})", replace(base, lambda_stat=weight)) for weight in others)]
+            *(TableRow(f"{name}-SML (lambda {format_lambda(weight)})", replace(base, lambda_stat=weight))
+              for weight in others)]
+
+
+def format_lambda(weight: float) -> str:
+    """A weight of the statistic matching loss as people write it: 10000, 1e6."""
+    return f"{weight:g}".replace("e+0", "e").replace("e+", "e")
 
 
 def _beta_row(base: Arm, name: str, factor: float) -> TableRow:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from hgdpo_core.ablate.arms import PlannedTable
@@ -18,6 +19,7 @@ from hgdpo_core.ablate.tables import TITLES, WORLDS
 from hgdpo_core.grids import pool_grid, row_grid
 from hgdpo_core.images import decode_image
 from hgdpo_core.intervals import Estimate
+from hgdpo_core.report import SCORER_TITLES
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.showcase import sample_pools
 from hgdpo_core.storage import Store
@@ -39,11 +41,11 @@ def win_rate_chart(results: Results, planned: PlannedTable) -> bytes:
                       [place + shift] * sum(rate is not None for rate in seeds), ".", color=colours[number % 4],
                       alpha=0.35, markersize=5)
             _whisker(axes, scaled(results.win_rate(row.arm, scorer), 100), place + shift, colours[number % 4],
-                     scorer if place == 0 else None)
+                     SCORER_TITLES.get(scorer, scorer) if place == 0 else None)
     axes.axvline(50, color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
     axes.set_yticks(range(len(planned.rows)), [row.label for row in planned.rows])
     axes.invert_yaxis()
-    axes.set_xlabel("prompts won against the target, % (bar: 95 % interval; small dots: single trainings)")
+    axes.set_xlabel("prompts won against the target, % (small dots: single trainings)")
     if len(scorers) > 1:
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(scorers))
     return _save(figure, axes, TITLES[planned.number], planned.world)
@@ -77,6 +79,7 @@ def distance_chart(results: Results, world: World) -> bytes:
         error = 1.96 * distances[..., i].std(axis=0, ddof=min(1, pools - 1)) / pools**0.5
         axes.plot(ranks, mean, style, color=colour, label=title)
         axes.fill_between(ranks, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("rank n in the pool")
     axes.set_ylabel("cosine distance to the best image")
     axes.set_ylim(bottom=0)
@@ -93,7 +96,7 @@ def weight_chart(results: Results, planned: PlannedTable) -> bytes:
     left, right = figure.subplots(1, 2)
     for number, scorer in enumerate(scorers):
         _curve(left, weights, [scaled(results.win_rate(row.arm, scorer), 100) for row in rows],
-               [ACCENT, SECOND, FAINT, INK][number % 4], scorer)
+               [ACCENT, SECOND, FAINT, INK][number % 4], SCORER_TITLES.get(scorer, scorer))
     left.axhline(50, color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
     left.set_ylabel("prompts won against the target, %")
     if len(scorers) > 1:
@@ -102,9 +105,10 @@ def weight_chart(results: Results, planned: PlannedTable) -> bytes:
     target = results.diversity_of(None)
     points = [(0.0, target), *measured] if target is not None else measured
     _curve(right, [weight for weight, _ in points], [value for _, value in points], SECOND, "diversity")
-    right.set_ylabel("diversity: mean 1 - cosine of image features")
+    right.set_ylabel("diversity: mean of 1 - cosine")
     for axes in (left, right):
         _style(axes)
+        axes.set_xlim(left=-0.05)
         axes.set_xlabel("LoRA weight (0: the target)")
     figure.suptitle(f"{TITLES['8']}\n{WORLDS[planned.world]}", x=0.01, ha="left", fontsize=11, color=INK)
     return _png(figure)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from hgdpo_core.ablate.arms import Arm, base_arm
+from hgdpo_core.ablate.arms import Arm, base_arm, format_lambda
 from hgdpo_core.ablate.estimates import scaled
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
@@ -70,7 +70,7 @@ def _colour_claims(results: Results, whole: Arm) -> list[Claim]:
         if arm == replace(whole, latent_normalisation=True):
             claims.append(_colour_claim(results, "LAN removes colour shift", "LAN", arm, whole))
         elif arm == replace(whole, lambda_stat=arm.lambda_stat) and arm != whole:
-            name = f"SML (lambda {arm.lambda_stat:g})"
+            name = f"SML (lambda {format_lambda(arm.lambda_stat)})"
             claims += [_colour_claim(results, "SML removes colour shift", name, arm, whole),
                        _win_rate_claim(results, "SML costs some of the win rate",
                                        f"win rate with {name} minus without", arm, whole, False)]

@@ -26,7 +26,7 @@ from hgdpo_core.ablate.page import render_page
 from hgdpo_core.ablate.program import Ablation, Shared, StageProgress, prepare_shared, silent_stages
 from hgdpo_core.ablate.result import COLOURS, Results
 from hgdpo_core.ablate.settings import World
-from hgdpo_core.ablate.tables import WORLDS, Table, make_tables, to_markdown
+from hgdpo_core.ablate.tables import TITLES, WORLDS, Table, make_tables, plot_name, to_markdown
 from hgdpo_core.progress import ShouldStop, never_stop
 
 
@@ -50,7 +50,8 @@ def conclude(shared: Shared, stages: StageProgress = silent_stages,
     head = "\n".join(["# HG-DPO ablations", "", *(f"- {note}" for note in notes), ""])
     text = f"{head}\n    {shared.ablation.command}\n\n{to_markdown(tables)}"
     store.write_bytes(key("tables.md"), text.encode())
-    uris = {title: "data:image/png;base64," + base64.b64encode(data).decode() for title, data in pictures.values()}
+    uris = {name: (title, "data:image/png;base64," + base64.b64encode(data).decode())
+            for name, (title, data) in pictures.items()}
     store.write_bytes(key("index.html"), render_page(shared.ablation, tables, uris, notes).encode())
     result = {**summarise(results, claims, tables), "plots": list(pictures)}
     store.write_json(key("result.json"), result)
@@ -73,21 +74,20 @@ def gather(shared: Shared, stages: StageProgress, should_stop: ShouldStop) -> Re
 
 
 def draw_pictures(results: Results, shared: Shared) -> dict[str, tuple[str, bytes]]:
-    """File name -> title and PNG, in the order of the page."""
+    """Name -> title and PNG. Those that belong to a table have its `plot` as their name."""
     pictures: dict[str, tuple[str, bytes]] = {}
     for table in results.ablation.tables:
         chart = {"2": colour_chart, "8": weight_chart}.get(table.number, win_rate_chart)
-        name = f"{'figure' if table.number == '8' else 'table'}-{table.number}-{table.world}"
-        pictures[name] = (name.replace("-", " ").capitalize(), chart(results, table))
+        pictures[plot_name(table.number, table.world)] = (TITLES[table.number], chart(results, table))
         if table.number == "8":
             prompt = results.ablation.run.evaluation_prompts.prompts[0]
             pictures["figure-8-images"] = ("Figure 8: one prompt at several LoRA weights, seeds from left to right",
                                            _png(weight_picture(results, table, prompt)))
     worlds: tuple[World, ...] = results.ablation.settings.worlds
     for world in worlds:
-        pictures[f"figure-5b-{world}"] = (f"Figure 5b {world}", distance_chart(results, world))
+        pictures[plot_name("5b", world)] = (f"Figure 5b, {WORLDS[world]}", distance_chart(results, world))
     for world in worlds:
-        pictures[f"figure-6-{world}"] = (f"Figure 6: pools in their ranking, {WORLDS[world]}",
+        pictures[plot_name("6", world)] = (f"Figure 6: pools in their ranking, {WORLDS[world]}",
                                          _png(pool_picture(results, shared, world)))
     return pictures
 

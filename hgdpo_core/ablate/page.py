@@ -8,14 +8,21 @@ from hgdpo_core.ablate.tables import Table
 from hgdpo_core.plots import STYLE
 from hgdpo_core.report import CONTENT_POLICY
 
-WIDE = ".scroll table { min-width: max-content; } td { white-space: nowrap; } .plots img { max-width: 960px; }"
+WIDE = """
+.scroll table { min-width: max-content; }
+.plots { max-width: none; }
+.plots img { width: auto; max-width: min(100%, 960px); }
+section.plots img { max-width: 100%; }
+"""
 
 
-def render_page(ablation: Ablation, tables: Sequence[Table], pictures: Mapping[str, str], notes: Sequence[str]) -> str:
-    """The page as HTML text. `pictures`: title -> data URI, in the order shown."""
+def render_page(ablation: Ablation, tables: Sequence[Table], pictures: Mapping[str, tuple[str, str]],
+                notes: Sequence[str]) -> str:
+    """The page as HTML text. `pictures`: name -> title and data URI; those of no table follow at the end."""
     remarks = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    shown = "".join(f'<section class="plots"><h2>{escape(title)}</h2><img src="{uri}" alt="{escape(title)}"></section>'
-                    for title, uri in pictures.items())
+    named = {table.plot for table in tables}
+    rest = "".join(f'<section class="plots"><h2>{escape(title)}</h2><img src="{uri}" alt="{escape(title)}"></section>\n'
+                   for name, (title, uri) in pictures.items() if name not in named)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -34,7 +41,7 @@ def render_page(ablation: Ablation, tables: Sequence[Table], pictures: Mapping[s
 <ul class="notes">{remarks}</ul>
 </header>
 <main>
-{"".join(_section(table) for table in tables)}{shown}
+{"".join(_section(table, pictures.get(table.plot)) for table in tables)}{rest}
 <section><h2>How to repeat</h2><pre><code>{escape(ablation.command)}</code></pre></section>
 </main>
 <footer><p>Method: arXiv:2405.20216v1. This page holds all it shows; it loads nothing from elsewhere.</p></footer>
@@ -43,11 +50,12 @@ def render_page(ablation: Ablation, tables: Sequence[Table], pictures: Mapping[s
 """
 
 
-def _section(table: Table) -> str:
+def _section(table: Table, picture: tuple[str, str] | None) -> str:
+    plot = f'<p class="plots"><img src="{picture[1]}" alt="{escape(table.title)}, as a plot"></p>' if picture else ""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     rows = ((first, "".join(f"<td>{escape(cell)}</td>" for cell in rest)) for first, *rest in table.rows)
     body = "".join(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>' for first, cells in rows)
     notes = "".join(f'<p class="intro">{escape(note)}</p>' for note in table.notes)
-    return (f'<section><h2>{escape(table.title)}</h2>{notes}<div class="scroll" tabindex="0" role="region" '
+    return (f'<section><h2>{escape(table.title)}</h2>{notes}{plot}<div class="scroll" tabindex="0" role="region" '
             f'aria-label="{escape(table.title)}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
             "</section>\n")

@@ -11,6 +11,7 @@ from hgdpo_core.ablate.estimates import scaled
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.intervals import Estimate
+from hgdpo_core.report import SCORER_TITLES
 from hgdpo_core.scorers import defect_limit
 
 TITLES = {"3": "Table 3: pool size, and what keeps the colours", "5": "Table 5: the loser's rank",
@@ -32,11 +33,18 @@ class Table:
     notes: tuple[str, ...]
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    plot: str = ""
+    """Name of the picture of the same numbers, where there is one."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values under the field names."""
         return {"title": self.title, "notes": list(self.notes), "columns": list(self.columns),
-                "rows": [list(row) for row in self.rows]}
+                "rows": [list(row) for row in self.rows], "plot": self.plot}
+
+
+def plot_name(number: str, world: World) -> str:
+    """File name, without its end, of a table's or figure's plot."""
+    return f"{'figure' if number in ('5b', '6', '8') else 'table'}-{number}-{world}"
 
 
 def make_tables(results: Results, claims: Sequence[Claim]) -> list[Table]:
@@ -53,31 +61,30 @@ def make_tables(results: Results, claims: Sequence[Claim]) -> list[Table]:
 
 
 def _claims_table(claims: Sequence[Claim]) -> Table:
-    rows = tuple((claim.text, _short(claim.world), claim.measured, _interval(claim.estimate, 2), claim.unit,
-                  claim.verdict) for claim in claims)
+    rows = tuple((claim.text, _short(claim.world), claim.verdict, _interval(claim.estimate, 2, signed=True), claim.unit,
+                  claim.measured) for claim in claims)
     notes = ('"holds": the 95 % interval lies on the paper\'s side of 0; "opposite": on the other side; "not shown": '
              "it contains 0. Rows are not corrected for their number: of twenty with nothing behind them one would "
              "hold or be opposite by chance.",)
     return Table("Which of the paper's trends hold here", notes,
-                 ("Trend", "World", "Measured", "Difference (95 %)", "Unit", "Verdict"), rows)
+                 ("Trend", "World", "Verdict", "Difference (95 %)", "Unit", "Measured"), rows)
 
 
 def _win_rate_table(results: Results, planned: PlannedTable) -> Table:
     whole = base_arm(results.ablation.run.config, len(results.ablation.run.prompts.prompts), planned.world)
     scorers = list(results.records[planned.rows[0].arm][0].win_rate)
-    columns = ["Configuration"]
+    columns = ["Configuration", "paper: PickScore / HPS / ImageReward / Aesthetic / CLIP"]
     for scorer in scorers:
-        columns += [f"{scorer}: wins, %", "per seed", "wins/losses/ties", "against the whole pool, points",
+        columns += [f"{_title_of(scorer)}: wins, %", "per seed", "wins/losses/ties", "against the whole pool, points",
                     "mean score change"]
         if defect_limit(scorer) is not None:
             columns.append("defective images, points")
-    columns.append("paper: PickScore / HPS / ImageReward / Aesthetic / CLIP")
     rows = []
     for row in planned.rows:
-        cells = [row.label]
+        cells = [row.label, _paper_row(PAPER_TABLES[planned.number].get(row.paper_row or ""))]
         for scorer in scorers:
             cells += _win_rate_cells(results, row.arm, whole, scorer)
-        rows.append((*cells, _paper_row(PAPER_TABLES[planned.number].get(row.paper_row or ""))))
+        rows.append(tuple(cells))
     notes = [_how(results, planned.world)]
     if planned.number == "3" and planned.world == "tinted":
         notes.append("The paper's numbers are of its own judge, which nobody tinted on purpose.")
@@ -86,7 +93,7 @@ def _win_rate_table(results: Results, planned: PlannedTable) -> Table:
     if planned.number == "6":
         notes.append("The paper's rows are 2 %, 50 % and 100 % of 100 000 triplets; all rows here train for the same "
                      "number of steps where dpo.max_steps is set.")
-    return Table(_title(planned), tuple(notes), tuple(columns), tuple(rows))
+    return Table(_title(planned), tuple(notes), tuple(columns), tuple(rows), plot_name(planned.number, planned.world))
 
 
 def _win_rate_cells(results: Results, arm: Arm, whole: Arm, scorer: str) -> list[str]:
@@ -116,7 +123,8 @@ def _colour_table(results: Results, planned: PlannedTable) -> Table:
              "Hue is an angle: read the degrees, which are of the saturation-weighted circular mean; where the "
              "pictures hold all hues alike that mean has hardly a direction, its interval is wide, and red minus blue "
              "tells more. The distance in RGB has no sign, so noise alone puts it above 0.")
-    return Table(_title(planned), notes, ("Channel", *(row.label for row in planned.rows)), tuple(rows))
+    return Table(_title(planned), notes, ("Channel", *(row.label for row in planned.rows)), tuple(rows),
+                 plot_name("2", planned.world))
 
 
 def _weight_table(results: Results, planned: PlannedTable) -> Table:
@@ -131,13 +139,13 @@ def _weight_table(results: Results, planned: PlannedTable) -> Table:
         rows.append((*cells, _or_dash(results.diversity_of(row.arm), 4)))
     columns = ["N-20-SML with the LoRA at"]
     for scorer in scorers:
-        columns += [f"{scorer}: wins, %", "mean score change"]
+        columns += [f"{_title_of(scorer)}: wins, %", "mean score change"]
     settings = results.ablation.settings
     notes = (_how(results, planned.world),
              "Diversity: mean of 1 - cosine between the image features of every two of "
              f"{settings.diversity_images} images of a prompt, over {settings.diversity_prompts} prompts. The paper "
              "shows pictures and chooses weight 0.5.")
-    return Table(_title(planned), notes, (*columns, "diversity"), tuple(rows))
+    return Table(_title(planned), notes, (*columns, "diversity"), tuple(rows), plot_name("8", planned.world))
 
 
 def _distance_table(results: Results, world: World) -> Table:
@@ -148,8 +156,8 @@ def _distance_table(results: Results, world: World) -> Table:
                  for n in range(ranks))
     notes = (f"Cosine distance to the best image's channels, mean over {pools} pools with 1.96 standard errors. The "
              "paper prints a curve, no numbers: its means drift apart with the rank, its deviations stay close.",)
-    return Table(f"Figure 5b: latent statistics against rank, {WORLDS[world]}", notes,
-                 ("Rank n", "channel means", "channel standard deviations"), rows)
+    return Table(f"Figure 5b: latent statistics against rank{'' if world == 'plain' else ', TINTED WORLD'}", notes,
+                 ("Rank n", "channel means", "channel standard deviations"), rows, plot_name("5b", world))
 
 
 def _training_table(results: Results) -> Table:
@@ -171,12 +179,16 @@ def _how(results: Results, world: World) -> str:
     split = f"{source.split} " if source.source == "figures" else ""
     seeds = ablation.settings.seeds
     return (f"{WORLDS[world][0].upper()}{WORLDS[world][1:]}. {len(prompts)} held-out {split}prompts, "
-            f"{seeds} training{'s' if seeds > 1 else ''} an arm; 95 % intervals by resampling prompts"
-            f"{' and seeds' if seeds > 1 else ''}.")
+            + ("1 training an arm; 95 % intervals by resampling prompts: how trainings differ is not in them."
+               if seeds == 1 else f"{seeds} trainings an arm; 95 % intervals by resampling prompts and seeds."))
 
 
 def _title(planned: PlannedTable) -> str:
-    return TITLES[planned.number] + ("" if planned.world == "plain" else f", {WORLDS['tinted']}")
+    return TITLES[planned.number] + ("" if planned.world == "plain" else ", TINTED WORLD")
+
+
+def _title_of(scorer: str) -> str:
+    return SCORER_TITLES.get(scorer, scorer)
 
 
 def _short(world: World) -> str:

@@ -73,7 +73,7 @@ def files(ablation, *suffixes):
 def test_arms_that_coincide_are_one_arm():
     config = figures()
     tables = {(t.number, t.world): [row.label for row in t.rows] for t in plan_tables(config, AblationConfig(), 160)}
-    assert tables["3", "plain"] == ["N-2", "N-5", "N-10", "N-20", "N-20-LAN", "N-20-SML", "N-20-SML (lambda 1e+06)"]
+    assert tables["3", "plain"] == ["N-2", "N-5", "N-10", "N-20", "N-20-LAN", "N-20-SML", "N-20-SML (lambda 1e6)"]
     assert tables["5", "plain"] == ["N-20-L-2", "N-20-L-5", "N-20-L-10", "N-20-L-20"]
     assert tables["6", "plain"] == ["N-20-D-20", "N-20-D-80", "N-20-D-160"]
     assert tables["2", "tinted"][:3] == ["N-20", "N-20 (beta x4)", "N-20 (beta x20)"]

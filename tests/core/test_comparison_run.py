@@ -105,6 +105,7 @@ def test_the_figures_preset_needs_nothing_but_a_lora(lora, tmp_path):
     ({"tuned": "TARGET", "lora_weight": 0.5}, ConfigError, "neither .* is a LoRA: leave it out"),
     ({"tuned": "TARGET", "base": "TARGET"}, ConfigError, "base is .* leave it out"),
     ({"tuned": "LORA", "target_lora_weight": 0.5}, ConfigError, "is no LoRA: leave it out"),
+    ({"overrides": {"sampler.latent_normalisation": True}}, ConfigError, "the tuned model .* is no LoRA: only a LoRA"),
     ({"tuned": "LORA", "target": "LORA"}, InputError, "give base"),
     ({"tuned": "LORA", "lora_weight": -1.0}, ConfigError, "lora_weight"),
     ({"tuned": "LORA", "scorers": ["beauty"]}, ConfigError, "scorers.0.name"),

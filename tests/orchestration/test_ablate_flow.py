@@ -38,7 +38,7 @@ def result(server, parameters):
 
 def test_the_flow_finds_what_the_core_would(result, parameters):
     labels = [(arm["world"], arm["label"]) for arm in result["arms"]]
-    assert labels == [("tinted", name) for name in ("N-3", "N-3-LAN", "N-3-SML", "N-3-SML (lambda 1e+06)")]
+    assert labels == [("tinted", name) for name in ("N-3", "N-3-LAN", "N-3-SML", "N-3-SML (lambda 1e6)")]
     rest = {name: value for name, value in parameters.items() if name != "root"}
     ablation = open_ablation(root=parameters["root"], settings=ASKED, **rest)
     assert run_ablation(ablation) == result
