@@ -103,6 +103,19 @@ def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConf
     return PoolPlan(pool_id, folder, model, sampler, pool, shards, missing)
 
 
+def open_pool(folder: ShardFolder, model: Model, sampler: SamplerConfig, pool: PoolConfig,
+              indices: Sequence[int]) -> PoolPlan:
+    """Some shards of a pool as an earlier `plan_pool` planned them; StorageError for one that it did not plan."""
+    planned, manifests = _read_plan(folder.store, folder.key), folder.manifests(indices)
+    unknown = [index for index in indices if index not in planned]
+    if unknown:
+        raise StorageError(f"{folder.store.url(folder.key)}/plan names no prompts for shard {unknown[0]}: start the "
+                           "run that planned it again")
+    shards = tuple(planned[index] for index in indices)
+    missing = tuple(shard for shard in shards if not _holds(manifests.get(shard.index), shard))
+    return PoolPlan(folder.key.rpartition("/")[2], folder, model, sampler, pool, shards, missing)
+
+
 def _holds(manifest: ShardManifest | None, shard: PlannedShard) -> bool:
     return manifest is not None and manifest.details.get("prompt_ids") == shard.prompt_ids
 

@@ -66,7 +66,8 @@ def open_run(preset: str = "figures", root: str | None = None, *, prompts: str |
     image_set = _read_images(config.images, store)
     options = {"preset": preset, "root": store.root, "prompts": prompts, "target": target, "images": images}
     command = shell_command("run", options, overrides or {})
-    run = Run(config, store, f"{preset}-{content_hash(config)}", model, training, evaluation, image_set, command)
+    run_id = f"{preset}-{content_hash(config.model_dump(mode='json', exclude={'workers'}))}"
+    run = Run(config, store, run_id, model, training, evaluation, image_set, command)
     save_prompts(store, training)
     save_prompts(store, evaluation)
     store.write_json(run.key("config.json"), {"code_version": __version__, **config.model_dump(mode="json")})
