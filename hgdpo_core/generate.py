@@ -70,6 +70,11 @@ class PoolPlan:
     def missing_images(self) -> int:
         return self.pool.images_per_prompt * sum(len(shard.prompts) for shard in self.missing)
 
+    def find_missing(self, indices: Sequence[int]) -> list[int]:
+        """Which of some planned shards are not there now."""
+        manifests, shards = self.folder.manifests(indices), {shard.index: shard for shard in self.shards}
+        return [index for index in indices if not _holds(manifests.get(index), shards[index])]
+
 
 def pool_settings(model: Model, sampler: SamplerConfig, pool: PoolConfig) -> dict:
     """All that decides a pool's images, and nothing else: not the prompts, the batch or the device."""

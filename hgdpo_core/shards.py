@@ -115,6 +115,11 @@ class ShardFolder:
         return {index: manifest for index, manifest in sorted(found.items())
                 if manifest is not None and sizes.get(manifest.file) == manifest.bytes}
 
+    def listed(self) -> set[int]:
+        """Indices with a manifest of any content: one LIST, to see how far others are."""
+        return {int(match[1]) for name in self.store.list(self.key)
+                if (match := MANIFEST_NAME.fullmatch(name)) is not None}
+
     def find(self, index: int, inputs: Sequence[InputShard] | None = None) -> ShardManifest | None:
         """The shard's manifest if the shard exists; with `inputs`, only if it was made from exactly these."""
         try:

@@ -2,8 +2,10 @@
 
 import logging
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hgdpo_core.checkpoints import Checkpoints
 from hgdpo_core.config import DpoConfig, SftConfig, TrainingConfig, content_hash
@@ -42,8 +44,8 @@ def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftCon
                 progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
     """SFT: fine-tune the UNet on the user's images; the result is a diffusers folder in `models/`."""
     indices = sorted(latents.manifests())
-    model_id = _model_id("sft", model, latents, indices, config)
-    found = _found(store, model_id)
+    model_id = tuned_id("sft", model.identity(), latents, indices, config)
+    found = find_tuned(store, model_id)
     if found:
         return found
     pipeline = load_pipeline(model, default_device(), dtype="float32")
@@ -60,8 +62,8 @@ def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftCon
 def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardFolder, indices: list[int],
               config: DpoConfig, *, progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
     """Diffusion-DPO + SML: train a LoRA of the target on its triplets; the result is a diffusers LoRA folder."""
-    model_id = _model_id("dpo", model, latents, indices, config)
-    found = _found(store, model_id)
+    model_id = tuned_id("dpo", model.identity(), latents, indices, config)
+    found = find_tuned(store, model_id)
     if found:
         return found
     pairs = LatentPairs(latents, indices)
@@ -78,15 +80,17 @@ def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardF
         return _publish(store, model_id, Path(folder), "lora", config, latents, result.log)
 
 
-def _model_id(kind: str, model: Model, latents: ShardFolder, indices: list[int], config: TrainingConfig) -> str:
-    """Another model, other settings or other bytes to train on make another tuned model: none is ever stale."""
+def tuned_id(kind: str, identity: Mapping[str, Any], latents: ShardFolder, indices: list[int],
+             config: TrainingConfig) -> str:
+    """The id a tuned model will have: another model, other settings or other bytes to train on make another one."""
     manifests = latents.manifests()
-    settings = {"model": model.identity(), "latents": [manifests[index].sha256 for index in indices],
+    settings = {"model": identity, "latents": [manifests[index].sha256 for index in indices],
                 "config": config.model_dump(mode="json", exclude=BOOKKEEPING)}
     return f"{kind}-{content_hash(settings)}"
 
 
-def _found(store: Store, model_id: str) -> Tuned | None:
+def find_tuned(store: Store, model_id: str) -> Tuned | None:
+    """The tuned model of that id, None when it is not there."""
     path = fetch_model(store, model_id)
     if path is None:
         return None

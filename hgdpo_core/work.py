@@ -7,11 +7,11 @@ the rest from the store.
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -80,6 +80,8 @@ class Work:
     missing: frozenset[int]
     prompts: dict[int, tuple[str, ...]]
     """Prompts of a shard, for its run's name; a stage that does not know them leaves them out."""
+    find_missing: Callable[[Sequence[int]], list[int]]
+    """Which of some shards are not there now."""
 
     def cut(self, shards_per_run: int | None = None) -> list[ShardRequest]:
         """Ranges of up to so many shards that have something missing; one range for all without a number.
@@ -100,32 +102,16 @@ class Work:
         return f"{request.stage} {request.shards}{ends}"
 
 
-class ShardRunner(Protocol):
-    """Makes what is missing of some work, here or on workers."""
-
-    def __call__(self, work: Work, progress: Progress) -> int:
-        """Returns how many shards were missing and are made now."""
-        ...
-
-
-def run_here(work: Work, progress: Progress = silent, should_stop: ShouldStop = never_stop) -> int:
-    """The runner that makes everything in this process."""
-    for request in work.cut():
-        run_shards(request, progress=progress, should_stop=should_stop)
-    return len(work.missing)
-
-
 # -- offering: what is wanted, what is missing, by what means
 
 
 def offer_pool(plan: PoolPlan, *, share: bool = False) -> Work:
     """The images of a planned pool. With `share`, a model outside the store is copied there for the workers."""
-    store, lora = plan.folder.store, plan.model.lora
-    means = {"model": _place(store, plan.model, share), "batch_size": plan.pool.batch_size,
-             "lora": Place.of(store, lora.path, share=share).model_dump() if lora else None}
+    store = plan.folder.store
+    means = {"batch_size": plan.pool.batch_size, **model_means(store, plan.model, share=share)}
     _offer(store, plan.folder.key, means)
     return Work(store, plan.folder, "pool", tuple(plan.indices), frozenset(shard.index for shard in plan.missing),
-                {shard.index: shard.prompts for shard in plan.shards})
+                {shard.index: shard.prompts for shard in plan.shards}, plan.find_missing)
 
 
 def offer_scores(plan: PoolPlan, scores: ShardFolder, scorer: ScorerConfig, *, share: bool = False) -> Work:
@@ -134,23 +120,26 @@ def offer_scores(plan: PoolPlan, scores: ShardFolder, scorer: ScorerConfig, *, s
     local = Path(source).expanduser() if source not in (None, "figures") else None
     place = Place.of(store, local, share=share) if local is not None and local.exists() else Place(source=source)
     _offer(store, scores.key, {"scorer": scorer.model_dump(mode="json"), "place": place.model_dump()})
-    return Work(store, scores, "score", tuple(plan.indices),
-                frozenset(missing_scores(plan.folder, scores, plan.indices)),
-                {shard.index: shard.prompts for shard in plan.shards})
+    find_missing = functools.partial(missing_scores, plan.folder, scores)
+    return Work(store, scores, "score", tuple(plan.indices), frozenset(find_missing(plan.indices)),
+                {shard.index: shard.prompts for shard in plan.shards}, find_missing)
 
 
 def offer_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, indices: Sequence[int], *,
                   share: bool = False) -> Work:
     """Latents and text embeddings of a data set's shards."""
     store = latents.store
-    _offer(store, latents.key, {"model": _place(store, model, share)})
-    return Work(store, latents, "latents", tuple(indices), frozenset(missing_latents(triplets, latents, indices)), {})
+    _offer(store, latents.key, model_means(store, model, share=share))
+    find_missing = functools.partial(missing_latents, triplets, latents)
+    return Work(store, latents, "latents", tuple(indices), frozenset(find_missing(indices)), {}, find_missing)
 
 
-def _place(store: Store, model: Model, share: bool) -> dict[str, Any]:
-    if model.hub_id is not None:
-        return Place(source=model.hub_id, revision=model.fingerprint).model_dump()
-    return Place.of(store, model.path, share=share).model_dump()
+def model_means(store: Store, model: Model, *, share: bool) -> dict[str, Any]:
+    """Where the model and its LoRA lie, for `find_offered_model`."""
+    hub = model.hub_id is not None
+    place = Place(source=model.hub_id, revision=model.fingerprint) if hub else Place.of(store, model.path, share=share)
+    lora = Place.of(store, model.lora.path, share=share).model_dump() if model.lora else None
+    return {"model": place.model_dump(), "lora": lora}
 
 
 def _offer(store: Store, folder: str, means: dict[str, Any]) -> None:
@@ -170,7 +159,7 @@ def run_shards(request: ShardRequest, *, progress: Progress = silent, should_sto
     `on_shard` is called with each manifest just committed. ConfigError when this code is not the one that planned the
     range; ModelError when the model is not the one it was planned with; StoppedError after `should_stop`.
     """
-    _refuse_other_code(request)
+    refuse_other_code(request.code_version, request.format_version)
     store = Store(request.root)
     folder = _Watched.open(store, request.folder)
     folder.on_shard = on_shard
@@ -199,7 +188,7 @@ def _draw(folder: ShardFolder, means: dict[str, Any], indices: list[int], progre
     config = folder.config
     names = ("images_per_prompt", "seed", "image_format", "prompts_per_shard")
     pool = PoolConfig(batch_size=means["batch_size"], **{name: config[name] for name in names})
-    model = _find_model(folder.store, config["model"], means)
+    model = find_offered_model(folder.store, config["model"], means)
     plan = open_pool(folder, model, SamplerConfig.model_validate(config["sampler"]), pool, indices)
     return generate_pool(plan, progress=progress, should_stop=should_stop)
 
@@ -218,11 +207,12 @@ def _score(folder: ShardFolder, means: dict[str, Any], indices: list[int], progr
 def _encode(folder: ShardFolder, means: dict[str, Any], indices: list[int], progress: Progress,
             should_stop: ShouldStop) -> int:
     triplets = ShardFolder.open(folder.store, folder.config["triplets"])
-    model = _find_model(folder.store, folder.config, means)
+    model = find_offered_model(folder.store, folder.config, means)
     return cache_latents(triplets, folder, model, indices, progress=progress, should_stop=should_stop)
 
 
-def _find_model(store: Store, wanted: dict[str, Any], means: dict[str, Any]) -> Model:
+def find_offered_model(store: Store, wanted: Mapping[str, Any], means: Mapping[str, Any]) -> Model:
+    """The model of an identity (`Model.identity`) at its offered place; ModelError when it is another one by now."""
     place = Place.model_validate(means["model"])
     model = find_model(TargetConfig(
         source=place.locate(store), revision=place.revision, dtype=wanted["dtype"], clip_skip=wanted["clip_skip"],
@@ -242,9 +232,9 @@ def _refuse_other_model(what: str, found: str, wanted: str) -> None:
                          f"{wanted[:12]}: put the same weights there, or start the run that planned it again")
 
 
-def _refuse_other_code(request: ShardRequest) -> None:
-    for name, theirs, ours in (("code", request.code_version, code_version()),
-                               ("format", str(request.format_version), str(FORMAT_VERSION))):
+def refuse_other_code(code: str, shard_format: int) -> None:
+    """ConfigError, naming both, when a request was planned by other code or for other shards than these."""
+    for name, theirs, ours in (("code", code, code_version()), ("format", str(shard_format), str(FORMAT_VERSION))):
         if theirs != ours:
             raise ConfigError(f"this worker has {name} version {ours}, the run that planned this work has {theirs}: "
                               "bring both to the same version, then retry the planning run; it starts new shard runs")

@@ -12,6 +12,7 @@ from hgdpo_core.generate import generate_pool, plan_pool
 from hgdpo_core.latents import latent_folder
 from hgdpo_core.model_store import publish_model
 from hgdpo_core.models import find_model
+from hgdpo_core.runner import IN_PROCESS
 from hgdpo_core.score import score_folder, score_pool
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
@@ -26,7 +27,6 @@ from hgdpo_core.work import (
     offer_pool,
     offer_scores,
     parse_range,
-    run_here,
     run_shards,
 )
 
@@ -74,7 +74,7 @@ def test_a_request_and_the_store_are_enough_for_every_stage(tmp_path, model, jud
     triplets = triplet_folder(there.folder.store, there.folder, scores[1], "3-x", TripletConfig())
     build_triplets(there.folder, scores[1], triplets, PROMPTS, there.indices, TripletConfig())
     latents = latent_folder(there.folder.store, triplets, model, (32, 32))
-    assert run_here(offer_latents(triplets, latents, model, there.indices)) == 3
+    IN_PROCESS.make(offer_latents(triplets, latents, model, there.indices))
     assert [len(table) for table in rows(latents)] == [len(table) for table in rows(triplets)]
     assert offer_latents(triplets, latents, model, there.indices).cut(2) == []
 
@@ -149,13 +149,13 @@ def test_a_model_of_the_store_is_named_by_its_id(tmp_path, target_folder):
 def test_ranges_are_cut_from_all_wanted_shards_so_that_a_second_attempt_meets_them(tmp_path, model):
     there = plan(tmp_path, model)
     work = Work(there.folder.store, there.folder, "pool", tuple(range(10)), frozenset({4, 9}),
-                {4: ("a very long prompt that nobody wants to read in a list of runs", "b"), 9: ("c",)})
+                {4: ("a very long prompt that nobody wants to read in a list of runs", "b"), 9: ("c",)}, list)
     requests = work.cut(4)
     assert [request.shards for request in requests] == ["4-7", "8-9"]
     assert requests[0].tag == f"shard:{there.pool_id}:4"
     assert work.name(requests[0]) == "pool 4-7: a very long prompt that… ... b"
     assert work.name(requests[1]) == "pool 8-9: c"
-    many = Work(there.folder.store, there.folder, "pool", tuple(range(1000)), frozenset(range(1000)), {})
+    many = Work(there.folder.store, there.folder, "pool", tuple(range(1000)), frozenset(range(1000)), {}, list)
     assert len(many.cut(1)) <= MAX_SHARD_RUNS and many.name(many.cut(1)[0]) == "pool 0-3"
 
 
