@@ -265,7 +265,9 @@ def _environment(local: Local, url: str) -> dict[str, str]:
     return kept | {
         "PREFECT_HOME": str(local.home), "PREFECT_PROFILES_PATH": str(local.home / "profiles.toml"),
         "PREFECT_API_URL": url, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
-        "PREFECT_WORKER_QUERY_SECONDS": "2",  # the server is near, and small runs would mostly wait
+        "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is near, and small runs would mostly wait
+        # SQLite refuses a write that waits longer for another one: on a busy machine the usual 5 s are soon over.
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60", "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"), MARK: str(local.home)} | local.environment
 
 

@@ -1,9 +1,10 @@
 """Work as flow runs of its own: started one after another, awaited together, started again where work is missing."""
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
@@ -19,7 +20,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.logging import get_run_logger
+from prefect.logging import get_logger, get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Cancelling
 from prefect.utilities.urls import url_for
 
@@ -30,6 +31,9 @@ LIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAU
 PAGE = 100  # runs a request; the server's limit is 200
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 5.0
 NAMED_FAILURES = 5
+PATIENCE_SECONDS = 300.0
+
+T = TypeVar("T")
 
 
 class ShardRunsError(HGDPOError):
@@ -85,13 +89,13 @@ def run_jobs(jobs: Sequence[Job], *, max_failed: int, should_stop: ShouldStop, o
     live again. StoppedError after `should_stop`.
     """
     with get_client(sync_client=True) as client:
-        _require_deployments(client, jobs)
-        _attach(client, jobs)
+        _patiently(lambda: _require_deployments(client, jobs))
+        _patiently(lambda: _attach(client, jobs))
         for job in jobs:
             if should_stop():
                 raise StoppedError("stopped while starting shard runs; those that run go on")
             if job.run is None:
-                _start(client, job)
+                _patiently(functools.partial(_start, client, job))
         _await_all(client, jobs, max_failed, should_stop, on_change)
     failed = [job for job in jobs if job.failed]
     if failed:
@@ -101,11 +105,27 @@ def run_jobs(jobs: Sequence[Job], *, max_failed: int, should_stop: ShouldStop, o
 def cancel_children(parent_id: UUID) -> int:
     """Cancel every live run that a run started; returns how many. Runs that wait never start."""
     with get_client(sync_client=True) as client:
-        runs = _read_all(client, FlowRunFilter(
-            parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[parent_id]), state=_of_types(LIVE)))
+        runs = _patiently(lambda: _read_all(client, FlowRunFilter(
+            parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[parent_id]), state=_of_types(LIVE))))
         for run in runs:
-            client.set_flow_run_state(run.id, Cancelling(message="The run that started it was cancelled."))
+            state = Cancelling(message="The run that started it was cancelled.")
+            _patiently(functools.partial(client.set_flow_run_state, run.id, state))
     return len(runs)
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """A busy SQLite answers 503 and a server that restarts not at all: ask again for some minutes."""
+    ends, pause = time.monotonic() + PATIENCE_SECONDS, 1.0
+    while True:
+        try:
+            return ask()
+        except httpx.HTTPError as error:
+            refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+            if refused or time.monotonic() > ends:
+                raise
+            get_logger("hgdpo").warning("the Prefect server does not answer (%s): asking again", type(error).__name__)
+        time.sleep(pause)
+        pause = min(2 * pause, 15.0)
 
 
 # -- starting
@@ -142,14 +162,15 @@ def _attach(client: SyncPrefectClient, jobs: Sequence[Job]) -> None:
 
 def _start(client: SyncPrefectClient, job: Job) -> None:
     """A new run, or the earlier one of the same key once more: Prefect would hand that one back as it ended."""
-    job.starts += 1
     if job.run is not None:
         client.set_flow_run_state(job.run.id, AwaitingRetry(message="Started again by its parent: work is missing."))
+        job.starts += 1
         job.run = client.read_flow_run(job.run.id)
         return
     job.run = run_deployment(  # pyright: ignore[reportAttributeAccessIssue]: no coroutine outside an event loop
         job.deployment, parameters={"request": job.request}, flow_run_name=job.name, tags=[*job.tags, job.tag],
         idempotency_key=job.key, timeout=0)
+    job.starts += 1
 
 
 # -- waiting
@@ -166,9 +187,12 @@ def _await_all(client: SyncPrefectClient, jobs: Sequence[Job], max_failed: int, 
             _look(client, jobs)
             if sum(job.failed for job in jobs) > max_failed:
                 _start_no_more(client, jobs)
-        except httpx.HTTPError as error:  # the runs do not need the server to work on
-            get_run_logger().warning("The Prefect server does not answer (%s): asking again", type(error).__name__)
-        states = [(job.done, job.run.state_name if job.run else None) for job in jobs]
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500:
+                raise
+        except httpx.HTTPError:
+            pass  # the runs do not need the server to work on; nor is there a limit to how long it may be away
+        states = [(job.done, job.run.state.name if job.run and job.run.state else None) for job in jobs]
         pause = FIRST_PAUSE_SECONDS if states != before else min(pause * 1.5, LONGEST_PAUSE_SECONDS)
         before = states
         on_change(jobs)
