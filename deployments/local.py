@@ -146,6 +146,8 @@ def _start_workers(local: Local, environment: dict[str, str]) -> None:
             own = dict(environment)
             if pool.name == "hgdpo-gpu" and gpus:
                 own["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+            elif pool.name == "hgdpo-gpu":  # else they would take the cores from each other
+                own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // pool.workers)))
             limit = ["--limit", str(pool.worker_limit)] if pool.worker_limit else []
             _spawn([sys.executable, "-m", "prefect", "worker", "start", "--pool", pool.name, "--type", "process",
                     "--name", name, *limit], own, local.home / f"worker-{pool.name}-{number}.log")

@@ -42,9 +42,10 @@ class Server:
 
     def set(self, run, state):
         if callable(state):
-            return state(run)
-        run.state = state.model_copy(update={"id": uuid4()})
-        run.run_count += state.is_running()
+            state(run)
+        else:
+            run.state = state.model_copy(update={"id": uuid4()})
+            run.run_count += state.is_running()
 
     # -- what flows.children calls
 
