@@ -90,20 +90,27 @@ def run_train(request: TrainRequest, *, progress: Progress = silent, encode_prog
 
     ConfigError when this code is not the one that planned it; StoppedError, with a checkpoint, after `should_stop`.
     """
-    refuse_other_code(request.code_version, request.format_version)
-    store = Store(request.root)
+    encode_images(request, progress=encode_progress, should_stop=should_stop)
+    store, settings = Store(request.root), request.settings
     model = find_offered_model(store, request.model, request.means)
     latents, indices = ShardFolder.open(store, request.latents), parse_range(request.shards)
-    settings = request.settings
     if isinstance(settings, DpoConfig):
         assert request.triplets is not None
         return tune_lora(store, model, ShardFolder.open(store, request.triplets), latents, indices, settings,
                          progress=progress, should_stop=should_stop)
     assert isinstance(settings, SftConfig)
-    if latents.completed(indices) != set(indices):
-        with _images(store, request) as images:
-            cache_image_latents(images, latents, model, progress=encode_progress, should_stop=should_stop)
     return tune_target(store, model, latents, settings, progress=progress, should_stop=should_stop)
+
+
+def encode_images(request: TrainRequest, *, progress: Progress = silent, should_stop: ShouldStop = never_stop) -> None:
+    """SFT's first half: the latents of its images, where they are missing. Nothing to do for DPO."""
+    refuse_other_code(request.code_version, request.format_version)
+    store = Store(request.root)
+    latents, indices = ShardFolder.open(store, request.latents), parse_range(request.shards)
+    if request.kind == "sft" and latents.completed(indices) != set(indices):
+        model = find_offered_model(store, request.model, request.means)
+        with _images(store, request) as images:
+            cache_image_latents(images, latents, model, progress=progress, should_stop=should_stop)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Tuning as programs: cached latents in, a model in the store out. A model that is already there is found, not made."""
 
 import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -48,8 +49,9 @@ def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftCon
     found = find_tuned(store, model_id)
     if found:
         return found
-    pipeline = load_pipeline(model, default_device(), dtype="float32")
-    empty = encode_text(load_pipeline(model, default_device()), [""], model.clip_skip).float().cpu()
+    device = _loading_device()
+    pipeline = load_pipeline(model, device, dtype="float32")
+    empty = encode_text(load_pipeline(model, device), [""], model.clip_skip).float().cpu()
     images = LatentImages(latents, indices)
     result = train_sft(pipeline.unet, pipeline.scheduler.config, images, config, empty, progress=progress,
                        checkpoints=Checkpoints(store, f"models/{model_id}/checkpoints"), should_stop=should_stop)
@@ -71,13 +73,18 @@ def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardF
         raise InputError(f"{triplets.key} holds no triplet to train on: every pool was rejected, see its rejected/")
     if not config.allow_foreign_triplets:
         _refuse_foreign(triplets, indices, model)
-    pipeline = load_pipeline(model, default_device(), dtype="float32")
+    pipeline = load_pipeline(model, _loading_device(), dtype="float32")
     result = train_dpo(pipeline.unet, pipeline.scheduler.config, pairs, config, progress=progress,
                        checkpoints=Checkpoints(store, f"models/{model_id}/checkpoints"), should_stop=should_stop,
                        on_log=CollapseWatch(logger.warning))
     with tempfile.TemporaryDirectory() as folder:
         save_lora(pipeline.unet, Path(folder))
         return _publish(store, model_id, Path(folder), "lora", config, latents, result.log)
+
+
+def _loading_device() -> str:
+    """Where a training loads its model; with many processes each moves its own copy to its own GPU later."""
+    return "cpu" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else default_device()
 
 
 def tuned_id(kind: str, identity: Mapping[str, Any], latents: ShardFolder, indices: list[int],
@@ -99,6 +106,8 @@ def find_tuned(store: Store, model_id: str) -> Tuned | None:
 
 def _publish(store: Store, model_id: str, folder: Path, kind: str, config: TrainingConfig, latents: ShardFolder,
              log: list[dict[str, float]]) -> Tuned:
+    if os.environ.get("RANK", "0") != "0":  # of the processes of one training the first one writes
+        return Tuned(model_id, folder, log, found=False)
     store.write_json(f"models/{model_id}/log.json", {"rows": log})
     store.write_json(f"models/{model_id}/config.json", {"kind": kind, "latents": latents.key,
                                                         "config": config.model_dump(mode="json")})

@@ -3,8 +3,9 @@
 from prefect import task
 from prefect.logging import get_run_logger
 
+from hgdpo_core.launch import run_train_everywhere
 from hgdpo_core.progress import ShouldStop
-from hgdpo_core.train_request import TrainRequest, run_train
+from hgdpo_core.train_request import TrainRequest
 from tasks.options import STAGE
 from tasks.ui import stage_progress
 
@@ -13,6 +14,6 @@ from tasks.ui import stage_progress
 def make_tuned(request: TrainRequest, should_stop: ShouldStop) -> str:
     """The id of the tuned model in `models/`."""
     with stage_progress("encode") as encoding, stage_progress(request.kind.upper()) as progress:
-        tuned = run_train(request, progress=progress, encode_progress=encoding, should_stop=should_stop)
+        tuned = run_train_everywhere(request, progress=progress, encode_progress=encoding, should_stop=should_stop)
     get_run_logger().info("%s: %s %s", request.kind, "found" if tuned.found else "trained", tuned.model_id)
     return tuned.model_id
