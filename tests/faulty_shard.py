@@ -1,7 +1,8 @@
 """The shard flow with faults, for workers of the tests: files in a folder say what happens to which shard, once.
 
 A file `<what>-<image>` holds the first prompt of a shard; when that image of the shard is drawn, the file is removed
-and `raise` raises, `kill` kills the process with SIGKILL. `painted.log` gets the first prompt of every shard begun.
+and `raise` raises, `kill` kills the process with SIGKILL. `painted.log` gets the time and the first prompt of every
+shard begun.
 """
 
 import os
@@ -22,7 +23,7 @@ draw = generate.Painter.paint
 
 def paint(self, prompts, *arguments) -> Iterator[dict]:
     with (FAULTS / "painted.log").open("a") as log:
-        log.write(prompts[0] + "\n")
+        log.write(f"{time.time()} {prompts[0]}\n")
     for number, row in enumerate(draw(self, prompts, *arguments)):
         time.sleep(SECONDS_AN_IMAGE)
         for what in ("raise", "kill"):

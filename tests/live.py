@@ -106,10 +106,15 @@ class Live:
     def fault(self, what: str, image: int, prompt: str) -> None:
         (self.faults / f"{what}-{image}").write_text(prompt)
 
+    def painted_at(self) -> list[tuple[float, str]]:
+        """When which shard was begun, by its first prompt, in order."""
+        log = self.faults / "painted.log"
+        lines = [line.partition(" ") for line in log.read_text().splitlines()] if log.exists() else []
+        return [(float(begun), prompt) for begun, _, prompt in lines]
+
     def painted(self) -> list[str]:
         """First prompts of the shards that were begun, in order."""
-        log = self.faults / "painted.log"
-        return log.read_text().splitlines() if log.exists() else []
+        return [prompt for _, prompt in self.painted_at()]
 
     def process_of(self, run_id: str) -> psutil.Process | None:
         """The process that runs a flow, None when there is none (any more)."""
