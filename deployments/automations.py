@@ -27,14 +27,15 @@ def automations(silent_seconds: float = SILENT_SECONDS, pending_seconds: float =
         Automation(
             name="hgdpo: crash silent runs",
             description="A run whose heartbeats stop was killed together with its worker.",
-            trigger=_missing(after="prefect.flow-run.heartbeat", within=silent_seconds,
+            trigger=_missing(after={"prefect.flow-run.heartbeat"}, within=silent_seconds,
                              expect=ended | {"prefect.flow-run.heartbeat", "prefect.flow-run.AwaitingRetry"}),
             actions=[_crash(f"No heartbeat for {silent_seconds:.0f} s: the run and its worker are gone. Retry makes "
                             "what is missing.")]),
         Automation(
             name="hgdpo: crash runs stuck in Pending",
             description="A run whose worker died before it could start the run's process.",
-            trigger=_missing(after="prefect.flow-run.Pending", within=pending_seconds,
+            trigger=_missing(after={"prefect.flow-run.Pending", "prefect.flow-run.Submitting",
+                                    "prefect.flow-run.InfrastructurePending"}, within=pending_seconds,
                              expect=ended | {"prefect.flow-run.Running", "prefect.flow-run.Scheduled",
                                              "prefect.flow-run.AwaitingConcurrencySlot", "prefect.flow-run.Retrying",
                                              "prefect.flow-run.AwaitingRetry", "prefect.flow-run.Cancelling"}),
@@ -58,9 +59,9 @@ def _crash(message: str) -> ChangeFlowRunState:
     return ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=message, force=False)
 
 
-def _missing(*, after: str, expect: set[str], within: float) -> EventTrigger:
+def _missing(*, after: set[str], expect: set[str], within: float) -> EventTrigger:
     return EventTrigger(
-        after={after}, expect=expect, posture=Posture.Proactive, threshold=1, within=timedelta(seconds=within),
+        after=after, expect=expect, posture=Posture.Proactive, threshold=1, within=timedelta(seconds=within),
         match={"prefect.resource.id": "prefect.flow-run.*"},  # pyright: ignore[reportArgumentType]
         match_related={"prefect.resource.role": "flow",
                        "prefect.resource.name": FLOWS},  # pyright: ignore[reportArgumentType]

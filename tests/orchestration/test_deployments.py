@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prefect.states import InfrastructurePending, Pending, Submitting
 
 from deployments import local
 from deployments.automations import PENDING_SECONDS, SILENT_SECONDS, automations
@@ -51,8 +52,9 @@ def test_every_deployment_sends_heartbeats_often_enough_for_the_automations():
         assert 10 * seconds <= SILENT_SECONDS
     silent, pending = automations()
     assert silent.trigger.within.total_seconds() == SILENT_SECONDS == 600 == PENDING_SECONDS
-    assert silent.trigger.after == {"prefect.flow-run.heartbeat"} and pending.trigger.after == {
-        "prefect.flow-run.Pending"}
+    assert silent.trigger.after == {"prefect.flow-run.heartbeat"}
+    names = {Pending().name, Submitting().name, InfrastructurePending().name}  # all are of the type Pending
+    assert pending.trigger.after == {f"prefect.flow-run.{name}" for name in names}
     assert {action.state.value for automation in (silent, pending) for action in automation.actions} == {"CRASHED"}
 
 
