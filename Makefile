@@ -12,11 +12,12 @@ PREFECT_ENV = env $$(env | sed -n 's/^\(PREFECT_[A-Z0-9_]*\)=.*/-u \1/p') \
 	PREFECT_HOME="$(CURDIR)/.prefect" PREFECT_PROFILES_PATH="$(CURDIR)/.prefect/profiles.toml" PREFECT_API_URL= \
 	PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test lint up schedule down clean
 
 help:
 	@echo "make demo    install, run the whole method on the built-in figures world, write output/demo/report.html"
 	@echo "make test    install, then lint, types and tests; no network after the install"
+	@echo "make up      a local Prefect server with UI and workers; make schedule: nightly re-scoring; make down: end all"
 	@echo "make clean   remove the demo's output"
 	@echo "Another torch build: make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo"
 
@@ -43,5 +44,15 @@ lint: $(INSTALLED)
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/basedpyright" --pythonpath "$(BIN)/python"
 
+up: $(INSTALLED)
+	@"$(BIN)/python" -m deployments.local up
+
+schedule: $(INSTALLED)
+	@"$(BIN)/python" -m deployments.local schedule
+
+down: $(INSTALLED)
+	@"$(BIN)/python" -m deployments.local down
+
 clean:
+	@test ! -f .prefect/up/local.json || { echo "error: a local Prefect server is up: make down first"; exit 1; }
 	rm -rf output/demo .prefect

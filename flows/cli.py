@@ -42,11 +42,18 @@ def run(options: argparse.Namespace) -> int:
     """The whole method."""
     parameters = _parameters(options)
     _check(parameters)
+    from prefect.exceptions import CancelledRun
+
     from flows.full import hgdpo
     from flows.server import some_server
 
-    with some_server():
-        summary: dict[str, Any] = hgdpo(**parameters, plan_only=options.plan)  # pyright: ignore[reportAssignmentType]
+    try:
+        with some_server():
+            summary: dict[str, Any] = hgdpo(  # pyright: ignore[reportAssignmentType]
+                **parameters, plan_only=options.plan, shard_runner=options.shard_runner)
+    except CancelledRun:
+        print("hgdpo: cancelled; what is finished is kept, run the same command to go on", file=sys.stderr)
+        return 130
     if options.plan:
         print(json.dumps(summary["plan"], indent=1))
         return 0
@@ -196,6 +203,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         if function is run:
             command.add_argument("--publish", metavar="FOLDER", help="also copy summary.json and report.html there")
+            command.add_argument("--shard-runner", default="auto", choices=["auto", "in_process", "deployment"],
+                                 help="deployment: make shards on the workers of `make up`; default: here")
         if function is ablate:
             _add_ablation_options(command)
         if function is not plan:

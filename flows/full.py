@@ -3,9 +3,17 @@
 from typing import Any, Literal
 
 from prefect import flow
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import State
 from pydantic import Field
 
+from flows.children import cancel_children
+from flows.runner import ShardRunnerName, choose_runner
 from flows.timing import timed as _timed
+from flows.watch import answer_stop, watch_this_run
+from hgdpo_core.errors import StoppedError
+from hgdpo_core.run import Run
+from hgdpo_core.runner import Runner
 from tasks.evaluate import judge
 from tasks.generate import draw_evaluation, draw_pool
 from tasks.guard import guard
@@ -20,7 +28,12 @@ from tasks.ui import explain_own_errors
 Overrides = dict[str, Any]
 
 
-@flow(name="hgdpo", flow_run_name="{preset}", validate_parameters=True)
+def cancel_shard_runs(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
+    """Hook: without it the shard runs of a cancelled run would go on, and those that wait would still start."""
+    cancel_children(flow_run.id)
+
+
+@flow(name="hgdpo", flow_run_name="{preset}", validate_parameters=True, on_cancellation=[cancel_shard_runs])
 def hgdpo(
     preset: Literal["figures", "sd15"] = "figures",
     root: str | None = Field(None, description="object store, any fsspec URL; default: $HGDPO_ROOT, else output/full"),
@@ -29,7 +42,9 @@ def hgdpo(
     images: str | None = Field(None, description="folder of captioned images to fine-tune the model on first"),
     overrides: Overrides = Field(default_factory=dict, description='settings by dotted name, as {"dpo.beta": 1000}'),
     plan_only: bool = Field(False, description="say what the run would do and find, and stop"),
-) -> dict[str, Any]:
+    shard_runner: ShardRunnerName = Field("auto", description="deployment: on workers, as shard runs that can be "
+                                          "retried one by one; in_process: here; auto: on workers if started by one"),
+) -> dict[str, Any] | State[Any]:
     """Tune a model without human labels (HG-DPO, arXiv:2405.20216v1); returns the summary."""
     explain_own_errors()
     seconds: dict[str, float] = {}
@@ -37,28 +52,35 @@ def hgdpo(
         run = prepare(preset, root, prompts, target, images, overrides)
     if plan_only:
         return {"plan": show_plan(run)}
+    with watch_this_run() as watch:
+        try:
+            return _take_the_road(run, choose_runner(shard_runner, run.config.workers, run.store, watch), seconds)
+        except StoppedError as error:
+            return answer_stop(watch, error)
 
+
+def _take_the_road(run: Run, runner: Runner, seconds: dict[str, float]) -> dict[str, Any]:
     with _timed(seconds, "sft"):
-        model, sft_log = fine_tune(run)
+        model, sft_log = fine_tune(run, runner)
     with _timed(seconds, "pool"):
-        pool = draw_pool(run, model)
+        pool = draw_pool(run, model, runner)
     with _timed(seconds, "score"):
-        scores = score(run, pool, run.config.scorer)
+        scores = score(run, pool, run.config.scorer, runner)
     with _timed(seconds, "triplets"):
         triplets = rank(run, pool, scores)
     with _timed(seconds, "latents"):
-        latents = encode(run, triplets, model)
+        latents = encode(run, triplets, model, runner)
     with _timed(seconds, "dpo"):
-        lora = train(run, model, triplets, latents)
+        lora = train(run, model, triplets, latents, runner)
 
     with _timed(seconds, "evaluation_images"):
         tuned_model = model.with_lora(lora.path, run.config.evaluation.lora_weight)
-        target_images = draw_evaluation(run, model, "target")
-        tuned_images = draw_evaluation(run, tuned_model, "tuned")
+        target_images = draw_evaluation(run, model, "target", runner)
+        tuned_images = draw_evaluation(run, tuned_model, "tuned", runner)
     with _timed(seconds, "evaluation"):
         scorers = run.config.evaluation.scorers
-        target_scores = {scorer.name: score(run, target_images, scorer) for scorer in scorers}
-        tuned_scores = {scorer.name: score(run, tuned_images, scorer) for scorer in scorers}
+        target_scores = {scorer.name: score(run, target_images, scorer, runner) for scorer in scorers}
+        tuned_scores = {scorer.name: score(run, tuned_images, scorer, runner) for scorer in scorers}
         comparison = judge(run, target_images, tuned_images, target_scores, tuned_scores)
         alarms = guard(run, lora, comparison)
     return publish(run, pool, scores, triplets, lora, sft_log, target_images, tuned_images, comparison, alarms, seconds)

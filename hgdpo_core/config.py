@@ -168,6 +168,15 @@ class EvaluationConfig(StageConfig):
         return self
 
 
+class WorkersConfig(StageConfig):
+    """How work is cut for workers. It changes no result, so it is part of no id."""
+
+    pool_shards_per_run: int = Field(default=2, ge=1, description="shards of images that one shard run makes")
+    score_shards_per_run: int = Field(default=8, ge=1, description="the same for scores and latents, far quicker")
+    max_failed_shards: int = Field(default=10, ge=0,
+                                   description="shard runs of a stage that may fail before no further one starts")
+
+
 class RunConfig(StageConfig):
     """Everything one run needs, saved beside everything it made."""
 
@@ -182,6 +191,7 @@ class RunConfig(StageConfig):
     triplets: TripletConfig
     dpo: DpoConfig
     evaluation: EvaluationConfig
+    workers: WorkersConfig = WorkersConfig()
 
     @property
     def training_judge(self) -> str | None:

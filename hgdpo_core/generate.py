@@ -70,6 +70,11 @@ class PoolPlan:
     def missing_images(self) -> int:
         return self.pool.images_per_prompt * sum(len(shard.prompts) for shard in self.missing)
 
+    def find_missing(self, indices: Sequence[int]) -> list[int]:
+        """Which of some planned shards are not there now."""
+        manifests, shards = self.folder.manifests(indices), {shard.index: shard for shard in self.shards}
+        return [index for index in indices if not _holds(manifests.get(index), shards[index])]
+
 
 def pool_settings(model: Model, sampler: SamplerConfig, pool: PoolConfig) -> dict:
     """All that decides a pool's images, and nothing else: not the prompts, the batch or the device."""
@@ -108,6 +113,19 @@ def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConf
     shards = tuple(assigned[index] for index in wanted)
     missing = tuple(shard for shard in shards if not _holds(manifests.get(shard.index), shard))
     return PoolPlan(pool_id, folder, model, sampler, pool, shards, missing)
+
+
+def open_pool(folder: ShardFolder, model: Model, sampler: SamplerConfig, pool: PoolConfig,
+              indices: Sequence[int]) -> PoolPlan:
+    """Some shards of a pool as an earlier `plan_pool` planned them; StorageError for one that it did not plan."""
+    planned, manifests = _read_plan(folder.store, folder.key), folder.manifests(indices)
+    unknown = [index for index in indices if index not in planned]
+    if unknown:
+        raise StorageError(f"{folder.store.url(folder.key)}/plan names no prompts for shard {unknown[0]}: start the "
+                           "run that planned it again")
+    shards = tuple(planned[index] for index in indices)
+    missing = tuple(shard for shard in shards if not _holds(manifests.get(shard.index), shard))
+    return PoolPlan(folder.key.rpartition("/")[2], folder, model, sampler, pool, shards, missing)
 
 
 def _holds(manifest: ShardManifest | None, shard: PlannedShard) -> bool:

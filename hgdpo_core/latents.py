@@ -38,15 +38,21 @@ def latent_folder(store: Store, triplets: ShardFolder, model: Model, size: tuple
     return ShardFolder.create(store, f"latents/{dataset}/{content_hash(settings)}", settings)
 
 
+def missing_latents(triplets: ShardFolder, latents: ShardFolder, indices: Sequence[int]) -> list[int]:
+    """The triplet shards of `indices` whose latents are not there, or are of other bytes than the triplets' today."""
+    manifests, found = triplets.manifests(indices), latents.manifests(indices)
+    return [i for i in indices
+            if i not in found or found[i].inputs != (triplets.input_shard(i, manifest=manifests[i]),)]
+
+
 def cache_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, indices: Sequence[int], *,
                   device: str | None = None, progress: Progress = silent,
                   should_stop: ShouldStop = never_stop) -> int:
     """Encode the missing shards among `indices`; returns the number of pairs encoded."""
-    manifests, found = triplets.manifests(), latents.manifests()
-    inputs = {i: (triplets.input_shard(i, manifest=manifests[i]),) for i in indices}
-    missing = [i for i in indices if i not in found or found[i].inputs != inputs[i]]
+    missing = missing_latents(triplets, latents, indices)
     if not missing:
         return 0
+    manifests = triplets.manifests(missing)
     device = device or default_device()
     pipeline = load_pipeline(model, device, vae_dtype="float32")
     size = (latents.config["width"], latents.config["height"])
@@ -56,7 +62,8 @@ def cache_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, ind
             raise StoppedError("stopped while encoding latents; finished shards are kept")
         start = time.monotonic()
         table = _encode_shard(pipeline, model, triplets.read(index), size)
-        latents.commit(index, table, inputs=inputs[index], device=device_name(device), batch_size=ENCODE_BATCH,
+        source = triplets.input_shard(index, manifest=manifests[index])
+        latents.commit(index, table, inputs=(source,), device=device_name(device), batch_size=ENCODE_BATCH,
                        seconds=time.monotonic() - start, details=embedding_shapes(pipeline, size))
         done += table.num_rows
         progress(done, total, "pairs")

@@ -35,19 +35,34 @@ def fetch_model(store: Store, model_id: str) -> Path | None:
     local = store.local_path(key)
     if local is not None:
         return local
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo" / "models"
-    folder = cache / f"{model_id}-{record['fingerprint'][:12]}"
+    folder = _cache() / f"{model_id}-{record['fingerprint'][:12]}"
     if not folder.is_dir():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")
         for name in _files(store, key):
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(store.read_bytes(f"{key}/{name}"))
-        if folder.is_dir():  # another process was faster
-            shutil.rmtree(partial)
-        else:
+        try:
             partial.replace(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(partial)  # another process was faster
     return folder
+
+
+def stored_id(store: Store, path: Path) -> str | None:
+    """The id of the model whose local folder `fetch_model` gave as `path`; None for a folder from elsewhere."""
+    models = store.local_path("models")
+    if models is not None:
+        found = path.name if path.parent.resolve() == models.resolve() else None
+    else:
+        found = path.name.rpartition("-")[0] if path.parent.resolve() == _cache().resolve() else None
+    return found if found and find_record(store, found) is not None else None
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo" / "models"
 
 
 def _files(store: Store, key: str) -> Iterator[str]:

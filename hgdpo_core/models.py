@@ -41,6 +41,8 @@ class Model:
     negative_prompt: str = ""
     clip_skip: int | None = None
     lora: Lora | None = None
+    hub_id: str | None = None
+    """Where the model was downloaded from, at the commit that is its fingerprint; None for one that lies on a disk."""
 
     @property
     def id(self) -> str:
@@ -88,7 +90,8 @@ def find_model(config: TargetConfig) -> Model:
     if path.is_dir():
         check_folder(path)
     return Model(path=path, fingerprint=commit or fingerprint_path(path), dtype=resolve_dtype(config.dtype),
-                 negative_prompt=config.negative_prompt, clip_skip=config.clip_skip)
+                 negative_prompt=config.negative_prompt, clip_skip=config.clip_skip,
+                 hub_id=config.source if commit else None)
 
 
 def _locate(config: TargetConfig) -> tuple[Path, str | None]:

@@ -12,6 +12,7 @@ from hgdpo_core.config import (
     SftConfig,
     TargetConfig,
     TripletConfig,
+    WorkersConfig,
 )
 from hgdpo_core.errors import ConfigError
 
@@ -69,6 +70,7 @@ def sd15(target: str | None = None, prompts: str | None = None) -> RunConfig:
                       lora_rank=8, optimizer="adam8bit"),
         evaluation=EvaluationConfig(prompts=PromptSource(source=PARTI_PROMPTS, column="Prompt", category="People"),
                                     lora_weight=0.5, scorers=judges),
+        workers=WorkersConfig(pool_shards_per_run=3, score_shards_per_run=60),  # 20-60 GPU minutes, some minutes
     )
 
 

@@ -77,7 +77,8 @@ def check_run(preset: str = "figures", root: str | None = None, *, prompts: str 
     image_set = _read_images(config.images, store)
     options = {"preset": preset, "root": store.root, "prompts": prompts, "target": target, "images": images}
     command = shell_command("run", options, overrides or {})
-    return Run(config, store, f"{preset}-{content_hash(config)}", model, training, evaluation, image_set, command)
+    run_id = f"{preset}-{content_hash(config.model_dump(mode='json', exclude={'workers'}))}"
+    return Run(config, store, run_id, model, training, evaluation, image_set, command)
 
 
 def shell_command(verb: str, options: Mapping[str, str | None], overrides: Mapping[str, Any]) -> str:

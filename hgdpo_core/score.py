@@ -27,7 +27,7 @@ def score_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFolde
 
 def missing_scores(pool: ShardFolder, scores: ShardFolder, indices: Sequence[int]) -> list[int]:
     """The pool shards of `indices` whose scores are not there, or are of other bytes than the pool's today."""
-    pool_manifests, score_manifests = pool.manifests(), scores.manifests()
+    pool_manifests, score_manifests = pool.manifests(indices), scores.manifests(indices)
     return [index for index in indices
             if index not in score_manifests
             or score_manifests[index].inputs != (pool.input_shard(index, manifest=pool_manifests[index]),)]
@@ -41,7 +41,7 @@ def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: Sco
         return 0
     device = device or default_device()
     judge = load_scorer(scorer.name, source=scorer.source, device=device, dtype=DTYPES[scorer.dtype])
-    total = sum(pool.manifests()[index].rows for index in missing)
+    total = sum(manifest.rows for manifest in pool.manifests(missing).values())
     done = 0
     for index in missing:
         start = time.monotonic()

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,7 @@ class ImageSet:
 
     images: tuple[CaptionedImage, ...]
     id: str
+    folder: Path
 
     @property
     def shards(self) -> range:
@@ -45,7 +47,7 @@ def read_image_set(folder: str) -> ImageSet:
     """Find the images and captions of a folder; the id changes when a byte of either changes."""
     images = find_captioned_images(folder)
     parts = [[image.path.name, hashlib.sha256(image.path.read_bytes()).hexdigest(), image.caption] for image in images]
-    return ImageSet(tuple(images), f"{len(images)}-{content_hash(parts)}")
+    return ImageSet(tuple(images), f"{len(images)}-{content_hash(parts)}", Path(folder))
 
 
 def image_latent_folder(store: Store, images: ImageSet, model: Model, size: tuple[int, int]) -> ShardFolder:

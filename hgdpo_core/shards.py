@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -79,7 +79,7 @@ class ShardFolder:
         self.config_hash = _hash_of(self.config)
 
     @classmethod
-    def create(cls, store: Store, key: str, config: Mapping[str, Any]) -> "ShardFolder":
+    def create(cls, store: Store, key: str, config: Mapping[str, Any]) -> Self:
         """Write `config.json`, or find the same one there; ConfigError names the first setting that differs.
 
         The entry `expected` is outside the comparison and the hash; the newest one is kept.
@@ -92,7 +92,7 @@ class ShardFolder:
         return cls(store, key, wanted)
 
     @classmethod
-    def open(cls, store: Store, key: str) -> "ShardFolder":
+    def open(cls, store: Store, key: str) -> Self:
         """The folder as its `config.json` describes it; StorageError when there is none."""
         config = _read_config(store, key)
         if config is None:
@@ -102,15 +102,23 @@ class ShardFolder:
 
     # -- which shards exist
 
-    def manifests(self) -> dict[int, ShardManifest]:
-        """Every committed shard by index, sorted: one LIST, then the manifests many at a time."""
+    def manifests(self, among: Iterable[int] | None = None) -> dict[int, ShardManifest]:
+        """Every committed shard, or those `among` some indices, sorted: one LIST, then many manifests at a time."""
         sizes = self.store.list(self.key)
         indices = {f"{self.key}/{name}": int(match[1]) for name in sizes
                    if (match := MANIFEST_NAME.fullmatch(name)) is not None}
+        if among is not None:
+            looked_for = set(among)
+            indices = {key: index for key, index in indices.items() if index in looked_for}
         found = {indices[key]: self._parse(data, indices[key])
                  for key, data in self.store.read_many(indices).items()}
         return {index: manifest for index, manifest in sorted(found.items())
                 if manifest is not None and sizes.get(manifest.file) == manifest.bytes}
+
+    def listed(self) -> set[int]:
+        """Indices with a manifest of any content: one LIST, to see how far others are."""
+        return {int(match[1]) for name in self.store.list(self.key)
+                if (match := MANIFEST_NAME.fullmatch(name)) is not None}
 
     def find(self, index: int, inputs: Sequence[InputShard] | None = None) -> ShardManifest | None:
         """The shard's manifest if the shard exists; with `inputs`, only if it was made from exactly these."""

@@ -1,9 +1,12 @@
 """Tuning as programs: cached latents in, a model in the store out. A model that is already there is found, not made."""
 
 import logging
+import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hgdpo_core.checkpoints import Checkpoints
 from hgdpo_core.config import DpoConfig, SftConfig, TrainingConfig, content_hash
@@ -42,12 +45,13 @@ def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftCon
                 progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
     """SFT: fine-tune the UNet on the user's images; the result is a diffusers folder in `models/`."""
     indices = sorted(latents.manifests())
-    model_id = _model_id("sft", model, latents, indices, config)
-    found = _found(store, model_id)
+    model_id = tuned_id("sft", model.identity(), latents, indices, config)
+    found = find_tuned(store, model_id)
     if found:
         return found
-    pipeline = load_pipeline(model, default_device(), dtype="float32")
-    empty = encode_text(load_pipeline(model, default_device()), [""], model.clip_skip).float().cpu()
+    device = _loading_device()
+    pipeline = load_pipeline(model, device, dtype="float32")
+    empty = encode_text(load_pipeline(model, device), [""], model.clip_skip).float().cpu()
     images = LatentImages(latents, indices)
     result = train_sft(pipeline.unet, pipeline.scheduler.config, images, config, empty, progress=progress,
                        checkpoints=Checkpoints(store, f"models/{model_id}/checkpoints"), should_stop=should_stop)
@@ -60,8 +64,8 @@ def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftCon
 def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardFolder, indices: list[int],
               config: DpoConfig, *, progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
     """Diffusion-DPO + SML: train a LoRA of the target on its triplets; the result is a diffusers LoRA folder."""
-    model_id = _model_id("dpo", model, latents, indices, config)
-    found = _found(store, model_id)
+    model_id = tuned_id("dpo", model.identity(), latents, indices, config)
+    found = find_tuned(store, model_id)
     if found:
         return found
     pairs = LatentPairs(latents, indices)
@@ -69,7 +73,7 @@ def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardF
         raise InputError(f"{triplets.key} holds no triplet to train on: every pool was rejected, see its rejected/")
     if not config.allow_foreign_triplets:
         _refuse_foreign(triplets, indices, model)
-    pipeline = load_pipeline(model, default_device(), dtype="float32")
+    pipeline = load_pipeline(model, _loading_device(), dtype="float32")
     result = train_dpo(pipeline.unet, pipeline.scheduler.config, pairs, config, progress=progress,
                        checkpoints=Checkpoints(store, f"models/{model_id}/checkpoints"), should_stop=should_stop,
                        on_log=CollapseWatch(logger.warning))
@@ -78,15 +82,22 @@ def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardF
         return _publish(store, model_id, Path(folder), "lora", config, latents, result.log)
 
 
-def _model_id(kind: str, model: Model, latents: ShardFolder, indices: list[int], config: TrainingConfig) -> str:
-    """Another model, other settings or other bytes to train on make another tuned model: none is ever stale."""
+def _loading_device() -> str:
+    """Where a training loads its model; with many processes each moves its own copy to its own GPU later."""
+    return "cpu" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else default_device()
+
+
+def tuned_id(kind: str, identity: Mapping[str, Any], latents: ShardFolder, indices: list[int],
+             config: TrainingConfig) -> str:
+    """The id a tuned model will have: another model, other settings or other bytes to train on make another one."""
     manifests = latents.manifests()
-    settings = {"model": model.identity(), "latents": [manifests[index].sha256 for index in indices],
+    settings = {"model": identity, "latents": [manifests[index].sha256 for index in indices],
                 "config": config.model_dump(mode="json", exclude=BOOKKEEPING)}
     return f"{kind}-{content_hash(settings)}"
 
 
-def _found(store: Store, model_id: str) -> Tuned | None:
+def find_tuned(store: Store, model_id: str) -> Tuned | None:
+    """The tuned model of that id, None when it is not there."""
     path = fetch_model(store, model_id)
     if path is None:
         return None
@@ -95,6 +106,8 @@ def _found(store: Store, model_id: str) -> Tuned | None:
 
 def _publish(store: Store, model_id: str, folder: Path, kind: str, config: TrainingConfig, latents: ShardFolder,
              log: list[dict[str, float]]) -> Tuned:
+    if os.environ.get("RANK", "0") != "0":  # of the processes of one training the first one writes
+        return Tuned(model_id, folder, log, found=False)
     store.write_json(f"models/{model_id}/log.json", {"rows": log})
     store.write_json(f"models/{model_id}/config.json", {"kind": kind, "latents": latents.key,
                                                         "config": config.model_dump(mode="json")})

@@ -5,26 +5,27 @@ from prefect.logging import get_run_logger
 
 from hgdpo_core.models import Model
 from hgdpo_core.run import Run
-from hgdpo_core.sft_images import cache_image_latents, image_latent_folder
-from hgdpo_core.tuning import find_tuned_target, tune_target
+from hgdpo_core.runner import IN_PROCESS, Runner
+from hgdpo_core.shards import ShardFolder
+from hgdpo_core.train_request import TrainRequest
+from hgdpo_core.tuning import find_tuned_target
 from tasks.options import STAGE
 from tasks.ui import stage_progress
 
 
 @task(name="sft", **STAGE)
-def fine_tune(run: Run) -> tuple[Model, list[dict[str, float]]]:
+def fine_tune(run: Run, runner: Runner = IN_PROCESS) -> tuple[Model, list[dict[str, float]]]:
     """The target for all later stages, and the training log (empty without images)."""
     logger = get_run_logger()
     if run.images is None:
         logger.info("No images: the target stays as it is")
         return run.target, []
     size = (run.config.sampler.width, run.config.sampler.height)
-    latents = image_latent_folder(run.store, run.images, run.target, size)
-    with stage_progress("encode") as progress:
-        encoded = cache_image_latents(run.images, latents, run.target, progress=progress)
+    request = TrainRequest.for_sft(run.store, run.images, run.target, size, run.config.sft, share=runner.share)
+    with stage_progress("encode") as encoding, stage_progress("SFT") as progress:
+        tuned = runner.train(request, progress, encoding)
+    latents = ShardFolder.open(run.store, request.latents)
     rejected = sum(manifest.details["rejected"] for manifest in latents.manifests().values())
-    logger.info("SFT images: %d encoded now, %d set aside in %s/rejected", encoded, rejected, latents.key)
-    with stage_progress("SFT") as progress:
-        tuned = tune_target(run.store, run.target, latents, run.config.sft, progress=progress)
-    logger.info("SFT: %s %s", "found" if tuned.found else "trained", tuned.model_id)
+    logger.info("SFT: %s %s; %d of %d images set aside in %s/rejected", "found" if tuned.found else "trained",
+                tuned.model_id, rejected, len(run.images.images), latents.key)
     return find_tuned_target(run.target, tuned), tuned.log

@@ -5,19 +5,22 @@ from prefect.logging import get_run_logger
 
 from hgdpo_core.models import Model
 from hgdpo_core.run import Run
+from hgdpo_core.runner import IN_PROCESS, Runner
 from hgdpo_core.shards import ShardFolder
-from hgdpo_core.tuning import Tuned, tune_lora
+from hgdpo_core.train_request import TrainRequest
+from hgdpo_core.tuning import Tuned
 from tasks.options import STAGE
 from tasks.triplets import Triplets
 from tasks.ui import show_table, stage_progress
 
 
 @task(name="dpo", **STAGE)
-def train(run: Run, model: Model, triplets: Triplets, latents: ShardFolder) -> Tuned:
+def train(run: Run, model: Model, triplets: Triplets, latents: ShardFolder, runner: Runner = IN_PROCESS) -> Tuned:
     """A LoRA of the target by Diffusion-DPO with the statistic matching loss."""
+    request = TrainRequest.for_dpo(run.store, model, triplets.folder, latents, triplets.indices, run.config.dpo,
+                                   share=runner.share)
     with stage_progress("DPO") as progress:
-        tuned = tune_lora(run.store, model, triplets.folder, latents, triplets.indices, run.config.dpo,
-                          progress=progress)
+        tuned = runner.train(request, progress)
     get_run_logger().info("LoRA: %s %s", "found" if tuned.found else "trained", tuned.path)
     show_table("dpo-log", tuned.log[:: max(1, len(tuned.log) // 50)], "Training of the LoRA, every few steps")
     return tuned

@@ -6,11 +6,13 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core.generate import PoolPlan
-from hgdpo_core.latents import cache_latents, latent_folder
+from hgdpo_core.latents import latent_folder
 from hgdpo_core.models import Model
 from hgdpo_core.run import Run
+from hgdpo_core.runner import IN_PROCESS, Runner
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.triplets import TripletCounts, build_triplets, dataset_card, triplet_folder
+from hgdpo_core.work import offer_latents
 from tasks.options import STAGE
 from tasks.ui import show_table, stage_progress
 
@@ -41,11 +43,12 @@ def rank(run: Run, pool: PoolPlan, scores: ShardFolder) -> Triplets:
 
 
 @task(name="latents", **STAGE)
-def encode(run: Run, triplets: Triplets, model: Model) -> ShardFolder:
+def encode(run: Run, triplets: Triplets, model: Model, runner: Runner = IN_PROCESS) -> ShardFolder:
     """Latents of the triplets' images and the prompts' text embeddings."""
     size = (run.config.sampler.width, run.config.sampler.height)
     folder = latent_folder(run.store, triplets.folder, model, size)
+    work = offer_latents(triplets.folder, folder, model, triplets.indices, share=runner.share)
     with stage_progress("latents") as progress:
-        made = cache_latents(triplets.folder, folder, model, triplets.indices, progress=progress)
-    get_run_logger().info("Latents: %d pairs encoded now, in %s", made, folder.key)
+        runner.make(work, progress)
+    get_run_logger().info("Latents: %d shards encoded now, in %s", len(work.missing), folder.key)
     return folder

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 from tqdm import tqdm
 
 from hgdpo_core.errors import HGDPOError
@@ -53,6 +56,28 @@ def stage_progress(stage: str) -> Iterator[Progress]:
 def show_table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
     """A table artifact; Prefect wants a list of dicts and JSON values."""
     create_table_artifact(table=[dict(row) for row in rows], key=key, description=description)
+
+
+class LiveTable:
+    """One table artifact that follows the work, written anew at most every few seconds."""
+
+    def __init__(self, key: str, description: str):
+        self._key, self._description = key, description
+        self._id: Any = None
+        self._shown: list[dict[str, Any]] = []
+        self._shown_at = 0.0
+
+    def show(self, rows: Sequence[Mapping[str, Any]], *, at_once: bool = False) -> None:
+        """Show these rows, now or with a later call; unchanged ones cost nothing."""
+        table = [dict(row) for row in rows]
+        if table == self._shown or not (at_once or time.monotonic() - self._shown_at > UPDATE_SECONDS):
+            return
+        self._shown, self._shown_at = table, time.monotonic()
+        if self._id is None:
+            self._id = create_table_artifact(table=table, key=self._key, description=self._description)
+            return
+        with get_client(sync_client=True) as client:
+            client.update_artifact(self._id, ArtifactUpdate(data=json.dumps(table)))
 
 
 def show_text(key: str, markdown: str) -> None:

@@ -1,0 +1,387 @@
+"""A Prefect server of this checkout's own, with work pools, deployments, automations and workers: `make up`.
+
+    python -m deployments.local up | schedule | down
+
+Everything lies in `.prefect/up` of the checkout and in `prefect.toml`, which tells a plain shell in the checkout where
+the server is. A server that somebody else runs is never used, and the user's own Prefect is never touched.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST_PORT, PORTS = 4200, 100
+START_SECONDS = 600
+END_SECONDS = 15
+CPU_SHARD_WORKERS = 2
+MARK = "HGDPO_LOCAL_PREFECT"
+"""Set in everything that `up` starts, and so in all that those start: `down` finds them by it."""
+TOML_MARK = "# Written by `make up`; `make down` removes it."
+
+
+class LocalError(Exception):
+    """Something stands in the way; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A work pool and the workers that `up` starts for it."""
+
+    name: str
+    limit: int | None
+    """Runs at once over all workers; None: as many as there are workers."""
+    workers: int
+    worker_limit: int | None
+
+
+@dataclass(frozen=True)
+class Local:
+    """Where one local server keeps its things, and what it consists of."""
+
+    home: Path = ROOT / ".prefect" / "up"
+    toml: Path = ROOT / "prefect.toml"
+    deployments: Path = ROOT / "deployments" / "prefect.yaml"
+    first_port: int = FIRST_PORT
+    shard_workers: int | None = None
+    """Default: one a GPU; two where there is none."""
+    silent_seconds: float | None = None
+    pending_seconds: float | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def record(self) -> Path:
+        return self.home / "local.json"
+
+    @property
+    def url(self) -> str:
+        """The API of the server that runs; LocalError when none does."""
+        try:
+            return json.loads(self.record.read_text())["url"]
+        except (OSError, ValueError, KeyError):
+            raise LocalError("no local Prefect server is up: run `make up`") from None
+
+
+# -- up
+
+
+def up(local: Local) -> str:
+    """Start what is not running yet; returns the address of the UI."""
+    _refuse_foreign_toml(local)
+    local.home.mkdir(parents=True, exist_ok=True)
+    if not _is_up(local):
+        down(local)  # what a crash or a reboot may have left
+        _start_server(local)
+    environment = _environment(local, local.url)
+    _run_inside(["up-inside"], local, environment)
+    print("Deploying", flush=True)
+    _call([sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(local.deployments)],
+          environment, local.home / "deploy.log")
+    _start_workers(local, environment)
+    local.toml.write_text(f'{TOML_MARK}\n[api]\nurl = "{local.url}"\n')
+    return local.url.removesuffix("/api")
+
+
+def _is_up(local: Local) -> bool:
+    """Whether our own server, and not another on its port, answers."""
+    try:
+        url = local.url
+    except LocalError:
+        return False
+    servers = [p for p in _ours(local) if "server" in _command(p) and "start" in _command(p)]
+    return bool(servers) and _healthy(url)
+
+
+def _start_server(local: Local) -> None:
+    for port in range(local.first_port, local.first_port + PORTS):
+        if not _is_free(port):
+            continue
+        print(f"Starting a Prefect server on port {port}", flush=True)
+        url = f"http://127.0.0.1:{port}/api"
+        server = _spawn([sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port",
+                         str(port)], _environment(local, url), local.home / "server.log")
+        if _await_health(url, server):
+            local.record.write_text(json.dumps({"url": url}))
+            return
+        if _is_free(port):  # it was not the port that somebody took meanwhile
+            raise LocalError(f"the Prefect server did not start: {_last_line(local.home / 'server.log')} "
+                             f"({local.home / 'server.log'})")
+    raise LocalError(f"no free port from {local.first_port} to {local.first_port + PORTS - 1}")
+
+
+def _await_health(url: str, server: subprocess.Popen[bytes]) -> bool:
+    ends = time.monotonic() + START_SECONDS
+    while time.monotonic() < ends:
+        if server.poll() is not None:
+            return False
+        if _healthy(url):
+            return server.poll() is None  # a healthy stranger beside our dead one is not ours
+        time.sleep(0.3)
+    server.kill()
+    return False
+
+
+def _start_workers(local: Local, environment: dict[str, str]) -> None:
+    running = {command[command.index("--name") + 1] for command in map(_command, _ours(local)) if "--name" in command}
+    gpus = _gpus()
+    host = socket.gethostname()
+    for pool in _pools(local, gpus):
+        for number in range(pool.workers):
+            name = f"{pool.name}-{number}@{host}"
+            if name in running:
+                continue
+            own = dict(environment)
+            if pool.name == "hgdpo-gpu" and gpus:
+                own["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+            elif pool.name == "hgdpo-gpu":  # else they would take the cores from each other
+                own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // pool.workers)))
+            limit = ["--limit", str(pool.worker_limit)] if pool.worker_limit else []
+            _spawn([sys.executable, "-m", "prefect", "worker", "start", "--pool", pool.name, "--type", "process",
+                    "--name", name, *limit], own, local.home / f"worker-{pool.name}-{number}.log")
+            print(f"Started worker {name}", flush=True)
+
+
+def _pools(local: Local, gpus: Sequence[str]) -> list[Pool]:
+    shard_workers = local.shard_workers or len(gpus) or CPU_SHARD_WORKERS
+    return [Pool("hgdpo-cpu", None, 1, None), Pool("hgdpo-gpu", None, shard_workers, 1),
+            Pool("hgdpo-train", 1, 1, 1)]
+
+
+def _gpus() -> list[str]:
+    """The CUDA devices this shell may use, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name for name in chosen.split(",") if name.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], text=True,
+                            capture_output=True)
+    return listed.stdout.split() if listed.returncode == 0 else []
+
+
+# -- inside: with Prefect's settings pointing at our server, in a process of its own
+
+
+def _up_inside(local: Local) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+
+    from deployments.automations import PENDING_SECONDS, SILENT_SECONDS, automations, ship
+
+    with get_client(sync_client=True) as client:
+        for pool in _pools(local, _gpus()):
+            try:
+                client.create_work_pool(WorkPoolCreate(name=pool.name, type="process", concurrency_limit=pool.limit))
+            except ObjectAlreadyExists:
+                continue
+    ship(automations(local.silent_seconds or SILENT_SECONDS, local.pending_seconds or PENDING_SECONDS))
+
+
+def _schedule_inside(local: Local) -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        nightly = client.read_deployment_by_name("hgdpo-rescore/nightly")
+        for schedule in nightly.schedules:
+            client.update_deployment_schedule(nightly.id, schedule.id, active=True)
+            print(f"hgdpo-rescore/nightly runs by {schedule.schedule.model_dump_json(exclude_none=True)}")
+
+
+def _end_runs_inside(local: Local) -> None:
+    """Say of every run that was live what became of it, so that a later `up` shows its Retry and starts nothing."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Cancelled, Crashed
+
+    with get_client(sync_client=True) as client:
+        live = FlowRunFilter.model_validate({"state": {"type": {"any_": [
+            StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]}}})
+        while runs := [run for run in client.read_flow_runs(flow_run_filter=live, limit=100) if not run.auto_scheduled]:
+            for run in runs:
+                waits = run.state is not None and run.state.type in (StateType.SCHEDULED, StateType.CANCELLING)
+                message = "Ended by `make down`; finished shards are kept, Retry goes on."
+                client.set_flow_run_state(run.id, (Cancelled if waits else Crashed)(message=message), force=True)
+
+
+INSIDE = {"up-inside": _up_inside, "schedule-inside": _schedule_inside, "end-runs-inside": _end_runs_inside}
+
+
+# -- schedule, down
+
+
+def schedule(local: Local) -> None:
+    """Turn the nightly run on."""
+    _run_inside(["schedule-inside"], local, _environment(local, local.url), quiet=False)
+
+
+def down(local: Local) -> int:
+    """End everything that `up` started, the runs at work included; returns how many processes that were."""
+    processes = _ours(local)
+    server = [p for p in processes if "server" in _command(p) and "start" in _command(p)]
+    others = [p for p in processes if p not in server]
+    _end(others)
+    if server and others and _is_up(local):
+        _run_inside(["end-runs-inside"], local, _environment(local, local.url))
+    _end(_ours(local))
+    if local.toml.exists() and _is_ours(local.toml):
+        local.toml.unlink()
+    local.record.unlink(missing_ok=True)
+    return len(processes)
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        _signal(process, "terminate")
+    _, alive = psutil.wait_procs(processes, timeout=END_SECONDS)
+    for process in alive:
+        _signal(process, "kill")
+    psutil.wait_procs(alive, timeout=END_SECONDS)
+
+
+def _signal(process: psutil.Process, how: str) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        getattr(process, how)()
+
+
+# -- below
+
+
+def _environment(local: Local, url: str) -> dict[str, str]:
+    """The shell's environment without its Prefect, pointing at our server; AWS and CUDA variables pass through."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return kept | {
+        "PREFECT_HOME": str(local.home), "PREFECT_PROFILES_PATH": str(local.home / "profiles.toml"),
+        "PREFECT_API_URL": url, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
+        "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is near, and small runs would mostly wait
+        # SQLite refuses a write that waits longer for another one: on a busy machine the usual 5 s are soon over.
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60", "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"), MARK: str(local.home)} | local.environment
+
+
+def _ours(local: Local) -> list[psutil.Process]:
+    """Every process that `up` started, directly or not; never this one or those it was started by."""
+    mine = {process.pid for process in psutil.Process().parents()} | {os.getpid()}
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid not in mine and process.environ().get(MARK) == str(local.home):
+                found.append(process)
+        except (psutil.Error, OSError):  # another user's, or already gone
+            continue
+    return found
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _spawn(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
+                                stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def _call(command: list[str], environment: dict[str, str], log: Path) -> None:
+    with log.open("wb") as output:
+        done = subprocess.run(command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
+                              stderr=subprocess.STDOUT)
+    if done.returncode != 0:
+        raise LocalError(f"{' '.join(command[2:5])} failed: {_last_line(log)} ({log})")
+
+
+def _run_inside(what: list[str], local: Local, environment: dict[str, str], *, quiet: bool = True) -> None:
+    options = ["--home", str(local.home)]
+    for name in ("shard_workers", "silent_seconds", "pending_seconds"):
+        value = getattr(local, name)
+        options += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
+    command = [sys.executable, "-m", "deployments.local", *what, *options]
+    if quiet:
+        _call(command, environment, local.home / f"{what[0]}.log")
+    elif subprocess.run(command, env=environment, cwd=ROOT).returncode != 0:
+        raise LocalError(f"{what[0]} failed")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it printed nothing"
+
+
+def _refuse_foreign_toml(local: Local) -> None:
+    if local.toml.exists() and not _is_ours(local.toml):
+        raise LocalError(f"{local.toml} was not written by `make up`: move it away, it would be overwritten")
+
+
+def _is_ours(toml: Path) -> bool:
+    return toml.read_text(errors="replace").startswith(TOML_MARK)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return answer.read() == b"true"
+    except (OSError, urllib.error.URLError, ValueError):
+        return False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.local", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("command", choices=["up", "schedule", "down", *INSIDE])
+    parser.add_argument("--home", type=Path, default=Local.home, help=argparse.SUPPRESS)
+    parser.add_argument("--shard-workers", type=int, help="workers for shards; default: one a GPU, else two")
+    parser.add_argument("--silent-seconds", type=float, help="no heartbeat for so long: Crashed; default 600")
+    parser.add_argument("--pending-seconds", type=float, help="Pending for so long: Crashed; default 600")
+    options = parser.parse_args(arguments)
+    local = Local(home=options.home, shard_workers=options.shard_workers, silent_seconds=options.silent_seconds,
+                  pending_seconds=options.pending_seconds)
+    try:
+        if options.command in INSIDE:
+            INSIDE[options.command](local)
+        elif options.command == "up":
+            _tell(up(local))
+        elif options.command == "schedule":
+            schedule(local)
+        else:
+            print(f"Ended {down(local)} processes")
+    except LocalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _tell(ui: str) -> None:
+    print(f"\nPrefect UI: {ui}\n`make schedule` turns the nightly re-scoring on, `make down` ends all of it.")
+    print("Start a run on the workers with this line:\n")
+    print("    source .venv/bin/activate && prefect deployment run hgdpo/full\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""Work as flow runs of its own: started one after another, awaited together, started again where work is missing."""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterIdempotencyKey,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_logger, get_run_logger
+from prefect.states import AwaitingRetry, Cancelled, Cancelling
+from prefect.utilities.urls import url_for
+
+from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError
+from hgdpo_core.progress import ShouldStop
+
+LIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
+PAGE = 100  # runs a request; the server's limit is 200
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 5.0
+NAMED_FAILURES = 5
+PATIENCE_SECONDS = 300.0
+
+T = TypeVar("T")
+
+
+class ShardRunsError(HGDPOError):
+    """Some shard runs failed; the message names them and says how to go on. Finished shards are kept."""
+
+
+@dataclass
+class Job:
+    """One piece of work for a flow run of its own."""
+
+    name: str
+    deployment: str
+    request: dict[str, Any]
+    tags: list[str]
+    tag: str
+    """Carried by every run of this piece, whoever started it."""
+    key: str
+    """The idempotency key: the same attempt of the same parent never starts it twice."""
+    is_done: Callable[[], bool]
+    run: FlowRun | None = None
+    done: bool = False
+    starts: int = field(default=0, repr=False)
+    """How often this attempt of the parent started it."""
+    judged: UUID | None = field(default=None, repr=False)
+    """The final state that was looked into."""
+
+    @property
+    def live(self) -> bool:
+        return not self.done and (self.run is None or self.run.state is None or not self.run.state.is_final())
+
+    @property
+    def failed(self) -> bool:
+        return not self.done and not self.live
+
+    def row(self) -> dict[str, Any]:
+        """The job as a table shows it."""
+        run = self.run
+        return {"run": f"[{self.name}]({_url(run)})" if run else self.name,
+                "state": run.state.name if run and run.state else "not started",
+                "work": "done" if self.done else "missing",
+                "seconds": round(run.total_run_time.total_seconds(), 1) if run else 0.0,
+                "attempts": run.run_count if run else 0}
+
+
+OnChange = Callable[[Sequence[Job]], None]
+
+
+def run_jobs(jobs: Sequence[Job], *, max_failed: int, should_stop: ShouldStop, on_change: OnChange) -> None:
+    """Returns when the work of every job is there.
+
+    A run's Completed is not believed: its work is looked at. All runs end before this fails with ShardRunsError; once
+    more than `max_failed` have failed, no further one starts. A failed run that somebody retries meanwhile counts as
+    live again. StoppedError after `should_stop`.
+    """
+    with get_client(sync_client=True) as client:
+        _patiently(lambda: _require_deployments(client, jobs))
+        _patiently(lambda: _attach(client, jobs))
+        for job in jobs:
+            if should_stop():
+                raise StoppedError("stopped while starting shard runs; those that run go on")
+            if job.run is None:
+                _patiently(functools.partial(_start, client, job))
+        _await_all(client, jobs, max_failed, should_stop, on_change)
+    failed = [job for job in jobs if job.failed]
+    if failed:
+        raise ShardRunsError(_explain(failed, len(jobs)))
+
+
+def cancel_children(parent_id: UUID) -> int:
+    """Cancel every live run that a run started; returns how many. Runs that wait never start."""
+    with get_client(sync_client=True) as client:
+        runs = _patiently(lambda: _read_all(client, FlowRunFilter(
+            parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[parent_id]), state=_of_types(LIVE))))
+        for run in runs:
+            state = Cancelling(message="The run that started it was cancelled.")
+            _patiently(functools.partial(client.set_flow_run_state, run.id, state))
+    return len(runs)
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """A busy SQLite answers 503 and a server that restarts not at all: ask again for some minutes."""
+    ends, pause = time.monotonic() + PATIENCE_SECONDS, 1.0
+    while True:
+        try:
+            return ask()
+        except httpx.HTTPError as error:
+            refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+            if refused or time.monotonic() > ends:
+                raise
+            get_logger("hgdpo").warning("the Prefect server does not answer (%s): asking again", type(error).__name__)
+        time.sleep(pause)
+        pause = min(2 * pause, 15.0)
+
+
+# -- starting
+
+
+def _require_deployments(client: SyncPrefectClient, jobs: Sequence[Job]) -> None:
+    for name in sorted({job.deployment for job in jobs}):
+        try:
+            client.read_deployment_by_name(name)
+        except ObjectNotFound:
+            raise ConfigError(f"the Prefect server {client.api_url} has no deployment {name}: run `make up` on this "
+                              "machine, or `prefect deploy --all --prefect-file deployments/prefect.yaml` for a server "
+                              "elsewhere; or choose shard_runner in_process") from None
+
+
+def _attach(client: SyncPrefectClient, jobs: Sequence[Job]) -> None:
+    """Find live runs of the same work, whoever started them, then this parent's own from an earlier attempt."""
+    waiting = [job for job in jobs if job.run is None]
+    by_tag = _read_by(client, waiting, lambda part: FlowRunFilter(
+        tags=FlowRunFilterTags(any_=[job.tag for job in part]), state=_of_types(LIVE)))
+    by_key = _read_by(client, waiting, lambda part: FlowRunFilter(
+        idempotency_key=FlowRunFilterIdempotencyKey(any_=[job.key for job in part])))
+    own = {run.idempotency_key: run for run in by_key}
+    for job in waiting:
+        # The tag says which range, the request says all of it: another parent may cut its ranges elsewhere.
+        same = [run for run in by_tag if job.tag in run.tags and run.parameters.get("request") == job.request]
+        job.run = same[0] if same else own.get(job.key)
+        if job.run is not None:
+            get_run_logger().info("%s: found run %s, %s", job.name, job.run.name,
+                                  job.run.state.name if job.run.state else "new")
+        if job.run is not None and job.run.state is not None and job.run.state.is_final():
+            _start(client, job)
+
+
+def _start(client: SyncPrefectClient, job: Job) -> None:
+    """A new run, or the earlier one of the same key once more: Prefect would hand that one back as it ended."""
+    if job.run is not None:
+        client.set_flow_run_state(job.run.id, AwaitingRetry(message="Started again by its parent: work is missing."))
+        job.starts += 1
+        job.run = client.read_flow_run(job.run.id)
+        return
+    job.run = run_deployment(  # pyright: ignore[reportAttributeAccessIssue]: no coroutine outside an event loop
+        job.deployment, parameters={"request": job.request}, flow_run_name=job.name, tags=[*job.tags, job.tag],
+        idempotency_key=job.key, timeout=0)
+    job.starts += 1
+
+
+# -- waiting
+
+
+def _await_all(client: SyncPrefectClient, jobs: Sequence[Job], max_failed: int, should_stop: ShouldStop,
+               on_change: OnChange) -> None:
+    pause, before = FIRST_PAUSE_SECONDS, None
+    while any(job.live for job in jobs):
+        if should_stop():
+            raise StoppedError("stopped while waiting for shard runs")
+        time.sleep(pause)
+        try:
+            _look(client, jobs)
+            if sum(job.failed for job in jobs) > max_failed:
+                _start_no_more(client, jobs)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500:
+                raise
+        except httpx.HTTPError:
+            pass  # the runs do not need the server to work on; nor is there a limit to how long it may be away
+        states = [(job.done, job.run.state.name if job.run and job.run.state else None) for job in jobs]
+        pause = FIRST_PAUSE_SECONDS if states != before else min(pause * 1.5, LONGEST_PAUSE_SECONDS)
+        before = states
+        on_change(jobs)
+
+
+def _look(client: SyncPrefectClient, jobs: Sequence[Job]) -> None:
+    open_jobs = [job for job in jobs if not job.done and job.run is not None]
+    runs = {run.id: run for run in _read_by(client, open_jobs, lambda part: FlowRunFilter.model_validate(
+        {"id": {"any_": [job.run.id for job in part if job.run]}}))}
+    for job in open_jobs:
+        assert job.run is not None
+        job.run = runs.get(job.run.id, job.run)
+        state = job.run.state
+        if state is None or not state.is_final() or state.id == job.judged:
+            continue
+        job.done = job.is_done()
+        if not job.done:
+            _go_on_without(client, job)
+        job.judged = state.id
+
+
+def _go_on_without(client: SyncPrefectClient, job: Job) -> None:
+    """A run ended and its work is missing. What this attempt started and what failed is left to the user."""
+    assert job.run is not None and job.run.state is not None
+    if job.starts == 0:  # somebody else's, or left from an earlier attempt
+        job.run = None
+        _attach(client, [job])
+        if job.run is None:
+            _start(client, job)
+    elif job.starts == 1 and job.run.state.is_completed():
+        _start(client, job)
+
+
+def _start_no_more(client: SyncPrefectClient, jobs: Iterable[Job]) -> None:
+    for job in jobs:
+        if job.live and job.run is not None and job.run.state and job.run.state.type == StateType.SCHEDULED:
+            client.set_flow_run_state(job.run.id, Cancelled(message="Not started: too many others failed."))
+
+
+def _explain(failed: Sequence[Job], total: int) -> str:
+    def one(job: Job) -> str:
+        state = job.run.state if job.run else None
+        return f"{job.name!r} {state.name}: {(state.message or '').strip()[:200]}" if state else job.name
+
+    named = "; ".join(one(job) for job in failed[:NAMED_FAILURES])
+    more = f"; and {len(failed) - NAMED_FAILURES} more" if len(failed) > NAMED_FAILURES else ""
+    return (f"{len(failed)} of {total} shard runs failed ({named}{more}). Finished shards are kept: press Retry on "
+            f"this run, which starts the failed ones again, or on one of them alone: {_url(failed[0].run)}")
+
+
+# -- reading
+
+
+def _read_by(client: SyncPrefectClient, jobs: Sequence[Job],
+             make_filter: Callable[[Sequence[Job]], FlowRunFilter]) -> list[FlowRun]:
+    return [run for start in range(0, len(jobs), PAGE)
+            for run in _read_all(client, make_filter(jobs[start:start + PAGE]))]
+
+
+def _read_all(client: SyncPrefectClient, flow_run_filter: FlowRunFilter) -> list[FlowRun]:
+    found: list[FlowRun] = []
+    while True:
+        page = client.read_flow_runs(flow_run_filter=flow_run_filter, limit=PAGE, offset=len(found))
+        found += page
+        if len(page) < PAGE:
+            return found
+
+
+def _of_types(types: list[StateType]) -> FlowRunFilterState:
+    return FlowRunFilterState(type=FlowRunFilterStateType(any_=types))
+
+
+def _url(run: FlowRun | None) -> str:
+    return url_for("flow-run", run.id) or "" if run else ""

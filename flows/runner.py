@@ -1,0 +1,124 @@
+"""Where shards are made: in this process, or on workers as flow runs of the deployment `hgdpo-shard/shard`."""
+
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import WorkerStatus
+from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
+from prefect.runtime import deployment, flow_run
+
+from flows.children import Job, run_jobs
+from hgdpo_core.config import WorkersConfig, content_hash
+from hgdpo_core.errors import ConfigError
+from hgdpo_core.progress import Progress, ShouldStop, silent
+from hgdpo_core.runner import InProcess, Runner
+from hgdpo_core.storage import Store
+from hgdpo_core.train_request import TrainRequest, find_result
+from hgdpo_core.tuning import Tuned
+from hgdpo_core.work import ShardRequest, Work
+from tasks.ui import LiveTable
+
+ShardRunnerName = Literal["auto", "in_process", "deployment"]
+SHARD_DEPLOYMENT, TRAIN_DEPLOYMENT = "hgdpo-shard/shard", "hgdpo-train/train"
+SHARD_POOL = "hgdpo-gpu"
+COUNT_SECONDS = 15.0
+
+
+def choose_runner(name: ShardRunnerName, workers: WorkersConfig, store: Store, should_stop: ShouldStop) -> Runner:
+    """`auto` is the deployment when this run was started from one, else this process."""
+    if name == "in_process" or (name == "auto" and deployment.id is None):
+        return InProcess(should_stop)
+    return DeploymentRunner(workers, store, should_stop)
+
+
+class DeploymentRunner:
+    """Makes shards as flow runs on workers."""
+
+    def __init__(self, workers: WorkersConfig, store: Store, should_stop: ShouldStop):
+        self.workers, self._should_stop = workers, should_stop
+        self.share = store.local_path("") is None
+        refuse_far_workers(store)
+
+    def make(self, work: Work, progress: Progress) -> None:
+        """Cut the work into ranges, run each as a flow run, wait for all. ShardRunsError names those that failed."""
+        images = work.stage == "pool"
+        requests = work.cut(self.workers.pool_shards_per_run if images else self.workers.score_shards_per_run)
+        if not requests:
+            return
+        jobs = [_job(work, request) for request in requests]
+        get_run_logger().info("%s: %d missing shards of %s in %d shard runs", work.stage, len(work.missing),
+                              work.folder.key, len(jobs))
+        table = LiveTable(f"{work.stage}-shard-runs", f"Shard runs of {work.folder.key}")
+        counter = _Counter(work, progress)
+
+        def show(jobs: Sequence[Job]) -> None:
+            table.show([job.row() for job in jobs])
+            counter.count(final=not any(job.live for job in jobs))
+
+        run_jobs(jobs, max_failed=self.workers.max_failed_shards, should_stop=self._should_stop, on_change=show)
+        table.show([job.row() for job in jobs], at_once=True)
+
+    def train(self, request: TrainRequest, progress: Progress, encode_progress: Progress = silent) -> Tuned:
+        """Train as a flow run of `hgdpo-train/train`; its steps are shown by that run."""
+        found = find_result(request)
+        if found is not None:
+            return found
+        parameters = request.model_dump(mode="json")
+        # The id of the result would do, but SFT knows it only once the images are encoded.
+        work_id = f"{request.kind}-{content_hash(parameters)}"
+        name = f"{request.kind} {request.latents.split('/')[1]}"
+        job = Job(name=name, deployment=TRAIN_DEPLOYMENT, request=parameters, tags=[request.kind],
+                  tag=f"train:{work_id}", key=f"{flow_run.id}:{work_id}",
+                  is_done=lambda: find_result(request) is not None)
+        get_run_logger().info("%s: training as a flow run of %s", request.kind, TRAIN_DEPLOYMENT)
+        run_jobs([job], max_failed=0, should_stop=self._should_stop, on_change=lambda jobs: None)
+        progress(1, 1, "trainings")
+        tuned = find_result(request)
+        assert tuned is not None  # run_jobs saw it
+        return replace(tuned, found=False)
+
+
+def _job(work: Work, request: ShardRequest) -> Job:
+    parameters = request.model_dump(mode="json")
+    # The hash keeps a parent that was started again by newer code from getting its old runs back.
+    key = f"{flow_run.id}:{request.folder_id}:{request.indices[0]}:{content_hash(parameters, 8)}"
+    return Job(name=work.name(request), deployment=SHARD_DEPLOYMENT, request=parameters, tags=[request.stage],
+               tag=request.tag, key=key, is_done=lambda: not work.find_missing(request.indices))
+
+
+class _Counter:
+    """Progress of others, by counting manifests in the folder now and then."""
+
+    def __init__(self, work: Work, progress: Progress):
+        self._work, self._progress, self._counted_at = work, progress, 0.0
+
+    def count(self, *, final: bool) -> None:
+        if final or time.monotonic() - self._counted_at > COUNT_SECONDS:
+            self._counted_at = time.monotonic()
+            missing = self._work.missing
+            self._progress(len(missing & self._work.folder.listed()), len(missing), "shards")
+
+
+def refuse_far_workers(store: Store) -> None:
+    """ConfigError when the root is a folder of this machine and workers of other machines are online.
+
+    Workers say their machine in their name, `<anything>@<host>`, as `make up` and docs/OPERATIONS.md have it.
+    """
+    if store.local_path("") is None:
+        return
+    with get_client(sync_client=True) as client:
+        try:
+            workers = client.read_workers_for_work_pool(SHARD_POOL)
+        except ObjectNotFound:
+            return  # no pool, no workers: the missing deployment is reported when shards are needed
+    online = {worker.name.rpartition("@") for worker in workers if worker.status == WorkerStatus.ONLINE}
+    hosts = sorted({host for _, at, host in online if at} - {socket.gethostname()})
+    if hosts:
+        raise ConfigError(f"the root {store.root} is a folder of this machine ({socket.gethostname()}), but workers of "
+                          f"{', '.join(hosts)} are online and cannot see it: use a root that all of them reach, such "
+                          "as s3://bucket/folder")

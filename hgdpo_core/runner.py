@@ -1,0 +1,42 @@
+"""Who makes what is missing: this process, or workers elsewhere."""
+
+from typing import Protocol
+
+from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.train_request import TrainRequest, run_train
+from hgdpo_core.tuning import Tuned
+from hgdpo_core.work import Work, run_shards
+
+
+class Runner(Protocol):
+    """Makes what is missing of some work. StoppedError when it was asked to stop; what is finished is kept."""
+
+    share: bool
+    """Whether workers may be on other machines, so that models and images have to be in the store."""
+
+    def make(self, work: Work, progress: Progress) -> None:
+        """Returns when nothing of the work is missing any more."""
+        ...
+
+    def train(self, request: TrainRequest, progress: Progress, encode_progress: Progress = silent) -> Tuned:
+        """Train, or find what an earlier training gave."""
+        ...
+
+
+class InProcess:
+    """The runner that makes everything in this process."""
+
+    share = False
+
+    def __init__(self, should_stop: ShouldStop = never_stop):
+        self._should_stop = should_stop
+
+    def make(self, work: Work, progress: Progress = silent) -> None:
+        for request in work.cut():
+            run_shards(request, progress=progress, should_stop=self._should_stop)
+
+    def train(self, request: TrainRequest, progress: Progress = silent, encode_progress: Progress = silent) -> Tuned:
+        return run_train(request, progress=progress, encode_progress=encode_progress, should_stop=self._should_stop)
+
+
+IN_PROCESS = InProcess()

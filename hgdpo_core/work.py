@@ -1,0 +1,273 @@
+"""Work cut into ranges of shards, so that any process on any machine can make one: here or on a worker, the same code.
+
+Whoever plans offers the work: beside a folder's `config.json`, which says what it holds, `means.json` says by what
+means it is made (where the model lies, the batch size). A request names the folder and a range; `run_shards` reads
+the rest from the store.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from hgdpo_core import __version__
+from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, TargetConfig, content_hash
+from hgdpo_core.errors import ConfigError, ModelError, StorageError
+from hgdpo_core.generate import PoolPlan, generate_pool, open_pool
+from hgdpo_core.latents import cache_latents, missing_latents
+from hgdpo_core.models import Lora, Model, find_model
+from hgdpo_core.places import Place
+from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.score import missing_scores, score_pool
+from hgdpo_core.scorers import find_scorer
+from hgdpo_core.shards import FORMAT_VERSION, ShardFolder, ShardManifest
+from hgdpo_core.storage import Store
+
+Stage = Literal["pool", "score", "latents"]
+OnShard = Callable[[ShardManifest], None]
+MAX_SHARD_RUNS = 300  # a stage's shard runs; Prefect drops records in bursts of thousands
+NAME_CHARACTERS = 24
+
+
+class ShardRequest(BaseModel):
+    """A range of shards of one folder, for `run_shards`. Survives JSON: it is the parameter of a shard flow run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    root: str = Field(description="the object store, as an absolute URL")
+    folder: str = Field(description="key of the folder of shards, for example pools/n20-0123456789ab")
+    stage: Stage = Field(description="what the folder holds: images, scores or latents")
+    shards: str = Field(pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$", description='which shards, for example "0-6"')
+    code_version: str = Field(description="the code that planned this; other code refuses to run it")
+    format_version: int = Field(description="the format of the shards that were planned")
+
+    @field_validator("root")
+    @classmethod
+    def _is_absolute(cls, root: str) -> str:
+        if "://" not in root:
+            raise ValueError(f"the root {root!r} is relative: a worker elsewhere needs a URL such as s3://bucket/x")
+        return root
+
+    @property
+    def indices(self) -> list[int]:
+        """The shards' indices, ascending."""
+        return parse_range(self.shards)
+
+    @property
+    def folder_id(self) -> str:
+        """The folder's own name; it ends in the hash of its settings."""
+        return self.folder.rpartition("/")[2]
+
+    @property
+    def tag(self) -> str:
+        """What every run of this range carries, whoever started it."""
+        return f"shard:{self.folder_id}:{self.indices[0]}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The wanted shards of one folder that somebody offers, and which of them are not there."""
+
+    store: Store
+    folder: ShardFolder
+    stage: Stage
+    wanted: tuple[int, ...]
+    missing: frozenset[int]
+    prompts: dict[int, tuple[str, ...]]
+    """Prompts of a shard, for its run's name; a stage that does not know them leaves them out."""
+    find_missing: Callable[[Sequence[int]], list[int]]
+    """Which of some shards are not there now."""
+
+    def cut(self, shards_per_run: int | None = None) -> list[ShardRequest]:
+        """Ranges of up to so many shards that have something missing; one range for all without a number.
+
+        Ranges are cut from all wanted shards, so that a second attempt meets the ranges of the first. A range
+        grows where more than MAX_SHARD_RUNS would come out.
+        """
+        size = max(shards_per_run or len(self.wanted), -(-len(self.wanted) // MAX_SHARD_RUNS), 1)
+        ranges = (self.wanted[start:start + size] for start in range(0, len(self.wanted), size))
+        return [ShardRequest(root=self.store.root, folder=self.folder.key, stage=self.stage,
+                             shards=format_range(indices), code_version=code_version(), format_version=FORMAT_VERSION)
+                for indices in ranges if self.missing.intersection(indices)]
+
+    def name(self, request: ShardRequest) -> str:
+        """For people: the stage, the range, its first and its last prompt."""
+        known = [prompt for index in request.indices for prompt in self.prompts.get(index, ())]
+        ends = f": {_short(known[0])}" + (f" ... {_short(known[-1])}" if len(known) > 1 else "") if known else ""
+        return f"{request.stage} {request.shards}{ends}"
+
+
+# -- offering: what is wanted, what is missing, by what means
+
+
+def offer_pool(plan: PoolPlan, *, share: bool = False) -> Work:
+    """The images of a planned pool. With `share`, a model outside the store is copied there for the workers."""
+    store = plan.folder.store
+    means = {"batch_size": plan.pool.batch_size, **model_means(store, plan.model, share=share)}
+    _offer(store, plan.folder.key, means)
+    return Work(store, plan.folder, "pool", tuple(plan.indices), frozenset(shard.index for shard in plan.missing),
+                {shard.index: shard.prompts for shard in plan.shards}, plan.find_missing)
+
+
+def offer_scores(plan: PoolPlan, scores: ShardFolder, scorer: ScorerConfig, *, share: bool = False) -> Work:
+    """A scorer's scores of a planned pool's shards, all of which must be there."""
+    store, source = scores.store, scorer.source
+    local = Path(source).expanduser() if source not in (None, "figures") else None
+    place = Place.of(store, local, share=share) if local is not None and local.exists() else Place(source=source)
+    _offer(store, scores.key, {"scorer": scorer.model_dump(mode="json"), "place": place.model_dump()})
+    find_missing = functools.partial(missing_scores, plan.folder, scores)
+    return Work(store, scores, "score", tuple(plan.indices), frozenset(find_missing(plan.indices)),
+                {shard.index: shard.prompts for shard in plan.shards}, find_missing)
+
+
+def offer_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, indices: Sequence[int], *,
+                  share: bool = False) -> Work:
+    """Latents and text embeddings of a data set's shards."""
+    store = latents.store
+    _offer(store, latents.key, model_means(store, model, share=share))
+    find_missing = functools.partial(missing_latents, triplets, latents)
+    return Work(store, latents, "latents", tuple(indices), frozenset(find_missing(indices)), {}, find_missing)
+
+
+def model_means(store: Store, model: Model, *, share: bool) -> dict[str, Any]:
+    """Where the model and its LoRA lie, for `find_offered_model`."""
+    hub = model.hub_id is not None
+    place = Place(source=model.hub_id, revision=model.fingerprint) if hub else Place.of(store, model.path, share=share)
+    lora = Place.of(store, model.lora.path, share=share).model_dump() if model.lora else None
+    return {"model": place.model_dump(), "lora": lora}
+
+
+def _offer(store: Store, folder: str, means: dict[str, Any]) -> None:
+    """The newest means hold: an earlier offer may name a model that lies elsewhere by now."""
+    key = f"{folder}/means.json"
+    if not store.exists(key) or store.read_json(key) != means:
+        store.write_json(key, means)
+
+
+# -- running: the store and a request are all that is needed
+
+
+def run_shards(request: ShardRequest, *, progress: Progress = silent, should_stop: ShouldStop = never_stop,
+               on_shard: OnShard | None = None) -> int:
+    """Make what is missing of a range, commit each shard as it finishes, and return how many images or pairs that was.
+
+    `on_shard` is called with each manifest just committed. ConfigError when this code is not the one that planned the
+    range; ModelError when the model is not the one it was planned with; StoppedError after `should_stop`.
+    """
+    refuse_other_code(request.code_version, request.format_version)
+    store = Store(request.root)
+    folder = _Watched.open(store, request.folder)
+    folder.on_shard = on_shard
+    if not store.exists(f"{folder.key}/means.json"):
+        raise StorageError(f"{store.url(folder.key)} has no means.json, which says where its model lies: start the "
+                           "run that planned it again")
+    means = store.read_json(f"{folder.key}/means.json")
+    program = {"pool": _draw, "score": _score, "latents": _encode}[request.stage]
+    return program(folder, means, request.indices, progress, should_stop)
+
+
+class _Watched(ShardFolder):
+    """A folder that tells of each shard it commits."""
+
+    on_shard: OnShard | None = None
+
+    def commit(self, *args: Any, **settings: Any) -> ShardManifest:
+        manifest = super().commit(*args, **settings)
+        if self.on_shard is not None:
+            self.on_shard(manifest)
+        return manifest
+
+
+def _draw(folder: ShardFolder, means: dict[str, Any], indices: list[int], progress: Progress,
+          should_stop: ShouldStop) -> int:
+    config = folder.config
+    names = ("images_per_prompt", "seed", "image_format", "prompts_per_shard")
+    pool = PoolConfig(batch_size=means["batch_size"], **{name: config[name] for name in names})
+    model = find_offered_model(folder.store, config["model"], means)
+    plan = open_pool(folder, model, SamplerConfig.model_validate(config["sampler"]), pool, indices)
+    return generate_pool(plan, progress=progress, should_stop=should_stop)
+
+
+def _score(folder: ShardFolder, means: dict[str, Any], indices: list[int], progress: Progress,
+           should_stop: ShouldStop) -> int:
+    scorer = ScorerConfig.model_validate(means["scorer"])
+    place = Place.model_validate(means["place"])
+    if place != Place():
+        scorer = scorer.model_copy(update={"source": place.locate(folder.store)})
+    _refuse_other_model(f"scorer {scorer.name}", find_scorer(scorer.name, scorer.source), folder.config["fingerprint"])
+    pool = ShardFolder.open(folder.store, f"pools/{folder.config['pool_id']}")
+    return score_pool(folder.store, pool, folder, scorer, indices, progress=progress, should_stop=should_stop)
+
+
+def _encode(folder: ShardFolder, means: dict[str, Any], indices: list[int], progress: Progress,
+            should_stop: ShouldStop) -> int:
+    triplets = ShardFolder.open(folder.store, folder.config["triplets"])
+    model = find_offered_model(folder.store, folder.config, means)
+    return cache_latents(triplets, folder, model, indices, progress=progress, should_stop=should_stop)
+
+
+def find_offered_model(store: Store, wanted: Mapping[str, Any], means: Mapping[str, Any]) -> Model:
+    """The model of an identity (`Model.identity`) at its offered place; ModelError when it is another one by now."""
+    place = Place.model_validate(means["model"])
+    model = find_model(TargetConfig(
+        source=place.locate(store), revision=place.revision, dtype=wanted["dtype"], clip_skip=wanted["clip_skip"],
+        negative_prompt=wanted.get("negative_prompt", "")))
+    _refuse_other_model("target", model.fingerprint, wanted["fingerprint"])
+    if not wanted.get("lora"):
+        return model
+    model = model.with_lora(Path(Place.model_validate(means["lora"]).locate(store)), wanted["lora"]["weight"])
+    assert isinstance(model.lora, Lora)
+    _refuse_other_model("LoRA", model.lora.fingerprint, wanted["lora"]["fingerprint"])
+    return model
+
+
+def _refuse_other_model(what: str, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise ModelError(f"the {what} found here has fingerprint {found[:12]}, this work was planned with "
+                         f"{wanted[:12]}: put the same weights there, or start the run that planned it again")
+
+
+def refuse_other_code(code: str, shard_format: int) -> None:
+    """ConfigError, naming both, when a request was planned by other code or for other shards than these."""
+    for name, theirs, ours in (("code", code, code_version()), ("format", str(shard_format), str(FORMAT_VERSION))):
+        if theirs != ours:
+            raise ConfigError(f"this worker has {name} version {ours}, the run that planned this work has {theirs}: "
+                              "bring both to the same version, then retry the planning run; it starts new shard runs")
+
+
+@functools.cache
+def code_version() -> str:
+    """The package's version and a hash of its sources: two checkouts that differ in the method never share work."""
+    package = Path(__file__).parent
+    sources = {path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+               for path in package.rglob("*.py")}
+    return f"{__version__}+{content_hash(sources, 8)}"
+
+
+# -- ranges as people write them
+
+
+def format_range(indices: Iterable[int]) -> str:
+    """Ascending indices as text: 0, 1, 2 and 5 are "0-2,5"."""
+    runs = (list(group) for _, group in groupby(enumerate(sorted(indices)), lambda item: item[1] - item[0]))
+    return ",".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
+
+
+def parse_range(text: str) -> list[int]:
+    """The indices that `format_range` wrote, ascending."""
+    def parts() -> Iterator[int]:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            yield from range(int(first), int(last or first) + 1)
+
+    return sorted(set(parts()))
+
+
+def _short(prompt: str) -> str:
+    line = " ".join(prompt.split())
+    return line if len(line) <= NAME_CHARACTERS else line[:NAME_CHARACTERS - 1].rstrip() + "…"

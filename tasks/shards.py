@@ -1,0 +1,33 @@
+"""Make the missing shards of a range: what a shard flow run does."""
+
+from typing import Any
+
+from prefect import task
+from prefect.logging import get_run_logger
+
+from hgdpo_core.progress import ShouldStop
+from hgdpo_core.shards import ShardManifest
+from hgdpo_core.work import ShardRequest, run_shards
+from tasks.options import STAGE
+from tasks.ui import show_table, stage_progress
+
+
+@task(name="make shards", task_run_name="{request.stage} {request.shards}", **STAGE)
+def make_shards(request: ShardRequest, should_stop: ShouldStop) -> list[dict[str, Any]]:
+    """A row for each shard of the range that was made now; those that were there are left alone."""
+    logger = get_run_logger()
+    rows: list[dict[str, Any]] = []
+
+    def tell(manifest: ShardManifest) -> None:
+        rows.append({"shard": manifest.index, "rows": manifest.rows, "bytes": manifest.bytes,
+                     "seconds": round(manifest.seconds, 1), "device": manifest.device})
+        logger.info("Shard %d of %s: %d rows, %d bytes, %.1f s on %s", manifest.index, request.folder, manifest.rows,
+                    manifest.bytes, manifest.seconds, manifest.device)
+
+    with stage_progress(request.stage) as progress:
+        done = run_shards(request, progress=progress, should_stop=should_stop, on_shard=tell)
+    logger.info("%s %s of %s: %d of %d shards made now, %d %s", request.stage, request.shards, request.folder,
+                len(rows), len(request.indices), done, "pairs" if request.stage == "latents" else "images")
+    if rows:
+        show_table("shards", rows, f"{request.folder}: shards made by this run")
+    return rows

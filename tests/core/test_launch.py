@@ -1,0 +1,71 @@
+"""Training over several processes: two on a CPU take the place of two GPUs."""
+
+import json
+
+import pytest
+
+from hgdpo_core import launch
+from hgdpo_core.config import SftConfig, TargetConfig
+from hgdpo_core.errors import ConfigError, StoppedError
+from hgdpo_core.figures.dataset import write_image_folder
+from hgdpo_core.launch import main, run_train_everywhere
+from hgdpo_core.models import find_model
+from hgdpo_core.sft_images import read_image_set
+from hgdpo_core.storage import Store
+from hgdpo_core.train_request import TrainRequest, find_result
+
+SFT = SftConfig(max_steps=2, batch_size=1, learning_rate=1e-4, optimizer="adamw", mixed_precision="no")
+
+
+@pytest.fixture
+def request_(tmp_path, target_folder):
+    write_image_folder(tmp_path / "images", 4, seed=0)
+    model = find_model(TargetConfig(source=str(target_folder), dtype="float32"))
+    images = read_image_set(str(tmp_path / "images"))
+    return TrainRequest.for_sft(Store(str(tmp_path / "root")), images, model, (32, 32), SFT)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model_and_the_first_one_writes_it(request_, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    told = []
+    tuned = run_train_everywhere(request_, processes=2, progress=lambda *at: told.append(at))
+    assert told[-1] == (2, 2, "steps") and [row["step"] for row in tuned.log] == [1, 2]
+    store = Store(request_.root)
+    complete = store.read_json(f"models/{tuned.model_id}/checkpoints/step-2/complete.json")
+    assert complete["step"] == 2
+    assert run_train_everywhere(request_, processes=2).found
+
+
+@pytest.mark.slow
+def test_several_processes_stop_together_with_a_checkpoint(request_, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    long = request_.model_copy(update={"config": SFT.model_copy(update={"max_steps": 100_000}).model_dump(mode="json")})
+    told = []
+    with pytest.raises(StoppedError, match="asked to stop after step"):
+        run_train_everywhere(long, processes=2, progress=lambda *at: told.append(at), should_stop=lambda: bool(told))
+    assert find_result(long) is None
+
+
+def test_one_process_trains_here(request_, monkeypatch):
+    monkeypatch.setattr(launch, "_launch", None)
+    assert run_train_everywhere(request_).log[-1]["step"] == 2
+
+
+def test_a_process_tells_its_error_through_the_folder(request_, tmp_path):
+    folder = tmp_path / "exchange"
+    folder.mkdir()
+    (folder / "request.json").write_text(request_.model_copy(update={"code_version": "0.0.9"}).model_dump_json())
+    assert main(folder) == 1
+    error = json.loads((folder / "error.json").read_text())
+    assert error["kind"] == "ConfigError" and "0.0.9" in error["message"]
+    assert issubclass(getattr(launch.errors, error["kind"]), ConfigError)
+
+
+def test_a_process_that_is_asked_to_stop_does(request_, tmp_path):
+    folder = tmp_path / "exchange"
+    folder.mkdir()
+    (folder / "request.json").write_text(request_.model_dump_json())
+    (folder / "stop").touch()
+    assert main(folder) == 1
+    assert json.loads((folder / "error.json").read_text())["kind"] == "StoppedError"

@@ -1,0 +1,39 @@
+"""The shard flow with faults, for workers of the tests: files in a folder say what happens to which shard, once.
+
+A file `<what>-<image>` holds the first prompt of a shard; when that image of the shard is drawn, the file is removed
+and `raise` raises, `kill` kills the process with SIGKILL. `painted.log` gets the time and the first prompt of every
+shard begun.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.shard import hgdpo_shard
+from hgdpo_core import generate
+
+__all__ = ["hgdpo_shard"]
+
+FAULTS = Path(os.environ["HGDPO_TEST_FAULTS"])
+SECONDS_AN_IMAGE = float(os.environ.get("HGDPO_TEST_SLOW", "0"))
+draw = generate.Painter.paint
+
+
+def paint(self, prompts, *arguments) -> Iterator[dict]:
+    with (FAULTS / "painted.log").open("a") as log:
+        log.write(f"{time.time()} {prompts[0]}\n")
+    for number, row in enumerate(draw(self, prompts, *arguments)):
+        time.sleep(SECONDS_AN_IMAGE)
+        for what in ("raise", "kill"):
+            file = FAULTS / f"{what}-{number}"
+            if file.is_file() and file.read_text() == prompts[0]:
+                file.unlink()
+                if what == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise RuntimeError("a fault of the test")
+        yield row
+
+
+generate.Painter.paint = paint

@@ -1,0 +1,227 @@
+"""A real Prefect server with real workers on tiny models, and an S3 server beside it, for tests of orchestration."""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from deployments.local import ROOT, Local, down, up
+from hgdpo_core.config import RunConfig
+from hgdpo_core.evaluate import plan_evaluation
+from hgdpo_core.generate import PoolPlan, plan_pool
+from hgdpo_core.images import decode_image
+from hgdpo_core.latents import latent_folder
+from hgdpo_core.models import Model
+from hgdpo_core.run import open_run
+from hgdpo_core.runner import IN_PROCESS
+from hgdpo_core.score import score_folder
+from hgdpo_core.shards import ShardFolder
+from hgdpo_core.storage import Store
+from hgdpo_core.train_request import TrainRequest
+from hgdpo_core.triplets import build_triplets, triplet_folder
+from hgdpo_core.work import offer_latents, offer_pool, offer_scores
+
+PATIENCE_SECONDS = 1200  # other work may share the machine; nothing here measures time
+FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+LIVE = ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING"]
+
+
+@dataclass
+class Live:
+    """A server with workers that is up, and the folder that tells its shards their faults."""
+
+    local: Local
+    faults: Path
+
+    def __post_init__(self):
+        self.http = httpx.Client(base_url=self.local.url, timeout=120)
+
+    # -- the API, as the UI calls it
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        answer = patiently(lambda: self.http.post(path, json=body), lambda got: got.status_code < 500)
+        assert answer.status_code < 300, answer.text
+        return answer.json()
+
+    def start(self, deployment: str, parameters: dict[str, Any]) -> str:
+        """The id of a new run of a deployment."""
+        found = self.http.get(f"/deployments/name/{deployment}").json()
+        return self.post(f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})["id"]
+
+    def retry(self, run_id: str) -> None:
+        """What the UI's Retry button sends."""
+        state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
+        assert self.post(f"/flow_runs/{run_id}/set_state", {"state": state, "force": False})["status"] == "ACCEPT"
+
+    def cancel(self, run_id: str) -> None:
+        """What the UI's Cancel button sends."""
+        state = {"type": "CANCELLING", "message": "Set from the UI"}
+        self.post(f"/flow_runs/{run_id}/set_state", {"state": state, "force": False})
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        return patiently(lambda: self.http.get(f"/flow_runs/{run_id}"), lambda got: got.status_code == 200).json()
+
+    def runs(self, **wanted: Any) -> list[dict[str, Any]]:
+        """All runs that a filter of the API finds, oldest first."""
+        return self.post("/flow_runs/filter", {"flow_runs": wanted, "sort": "START_TIME_ASC", "limit": 200})
+
+    def children(self, parent: str, *tags: str) -> list[dict[str, Any]]:
+        more = {"tags": {"all_": list(tags)}} if tags else {}
+        return self.runs(parent_flow_run_id={"any_": [parent]}, **more)
+
+    # -- waiting
+
+    def until(self, what: str, true: Callable[[], Any]) -> Any:
+        ends = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < ends:
+            if value := true():
+                return value
+            time.sleep(0.3)
+        raise AssertionError(f"never came: {what}\n{self.told()}")
+
+    def await_final(self, run_id: str) -> dict[str, Any]:
+        return self.until(f"the end of {run_id}",
+                          lambda: (found := self.run(run_id))["state_type"] in FINAL and found)
+
+    def await_quiet(self, parent: str) -> list[dict[str, Any]]:
+        """The parent's children, once none of them is live."""
+        return self.until("the end of all children", lambda: (found := self.children(parent)) and all(
+            child["state_type"] in FINAL for child in found) and found)
+
+    def told(self) -> str:
+        """The end of every log, for a failed test."""
+        return "\n".join(f"== {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+                         for log in sorted(self.local.home.glob("worker*.log")))
+
+    # -- faults
+
+    def fault(self, what: str, image: int, prompt: str) -> None:
+        (self.faults / f"{what}-{image}").write_text(prompt)
+
+    def painted_at(self) -> list[tuple[float, str]]:
+        """When which shard was begun, by its first prompt, in order."""
+        log = self.faults / "painted.log"
+        lines = [line.partition(" ") for line in log.read_text().splitlines()] if log.exists() else []
+        return [(float(begun), prompt) for begun, _, prompt in lines]
+
+    def painted(self) -> list[str]:
+        """First prompts of the shards that were begun, in order."""
+        return [prompt for _, prompt in self.painted_at()]
+
+    def process_of(self, run_id: str) -> psutil.Process | None:
+        """The process that runs a flow, None when there is none (any more)."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if (process.environ().get("PREFECT__FLOW_RUN_ID") == run_id and process.is_running()
+                        and process.status() != psutil.STATUS_ZOMBIE):
+                    return process
+        return None
+
+
+@contextlib.contextmanager
+def live(folder: Path, environment: dict[str, str], **settings: Any) -> Iterator[Live]:
+    """A server, pools, deployments and workers below `folder`; all gone at the end."""
+    yaml = folder / "prefect.yaml"
+    shipped = (ROOT / "deployments" / "prefect.yaml").read_text()
+    yaml.write_text(shipped.replace("flows.shard:hgdpo_shard", "faulty_shard:hgdpo_shard"))
+    faults = folder / "faults"
+    faults.mkdir()
+    local = Local(home=folder / "prefect", toml=folder / "prefect.toml", deployments=yaml, first_port=42100,
+                  environment={"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1",
+                               "HGDPO_TEST_FAULTS": str(faults), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
+                               "PREFECT_WORKER_QUERY_SECONDS": "1", **environment}, **settings)
+    try:
+        up(local)
+        yield Live(local, faults)
+    finally:
+        down(local)
+
+
+@contextlib.contextmanager
+def s3() -> Iterator[dict[str, str]]:
+    """An S3 server on loopback with the bucket `bucket`; gives the environment that reaches it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    service = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    service.start()
+    host, port = service.get_host_and_port()
+    environment = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test",
+                   "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    try:
+        boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"], aws_access_key_id="test",
+                     aws_secret_access_key="test", region_name="us-east-1").create_bucket(Bucket="bucket")
+        yield environment
+    finally:
+        service.stop()
+
+
+# -- the same road without Prefect, to compare with
+
+
+def walk_undisturbed(parameters: dict[str, Any]) -> Store:
+    """The whole method in this process, without Prefect; returns its store."""
+    run = open_run("figures", parameters["root"], prompts=parameters["prompts"], target=parameters["target"],
+                   overrides=parameters["overrides"])
+    config, store, prompts = run.config, run.store, run.prompts.prompts
+    pool = plan_pool(store, run.target, config.sampler, config.pool, prompts)
+    scores = _draw_and_score(pool, config)
+    triplets = triplet_folder(store, pool.folder, scores, run.prompts.id, config.triplets)
+    build_triplets(pool.folder, scores, triplets, prompts, pool.indices, config.triplets)
+    latents = latent_folder(store, triplets, run.target, (config.sampler.width, config.sampler.height))
+    IN_PROCESS.make(offer_latents(triplets, latents, run.target, pool.indices))
+    tuned = IN_PROCESS.train(TrainRequest.for_dpo(store, run.target, triplets, latents, pool.indices, config.dpo))
+    for model in (run.target, run.target.with_lora(tuned.path, config.evaluation.lora_weight)):
+        _draw_and_score(_plan_evaluation(store, model, config, run.evaluation_prompts.prompts), config)
+    return store
+
+
+def _plan_evaluation(store: Store, model: Model, config: RunConfig, prompts: tuple[str, ...]) -> PoolPlan:
+    return plan_evaluation(store, model, config.sampler, config.pool, config.evaluation, prompts)
+
+
+def _draw_and_score(pool: PoolPlan, config: RunConfig) -> ShardFolder:
+    IN_PROCESS.make(offer_pool(pool))
+    scores = score_folder(pool.folder.store, pool.pool_id, config.scorer)
+    IN_PROCESS.make(offer_scores(pool, scores, config.scorer))
+    return scores
+
+
+def row_hashes(store: Store) -> dict[str, str]:
+    """Folder -> hash of all its decoded rows; images count by their pixels."""
+    folders = sorted({key.rpartition("/")[0] for key, _, _ in store.walk() if "/shard-" in key
+                      and key.endswith(".json")})
+    return {key: _hash_rows(ShardFolder.open(store, key)) for key in folders}
+
+
+def _hash_rows(folder: ShardFolder) -> str:
+    digest = hashlib.sha256()
+    for index in folder.manifests():
+        for row in folder.read(index).to_pylist():
+            for name in ("image", "jpg_0", "jpg_1"):
+                if name in row:
+                    row[name] = hashlib.sha256(decode_image(row[name]).tobytes()).hexdigest()
+            digest.update(json.dumps(row, sort_keys=True, default=lambda data: data.hex()).encode())
+    return digest.hexdigest()
+
+
+def patiently(ask: Callable[[], httpx.Response], good: Callable[[httpx.Response], bool]) -> httpx.Response:
+    """A busy or restarting server is asked again."""
+    ends = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            answer = ask()
+            if good(answer) or time.monotonic() > ends:
+                return answer
+        except httpx.HTTPError:
+            if time.monotonic() > ends:
+                raise
+        time.sleep(0.5)

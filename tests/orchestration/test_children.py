@@ -1,0 +1,233 @@
+"""The parent's side of shard runs: attach, start, wait, start again, fail with names. The server is a small fake."""
+
+import logging
+from datetime import timedelta
+from types import SimpleNamespace
+from uuid import uuid4
+
+import httpx
+import pytest
+from prefect.exceptions import ObjectNotFound
+from prefect.states import AwaitingRetry, Cancelled, Completed, Crashed, Failed, Pending, Running, Scheduled
+
+from flows import children
+from flows.children import Job, ShardRunsError, cancel_children, run_jobs
+from hgdpo_core.errors import ConfigError, StoppedError
+
+
+class Server:
+    """Flow runs that live through a script of states, one step at each poll."""
+
+    api_url = "http://fake/api"
+
+    def __init__(self):
+        self.runs, self.scripts, self.created, self.polls = {}, {}, [], 0
+        self.deployed, self.down, self.on_poll = True, 0, lambda: None
+        self.made = set()
+        """Names of jobs whose work is there."""
+
+    def add(self, name, *, state=None, key="", tags=(), request=None, script=(), count=1):
+        run = SimpleNamespace(id=uuid4(), name=name, state=state or Scheduled(), idempotency_key=key, tags=list(tags),
+                              parameters={"request": request}, run_count=count, total_run_time=timedelta(seconds=3))
+        self.runs[run.id], self.scripts[run.id] = run, list(script)
+        return run
+
+    def step(self, seconds):
+        self.polls += 1
+        assert self.polls < 100, "waits for ever"
+        self.on_poll()
+        for run in self.runs.values():
+            if self.scripts[run.id] and not run.state.is_final():
+                self.set(run, self.scripts[run.id].pop(0))
+
+    def set(self, run, state):
+        if callable(state):
+            state(run)
+        else:
+            run.state = state.model_copy(update={"id": uuid4()})
+            run.run_count += state.is_running()
+
+    # -- what flows.children calls
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def read_deployment_by_name(self, name):
+        if not self.deployed:
+            raise ObjectNotFound(RuntimeError("404"))
+
+    def read_flow_run(self, run_id):
+        return self.runs[run_id]
+
+    def read_flow_runs(self, *, flow_run_filter, limit, offset):
+        if self.down:
+            self.down -= 1
+            raise httpx.ConnectError("refused")
+        wanted = flow_run_filter
+        found = [run for run in self.runs.values()
+                 if (wanted.id is None or run.id in wanted.id.any_)
+                 and (wanted.tags is None or set(wanted.tags.any_) & set(run.tags))
+                 and (wanted.state is None or run.state.type in wanted.state.type.any_)
+                 and (wanted.idempotency_key is None or run.idempotency_key in wanted.idempotency_key.any_)
+                 and (wanted.parent_flow_run_id is None or "mine" in run.tags)]
+        return found[offset:offset + limit]
+
+    def set_flow_run_state(self, run_id, state):
+        self.set(self.runs[run_id], state)
+
+    def run_deployment(self, deployment, *, parameters, flow_run_name, tags, idempotency_key, timeout):
+        assert timeout == 0 and idempotency_key not in {run.idempotency_key for run in self.runs.values()}
+        self.created.append(flow_run_name)
+        return self.add(flow_run_name, key=idempotency_key, tags=tags, request=parameters["request"],
+                        script=self.fresh(flow_run_name), count=0)
+
+    def fresh(self, name):
+        return [Pending(), Running(), self.finish(name)]
+
+    def finish(self, name):
+        def end(run):
+            self.made.add(name)
+            self.set(run, Completed())
+        return end
+
+
+@pytest.fixture
+def server(monkeypatch):
+    fake = Server()
+    monkeypatch.setattr(children, "get_client", lambda sync_client: fake)
+    monkeypatch.setattr(children, "run_deployment", fake.run_deployment)
+    monkeypatch.setattr(children, "get_run_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr(children, "url_for", lambda kind, run_id: f"http://fake/{run_id}")
+    monkeypatch.setattr(children.time, "sleep", fake.step)
+    return fake
+
+
+def job(server, name):
+    return Job(name=name, deployment="hgdpo-shard/shard", request={"shards": name}, tags=["pool"],
+               tag=f"shard:pool-1:{name}", key=f"parent:{name}", is_done=lambda: name in server.made)
+
+
+def run(server, *names, max_failed=10, should_stop=lambda: False):
+    jobs = [job(server, name) for name in names]
+    run_jobs(jobs, max_failed=max_failed, should_stop=should_stop, on_change=lambda jobs: None)
+    return jobs
+
+
+def test_each_job_gets_one_run_and_its_work_is_awaited(server):
+    jobs = run(server, "0", "1")
+    assert server.created == ["0", "1"] and all(j.done for j in jobs)
+    row = jobs[0].row()
+    assert row["state"] == "Completed" and row["work"] == "done" and row["seconds"] == 3.0 and row["attempts"] == 1
+
+
+def test_a_live_run_of_the_same_work_is_joined_whoever_started_it(server):
+    server.add("theirs", state=Running(), tags=["shard:pool-1:0"], request={"shards": "0"}, key="other:0",
+               script=[server.finish("0")])
+    run(server, "0", "1")
+    assert server.created == ["1"]
+
+
+def test_a_live_run_of_another_range_with_the_same_first_shard_is_not(server):
+    server.add("theirs", state=Running(), tags=["shard:pool-1:0"], request={"shards": "0-9"}, key="other:0")
+    run(server, "0")
+    assert server.created == ["0"]
+
+
+@pytest.mark.parametrize("ended", [Failed(), Crashed(), Cancelled(), Completed()])
+def test_a_retried_parent_starts_its_own_ended_run_again_and_creates_none(server, ended):
+    own = server.add("0", state=ended, key="parent:0", script=server.fresh("0"))
+    run(server, "0")
+    assert server.created == [] and own.run_count == 2 and own.state.is_completed()
+
+
+def test_a_stranger_that_fails_is_replaced_by_a_run_of_our_own(server):
+    server.add("theirs", state=Running(), tags=["shard:pool-1:0"], request={"shards": "0"}, key="other:0",
+               script=[Failed()])
+    run(server, "0")
+    assert server.created == ["0"]
+
+
+def test_completed_is_not_believed(server):
+    server.fresh = lambda name: [Running(), Completed(), Running(), server.finish(name)]
+    jobs = run(server, "0")
+    assert server.created == ["0"] and jobs[0].row()["attempts"] == 2
+
+
+def test_a_run_that_completes_twice_without_its_work_is_a_failure(server):
+    server.fresh = lambda name: [Running(), Completed(), Running(), Completed()]
+    with pytest.raises(ShardRunsError, match="1 of 1 shard runs failed"):
+        run(server, "0")
+
+
+def test_all_end_before_the_failed_ones_are_named(server):
+    scripts = {"0": [Running(), Failed(message="ModelError: not finite")],
+               "1": [Running(), Running(), Running(), server.finish("1")]}
+    server.fresh = scripts.__getitem__
+    with pytest.raises(ShardRunsError) as error:
+        run(server, "0", "1")
+    message = str(error.value)
+    assert "1 of 2" in message and "'0' Failed: ModelError: not finite" in message and "press Retry" in message
+    assert f"http://fake/{next(iter(server.runs))}" in message and server.made == {"1"}
+
+
+def test_a_failure_whose_work_is_there_all_the_same_is_none(server):
+    def crash_after_the_commit(run):
+        server.made.add("0")
+        server.set(run, Crashed())
+
+    server.fresh = lambda name: [Running(), crash_after_the_commit]
+    run(server, "0")
+
+
+def test_a_run_that_somebody_retries_while_others_work_counts_as_live_again(server):
+    def retry():
+        failed = [r for r in server.runs.values() if r.state.is_failed()]
+        for r in failed:
+            server.scripts[r.id] = [Running(), server.finish("0")]
+            server.set(r, AwaitingRetry())
+
+    server.on_poll = lambda: retry() if server.polls == 4 else None
+    scripts = {"0": [Running(), Failed()], "1": [Running()] * 8 + [server.finish("1")]}
+    server.fresh = scripts.__getitem__
+    jobs = run(server, "0", "1")
+    assert all(j.done for j in jobs) and server.created == ["0", "1"]
+
+
+def test_after_too_many_failures_no_further_run_starts(server):
+    scripts = {"0": [Failed()], "1": [Failed()], "2": [Running(), Running(), server.finish("2")], "3": []}
+    server.fresh = scripts.__getitem__
+    with pytest.raises(ShardRunsError, match="3 of 4"):
+        run(server, "0", "1", "2", "3", max_failed=1)
+    states = {r.name: r.state.name for r in server.runs.values()}
+    assert states["3"] == "Cancelled" and states["2"] == "Completed"  # what runs is not disturbed
+
+
+def test_a_server_that_is_away_for_a_while_is_waited_for(server):
+    server.on_poll = lambda: setattr(server, "down", 2) if server.polls == 1 else None
+    run(server, "0")
+    assert server.made == {"0"}
+
+
+def test_a_stop_is_heeded_while_starting_and_while_waiting(server):
+    with pytest.raises(StoppedError, match="starting"):
+        run(server, "0", should_stop=lambda: True)
+    assert server.created == []
+    with pytest.raises(StoppedError, match="waiting"):
+        run(server, "0", should_stop=lambda: server.polls > 0)
+
+
+def test_a_server_without_the_deployment_is_told_in_one_line(server):
+    server.deployed = False
+    with pytest.raises(ConfigError, match=r"no deployment hgdpo-shard/shard: run `make up`"):
+        run(server, "0")
+
+
+def test_cancelling_children_touches_live_ones_only(server):
+    live = [server.add("a", state=Running(), tags=["mine"]), server.add("b", tags=["mine"])]
+    ended, other = server.add("c", state=Completed(), tags=["mine"]), server.add("d", state=Running())
+    assert cancel_children(uuid4()) == 2
+    assert [r.state.is_cancelling() for r in live] == [True, True]
+    assert ended.state.is_completed() and other.state.is_running()

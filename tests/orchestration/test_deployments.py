@@ -1,0 +1,121 @@
+"""What is deployed where, and the local server's manners."""
+
+import importlib
+import importlib.util
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.states import InfrastructurePending, Pending, Submitting
+
+from deployments import local
+from deployments.automations import PENDING_SECONDS, SILENT_SECONDS, automations
+from deployments.local import TOML_MARK, Local, LocalError
+from deployments.steps import enter_checkout
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+BY_NAME = {deployment["name"]: deployment for deployment in SHIPPED["deployments"]}
+FLOWS = {"full": "hgdpo", "shard": "hgdpo-shard", "train": "hgdpo-train", "nightly": "hgdpo-rescore",
+         "paper": "hgdpo-ablate", "evaluate": "hgdpo-evaluate"}
+
+
+def test_the_deployments_are_those_of_the_contract():
+    assert BY_NAME.keys() == FLOWS.keys()
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_an_entrypoint_is_a_module_with_the_flow(name):
+    module, _, function = BY_NAME[name]["entrypoint"].partition(":")
+    assert "/" not in module  # a file would break retries in other processes
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not written yet")
+    assert getattr(importlib.import_module(module), function).name == FLOWS[name]
+
+
+def test_parents_never_share_a_pool_with_their_children():
+    pools = {name: deployment["work_pool"]["name"] for name, deployment in BY_NAME.items()}
+    assert pools.pop("shard") == "hgdpo-gpu" and pools.pop("train") == "hgdpo-train"
+    assert set(pools.values()) == {"hgdpo-cpu"}
+    made = {pool.name: pool for pool in local._pools(Local(), [])}
+    assert made.keys() == {"hgdpo-cpu", "hgdpo-gpu", "hgdpo-train"}
+    assert made["hgdpo-gpu"].worker_limit == 1 and made["hgdpo-gpu"].workers == 2
+    assert made["hgdpo-train"].limit == 1
+    assert {pool.name: pool.workers for pool in local._pools(Local(), ["0", "1", "2"])}["hgdpo-gpu"] == 3
+
+
+def test_every_deployment_sends_heartbeats_often_enough_for_the_automations():
+    for deployment in BY_NAME.values():
+        seconds = int(deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        assert 10 * seconds <= SILENT_SECONDS
+    silent, pending = automations()
+    assert silent.trigger.within.total_seconds() == SILENT_SECONDS == 600 == PENDING_SECONDS
+    assert silent.trigger.after == {"prefect.flow-run.heartbeat"}
+    names = {Pending().name, Submitting().name, InfrastructurePending().name}  # all are of the type Pending
+    assert pending.trigger.after == {f"prefect.flow-run.{name}" for name in names}
+    assert {action.state.value for automation in (silent, pending) for action in automation.actions} == {"CRASHED"}
+
+
+def test_the_nightly_run_ships_paused_with_a_time_zone_and_never_twice():
+    schedule, = BY_NAME["nightly"]["schedules"]
+    assert schedule["active"] is False and schedule["timezone"] == "Europe/Berlin" and schedule["cron"]
+    assert BY_NAME["nightly"]["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+    assert BY_NAME["full"]["concurrency_limit"]["limit"] == 1
+
+
+def test_a_worker_enters_the_checkout_it_imports_from():
+    assert enter_checkout() == {"directory": str(ROOT)}
+
+
+# -- the local server
+
+
+def test_the_users_own_prefect_is_kept_out(monkeypatch, tmp_path):
+    for name in ("PREFECT_API_KEY", "PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_PROFILE"):
+        monkeypatch.setenv(name, "the user's")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "passes")
+    environment = local._environment(Local(home=tmp_path), "http://127.0.0.1:4321/api")
+    assert "the user's" not in environment.values() and environment["AWS_ACCESS_KEY_ID"] == "passes"
+    assert environment["PREFECT_HOME"] == str(tmp_path)
+    assert environment["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
+
+
+def test_a_prefect_toml_of_somebody_else_is_left_alone(tmp_path):
+    here = Local(home=tmp_path / "home", toml=tmp_path / "prefect.toml")
+    here.toml.write_text("[api]\nurl = 'http://mine'\n")
+    with pytest.raises(LocalError, match="not written by `make up`"):
+        local.up(here)
+    local.down(here)
+    assert "mine" in here.toml.read_text()
+
+
+def test_down_removes_what_an_interrupted_up_left(tmp_path):
+    here = Local(home=tmp_path, toml=tmp_path / "prefect.toml")
+    here.toml.write_text(f"{TOML_MARK}\n")
+    here.record.write_text('{"url": "http://127.0.0.1:9/api"}')
+    assert local.down(here) == 0
+    assert not here.toml.exists() and not here.record.exists()
+
+
+def test_schedule_without_a_server_says_what_to_do(tmp_path, capsys):
+    assert local.main(["schedule", "--home", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: no local Prefect server is up: run `make up`\n"
+
+
+def test_a_taken_port_is_seen():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert not local._is_free(taken.getsockname()[1])
+
+
+def test_gpus_are_those_the_shell_may_use(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert local._gpus() == ["2", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local._gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", os.devnull)
+    assert local._gpus() == []

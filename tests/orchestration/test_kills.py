@@ -1,0 +1,206 @@
+"""Kills at random points: whatever dies, the rows are those of an undisturbed run and no committed shard is made again.
+
+Slow: a run that lost its worker too is noticed by its missing heartbeats, which takes more than a minute each time.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from datetime import datetime
+
+import live
+import psutil
+import pytest
+import tiny
+
+from deployments import local
+from hgdpo_core.prompts import prompt_id
+from hgdpo_core.storage import Store
+
+pytestmark = pytest.mark.slow
+log = logging.getLogger(__name__)
+KILLS = int(os.environ.get("HGDPO_TEST_KILLS", "20"))
+SEED = int(os.environ.get("HGDPO_TEST_SEED", "0"))
+SILENT_SECONDS = 90  # Prefect's heartbeats come every 30 s at most
+PROMPTS = [f"a woman in a red top, number {i}" for i in range(24)]
+WHAT = ["shard", "worker", "both", "parent", "terminate worker", "cancel parent", "everything", "server"]
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kills")
+    environment = {"XDG_CACHE_HOME": str(folder / "cache"), "HGDPO_TEST_SLOW": "0.3"}
+    with live.live(folder, environment, silent_seconds=SILENT_SECONDS, pending_seconds=SILENT_SECONDS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def parameters(tmp_path_factory):
+    place = tmp_path_factory.mktemp("user")
+    (place / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(4)))
+    target, judge = tiny.save_target(place / "target"), tiny.save_judge(place / "judge")
+    scorer = {"name": "pickscore", "source": str(judge)}
+    return {"target": str(target), "prompts": str(place / "prompts.txt"), "overrides": {
+        "target.dtype": "float32", "scorer.source": str(judge), "evaluation.scorers": [scorer],
+        "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
+        "sampler.steps": 2, "pool.images_per_prompt": 4, "pool.prompts_per_shard": 1, "workers.max_failed_shards": 99,
+        "workers.pool_shards_per_run": 3, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2}}
+
+
+def worker_processes(workers, pool="hgdpo-gpu"):
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+            ours = process.environ().get("PREFECT_HOME") == str(workers.local.home)
+            if "worker" in command and pool in command and ours:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def kill(process, how=signal.SIGKILL):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(how)
+
+
+def strike(workers, what, parent, running, chance):
+    """Do it, and put back what a person would: the worker or the server, never the runs."""
+    process = workers.process_of(running["id"])
+    hit = chance.choice(worker_processes(workers))
+    if what in ("shard", "both", "everything") and process is not None:
+        kill(process)
+    if what in ("both", "everything"):  # whichever worker it was: both, and all that they run
+        for worker in worker_processes(workers):
+            for child in worker.children(recursive=True):
+                kill(child)
+            kill(worker)
+    if what == "worker":
+        kill(hit)
+    if what == "terminate worker":
+        kill(hit, signal.SIGTERM)
+        psutil.wait_procs([hit], timeout=live.PATIENCE_SECONDS)
+    if what in ("parent", "everything") and (found := workers.process_of(parent)) is not None:
+        kill(found)
+    if what == "cancel parent":
+        workers.cancel(parent)
+    if what == "server":
+        servers = [p for p in psutil.process_iter() if _is_server(p, workers)]
+        for server in servers:
+            kill(server)
+        psutil.wait_procs(servers, timeout=60)
+        time.sleep(SILENT_SECONDS + 10)  # longer than the window: live shards may be marked Crashed after it
+        restart_server(workers)
+    restart_workers(workers)
+
+
+def _is_server(process, workers):
+    try:
+        return (process.environ().get("PREFECT_HOME") == str(workers.local.home)
+                and {"server", "uvicorn"} & set(process.cmdline()) != set())
+    except (psutil.Error, OSError):
+        return False
+
+
+def restart_workers(workers):
+    """Those that are gone, with their old names."""
+    local._start_workers(workers.local, local._environment(workers.local, workers.local.url))
+
+
+def restart_server(workers):
+    """The same server on the same port and data, as after a reboot of its machine."""
+    port = workers.local.url.split(":")[2].split("/")[0]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    local._spawn(command, local._environment(workers.local, workers.local.url), workers.local.home / "server.log")
+    workers.until("the server again", lambda: local._healthy(workers.local.url))
+
+
+def committed(store):
+    return {key: store.read_json(key) for key, _, _ in store.walk("pools")
+            if key.endswith(".json") and "/shard-" in key}
+
+
+def test_random_kills_change_nothing(workers, parameters, tmp_path):
+    chance = random.Random(SEED)
+    wanted = live.row_hashes(live.walk_undisturbed(parameters | {"root": str(tmp_path / "undisturbed")}))
+    kills, rounds = 0, 0
+    while kills < KILLS:
+        rounds += 1
+        there = parameters | {"root": str(tmp_path / f"root-{rounds}")}
+        store = Store(there["root"])
+        parent = workers.start("hgdpo/full", there)
+        kills = kill_at_random(workers, parent, store, kills, chance)
+        finish(workers, parent)
+        assert_no_committed_shard_was_begun_again(workers, store)
+        assert live.row_hashes(store) == wanted
+        (workers.faults / "painted.log").unlink()
+
+
+def kill_at_random(workers, parent, store, kills, chance):
+    """Kill while the pool is made, until it is whole or enough was killed; returns the kills so far."""
+    seen = {}
+    while kills < KILLS and (running := a_running_shard(workers, parent)):
+        time.sleep(chance.uniform(0, 8))
+        seen = check_nothing_changed(store, seen)
+        what = WHAT[kills % len(WHAT)]
+        strike(workers, what, parent, running, chance)
+        kills += 1
+        log.info("kill %d: %s, after %d shards", kills, what, len(seen))
+        revive(workers, parent)
+    check_nothing_changed(store, seen)
+    return kills
+
+
+def a_running_shard(workers, parent):
+    """A shard run of the training pool that runs, None when the parent ended or went on to other stages."""
+    def look():
+        runs = workers.children(parent)
+        if workers.run(parent)["state_type"] in live.FINAL or any("score" in run["tags"] for run in runs):
+            return "none"
+        return next((run for run in runs if run["state_type"] == "RUNNING"), None)
+
+    found = workers.until("a running shard or the end of the pool", look)
+    return None if found == "none" else found
+
+
+def check_nothing_changed(store, seen):
+    now = committed(store)
+    assert all(now[key] == manifest for key, manifest in seen.items())
+    return now
+
+
+def assert_no_committed_shard_was_begun_again(workers, store):
+    """The first prompt of each shard is logged with the time at which it was begun."""
+    ends = {(key.split("/")[1][:2], manifest["details"]["prompt_ids"][0]):
+            datetime.fromisoformat(manifest["created_at"]).timestamp() for key, manifest in committed(store).items()}
+    for begun, prompt in workers.painted_at():
+        if prompt in PROMPTS:  # held-out prompts are drawn by two models
+            assert begun <= ends["n4", prompt_id(prompt)] + 1, f"{prompt!r} was made again"
+
+
+def revive(workers, parent):
+    """What a person does in the UI: wait until nothing is live that is dead, press Retry on a parent that ended."""
+    def settled():
+        state = workers.run(parent)["state_type"]
+        if state in live.FINAL:
+            return True
+        return any(c["state_type"] == "RUNNING" and workers.process_of(c["id"]) for c in workers.children(parent))
+
+    workers.until("a live shard or an ended parent", settled)
+    if workers.run(parent)["state_type"] in {"FAILED", "CRASHED", "CANCELLED"}:
+        workers.retry(parent)
+
+
+def finish(workers, parent):
+    for _ in range(5):
+        ended = workers.await_final(parent)
+        if ended["state_type"] == "COMPLETED":
+            return
+        workers.retry(parent)
+    raise AssertionError(f"the run does not complete: {ended['state']['message']}\n{workers.told()}")

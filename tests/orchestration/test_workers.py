@@ -1,0 +1,101 @@
+"""The whole road on a real server with real workers and an S3 server: faults, retries, the same rows."""
+
+import signal
+
+import live
+import pytest
+import tiny
+
+pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 to test against")
+
+PROMPTS = [f"a woman in a red top, number {i}" for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with live.s3() as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory, bucket):
+    folder = tmp_path_factory.mktemp("live")
+    environment = bucket | {"XDG_CACHE_HOME": str(folder / "cache"), "HGDPO_TEST_SLOW": "0.05"}
+    with live.live(folder, environment) as up:
+        yield up
+
+
+@pytest.fixture(scope="module")
+def parameters(tmp_path_factory):
+    place = tmp_path_factory.mktemp("user")
+    (place / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(4)))
+    target, judge = tiny.save_target(place / "target"), tiny.save_judge(place / "judge")
+    scorer = {"name": "pickscore", "source": str(judge)}
+    return {"target": str(target), "prompts": str(place / "prompts.txt"), "overrides": {
+        "target.dtype": "float32", "scorer.source": str(judge), "evaluation.scorers": [scorer],
+        "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
+        "sampler.steps": 2, "pool.images_per_prompt": 3, "pool.prompts_per_shard": 1,
+        "workers.pool_shards_per_run": 2, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2}}
+
+
+def manifests(store, stage):
+    """What every manifest of a stage says, to see that none was written twice."""
+    return {key: store.read_json(key) for key, _, _ in store.walk(stage) if key.endswith(".json") and "/shard-" in key}
+
+
+def test_failed_and_killed_shards_and_a_killed_parent_lead_to_the_same_rows(workers, parameters, bucket, monkeypatch,
+                                                                         tmp_path):
+    for name, value in bucket.items():
+        monkeypatch.setenv(name, value)
+    workers.fault("raise", 1, PROMPTS[1])  # the second shard of the first range fails, once
+    workers.fault("kill", 2, PROMPTS[2])  # the second range is killed in its first shard
+    there = parameters | {"root": "s3://bucket/people"}
+    parent = workers.start("hgdpo/full", there)
+
+    # The parent dies while its shards run; they do not need it.
+    workers.until("a running shard", lambda: any(c["state_type"] == "RUNNING" for c in workers.children(parent)))
+    workers.until("three shard runs", lambda: len(workers.children(parent, "pool")) == 3)
+    workers.process_of(parent).send_signal(signal.SIGKILL)
+    assert workers.await_final(parent)["state_type"] == "CRASHED"
+    ranges = {child["name"]: child for child in workers.await_quiet(parent)}
+    assert [child["state_type"] for _, child in sorted(ranges.items())] == ["FAILED", "CRASHED", "COMPLETED"]
+    first = f"pool 0-1: {PROMPTS[0][:23].rstrip()}…"
+    failed = next(child for name, child in ranges.items() if name.startswith(first))
+    assert "a fault of the test" in failed["state"]["message"]
+    assert f"shard:{failed['parameters']['request']['folder'].split('/')[1]}:0" in failed["tags"]
+
+    # Retry on the failed shard run makes only the shard that is missing in its range.
+    before = workers.painted()
+    assert sorted(before) == sorted([PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[4], PROMPTS[5]])
+    store = live.Store(there["root"])
+    committed = manifests(store, "pools")
+    workers.retry(failed["id"])
+    assert workers.await_final(failed["id"])["state_type"] == "COMPLETED"
+    assert workers.painted()[len(before):] == [PROMPTS[1]]
+
+    # Retry on the parent starts the killed range again and takes the road to its end.
+    workers.retry(parent)
+    ended = workers.await_final(parent)
+    assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.told()
+    pool_runs = workers.children(parent, "pool")
+    assert {child["state_type"] for child in pool_runs} == {"COMPLETED"}
+    assert sorted(child["run_count"] for child in pool_runs if "woman" in child["name"]) == [1, 2, 2]
+    assert sorted(workers.painted()[len(before) + 1:][:2]) == [PROMPTS[2], PROMPTS[3]]
+    after = manifests(store, "pools")
+    assert all(after[key] == manifest for key, manifest in committed.items())  # no committed shard is made again
+
+    undisturbed = live.walk_undisturbed(parameters | {"root": str(tmp_path / "undisturbed")})
+    assert live.row_hashes(store) == live.row_hashes(undisturbed)
+
+
+def test_a_cancelled_parent_takes_its_shard_runs_along(workers, parameters, tmp_path):
+    there = parameters | {"root": str(tmp_path / "root")}
+    there["overrides"] = there["overrides"] | {"pool.images_per_prompt": 200, "workers.pool_shards_per_run": 1}
+    parent = workers.start("hgdpo/full", there)
+    workers.until("a running shard", lambda: any(c["state_type"] == "RUNNING" for c in workers.children(parent)))
+    workers.cancel(parent)
+    assert workers.await_final(parent)["state_type"] == "CANCELLED"
+    children = workers.await_quiet(parent)
+    assert {child["state_type"] for child in children} == {"CANCELLED"} and len(children) >= 2
+    assert not [child for child in children if workers.process_of(child["id"])]
