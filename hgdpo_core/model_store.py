@@ -2,12 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hgdpo_core.errors import StorageError
 from hgdpo_core.fingerprints import fingerprint_path
 from hgdpo_core.storage import Store
+
+DOWNLOAD_TRIES = 3
 
 
 def publish_model(store: Store, model_id: str, folder: Path, record: dict[str, Any]) -> Path:
@@ -38,10 +40,7 @@ def fetch_model(store: Store, model_id: str) -> Path | None:
     folder = _cache() / f"{model_id}-{record['fingerprint'][:12]}"
     if not folder.is_dir():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        for name in _files(store, key):
-            target = partial / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(store.read_bytes(f"{key}/{name}"))
+        _download(store, key, partial, record["fingerprint"])
         try:
             partial.replace(folder)
         except OSError:
@@ -65,8 +64,13 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo" / "models"
 
 
-def _files(store: Store, key: str) -> Iterator[str]:
-    for path, _, _ in store.walk(key):
-        name = path.removeprefix(f"{key}/")
-        if not name.startswith("checkpoints/"):
-            yield name
+def _download(store: Store, key: str, folder: Path, fingerprint: str) -> None:
+    """Copy a model's files, without its checkpoints, until they are what its record says."""
+    for _ in range(DOWNLOAD_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)  # a killed download left it, or the network spoiled it
+        store.get_folder(key, folder, leave_out=f"{key}/checkpoints/")
+        if fingerprint_path(folder) == fingerprint:
+            return
+    shutil.rmtree(folder)
+    raise StorageError(f"the files of {store.url(key)} are not those its model.json was written for: delete the "
+                       "folder and run the stage that makes it again")

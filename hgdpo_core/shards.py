@@ -6,6 +6,7 @@ open only what a manifest names. A shard whose recorded inputs changed does not 
 ever stale.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -35,7 +36,9 @@ MANIFEST_NAME = re.compile(r"shard-(\d{5,})\.json")
 DATA_NAME = re.compile(r"shard-(\d{5,})-[0-9a-f]{12}\.parquet")
 
 _ROW_GROUP_BYTES = 64 * 2**20       # what a public trainer that streams the file holds at a time
+_SMALL_BYTES = 2**20                # read in one request
 _COMMIT_TRIES = 3
+_READ_TRIES = 4                     # the network may spoil what is whole in the store
 
 
 class _Record(BaseModel):
@@ -193,18 +196,25 @@ class ShardFolder:
         """
         manifest = manifest or self._require(index)
         key = f"{self.key}/{manifest.file}"
-        data = self.store.read_bytes(key)
-        if not _is_intact(data, manifest):
-            data = self.store.read_bytes(key)       # once more: the network may be broken, not the file
-        if not _is_intact(data, manifest):
-            raise self._quarantine(manifest)
-        return _from_parquet(pa.BufferReader(data), self.store.url(key), columns)
+        for _ in range(_READ_TRIES):
+            data = self.store.read_bytes(key)
+            if _is_intact(data, manifest):
+                return _from_parquet(pa.BufferReader(data), self.store.url(key), columns)
+        raise self._quarantine(manifest)
 
     def read_columns(self, index: int, columns: Sequence[str], *,
                      manifest: ShardManifest | None = None) -> pa.Table:
-        """Some columns, fetching only their bytes (small ones beside images). Does NOT verify the sha256."""
+        """Some columns, fetching only their bytes where the shard is large (small ones beside images).
+
+        Then the sha256 is NOT verified, only the checksums of the Parquet pages. StorageError for a broken file.
+        """
         manifest = manifest or self._require(index)
+        if manifest.bytes <= _SMALL_BYTES:
+            return self.read(index, columns, manifest=manifest)
         key = f"{self.key}/{manifest.file}"
+        for _ in range(_READ_TRIES - 1):
+            with contextlib.suppress(_BrokenParquetError), self.store.open(key) as file:
+                return _from_parquet(file, self.store.url(key), columns)
         with self.store.open(key) as file:
             return _from_parquet(file, self.store.url(key), columns)
 
@@ -257,6 +267,10 @@ class ShardFolder:
             return pq.ParquetFile(file).metadata.num_rows
 
 
+class _BrokenParquetError(StorageError):
+    """What was read is no Parquet, or not the pages that were written."""
+
+
 def write_table(store: Store, key: str, table: pa.Table) -> None:
     """One Parquet file outside any shard folder (prompts, plans); appears whole or not at all."""
     store.write_bytes(key, _to_parquet(table))
@@ -274,22 +288,24 @@ def _to_parquet(table: pa.Table) -> bytes:
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
     rows = max(1, table.num_rows * _ROW_GROUP_BYTES // max(1, table.nbytes))
     pq.write_table(table, sink, compression="zstd", compression_level=1, row_group_size=rows,
-                   use_compliant_nested_type=False,
+                   use_compliant_nested_type=False, write_page_checksum=True,
                    use_dictionary=texts)  # pyright: ignore[reportArgumentType]: the stub knows only bool
     return sink.getvalue()
 
 
 def _from_parquet(file: Any, name: str, columns: Sequence[str] | None) -> pa.Table:
     try:
-        source = pq.ParquetFile(file, pre_buffer=True)
+        source = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
         known = source.schema_arrow.names
         unknown = [column for column in columns or () if column not in known]
         if unknown:
             raise InputError(f"{name} has no column {', '.join(unknown)}; it has {', '.join(known)}")
         return source.read(columns=None if columns is None else list(columns))
-    except pa.ArrowInvalid as error:
-        raise StorageError(f"{name} is not a readable Parquet file ({' '.join(str(error).split())[:200]}): "
-                           "delete it and run its stage again") from None
+    except StorageError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _BrokenParquetError(f"{name} is not a readable Parquet file ({' '.join(str(error).split())[:200]}): "
+                                  "delete it and run its stage again") from None
 
 
 def _is_intact(data: bytes, manifest: ShardManifest) -> bool:

@@ -1,6 +1,8 @@
 """What went wrong: trying again what can heal, and one line of explanation for what cannot."""
 
 import errno
+import logging
+import os
 import random
 import time
 from collections.abc import Callable
@@ -10,6 +12,11 @@ from hgdpo_core.errors import HGDPOError, StorageError
 
 ATTEMPTS = 8
 PATIENCE_SECONDS = 120.0
+FIRST_PAUSE_SECONDS = 0.4
+LONGEST_PAUSE_SECONDS = 10.0
+TELL_AFTER = 4
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _HOPELESS = (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
@@ -19,20 +26,35 @@ _HEALING_ERRNOS = {None} | {getattr(errno, name, errno.EIO) for name in (
 # By name, so that a local root never imports botocore, aiohttp or their like.
 _HEALING_NAMES = {"ConnectionError", "HTTPClientError", "IncompleteReadError", "IncompleteRead",
                   "ResponseParserError", "ClientPayloadError", "ClientConnectionError"}
+# A server that nobody has reached yet is more likely a wrong address than one that is about to come back.
+_TLS = {"SSLError", "ClientSSLError"}
+_NOBODY_THERE = {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"}
 _HEALING_CODES = {"SlowDown", "RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch",
                   "OperationAborted", "TooManyRequests"}
 _MISTAKES_OF_OURS = (HGDPOError, TypeError, AttributeError, LookupError, AssertionError, MemoryError)
+
+_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+_ADVICE = {
+    "NoSuchBucket": "create the bucket or correct the root",
+    "InvalidBucketName": "correct the bucket's name in the root",
+    **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch"), f"correct {_KEYS}"),
+    **dict.fromkeys(("ExpiredToken", "InvalidToken", "TokenRefreshRequired"),
+                    "the session is over: set new AWS credentials"),
+    "RequestTimeTooSkewed": "set the clock of this machine",
+    **dict.fromkeys(("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"),
+                    "set AWS_DEFAULT_REGION to the bucket's region"),
+}
 
 
 class MissingKeyError(StorageError):
     """The object asked for is not in the store; its message names it."""
 
 
-def attempt(doing: str, url: str, function: Callable[..., _T], *args: Any) -> _T:
+def attempt(doing: str, url: str, function: Callable[..., _T], *args: Any, answered: bool = True) -> _T:
     """`function(*args)`, again after growing pauses while its failures can heal.
 
-    `doing` ("read", "write", ...) and `url` are for the message. MissingKeyError when there is no such object,
-    StorageError for any other failure of the store.
+    `doing` ("read", "write", ...) and `url` are for the message; `answered`: this store has answered before.
+    MissingKeyError when there is no such object, StorageError for any other failure of the store.
     """
     started = time.monotonic()
     tries = 0
@@ -43,17 +65,21 @@ def attempt(doing: str, url: str, function: Callable[..., _T], *args: Any) -> _T
         except _MISTAKES_OF_OURS:
             raise
         except Exception as error:
-            if not _can_heal(error):
+            if not _can_heal(error) or (not answered and _names(error) & _NOBODY_THERE):
                 raise _explained(doing, url, error) from error
             if tries == ATTEMPTS or time.monotonic() - started > PATIENCE_SECONDS:
                 advice = f"gave up after {tries} tries; running again later can help"
                 raise _explained(doing, url, error, advice) from error
+            logger.log(logging.DEBUG if tries < TELL_AFTER else logging.WARNING,
+                       "cannot %s %s yet (%s): try %d of %d follows", doing, url, _reason(error), tries + 1, ATTEMPTS)
         # Half of the pause is chance, so that workers that failed together do not come back together.
-        time.sleep(min(0.2 * 2**tries, 10.0) * random.uniform(0.5, 1.0))
+        time.sleep(min(FIRST_PAUSE_SECONDS * 2**(tries - 1), LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0))
 
 
 def _can_heal(error: Exception) -> bool:
-    response = _s3_response(error)
+    names, response = _names(error), _s3_response(error)
+    if names & _TLS:
+        return False
     if response is not None:
         code = str(response["Error"].get("Code"))
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
@@ -64,39 +90,61 @@ def _can_heal(error: Exception) -> bool:
         return True
     if isinstance(error, OSError):
         return not isinstance(error, _HOPELESS) and error.errno in _HEALING_ERRNOS
-    names = {base.__name__ for base in type(error).__mro__}
-    return bool(names & _HEALING_NAMES) and "SSLError" not in names
+    return bool(names & _HEALING_NAMES)
 
 
-def _s3_response(error: BaseException | None) -> dict[str, Any] | None:
+def _names(error: Exception) -> set[str]:
+    return {base.__name__ for base in type(error).__mro__}
+
+
+def _s3_error(error: BaseException | None) -> Any:
+    """The botocore error behind `error`, which holds the server's answer; None for other failures."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict) and "Error" in response:
-            return response
+            return error
         error = error.__cause__
     return None
 
 
+def _s3_response(error: BaseException | None) -> dict[str, Any] | None:
+    source = _s3_error(error)
+    return None if source is None else source.response
+
+
 def _explained(doing: str, url: str, error: Exception, advice: str = "") -> StorageError:
-    response = _s3_response(error)
-    code = str(response["Error"].get("Code")) if response is not None else ""
+    source = _s3_error(error)
+    code = "" if source is None else str(source.response["Error"].get("Code"))
+    operation = getattr(source, "operation_name", "")
     lost = isinstance(error, (FileNotFoundError, NotADirectoryError)) and code != "NoSuchBucket"
-    if lost and doing != "write":
+    # S3 answers a LIST of nothing with an empty list: 404 means that this is no S3.
+    if lost and doing != "write" and not operation.startswith("List"):
         return MissingKeyError(f"{url} does not exist")
-    reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:300]
-    return StorageError(f"cannot {doing} {url}: {reason.rstrip('.')}; {advice or _advice(error, code)}")
+    return StorageError(f"cannot {doing} {url}: {_reason(error)}; {advice or _advice(error, code)}")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:300].rstrip(".:")
 
 
 def _advice(error: Exception, code: str) -> str:
-    number = getattr(error, "errno", None)
-    if code == "NoSuchBucket":
-        return "create the bucket or correct the root"
+    number, names = getattr(error, "errno", None), _names(error)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    where = f"AWS_ENDPOINT_URL (now {endpoint})" if endpoint else "the network, or set AWS_ENDPOINT_URL"
+    if code in _ADVICE:
+        return _ADVICE[code]
+    if names & _NOBODY_THERE:
+        return f"nobody answers there: correct {where}, or start the server"
+    if names & _TLS:
+        return f"correct http or https in {where}, or AWS_CA_BUNDLE for a certificate of your own"
     if isinstance(error, PermissionError) or number == errno.EROFS:
         return "give this user (or these AWS credentials) the right to it, or choose another root"
     if number in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full: free some space or choose another root"
+    if isinstance(_s3_error(error), Exception) and (code.isdigit() or not code):      # not in S3's own words
+        return f"it does not answer as S3 does: correct {where} or AWS_DEFAULT_REGION"
     if isinstance(error, (NotADirectoryError, FileExistsError, IsADirectoryError)):
         return "something else is in the way of that path: move it or choose another root"
     if "Credentials" in type(error).__name__:
-        return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        return f"set {_KEYS}"
     return f"running again will not help ({type(error).__name__}): correct the root or its server"

@@ -1,15 +1,21 @@
 """Objects behind an fsspec file system, most often S3."""
 
+import hashlib
 import os
+import re
 import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fsspec.asyn import sync
+
 from hgdpo_core.storage.keys import Entries, Tree, checked
 from hgdpo_core.storage.roots import S3_PROTOCOLS, connect
 
 PARALLEL_CHUNKS = 4
+
+_MD5 = re.compile("[0-9a-f]{32}")
 
 # A file system made before a fork shares its sockets with the parent: the child neither uses nor closes it.
 _inherited: list[Any] = []
@@ -21,7 +27,6 @@ class RemoteObjects:
     def __init__(self, protocol: str, base: str):
         self._protocol, self._base = protocol, base
         self.is_s3 = protocol in S3_PROTOCOLS
-        self._transfer = {"max_concurrency": PARALLEL_CHUNKS} if self.is_s3 else {}
         self._filesystem: Any = None
         self._owner_pid = 0
 
@@ -38,20 +43,44 @@ class RemoteObjects:
         return None if info["type"] == "directory" else info["size"]
 
     def read(self, key: str) -> bytes:
-        # one connection: otherwise s3fs asks for the size first, two requests for each small object
-        once = {"max_concurrency": 1} if self.is_s3 else {}
-        return self.filesystem.cat_file(self._path(key), **once)
+        """The whole object, on S3 checked against its ETag where that is an MD5; ConnectionError for other bytes."""
+        if not self.is_s3:
+            return self.filesystem.cat_file(self._path(key))
+        data, tag = self._get(key)
+        differs = _MD5.fullmatch(tag) and hashlib.md5(data, usedforsecurity=False).hexdigest() != tag
+        # Not every server's ETag is an MD5: the same bytes twice are what it holds.
+        if differs and self._get(key) != (data, tag):
+            raise ConnectionError(f"expected the bytes of ETag {tag}, got others")
+        return data
+
+    def _get(self, key: str) -> tuple[bytes, str]:
+        """Bytes and ETag; no ETag where AWS encrypts with a key of its own, for that one is never an MD5."""
+        filesystem = self.filesystem
+        bucket, name, _ = filesystem.split_path(self._path(key))
+
+        async def get() -> tuple[bytes, str]:
+            answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=name)
+            async with answer["Body"] as body:
+                data = await body.read()
+            encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
+            return data, "" if encrypted else answer.get("ETag", "").strip('"')
+
+        result: Any = sync(filesystem.loop, get)
+        return result
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         return self.filesystem.cat_file(self._path(key), start=start, end=end)
 
     def write(self, key: str, data: bytes) -> None:
         self._make_parent(key)
-        self.filesystem.pipe_file(self._path(key), data, **self._transfer)
+        # in one request on S3: the Store cuts large objects into parts
+        whole = {"chunksize": len(data) + 1} if self.is_s3 else {}
+        self.filesystem.pipe_file(self._path(key), data, **whole)
 
     def put_file(self, source: Path, key: str) -> None:
+        """For stores without uploads in parts; a file for S3 is sent by the Store."""
         self._make_parent(key)
-        self.filesystem.put_file(str(source), self._path(key), **self._transfer)
+        self.filesystem.put_file(str(source), self._path(key))
 
     def delete(self, key: str) -> None:
         self.filesystem.rm_file(self._path(key))
@@ -84,9 +113,22 @@ class RemoteObjects:
         return uploads, {name: page["Next" + name] for name in ("KeyMarker", "UploadIdMarker")
                          if page.get("Next" + name)}
 
+    def start_upload(self, key: str) -> str:
+        return self._call("create_multipart_upload", key)["UploadId"]
+
+    def send_part(self, key: str, upload_id: str, number: int, data: bytes) -> dict[str, Any]:
+        answer = self._call("upload_part", key, UploadId=upload_id, PartNumber=number, Body=data)
+        return {"PartNumber": number, "ETag": answer["ETag"]}
+
+    def finish_upload(self, key: str, upload_id: str, parts: list[dict[str, Any]]) -> None:
+        self._call("complete_multipart_upload", key, UploadId=upload_id, MultipartUpload={"Parts": parts})
+
     def abort_upload(self, key: str, upload_id: str) -> None:
+        self._call("abort_multipart_upload", key, UploadId=upload_id)
+
+    def _call(self, request: str, key: str, **arguments: Any) -> dict[str, Any]:
         bucket, name, _ = self.filesystem.split_path(self._path(key))
-        self.filesystem.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=upload_id)
+        return self.filesystem.call_s3(request, Bucket=bucket, Key=name, **arguments)
 
     def _path(self, key: str) -> str:
         return f"{self._base}/{checked(key)}".rstrip("/")

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -12,6 +13,8 @@ from hgdpo_core.errors import ConfigError
 
 PARALLEL_REQUESTS = 32
 S3_PROTOCOLS = ("s3", "s3a")
+CONNECT_TIMEOUT_SECONDS = 5.0
+READ_TIMEOUT_SECONDS = 30.0      # without a byte, from the moment all of the request is sent
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -47,7 +50,8 @@ def connect(protocol: str) -> Any:
         return _filesystem_class(protocol)(skip_instance_cache=True, use_listings_cache=False)
     endpoint = _endpoint()
     config: dict[str, Any] = {
-        "connect_timeout": 5, "read_timeout": 20, "max_pool_connections": PARALLEL_REQUESTS,
+        "connect_timeout": CONNECT_TIMEOUT_SECONDS, "read_timeout": READ_TIMEOUT_SECONDS,
+        "max_pool_connections": PARALLEL_REQUESTS,
         "retries": {"mode": "standard", "total_max_attempts": 4},
         # Servers that are not AWS refuse or garble the newer trailing checksums.
         "request_checksum_calculation": "when_required", "response_checksum_validation": "when_required",
@@ -59,7 +63,14 @@ def connect(protocol: str) -> Any:
         anon=False, key=None, secret=None, token=None, username=None, password=None, endpoint_url=endpoint,
         client_kwargs={}, config_kwargs=config, use_listings_cache=False, skip_instance_cache=True)
     filesystem.retries = 1      # botocore retries requests and Store operations: a third layer multiplies
+    if "s3" in config:
+        # Redirected, botocore asks for the bucket's region, is redirected again, and so on a hundred times.
+        filesystem.connect().meta.events.register("before-call.s3.HeadBucket", _no_region)
     return filesystem
+
+
+def _no_region(**_: Any) -> tuple[Any, dict[str, Any]]:
+    return SimpleNamespace(status_code=200), {"ResponseMetadata": {"HTTPHeaders": {}}}
 
 
 def _local_folder(text: str) -> str:

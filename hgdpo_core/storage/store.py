@@ -27,6 +27,9 @@ from hgdpo_core.storage.roots import PARALLEL_REQUESTS, parse_root
 CHUNK_BYTES = 32 * 2**20
 """Remote objects are read in ranges of this size, each tried again by itself: a whole shard would rarely get
 through a server that cuts off one read in five."""
+PART_BYTES = 32 * 2**20
+"""Larger objects go to S3 in parts of this size, each tried again by itself. It takes none under 5 MiB but the last."""
+UPLOAD_TRIES = 3
 
 _T = TypeVar("_T")
 _Names = list[str]              # inside Store, `list` is a method
@@ -39,6 +42,7 @@ class Store:
         """`root`: a path or any fsspec URL. ConfigError for one that holds a secret or makes no sense."""
         self.root, protocol, base = parse_root(os.fspath(root))
         self._objects = LocalFiles(Path(base)) if protocol == "file" else RemoteObjects(protocol, base)
+        self._answered = False
 
     def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
         return Store, (self.root,)
@@ -62,7 +66,7 @@ class Store:
             return self._read(key)
         size = self._existing_size(key)
         if size <= CHUNK_BYTES:
-            return self._read(key)
+            return self._read_whole(key, size)
         data = bytearray(size)
 
         def keep(start: int, part: bytes) -> None:
@@ -73,7 +77,11 @@ class Store:
 
     def write_bytes(self, key: str, data: bytes) -> None:
         """Create or replace an object; a reader sees the old one or the new one, never a part."""
-        self._attempt("write", key, self._objects.write, key, data)
+        if len(data) > PART_BYTES and self._is_s3:
+            view = memoryview(data)
+            self._upload(key, len(data), lambda start, end: bytes(view[start:end]))
+        else:
+            self._attempt("write", key, self._objects.write, key, data)
 
     def read_json(self, key: str) -> Any:
         """The parsed object; StorageError when it is not JSON."""
@@ -158,12 +166,15 @@ class Store:
         if not local.is_dir():
             raise StorageError(f"expected a folder at {local} to copy to {self.url(key)}, found none")
         for source in sorted(path for path in local.rglob("*") if path.is_file()):
-            name = f"{key}/{source.relative_to(local).as_posix()}"
-            self._attempt("write", name, self._objects.put_file, source, name)
+            self._put_file(source, f"{key}/{source.relative_to(local).as_posix()}")
 
-    def get_folder(self, key: str, local: Path) -> None:
-        """Copy every object below `key` to the same place below `local`. MissingKeyError for none."""
-        found = [(name, size) for name, size, _ in self.walk(key) if not is_temporary(name)]
+    def get_folder(self, key: str, local: Path, *, leave_out: str | None = None) -> None:
+        """Copy the objects below `key` to the same place below `local`, but those whose keys start with `leave_out`.
+
+        MissingKeyError when there is none.
+        """
+        found = [(name, size) for name, size, _ in self.walk(key)
+                 if not is_temporary(name) and not (leave_out and name.startswith(leave_out))]
         if not found:
             raise MissingKeyError(f"{self.url(key)} holds nothing: expected a folder of objects")
         for name, size in found:
@@ -173,7 +184,7 @@ class Store:
 
     def unfinished_uploads(self) -> Iterator[tuple[str, str, float]]:
         """(key, upload id, start in seconds since 1970); none where the store has no such thing."""
-        if not (isinstance(self._objects, RemoteObjects) and self._objects.is_s3):
+        if not isinstance(self._objects, RemoteObjects) or not self._is_s3:
             return
         marker = {}
         while marker is not None:
@@ -189,7 +200,47 @@ class Store:
     # -- below: requests with their retries
 
     def _attempt(self, doing: str, key: str, function: Callable[..., _T], *args: Any) -> _T:
-        return attempt(doing, self.url(key), function, *args)
+        result = attempt(doing, self.url(key), function, *args, answered=self._answered)
+        self._answered = True
+        return result
+
+    @property
+    def _is_s3(self) -> bool:
+        return isinstance(self._objects, RemoteObjects) and self._objects.is_s3
+
+    def _put_file(self, source: Path, key: str) -> None:
+        if not self._is_s3:
+            self._attempt("write", key, self._objects.put_file, source, key)
+        elif (size := source.stat().st_size) <= PART_BYTES:
+            self.write_bytes(key, source.read_bytes())
+        else:
+            with source.open("rb") as file:
+                self._upload(key, size, lambda start, end: os.pread(file.fileno(), end - start, start))
+
+    def _upload(self, key: str, size: int, read: Callable[[int, int], bytes]) -> None:
+        """Send `size` bytes in parts. What fails for good leaves the old object and no unfinished upload."""
+        assert isinstance(self._objects, RemoteObjects)
+        remote = self._objects
+        starts = range(0, size, PART_BYTES)
+
+        def send(upload_id: str, start: int) -> dict[str, Any]:
+            data = read(start, min(start + PART_BYTES, size))
+            return self._attempt("finish", key, remote.send_part, key, upload_id, start // PART_BYTES + 1, data)
+
+        for _ in range(UPLOAD_TRIES):
+            upload_id = self._attempt("write", key, remote.start_upload, key)
+            try:
+                with ThreadPoolExecutor(PARALLEL_CHUNKS) as pool:
+                    parts = list(pool.map(functools.partial(send, upload_id), starts))
+                return self._attempt("finish", key, remote.finish_upload, key, upload_id, parts)
+            except MissingKeyError:     # a clean-up took it, or it was finished and the answer got lost: once more
+                continue
+            except BaseException:
+                with contextlib.suppress(StorageError):     # what is left, `hgdpo gc` ends after a day
+                    self.abort_upload(key, upload_id)
+                raise
+        raise StorageError(f"cannot write {self.url(key)}: {UPLOAD_TRIES} uploads were gone before they were finished; "
+                           "find out what ends them on the server")
 
     def _read(self, key: str) -> bytes:
         return self._attempt("read", key, self._objects.read, key)
@@ -215,6 +266,15 @@ class Store:
 
         return self._attempt("read", key, read)
 
+    def _read_whole(self, key: str, size: int) -> bytes:
+        def read() -> bytes:
+            data = self._objects.read(key)
+            if len(data) != size and len(data) != self._objects.size(key):      # it may have been replaced
+                raise ConnectionError(f"expected {size} bytes, got {len(data)}")
+            return data
+
+        return self._attempt("read", key, read)
+
     def _fetch(self, key: str, size: int, keep: Callable[[int, bytes], object]) -> None:
         def fetch(start: int) -> None:
             keep(start, self._read_range(key, start, min(start + CHUNK_BYTES, size)))
@@ -225,6 +285,9 @@ class Store:
 
     def _download(self, key: str, size: int, target: Path) -> None:
         def fill(file: BinaryIO) -> None:
-            self._fetch(key, size, lambda start, data: os.pwrite(file.fileno(), data, start))
+            if size <= CHUNK_BYTES:
+                file.write(self._read_whole(key, size))
+            else:
+                self._fetch(key, size, lambda start, data: os.pwrite(file.fileno(), data, start))
 
         self._attempt("read", key, place, target, fill)

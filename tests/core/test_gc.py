@@ -1,10 +1,13 @@
 """Clean-up takes what nothing names, and only after its time."""
 
 import os
+import re
 import time
+from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 import pytest
+from faulty_s3 import served_bucket
 
 from hgdpo_core.gc import collect_garbage
 from hgdpo_core.shards import ShardFolder
@@ -105,23 +108,16 @@ def test_an_empty_or_missing_root_is_clean(tmp_path):
 
 @pytest.fixture(scope="module")
 def server():
-    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 to test against")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
+    with served_bucket("garbage") as server:
+        yield server
 
 
-def test_unnamed_data_and_unfinished_uploads_on_s3(server, monkeypatch):
-    for name, value in {"AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "test",
-                        "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    client = Store("s3://garbage")._objects.filesystem
-    client.call_s3("create_bucket", Bucket="garbage")
+def test_unnamed_data_and_unfinished_uploads_on_s3(server):
+    server.behave()
+    store = Store("s3://garbage/root")
+    client = store._objects.filesystem
     for key in ("root/pools/x", "elsewhere/x"):
         client.call_s3("create_multipart_upload", Bucket="garbage", Key=key)
-    store = Store("s3://garbage/root")
     folder = ShardFolder.create(store, KEY, {"seed": 0})
     folder.commit(0, some_table(10))
     store.delete(f"{KEY}/shard-00000.json")
@@ -135,3 +131,30 @@ def test_unnamed_data_and_unfinished_uploads_on_s3(server, monkeypatch):
     assert folder.read(0).equals(some_table(0)) and unnamed(folder) == []
     left = client.call_s3("list_multipart_uploads", Bucket="garbage")["Uploads"]
     assert [upload["Key"] for upload in left] == ["elsewhere/x"]    # not ours: outside the root
+
+
+def test_a_young_upload_is_somebody_at_work(server):
+    server.behave()
+    store = Store("s3://garbage/young")
+    upload = store._objects.start_upload("models/large")
+    hour_ago = datetime.now(UTC) - timedelta(hours=1)
+    server.rewrite = lambda body: re.sub(b"<Initiated>.*?</Initiated>",
+                                         b"<Initiated>%s</Initiated>" % hour_ago.isoformat().encode(), body)
+    assert collect_garbage(store).uploads == () and len(list(store.unfinished_uploads())) == 1
+    part = store._objects.send_part("models/large", upload, 1, b"data")
+    store._objects.finish_upload("models/large", upload, [part])
+    assert store.read_bytes("models/large") == b"data"
+    store._objects.start_upload("models/large")
+    assert collect_garbage(store, older_than_seconds=HOUR / 2).uploads == ("models/large",)
+    assert list(store.unfinished_uploads()) == []
+
+
+def test_a_server_that_may_not_list_uploads_still_gets_its_files_removed(server):
+    server.behave()
+    store = Store("s3://garbage/may-not")
+    store.write_bytes(f"{KEY}/.tmp-0123", b"half")
+    server.refuse_all = (501, "NotImplemented")
+    server.only_refuse = "uploads"
+    report = collect_garbage(store, older_than_seconds=-60)
+    assert report.files == (f"{KEY}/.tmp-0123",)
+    assert len(report.problems) == 1 and report.problems[0].startswith("unfinished uploads were not all ended")

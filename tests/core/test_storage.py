@@ -1,72 +1,28 @@
-"""The store keeps its promises on a local folder and on S3 (moto's server), also when requests fail."""
+"""The store keeps its promises on a local folder and on S3 (moto's server)."""
 
 import errno
 import multiprocessing
 import os
 import pickle
 import random
-import threading
 from pathlib import Path
 
 import pytest
+from faulty_s3 import served_bucket
 
 from hgdpo_core.errors import ConfigError, StorageError
 from hgdpo_core.storage import MissingKeyError, Store
 
 
-class FaultyServer:
-    """moto behind a layer that spoils a seeded share of the requests: 500, 503, or a body cut in half."""
-
-    def __init__(self):
-        pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 to test against")
-        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-        from werkzeug.serving import make_server
-
-        self.moto = DomainDispatcherApplication(create_backend_app)
-        self.share, self.random, self.spoiled = 0.0, None, 0
-        self.requests: list[str] = []
-        self.server = make_server("127.0.0.1", 0, self, threaded=True)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __call__(self, environ, start_response):
-        self.requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}?{environ['QUERY_STRING']}")
-        if self.random is None or self.random.random() >= self.share:
-            return self.moto(environ, start_response)
-        self.spoiled += 1
-        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        kind = self.random.choice(["500", "503", "cut"])
-        if kind == "cut" and environ["REQUEST_METHOD"] == "GET":
-            body = b"".join(self.moto(environ, start_response))
-            return [body[:len(body) // 2]]      # the headers promised all of it
-        code = {"500": "InternalError", "503": "SlowDown"}.get(kind, "InternalError")
-        status = "503 Slow Down" if kind == "503" else "500 Internal Server Error"
-        start_response(status, [("Content-Type", "application/xml")])
-        return [f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()]
-
-
 @pytest.fixture(scope="module")
 def server():
-    server = FaultyServer()
-    yield server
-    server.server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def bucket(server):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "test",
-                            "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(name, value)
-        patch.delenv("AWS_PROFILE", raising=False)
-        Store("s3://bucket")._objects.filesystem.call_s3("create_bucket", Bucket="bucket")
-        yield "s3://bucket"
+    with served_bucket() as server:
+        yield server
 
 
 @pytest.fixture
-def s3_root(server, bucket, tmp_path):
-    yield f"{bucket}/some/{tmp_path.name}"
-    server.random = None
+def s3_root(server, tmp_path):
+    return f"s3://bucket/some/{tmp_path.name}"
 
 
 @pytest.fixture(params=["local", "s3", "memory"])
@@ -206,6 +162,13 @@ def test_senseless_roots_are_refused(root):
         Store(root)
 
 
+def failing_with(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
 # -- local atomicity and refusals
 
 
@@ -242,54 +205,7 @@ def test_temporary_names_are_not_objects(tmp_path):
     assert store.list("a") == {}
 
 
-# -- failures of a server
-
-
-def test_a_fifth_of_all_requests_failing_is_not_noticed(server, s3_root, monkeypatch, tmp_path):
-    monkeypatch.setattr("hgdpo_core.storage.store.CHUNK_BYTES", 4000)
-    store = Store(s3_root)
-    server.share, server.random, server.spoiled = 0.2, random.Random(1), 0
-    data = random.Random(2).randbytes(20_000)
-    for index in range(5):
-        store.write_bytes(f"a/{index}", data[index:])
-    assert store.list("a") == {str(index): 20_000 - index for index in range(5)}
-    assert store.read_many(f"a/{index}" for index in range(5)) == {f"a/{i}": data[i:] for i in range(5)}
-    store.get_folder("a", tmp_path / "a")
-    assert (tmp_path / "a/0").read_bytes() == data
-    assert server.spoiled >= 5
-
-
-def test_what_cannot_heal_fails_at_once(server, s3_root):
-    requests = len(server.requests)
-    with pytest.raises(StorageError, match="create the bucket") as caught:
-        Store("s3://no-such-bucket/x").write_bytes("a", b"")
-    assert not isinstance(caught.value, MissingKeyError) and len(server.requests) == requests + 1
-    for read in ("list", "exists", "read_bytes", "check_writable"):
-        with pytest.raises(StorageError, match="create the bucket"):
-            getattr(Store("s3://no-such-bucket/x"), read)(*([] if read == "check_writable" else ["a"]))
-
-
-def failing_with(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
-
-
-def test_no_permission_fails_at_once(s3_root, monkeypatch):
-    store = Store(s3_root)
-    monkeypatch.setattr(store._objects.filesystem, "pipe_file", failing_with(PermissionError("Forbidden")))
-    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited for what cannot heal"))
-    with pytest.raises(StorageError, match="Forbidden.*AWS credentials"):
-        store.write_bytes("a", b"")
-
-
-def test_giving_up_says_so(s3_root, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    store = Store(s3_root)
-    monkeypatch.setattr(store._objects.filesystem, "cat_file", failing_with(TimeoutError("too slow")))
-    with pytest.raises(StorageError, match="too slow; gave up after 8 tries; running again later can help"):
-        store.read_json("a")
+# -- processes
 
 
 def _read_in_child(store, answers):
