@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.score_commands import add_score_commands
 from hgdpo_core.errors import HGDPOError
 
 
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         if function is run:
             command.add_argument("--publish", metavar="FOLDER", help="also copy summary.json and report.html there")
             command.add_argument("--plan", action="store_true", help="say what would be done, and stop")
+    add_score_commands(commands, _setting)
     garbage = commands.add_parser("gc", help=(collect.__doc__ or "").splitlines()[0])
     garbage.add_argument("--root")
     garbage.add_argument("--dry-run", action="store_true", help="list, remove nothing")

@@ -7,17 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.cli import main
 from flows.full import hgdpo
 from hgdpo_core.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def server():
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 @pytest.fixture(scope="module")
