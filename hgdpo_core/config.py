@@ -17,6 +17,7 @@ MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 Optimizer = Literal["adam8bit", "adamw"]
 ImageFormat = Literal["png", "webp", "jpeg"]
 ScorerName = Literal["inspector", "pickscore"]
+UNKNOWN_LICENCE = "unknown"
 
 
 class StageConfig(BaseModel):
@@ -146,6 +147,8 @@ class RunConfig(StageConfig):
     """Everything one run needs, saved beside everything it made."""
 
     preset: str
+    licence: str = Field(default=UNKNOWN_LICENCE, pattern=r"^[a-z0-9][a-z0-9.\-]*$",
+                         description="of the data set of triplets, as the Hugging Face hub names it: cc-by-4.0, other")
     prompts: PromptSource
     images: str | None = Field(default=None, description='folder of captioned images for SFT; "figures" is built in')
     target: TargetConfig

@@ -1,4 +1,4 @@
-"""What new scores of the same images change: rankings, winners and losers, the distribution of the scores.
+"""What new scores of the same images change: rankings, winners and losers.
 
 Pure: arrays in, numbers out. What is not defined, such as the tau of a pool whose scores are all equal, is nan in
 arrays and None in summaries, which JSON writes as null.
@@ -15,7 +15,6 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.selection import select_pair
 
 TAU_BINS = 10  # of 0.2 each, from -1 to 1
-SCORE_BINS = 24
 
 
 @dataclass(frozen=True)
@@ -82,40 +81,3 @@ def _tau(before: np.ndarray, now: np.ndarray) -> float:
         return float("nan")
     # The p-value is not used; "asymptotic" spares the time of the exact one.
     return float(kendalltau(before, now, variant="b", method="asymptotic").statistic)  # pyright: ignore
-
-
-@dataclass(frozen=True)
-class ScoreSummary:
-    """How scores are distributed. Numbers are of the finite ones and None where there is none."""
-
-    n: int
-    not_finite: int
-    mean: float | None
-    std: float | None
-    min: float | None
-    p5: float | None
-    median: float | None
-    p95: float | None
-    max: float | None
-
-
-def summarise_scores(scores: np.ndarray) -> ScoreSummary:
-    """The distribution of scores of any shape; `std` is that of a whole population."""
-    values = np.asarray(scores, dtype=np.float64).ravel()
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        return ScoreSummary(values.size, values.size, *[None] * 7)
-    p5, median, p95 = (float(value) for value in np.percentile(finite, [5, 50, 95]))
-    return ScoreSummary(values.size, values.size - finite.size, float(finite.mean()), float(finite.std()),
-                        float(finite.min()), p5, median, p95, float(finite.max()))
-
-
-def score_histogram(*arrays: np.ndarray, bins: int = SCORE_BINS) -> tuple[list[float], list[list[int]]]:
-    """Edges [bins + 1] that span all finite scores, and each array's counts [bins] between them."""
-    finite = [np.asarray(array, dtype=np.float64).ravel() for array in arrays]
-    finite = [array[np.isfinite(array)] for array in finite]
-    together = np.concatenate(finite)
-    if not together.size:
-        return [], [[] for _ in arrays]
-    edges = np.histogram_bin_edges(together, bins=bins)
-    return edges.tolist(), [np.histogram(array, bins=edges)[0].tolist() for array in finite]

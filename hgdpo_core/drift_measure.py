@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hgdpo_core.drift import ranking_drift, score_histogram, summarise_scores
+from hgdpo_core.distributions import score_histogram, summarise_scores
+from hgdpo_core.drift import ranking_drift
 from hgdpo_core.errors import CorruptShardError
 from hgdpo_core.metrics import WinRate, win_rate
 from hgdpo_core.prompts import prompt_id

@@ -10,6 +10,7 @@ from hgdpo_core.plots import STYLE, format_number
 
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 WIDTH, HEIGHT, BASE = 360, 150, 128
+MAX_CHARTED = 12  # pools; rankings first, every evaluation has two pools without one
 HISTOGRAM_STYLE = """
 .histogram rect { fill: var(--accent); opacity: .45; }
 .histogram path { fill: none; stroke: var(--loss); stroke-width: 2; }
@@ -72,9 +73,11 @@ def render_html(report: Report) -> str:
     """The report with histograms of tau and of the scores; texts are shown as texts, never as markup."""
     sections = "".join(f"<section><h2>{escape(table.title)}</h2><p class=\"intro\">{escape(table.intro)}</p>"
                        f"{_html_table(table)}</section>\n" for table in _tables(report))
-    charts = "".join(_pool_charts(pool) for pool in report["pools"])
+    pools = sorted(report["pools"], key=lambda pool: pool["ranking"] is None)
+    charts = "".join(_pool_charts(pool) for pool in pools[:MAX_CHARTED])
     if charts:
-        charts = f'<section><h2>Distributions</h2><div class="charts">{charts}</div></section>\n'
+        more = f"<p>The first {MAX_CHARTED} of {len(pools)} pools.</p>" if len(pools) > MAX_CHARTED else ""
+        charts = f'<section><h2>Distributions</h2>{more}<div class="charts">{charts}</div></section>\n'
     title = f"Scored again, {report['night']}"
     return f"""<!doctype html>
 <html lang="en">
@@ -208,8 +211,8 @@ def _chart(title: str, meaning: str, ends: tuple[float, float], counts: Sequence
                     for x, anchor, value in ((0, "start", ends[0]), (WIDTH / 2, "middle", sum(ends) / 2),
                                              (WIDTH, "end", ends[1])))
     return (f'<figure class="chart histogram"><figcaption><b>{escape(title)}</b><span></span><small>{escape(meaning)}'
-            f'</small></figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{bars}{line}'
-            f'<line class="grid" x1="0" x2="{WIDTH}" y1="{BASE}" y2="{BASE}"/>{texts}</svg></figure>')
+            f'</small></figcaption><svg viewBox="-1 0 {WIDTH + 2} {HEIGHT}" role="img" aria-label="{label}">'
+            f'{bars}{line}<line class="grid" x1="0" x2="{WIDTH}" y1="{BASE}" y2="{BASE}"/>{texts}</svg></figure>')
 
 
 def _cell(text: str) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from hgdpo_core.config import ScorerConfig, StageConfig, TripletConfig
-from hgdpo_core.drift import summarise_scores
+from hgdpo_core.dataset_card import card_licence
+from hgdpo_core.distributions import summarise_scores
 from hgdpo_core.errors import ConfigError, CorruptShardError, ModelError
 from hgdpo_core.models import default_device
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
@@ -358,7 +359,8 @@ def rank_again(store: Store, job: RankJob, *, progress: Progress = silent,
                                 job.config, progress=progress, should_stop=should_stop)
     except CorruptShardError as error:
         return Skipped(what=what, reason=str(error))
-    store.write_bytes(f"{triplets.key}/README.md", dataset_card(triplets, indices, counts).encode())
+    card = dataset_card(triplets, indices, counts, licence=card_licence(store, job.replaces or triplets.key))
+    store.write_bytes(f"{triplets.key}/README.md", card.encode())
     return Ranking(job, triplets.key, tuple(indices), counts)
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from hgdpo_core.drift import ranking_drift, score_histogram, summarise_scores
+from hgdpo_core.drift import ranking_drift
 from hgdpo_core.errors import InputError
 
 NAN = float("nan")
@@ -56,17 +56,3 @@ def test_what_is_not_defined_is_null():
 def test_only_rankings_of_the_same_pools_compare(before, now):
     with pytest.raises(InputError, match="N >= 2"):
         ranking_drift(np.zeros(before), np.zeros(now))
-
-
-def test_distribution_of_finite_scores():
-    summary = summarise_scores(np.array([[1.0, 2], [3, 4], [NAN, math.inf]]))
-    assert (summary.n, summary.not_finite, summary.mean, summary.median) == (6, 2, 2.5, 2.5)
-    assert summary.std == pytest.approx(math.sqrt(1.25)) and (summary.min, summary.max) == (1, 4)
-    assert summary.p5 == pytest.approx(1.15) and summary.p95 == pytest.approx(3.85)
-    assert summarise_scores(np.array([NAN])).mean is None
-
-
-def test_histograms_share_their_edges():
-    edges, (before, now) = score_histogram(np.array([0.0, 1, 1, NAN]), np.array([[4.0], [3.5]]), bins=4)
-    assert edges == [0, 1, 2, 3, 4] and before == [1, 2, 0, 0] and now == [0, 0, 0, 2]
-    assert score_histogram(np.array([NAN])) == ([], [[]])

@@ -173,6 +173,8 @@ def test_a_scorer_that_only_an_old_run_wants_does_not_stop_the_others(store):
 def test_a_changed_scorer_by_hand(store):
     """Version two turns one pair of prompt 0 round, reverses prompt 1, leaves prompt 2 and cannot tell prompt 3."""
     pools, old_scores = tree(store, "pools"), tree(store, "scores")
+    replaced = store.list_folders("triplets")[0]
+    store.write_bytes(f"triplets/{replaced}/README.md", b"---\nlicense: cc0-1.0\n---\n")
     old_triplets = tree(store, "triplets")
     report = work(store, "two")
 
@@ -198,7 +200,7 @@ def test_a_changed_scorer_by_hand(store):
     pairs = {row["caption"]: (row["winner_index"], row["loser_index"])
              for index in (0, 1) for row in made.read(index).to_pylist()}
     assert pairs == {PROMPTS[0]: (2, 0), PROMPTS[1]: (0, 3), PROMPTS[2]: (3, 0)}
-    assert store.exists(f"{triplets['triplets']}/README.md")
+    assert store.read_bytes(f"{triplets['triplets']}/README.md").startswith(b"---\nlicense: cc0-1.0\n")
 
     assert tree(store, "pools") == pools
     for old, folder in ((old_scores, "scores"), (old_triplets, "triplets")):
