@@ -29,7 +29,7 @@ def hgdpo(
     prompts: str | None = Field(None, description="prompt file: txt, csv, tsv, jsonl or parquet, path or URL"),
     target: str | None = Field(None, description="your model: diffusers folder, .safetensors file or hub id"),
     images: str | None = Field(None, description="folder of captioned images to fine-tune the model on first"),
-    overrides: Overrides = Field(default_factory=dict, description='settings by dotted name, as {"dpo.beta": 1000}'),
+    overrides: Overrides = Field({}, description='settings by dotted name, as {"dpo.beta": 1000}'),
     plan_only: bool = Field(False, description="say what the run would do and find, and stop"),
 ) -> dict[str, Any]:
     """Tune a model without human labels (HG-DPO, arXiv:2405.20216v1); returns the summary."""
