@@ -56,13 +56,14 @@ def _score_files(options: argparse.Namespace) -> int:
     from hgdpo_core.rescore import find_versions
     from hgdpo_core.score_images import images_to_score, score_images
     from hgdpo_core.storage import Store
-    from hgdpo_core.wanted import wanted_scorers
+    from hgdpo_core.wanted import WantedScorer, wanted_scorers
 
     images = images_to_score(options.images, options.prompt)
     store = Store(options.root) if options.root else None
-    scorers = wanted_scorers(store, names=options.scorer, preset=options.preset, overrides=dict(options.set or []))
-    scorers = scorers or [ScorerConfig()]
-    find_versions(scorers, required=True)
+    wanted = wanted_scorers(store, names=options.scorer, preset=options.preset, overrides=dict(options.set or []))
+    wanted = wanted or [WantedScorer(scorer=ScorerConfig())]
+    find_versions(wanted, required=True)
+    scorers = [item.scorer for item in wanted]
     columns = {}
     for scorer in scorers:
         with _bar(scorer.name) as progress:

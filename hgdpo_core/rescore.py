@@ -1,8 +1,9 @@
 """Scoring again: finds pools whose scores are missing or by a scorer that has changed, scores and ranks only those.
 
-Every complete pool of a root counts, evaluation images too: they are pools, their scores cost one image a prompt, and
-only with them can a win rate be given by the scorer of today. A pool is never written. A ranking by other scores is a
-data set with another id beside the old one, and nothing is trained: that is for a person to start.
+Every complete pool of a root counts. Evaluation images are pools too: their scores cost one image a prompt, and only
+with them can a win rate be given by the scorer of today; they are those that an `evaluations/<id>/config.json` names. A
+scorer that a run only evaluates with is for these alone. A pool is never written. A ranking by other scores is a data
+set with another id beside the old one, and nothing is trained: that is for a person to start.
 
 What one call of these functions found to do is a night. It lies in `rescores/<night>/`: `config.json` before the work,
 `report.json` after it (hgdpo_core/night.py), so a night that was killed is found and finished by the next one.
@@ -15,10 +16,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from hgdpo_core.config import ScorerConfig, StageConfig, TripletConfig
+from hgdpo_core.config import StageConfig, TripletConfig
 from hgdpo_core.dataset_card import card_licence
 from hgdpo_core.distributions import summarise_scores
-from hgdpo_core.errors import ConfigError, CorruptShardError, ModelError
+from hgdpo_core.errors import ConfigError, CorruptShardError, InputError, ModelError
 from hgdpo_core.models import default_device
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import load_prompts, prompt_id
@@ -27,13 +28,12 @@ from hgdpo_core.scorers import find_scorer
 from hgdpo_core.shards import EXPECTED, ShardFolder, ShardManifest
 from hgdpo_core.storage import MissingKeyError, Store
 from hgdpo_core.triplets import TripletCounts, build_triplets, dataset_card, triplet_folder
-from hgdpo_core.wanted import wanted_scorers
+from hgdpo_core.wanted import WantedScorer, wanted_scorers
 
 
-class ScorerVersion(StageConfig):
-    """A scorer with the version of its weights."""
+class ScorerVersion(WantedScorer):
+    """A wanted scorer with the version of its weights."""
 
-    scorer: ScorerConfig
     fingerprint: str
 
 
@@ -122,7 +122,7 @@ class RescorePlan:
         return list(versions.items())
 
 
-def find_versions(scorers: Sequence[ScorerConfig], *, required: bool) -> tuple[list[ScorerVersion], list[Skipped]]:
+def find_versions(wanted: Sequence[WantedScorer], *, required: bool) -> tuple[list[ScorerVersion], list[Skipped]]:
     """The versions of the scorers that are to be had, without loading one.
 
     ModelError for one whose weights are gone if it is `required`, or if none is left.
@@ -130,12 +130,13 @@ def find_versions(scorers: Sequence[ScorerConfig], *, required: bool) -> tuple[l
     versions: list[ScorerVersion] = []
     skipped: list[Skipped] = []
     problem: ModelError | None = None
-    for scorer in scorers:
+    for item in wanted:
         try:
-            versions.append(ScorerVersion(scorer=scorer, fingerprint=find_scorer(scorer.name, scorer.source)))
+            fingerprint = find_scorer(item.scorer.name, item.scorer.source)
+            versions.append(ScorerVersion(scorer=item.scorer, pools=item.pools, fingerprint=fingerprint))
         except ModelError as error:
             problem = error
-            skipped.append(Skipped(what=f"scorer {scorer.name}", reason=str(error)))
+            skipped.append(Skipped(what=f"scorer {item.scorer.name}", reason=str(error)))
     if problem is not None and (required or not versions):
         raise problem
     return versions, skipped
@@ -147,8 +148,8 @@ def plan_wanted(store: Store, names: Sequence[str] = (), *, preset: str | None =
 
     ModelError for a named one that is not to be had; one that only an old run wants is left alone, and told.
     """
-    scorers = wanted_scorers(store, names=names, preset=preset, overrides=overrides)
-    versions, gone = find_versions(scorers, required=bool(names or preset))
+    wanted = wanted_scorers(store, names=names, preset=preset, overrides=overrides)
+    versions, gone = find_versions(wanted, required=bool(names or preset))
     plan = plan_rescore(store, versions, verify=verify)
     return replace(plan, skipped=(*gone, *plan.skipped))
 
@@ -195,6 +196,9 @@ class _Planner:
         self.found: list[FoundScores] = []
         self.triplets = {f"triplets/{name}": config for name, config in read_configs(store, "triplets").items()
                          if config is not None and {"pool", "scores", "prompts_id"} <= config.keys()}
+        self.ranked = {config["pool"] for config in self.triplets.values()}
+        self.evaluated = {config.get(side) for config in read_configs(store, "evaluations").values() if config
+                          for side in ("target", "tuned")}
 
     def look_at(self, pool_id: str, config: dict[str, Any] | None) -> None:
         """Add what is to be done for a pool by every scorer, or why nothing is."""
@@ -211,7 +215,13 @@ class _Planner:
             return
         folders = self.store.list_folders(f"scores/{pool_id}")
         for version in self.versions:
-            self._look_at_scores(pool, manifests, version, folders)
+            if self._is_for(version, pool.key):
+                self._look_at_scores(pool, manifests, version, folders)
+
+    def _is_for(self, version: ScorerVersion, pool_key: str) -> bool:
+        if version.pools == "evaluation":
+            return pool_key in self.evaluated
+        return version.pools == "all" or pool_key in self.ranked or pool_key not in self.evaluated
 
     def _look_at_scores(self, pool: ShardFolder, manifests: Mapping[int, ShardManifest], version: ScorerVersion,
                         folders: Sequence[str]) -> None:
@@ -300,8 +310,9 @@ def score_missing(store: Store, jobs: Sequence[ScoreJob], *, device: str | None 
                   should_stop: ShouldStop = never_stop) -> list[Skipped]:
     """Score what the jobs of ONE scorer miss, loading it once and only if something is missing.
 
-    Returns the pools that were given up: a shard of images that is not what its manifest says goes to quarantine, and
-    only a run of that pool's prompts can draw it again. ModelError when the scorer is no longer the planned one.
+    Returns the pools that were given up: a scorer may not know such prompts, and a shard of images that is not what its
+    manifest says goes to quarantine, where only a run of that pool's prompts helps: it draws the shard again.
+    ModelError when the scorer is no longer the planned one.
     """
     total, done = sum(job.images for job in jobs), 0
     if not total:
@@ -319,8 +330,8 @@ def score_missing(store: Store, jobs: Sequence[ScoreJob], *, device: str | None 
         try:
             score_pool(store, pool, scores, version.scorer, job.missing, device=device, judge=loaded,
                        progress=_part(progress, done, total), should_stop=should_stop)
-        except CorruptShardError as error:
-            skipped.append(Skipped(what=f"pool {job.pool_id}", reason=str(error)))
+        except (CorruptShardError, InputError) as error:
+            skipped.append(Skipped(what=f"pool {job.pool_id} by {version.scorer.name}", reason=str(error)))
         done += job.images
     return skipped
 

@@ -15,7 +15,7 @@ from hand_pools import HELD_OUT, PROMPTS, TABLE, Judge, draw, table_judge
 
 from hgdpo_core import scorers
 from hgdpo_core.config import ScorerConfig, TripletConfig
-from hgdpo_core.errors import ConfigError, ModelError, StoppedError
+from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError
 from hgdpo_core.night import close_night, last_report, open_night
 from hgdpo_core.prompts import PromptList, save_prompts
 from hgdpo_core.rescore import (
@@ -31,6 +31,7 @@ from hgdpo_core.rescore import (
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
 from hgdpo_core.triplets import build_triplets, triplet_folder
+from hgdpo_core.wanted import WantedScorer
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def fill(store):
 
 
 def versions(*names):
-    return find_versions([ScorerConfig(source=name) for name in names], required=True)[0]
+    return find_versions([WantedScorer(scorer=ScorerConfig(source=name)) for name in names], required=True)[0]
 
 
 def scores_key(store, pool_id, version):
@@ -159,12 +160,43 @@ def test_incomplete_pools_are_left_alone_with_the_reason(store):
 
 
 def test_a_scorer_that_only_an_old_run_wants_does_not_stop_the_others(store):
-    judges, skipped = find_versions([ScorerConfig(source="gone"), ScorerConfig(source="two")], required=False)
-    assert [judge.fingerprint for judge in judges] == ["fingerprint of two"]
+    gone, two = (WantedScorer(scorer=ScorerConfig(source=source)) for source in ("gone", "two"))
+    found, skipped = find_versions([gone, two], required=False)
+    assert [version.fingerprint for version in found] == ["fingerprint of two"]
     assert "gone does not exist" in skipped[0].reason
-    for required, sources in ((True, ["gone", "two"]), (False, ["gone"])):
+    for required, wanted in ((True, [gone, two]), (False, [gone])):
         with pytest.raises(ModelError, match="does not exist"):
-            find_versions([ScorerConfig(source=source) for source in sources], required=required)
+            find_versions(wanted, required=required)
+
+
+def test_a_scorer_that_only_evaluates_scores_no_training_pool(store):
+    """The fixture's pool has triplets; of the others two are an evaluation's, and of the last nothing is known."""
+    for name in ("target", "tuned", "unknown"):
+        draw(store, f"n1-{name}", HELD_OUT, 1)
+    store.write_json("evaluations/3-x/config.json", {"target": "pools/n1-target", "tuned": "pools/n1-tuned"})
+
+    def pools(kind):
+        wanted = WantedScorer(scorer=ScorerConfig(source="two"), pools=kind)
+        return [job.pool_id for job in plan_rescore(store, find_versions([wanted], required=True)[0]).jobs]
+
+    assert pools("evaluation") == ["n1-target", "n1-tuned"]
+    assert pools("training") == ["n1-unknown", "n4"]
+    assert pools("all") == ["n1-target", "n1-tuned", "n1-unknown", "n4"]
+
+
+def test_prompts_that_a_scorer_does_not_know_leave_the_other_pools_alone(store, monkeypatch):
+    draw(store, "n4-other", PROMPTS[:2], 4)
+    real = Judge.score
+
+    def score(self, images, prompts):
+        if PROMPTS[2] in prompts:
+            raise InputError("knows captions of its own world only")
+        return real(self, images, prompts)
+
+    monkeypatch.setattr(Judge, "score", score)
+    report = work(store, "two")
+    assert report["skipped"][0] == {"what": "pool n4 by pickscore", "reason": "knows captions of its own world only"}
+    assert [(pool["pool_id"], pool["images_scored"]) for pool in report["pools"]] == [("n4", 8), ("n4-other", 8)]
 
 
 # -- a night
@@ -314,7 +346,7 @@ def test_a_corrupted_pool_is_given_up_and_the_others_go_on(store):
     manifest = pool.manifests()[0]
     store.write_bytes(f"pools/n4/{manifest.file}", b"x" * manifest.bytes)
     report = work(store, "two")
-    assert [item["what"] for item in report["skipped"]][0] == "pool n4" and report["triplets"] == []
+    assert report["skipped"][0]["what"] == "pool n4 by pickscore" and report["triplets"] == []
     assert "no scores" in report["skipped"][1]["reason"]
     assert [pool["pool_id"] for pool in report["pools"]] == ["n4-other"]
     plan = plan_rescore(store, versions("two"))
