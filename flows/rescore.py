@@ -7,7 +7,7 @@ from prefect.states import Completed, State
 from pydantic import Field
 
 from flows.nightly import reason_to_skip
-from hgdpo_core.rescore import Skipped
+from hgdpo_core.rescore_plan import Skipped
 from hgdpo_core.run import default_root
 from hgdpo_core.storage import Store
 from tasks.rescore import begin, find_work, rank, report_drift, score_again
@@ -19,8 +19,8 @@ Overrides = dict[str, Any]
 @flow(name="hgdpo-rescore", flow_run_name="rescore", validate_parameters=True)
 def hgdpo_rescore(
     root: str | None = Field(None, description="object store, any fsspec URL; default: $HGDPO_ROOT, else output/full"),
-    scorers: list[str] = Field([], description='by name, as "pickscore" or "pickscore=folder or hub id"; default: all of '
-                               'the preset, without one all that the runs of the root use'),
+    scorers: list[str] = Field([], description='by name, as "pickscore" or "pickscore=folder or hub id"; default: '
+                               'those of the preset, without one those that the runs of the root use'),
     preset: Literal["figures", "sd15"] | None = Field(None, description="take the scorers of this preset"),
     overrides: Overrides = Field({}, description='settings of the preset, as {"scorer.source": …}'),
     verify: bool = Field(False, description="read every score again: what is corrupted goes to quarantine and is made "

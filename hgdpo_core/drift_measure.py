@@ -14,7 +14,8 @@ from hgdpo_core.drift import ranking_drift
 from hgdpo_core.errors import CorruptShardError
 from hgdpo_core.metrics import WinRate, win_rate
 from hgdpo_core.prompts import prompt_id
-from hgdpo_core.rescore import Ranking, ScoreJob, Skipped, read_configs
+from hgdpo_core.rescore import Ranking
+from hgdpo_core.rescore_plan import ScoreJob, Skipped, read_configs
 from hgdpo_core.score import missing_scores, score_key, score_settings
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store

@@ -14,7 +14,8 @@ from hgdpo_core import __version__
 from hgdpo_core.config import StageConfig
 from hgdpo_core.drift_measure import measure_evaluations, measure_pool, measure_ranking
 from hgdpo_core.drift_report import render_html, render_markdown
-from hgdpo_core.rescore import Ranking, RankJob, RescorePlan, ScoreJob, Skipped
+from hgdpo_core.rescore import Ranking
+from hgdpo_core.rescore_plan import RankJob, RescorePlan, ScoreJob, Skipped
 from hgdpo_core.storage import MissingKeyError, Store
 
 

@@ -8,17 +8,8 @@ from prefect.logging import get_run_logger
 
 from hgdpo_core.drift_report import drift_rows, headline, render_markdown
 from hgdpo_core.night import Night, close_night, open_night
-from hgdpo_core.rescore import (
-    Ranking,
-    RankJob,
-    RescorePlan,
-    ScoreJob,
-    ScorerVersion,
-    Skipped,
-    plan_wanted,
-    rank_again,
-    score_missing,
-)
+from hgdpo_core.rescore import Ranking, rank_again, score_missing
+from hgdpo_core.rescore_plan import RankJob, RescorePlan, ScoreJob, ScorerVersion, Skipped, plan_wanted
 from hgdpo_core.storage import Store
 from tasks.options import STAGE
 from tasks.ui import show_table, show_text, stage_progress

@@ -18,7 +18,8 @@ from flows.cli import main
 from flows.rescore import hgdpo_rescore
 from hgdpo_core import scorers
 from hgdpo_core.presets import figures
-from hgdpo_core.rescore import plan_wanted, score_missing
+from hgdpo_core.rescore import score_missing
+from hgdpo_core.rescore_plan import plan_wanted
 from hgdpo_core.storage import Store
 
 NOW = datetime(2031, 1, 2, 15, tzinfo=UTC)
