@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.score_commands import add_score_commands
 from hgdpo_core.errors import HGDPOError
 
 
@@ -210,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
         if function is not plan:
             command.add_argument("--plan", action="store_true", help="say what would be done, and stop")
     _add_evaluate(commands.add_parser("evaluate", help=(evaluate.__doc__ or "").splitlines()[0]))
+    add_score_commands(commands, _setting)
     garbage = commands.add_parser("gc", help=(collect.__doc__ or "").splitlines()[0])
     garbage.add_argument("--root")
     garbage.add_argument("--dry-run", action="store_true", help="list, remove nothing")

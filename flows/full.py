@@ -40,7 +40,7 @@ def hgdpo(
     prompts: str | None = Field(None, description="prompt file: txt, csv, tsv, jsonl or parquet, path or URL"),
     target: str | None = Field(None, description="your model: diffusers folder, .safetensors file or hub id"),
     images: str | None = Field(None, description="folder of captioned images to fine-tune the model on first"),
-    overrides: Overrides = Field(default_factory=dict, description='settings by dotted name, as {"dpo.beta": 1000}'),
+    overrides: Overrides = Field({}, description='settings by dotted name, as {"dpo.beta": 1000}'),
     plan_only: bool = Field(False, description="say what the run would do and find, and stop"),
     shard_runner: ShardRunnerName = Field("auto", description="deployment: on workers, as shard runs that can be "
                                           "retried one by one; in_process: here; auto: on workers if started by one"),

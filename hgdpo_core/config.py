@@ -18,6 +18,7 @@ Optimizer = Literal["adam8bit", "adamw"]
 ImageFormat = Literal["png", "webp", "jpeg"]
 ScorerName = Literal["pickscore", "hps_v2.0", "hps_v2.1", "imagereward", "aesthetic", "clip", "inspector", "tinted"]
 ConfigT = TypeVar("ConfigT", bound="StageConfig")
+UNKNOWN_LICENCE = "unknown"
 
 
 class StageConfig(BaseModel):
@@ -181,6 +182,8 @@ class RunConfig(StageConfig):
     """Everything one run needs, saved beside everything it made."""
 
     preset: str
+    licence: str = Field(default=UNKNOWN_LICENCE, pattern=r"^[a-z0-9][a-z0-9.\-]*$",
+                         description="of the data set of triplets, as the Hugging Face hub names it: cc-by-4.0, other")
     prompts: PromptSource
     images: str | None = Field(default=None, description='folder of captioned images for SFT; "figures" is built in')
     target: TargetConfig

@@ -58,15 +58,21 @@ def find_captioned_images(folder: str) -> list[CaptionedImage]:
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"images: {folder} is not a folder; expected images with metadata.jsonl or .txt captions")
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise InputError(f"images: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    files = find_images(root)
     captions = dict(_captions(root, files))
     missing = [path for path in files if path not in captions]
     if missing:
         raise InputError(f"images: {len(missing)} of {len(files)} images have no caption, the first is {missing[0]}: "
                          "add a line to metadata.jsonl or a .txt file of the same name")
     return [CaptionedImage(path, captions[path]) for path in files]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Every image file below a folder, in name order; InputError when there is none."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise InputError(f"images: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return files
 
 
 def _captions(root: Path, files: list[Path]) -> Iterator[tuple[Path, str]]:

@@ -1,7 +1,8 @@
 """Scoring of pools (arXiv:2405.20216v1, Eq. 5): every score is of the decoded stored bytes, so it can be repeated."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -12,7 +13,7 @@ from hgdpo_core.models import DTYPES, default_device, device_name
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.scorers import Scorer, find_scorer, load_scorer
 from hgdpo_core.scorers.pictures import threads
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.shards import ShardFolder, ShardManifest
 from hgdpo_core.storage import Store
 
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("index", pa.int32()), ("score", pa.float32())])
@@ -20,27 +21,47 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("index", pa.int32()), ("score",
 
 def score_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFolder:
     """Where the scores of a pool by a scorer lie: another version or precision of its weights is another folder."""
-    settings = {"stage": "score", "pool_id": pool_id, "scorer": scorer.name, "dtype": scorer.dtype,
-                "fingerprint": find_scorer(scorer.name, scorer.source)}
-    return ShardFolder.create(store, f"scores/{pool_id}/{scorer.name}-{content_hash(settings)}", settings)
+    settings = score_settings(pool_id, scorer, find_scorer(scorer.name, scorer.source))
+    return ShardFolder.create(store, score_key(settings), settings)
 
 
-def missing_scores(pool: ShardFolder, scores: ShardFolder, indices: Sequence[int]) -> list[int]:
-    """The pool shards of `indices` whose scores are not there, or are of other bytes than the pool's today."""
-    pool_manifests, score_manifests = pool.manifests(indices), scores.manifests(indices)
+def score_settings(pool_id: str, scorer: ScorerConfig, fingerprint: str) -> dict[str, Any]:
+    """All that decides the scores of a pool: its images, and the judge's weights and precision."""
+    return {"stage": "score", "pool_id": pool_id, "scorer": scorer.name, "dtype": scorer.dtype,
+            "fingerprint": fingerprint}
+
+
+def score_key(settings: Mapping[str, Any]) -> str:
+    """The folder of scores made with these `score_settings`."""
+    return f"scores/{settings['pool_id']}/{settings['scorer']}-{content_hash(settings)}"
+
+
+def missing_scores(pool: ShardFolder, scores: ShardFolder, indices: Sequence[int], *,
+                   pool_manifests: Mapping[int, ShardManifest] | None = None,
+                   score_manifests: Mapping[int, ShardManifest] | None = None) -> list[int]:
+    """The pool shards of `indices` whose scores are not there, or are of other bytes than the pool's today.
+
+    Manifests that the caller has read already are not read again.
+    """
+    pool_manifests = pool.manifests(indices) if pool_manifests is None else pool_manifests
+    score_manifests = scores.manifests(indices) if score_manifests is None else score_manifests
     return [index for index in indices
             if index not in score_manifests
             or score_manifests[index].inputs != (pool.input_shard(index, manifest=pool_manifests[index]),)]
 
 
 def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: ScorerConfig, indices: Sequence[int], *,
-               device: str | None = None, progress: Progress = silent, should_stop: ShouldStop = never_stop) -> int:
-    """Score the missing shards among `indices`, one shard of scores a shard of images; returns the images scored."""
+               device: str | None = None, judge: Scorer | None = None, progress: Progress = silent,
+               should_stop: ShouldStop = never_stop) -> int:
+    """Score the missing shards among `indices`, one shard of scores a shard of images; returns the images scored.
+
+    `judge`: the scorer, already on `device`, where one serves several pools.
+    """
     missing = missing_scores(pool, scores, indices)
     if not missing:
         return 0
     device = device or default_device()
-    judge = load_scorer(scorer.name, source=scorer.source, device=device, dtype=DTYPES[scorer.dtype])
+    judge = judge or load_judge(scorer, device)
     total = sum(manifest.rows for manifest in pool.manifests(missing).values())
     done = 0
     for index in missing:
@@ -58,6 +79,11 @@ def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: Sco
         scores.commit(index, table, inputs=(source,), device=device_name(device), batch_size=scorer.batch_size,
                       seconds=time.monotonic() - start)
     return done
+
+
+def load_judge(scorer: ScorerConfig, device: str) -> Scorer:
+    """The scorer that the settings name."""
+    return load_scorer(scorer.name, source=scorer.source, device=device, dtype=DTYPES[scorer.dtype])
 
 
 def _score_rows(judge: Scorer, rows: pa.Table) -> list[float]:

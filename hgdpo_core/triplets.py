@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hgdpo_core.config import TripletConfig, content_hash, identity
+from hgdpo_core.config import UNKNOWN_LICENCE, TripletConfig, content_hash, identity
+from hgdpo_core.dataset_card import render_card
 from hgdpo_core.errors import ConfigError, StoppedError
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import prompt_id
@@ -149,26 +150,12 @@ def model_fingerprint(identity: Mapping) -> str:
     return content_hash({name: identity[name] for name in ("fingerprint", "negative_prompt", "clip_skip", "lora")}, 64)
 
 
-def dataset_card(triplets: ShardFolder, indices: Sequence[int], counts: TripletCounts) -> str:
-    """README.md of the data set, with the `data_files` that `datasets.load_dataset` must read: what manifests name."""
+def dataset_card(triplets: ShardFolder, indices: Sequence[int], counts: TripletCounts, *,
+                 licence: str = UNKNOWN_LICENCE) -> str:
+    """README.md of the data set, with the `data_files` that `datasets.load_dataset` must read: what manifests name.
+
+    `licence`: an id of the Hugging Face hub, as cc-by-4.0.
+    """
     manifests = triplets.manifests()
-    files = "\n".join(f"      - {manifests[index].file}" for index in sorted(indices))
-    settings = "\n".join(f"- {name}: `{value}`" for name, value in triplets.config.items())
-    return f"""---
-license: unknown
-task_categories:
-  - text-to-image
-configs:
-  - config_name: default
-    data_files:
-{files}
----
-# Preference triplets for Diffusion-DPO
-
-{counts.triplets} triplets (prompt, winner, loser), the best and the worst of each pool;
-{counts.rejected} pools had no pair and are in `rejected/` with the reason. `jpg_0` is the winner, `jpg_1` the loser
-(encoded bytes); columns as in Pick-a-Pic v2, ours behind them. No human labelled anything: a scorer did.
-
-## How they were made
-{settings}
-"""
+    return render_card(triplets, [manifests[index] for index in sorted(indices)], rows=counts.triplets,
+                       rejected=counts.rejected, licence=licence)

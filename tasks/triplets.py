@@ -34,7 +34,8 @@ def rank(run: Run, pool: PoolPlan, scores: ShardFolder) -> Triplets:
     with stage_progress("triplets") as progress:
         counts = build_triplets(pool.folder, scores, folder, run.prompts.prompts, pool.indices, config,
                                 progress=progress)
-    run.store.write_bytes(f"{folder.key}/README.md", dataset_card(folder, pool.indices, counts).encode())
+    card = dataset_card(folder, pool.indices, counts, licence=run.config.licence)
+    run.store.write_bytes(f"{folder.key}/README.md", card.encode())
     get_run_logger().info("Triplets: %d, and %d pools without a pair, in %s", counts.triplets, counts.rejected,
                           folder.key)
     show_table("triplets", [{"triplets": counts.triplets, "rejected": counts.rejected, "folder": folder.key}],

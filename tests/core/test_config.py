@@ -37,6 +37,9 @@ def test_overrides_reach_their_setting_and_are_checked():
     config = apply_overrides(figures(), {"dpo.beta": 100, "triplets.loser_rank": 5})
     assert (config.dpo.beta, config.triplets.loser_rank) == (100.0, 5)
     assert content_hash(config) != content_hash(figures())
+    assert apply_overrides(figures(), {"licence": "cc-by-4.0"}).licence == "cc-by-4.0"
+    with pytest.raises(ConfigError, match="licence"):
+        apply_overrides(figures(), {"licence": "mine\ntags: [x]"})
 
 
 def test_scorers_may_be_given_by_name():

@@ -1,14 +1,19 @@
 """Triplets: exact round trip, readable by other trainers, nothing dropped silently, latents as METHOD says."""
 
+import io
+import json
+
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import DatasetCard
 from PIL import Image
 
 from hgdpo_core.config import DpoConfig, PoolConfig, SamplerConfig, TargetConfig, TripletConfig
+from hgdpo_core.dataset_card import card_licence
 from hgdpo_core.errors import ConfigError, InputError, StoppedError
 from hgdpo_core.generate import generate_pool, plan_pool
 from hgdpo_core.images import decode_image
@@ -127,6 +132,58 @@ def test_other_trainers_read_exactly_what_the_manifests_name(world, tmp_path):
     loaded = datasets.load_dataset(str(place), split="train", cache_dir=str(tmp_path))
     assert loaded.column_names[:6] == ["jpg_0", "jpg_1", "label_0", "label_1", "caption", "best_image_uid"]
     assert {row["caption"]: row["jpg_0"] for row in loaded} == {p: row["jpg_0"] for p, row in rows.items()}
+    named = [str(place / manifest.file) for manifest in folder.manifests().values()]
+    plain = datasets.load_dataset("parquet", data_files=named, split="train", cache_dir=str(tmp_path))
+    assert plain.features == loaded.features and plain[:] == loaded[:]
+
+
+def test_a_public_trainer_sees_winner_and_loser(world, tmp_path):
+    """The reading part of diffusers' Diffusion-DPO example: images from bytes, swapped where label_0 is 0."""
+    store, _, plan, _ = world
+    folder, counts, rows = build(world)
+    place = store.local_path(folder.key)
+    (place / "README.md").write_text(dataset_card(folder, plan.indices, counts))
+    examples = datasets.load_dataset(str(place), split="train", cache_dir=str(tmp_path))[:]
+    pairs = [[Image.open(io.BytesIO(data)).convert("RGB") for data in examples[name]] for name in ("jpg_0", "jpg_1")]
+    for caption, first, second, label in zip(examples["caption"], *pairs, examples["label_0"], strict=True):
+        winner, loser = (first, second) if label else (second, first)
+        assert winner.tobytes() == decode_image(rows[caption]["jpg_0"]).tobytes() != loser.tobytes()
+        assert loser.tobytes() == decode_image(rows[caption]["jpg_1"]).tobytes()
+
+
+def test_the_card_counts_shows_scores_and_says_how(world):
+    folder, counts, _ = build(world)
+    text = dataset_card(folder, world[2].indices, counts, licence="cc-by-4.0")
+    card = DatasetCard(text)
+    assert card.data.license == "cc-by-4.0" and card.data.size_categories == ["n<1K"]
+    assert card.data.configs[0]["data_files"] == [manifest.file for manifest in folder.manifests().values()]
+    assert "3 triplets (prompt, winner, loser) in 3 files" in text and "2 pools had no pair" in text
+    # winners 4, 9, 4; losers 1, 1, 1
+    assert "| winner | 5.667 | 2.357 | 4.000 | 4.000 | 9.000 |" in text
+    assert "| winner - loser | 4.667 | 2.357 | 3.000 | 3.000 | 8.000 |" in text
+    lines = text.splitlines()
+    assert f"1.00 to 1.67  0{' ' * 27}3 {'#' * 24}" in lines        # all losers
+    assert f"4.33 to 5.00  0{' ' * 27}0" in lines and f"8.33 to 9.00  1 {'#' * 8}{' ' * 18}0" in lines
+    settings = json.loads(text.split("```json")[1].split("```")[0])
+    assert settings["scores"]["fingerprint"] == "by hand" and settings["pool"]["images_per_prompt"] == 4
+    assert settings["triplets"] == folder.config
+
+
+def test_a_card_that_is_up_to_date_is_not_made_again(world, monkeypatch):
+    store, _, plan, _ = world
+    folder, counts, _ = build(world, prompts=PROMPTS[:3])
+    card = dataset_card(folder, plan.indices[:2], counts, licence="mit")
+    store.write_bytes(f"{folder.key}/README.md", card.encode())
+    assert card_licence(store, folder.key) == "mit" and card_licence(store, "triplets/none") == "unknown"
+    assert dataset_card(folder, plan.indices[:2], counts, licence="other") != card
+    monkeypatch.setattr(ShardFolder, "read_columns", lambda *_, **__: pytest.fail("read the scores again"))
+    assert dataset_card(folder, plan.indices[:2], counts, licence="mit") == card
+
+
+def test_a_data_set_without_a_triplet_has_a_card(world):
+    folder, counts, _ = build(world, prompts=[PROMPTS[1]])
+    assert counts.triplets == 0
+    assert "There is no triplet." in dataset_card(folder, [0], counts)
 
 
 def test_latents_are_scaled_posterior_means_and_embeddings_the_samplers(world):

@@ -29,7 +29,8 @@ def parameters(tmp_path_factory, target_folder, judge_folder):
             "target.dtype": "float32", "scorer.source": str(judge_folder), "evaluation.scorers": [judge],
             "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
             "sampler.steps": 2, "pool.images_per_prompt": 3, "pool.prompts_per_shard": 4, "sft.max_steps": 2,
-            "sft.batch_size": 2, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2}}
+            "sft.batch_size": 2, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2,
+            "licence": "cc-by-4.0"}}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def summary(server, parameters):
     return hgdpo(**parameters)
 
 
-def test_the_summary_keeps_its_contract(summary):
+def test_the_summary_keeps_its_contract(summary, parameters):
     assert set(summary) >= {"preset", "root", "win_rate", "colour_shift", "lora_weight", "triplets", "pool_images",
                             "timings", "artifacts", "warnings", "score_change", "defect_rate", "colour_change"}
     assert summary["warnings"] == []  # two steps are too few for any guard to judge
@@ -46,6 +47,8 @@ def test_the_summary_keeps_its_contract(summary):
     assert rate["n"] == 8 == rate["wins"] + rate["losses"] + rate["ties"]
     assert summary["pool_images"] == 18 and summary["triplets"] + summary["rejected"] == 6
     assert summary["artifacts"].keys() >= {"report", "lora", "triplets"}
+    card = Path(parameters["root"], key(summary, "triplets"), "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-4.0\n") and "| winner - loser |" in card
     assert all(seconds >= 0 for seconds in summary["timings"].values())
 
 

@@ -1,11 +1,16 @@
 """The direction of imports: deployments -> flows -> tasks -> hgdpo_core, never backwards."""
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from prefect import Flow
+from prefect.utilities.callables import get_call_parameters
+from pydantic_core import PydanticUndefined
 
 ROOT = Path(__file__).parents[2]
 MAY_IMPORT = {
@@ -42,6 +47,18 @@ def test_pure_modules_touch_no_files_and_no_networks():
     for name in PURE:
         inner = {n for n in imports(ROOT / "hgdpo_core" / f"{name}.py") if n.startswith("hgdpo_core")}
         assert inner <= {f"hgdpo_core.{n}" for n in [*PURE, "errors"]}, name
+
+
+def test_a_parameter_left_out_reaches_its_flow_as_its_default():
+    """Prefect 3.8 hands Field(default_factory=...) on as PydanticUndefined where the parameter is left out."""
+    modules = [importlib.import_module(f"flows.{path.stem}") for path in sorted((ROOT / "flows").glob("*.py"))]
+    found = {flow.name: flow for module in modules for flow in vars(module).values() if isinstance(flow, Flow)}
+    assert "hgdpo" in found
+    for name, flow in found.items():
+        signature = inspect.signature(flow.fn).parameters
+        required = {parameter: None for parameter, item in signature.items() if item.default is item.empty}
+        for parameter, value in get_call_parameters(flow.fn, (), required).items():
+            assert value is not PydanticUndefined, f"{name}: {parameter}"
 
 
 def test_the_core_runs_without_prefect_installed():

@@ -1,0 +1,56 @@
+"""Scoring again, by hand or every night: what is missing or by a scorer that changed, and a report of the drift."""
+
+from typing import Any, Literal
+
+from prefect import flow
+from prefect.states import Completed, State
+from pydantic import Field
+
+from flows.nightly import reason_to_skip
+from hgdpo_core.rescore_plan import Skipped
+from hgdpo_core.run import default_root
+from hgdpo_core.storage import Store
+from tasks.rescore import begin, find_work, rank, report_drift, score_again
+from tasks.ui import explain_own_errors
+
+Overrides = dict[str, Any]
+
+
+@flow(name="hgdpo-rescore", flow_run_name="rescore", validate_parameters=True)
+def hgdpo_rescore(
+    root: str | None = Field(None, description="object store, any fsspec URL; default: $HGDPO_ROOT, else output/full"),
+    scorers: list[str] = Field([], description='by name, as "pickscore" or "pickscore=folder or hub id"; default: '
+                               'those of the preset, without one those that the runs of the root use'),
+    preset: Literal["figures", "sd15"] | None = Field(None, description="take the scorers of this preset"),
+    overrides: Overrides = Field({}, description='settings of the preset, as {"scorer.source": …}'),
+    verify: bool = Field(False, description="read every score again: what is corrupted goes to quarantine and is made "
+                         "again"),
+    plan_only: bool = Field(False, description="say what is missing, and stop"),
+) -> Any:
+    """Score pools whose scores are missing or by a scorer that changed, rank them again, report the drift.
+
+    Returns the night's summary. Never writes a pool and never trains. Where there is nothing to do, or a scheduled run
+    had better not start, it ends Completed and its message says so.
+    """
+    explain_own_errors()
+    if (reason := reason_to_skip()) is not None:
+        return _completed("Skipped", f"skipped: {reason}")
+    store = Store(root or default_root())
+    plan = find_work(store, scorers, preset, overrides, verify)
+    if plan_only:
+        return {"plan": plan.rows(), "skipped": [item.model_dump() for item in plan.skipped]}
+    night = begin(store, plan)
+    if night is None:
+        return _completed("NothingToDo", plan.describe())
+
+    given_up: list[Skipped] = []
+    for version, jobs in plan.by_version():     # one load a scorer; where shards run as flow runs of their own, here
+        given_up += score_again(store, version, jobs)
+    rankings = [rank(store, job) for job in night.rankings]
+    made = [ranking for ranking in rankings if not isinstance(ranking, Skipped)]
+    left = [ranking for ranking in rankings if isinstance(ranking, Skipped)]
+    return report_drift(store, night, made, [*plan.skipped, *given_up, *left])
+
+
+def _completed(name: str, message: str) -> State[dict[str, Any]]:
+    return Completed(name=name, message=message, data={"status": message})

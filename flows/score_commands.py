@@ -1,0 +1,186 @@
+"""`hgdpo rescore` and `hgdpo score`."""
+
+import argparse
+import csv
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hgdpo_core.progress import Progress
+
+
+def rescore(options: argparse.Namespace) -> int:
+    """Score pools again whose scores are missing or by a scorer that changed; report what moved."""
+    from hgdpo_core.night import find_unfinished, last_report
+    from hgdpo_core.rescore_plan import plan_wanted
+    from hgdpo_core.run import default_root
+    from hgdpo_core.storage import Store
+
+    store, overrides = Store(options.root or default_root()), dict(options.set or [])
+    store.check_writable()
+    plan = plan_wanted(store, options.scorer, preset=options.preset, overrides=overrides, verify=options.verify)
+    _print_skipped([item.model_dump() for item in plan.skipped])
+    if options.plan:
+        print(json.dumps(plan.rows(), indent=1))
+        return 0
+    if plan.nothing_to_do and find_unfinished(store) is None:
+        report = last_report(store)
+        print(plan.describe().capitalize() + (f"; the last report: {store.url(report)}" if report else ""))
+        return 0
+
+    from flows.rescore import hgdpo_rescore
+    from flows.server import some_server
+
+    with some_server():
+        summary = hgdpo_rescore(root=store.root, scorers=options.scorer, preset=options.preset, overrides=overrides)
+    _print_night(summary)
+    return 0
+
+
+def score(options: argparse.Namespace) -> int:
+    """Score image files, or all pools of a root."""
+    if options.images:
+        return _score_files(options)
+    if options.prompt or options.csv:
+        from hgdpo_core.errors import ConfigError
+
+        raise ConfigError("--prompt and --csv go with image files: name an image or a folder of them")
+    return _score_pools(options)
+
+
+def _score_files(options: argparse.Namespace) -> int:
+    from hgdpo_core.config import ScorerConfig
+    from hgdpo_core.rescore_plan import find_versions
+    from hgdpo_core.score_images import images_to_score, score_images
+    from hgdpo_core.storage import Store
+    from hgdpo_core.wanted import WantedScorer, wanted_scorers
+
+    images = images_to_score(options.images, options.prompt)
+    store = Store(options.root) if options.root else None
+    wanted = wanted_scorers(store, names=options.scorer, preset=options.preset, overrides=dict(options.set or []))
+    wanted = wanted or [WantedScorer(scorer=ScorerConfig())]
+    find_versions(wanted, required=True)
+    scorers = [item.scorer for item in wanted]
+    columns = {}
+    for scorer in scorers:
+        with _bar(scorer.name) as progress:
+            columns[scorer.name] = score_images(images, scorer, progress=progress)
+    rows = [{"file": str(image.path), "prompt": image.caption,
+             **{name: scored[number].score for name, scored in columns.items()}}
+            for number, image in enumerate(images)]
+    first = scorers[0].name
+    rows.sort(key=lambda row: -math.inf if math.isnan(row[first]) else row[first], reverse=True)
+    if options.csv:
+        with Path(options.csv).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    _print_table([{**{name: _number(row[name]) for name in columns}, "file": Path(row["file"]).name,
+                   "prompt": _shorten(row["prompt"])} for row in rows])
+    for scored in columns[first]:
+        if scored.problem is not None:
+            print(f"no score: {scored.image.path}: {scored.problem}")
+    return 0
+
+
+def _score_pools(options: argparse.Namespace) -> int:
+    from hgdpo_core.rescore import score_missing, summarise_pools
+    from hgdpo_core.rescore_plan import plan_wanted
+    from hgdpo_core.run import default_root
+    from hgdpo_core.storage import Store
+
+    store = Store(options.root or default_root())
+    plan = plan_wanted(store, options.scorer, preset=options.preset, overrides=dict(options.set or []))
+    skipped = list(plan.skipped)
+    for version, jobs in plan.by_version():
+        with _bar(version.scorer.name) as progress:
+            skipped += score_missing(store, jobs, progress=progress)
+    rows = summarise_pools(store, plan)
+    _print_table([{name: _number(value) if isinstance(value, float) else str(value) for name, value in row.items()}
+                  for row in rows])
+    if not rows:
+        print(f"No complete pool in {store.root}")
+    _print_skipped([item.model_dump() for item in skipped])
+    return 0
+
+
+def _print_night(summary: dict[str, Any]) -> None:
+    if "night" not in summary:
+        print(summary["status"])
+        return
+    print("\n" + summary["headline"])
+    for row in summary["drift"]:
+        if row["tau_mean"] is not None:
+            print(f"{row['scorer']}, pool {row['pool']}: Kendall's tau {row['tau_mean']:.2f} on average, "
+                  f"{row['tau_min']:.2f} at worst; winner changed on {100 * (row['winner_flipped'] or 0):.1f} %, loser "
+                  f"on {100 * (row['loser_flipped'] or 0):.1f} % of {row['prompts_compared']:,} prompts")
+    for item in summary["triplets"]:
+        print(f"Triplets: {summary['root']}/{item['triplets']} ({item['rows']:,})")
+    print(f"Report: {summary['artifacts']['report']}")
+
+
+def _print_skipped(skipped: Sequence[dict[str, Any]]) -> None:
+    for item in skipped:
+        print(f"Left alone: {item['what']}: {item['reason']}")
+
+
+def _print_table(rows: Sequence[dict[str, str]]) -> None:
+    """Columns as wide as their widest cell, numbers to the right."""
+    if not rows:
+        return
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    numbers = {name for name in widths if all(_is_number(row[name]) for row in rows)}
+    for row in ({name: name for name in widths}, *rows):
+        print("  ".join(row[name].rjust(width) if name in numbers else row[name].ljust(width)
+                        for name, width in widths.items()).rstrip())
+
+
+def _is_number(text: str) -> bool:
+    return text == "no score" or text.replace(",", "").lstrip("-").replace(".", "", 1).isdigit()
+
+
+def _number(value: float) -> str:
+    return "no score" if math.isnan(value) else f"{value:.3f}"
+
+
+def _shorten(text: str, width: int = 80) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[:width - 1] + "…"
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Progress]:
+    """A progress callback with a bar in the terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=name, dynamic_ncols=True, mininterval=0.5, leave=False) as bar:
+        def report(done: int, total: int, unit: str) -> None:
+            bar.total, bar.unit = total, f" {unit}"
+            bar.update(done - bar.n)
+
+        yield report
+
+
+def add_score_commands(commands: Any, setting: Callable[[str], Any]) -> None:
+    """Put both commands into the parser of `hgdpo`."""
+    for function in (rescore, score):
+        command = commands.add_parser(function.__name__, help=(function.__doc__ or "").splitlines()[0])
+        command.add_argument("--root", help="object store, any fsspec URL; default $HGDPO_ROOT or output/full")
+        command.add_argument("--scorer", action="append", default=[], metavar="NAME[=PLACE]",
+                             help="a scorer by name, or name=folder or hub id; repeatable; default: the preset's, "
+                             "without a preset those of the root's runs")
+        command.add_argument("--preset", help="take the scorers of this preset")
+        command.add_argument("--set", action="append", type=setting, metavar="NAME=VALUE",
+                             help="override a setting of the preset; repeatable")
+        command.set_defaults(command=function)
+        if function is rescore:
+            command.add_argument("--verify", action="store_true", help="read every score, make corrupted ones again")
+            command.add_argument("--plan", action="store_true", help="say what is missing, and stop")
+        else:
+            command.add_argument("images", nargs="?", help="an image, or a folder with metadata.jsonl or .txt "
+                                 "captions; without it the pools of the root are scored")
+            command.add_argument("--prompt", help="what the images should show, instead of captions")
+            command.add_argument("--csv", metavar="FILE", help="also write the scores of image files there")

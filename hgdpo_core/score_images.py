@@ -1,0 +1,68 @@
+"""Scores of image files outside any store: a folder with captions, or any images and one prompt."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from hgdpo_core.config import ScorerConfig
+from hgdpo_core.errors import InputError, StoppedError
+from hgdpo_core.images import CaptionedImage, decode_image, find_captioned_images, find_images
+from hgdpo_core.models import default_device
+from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.score import load_judge
+
+
+@dataclass(frozen=True)
+class ScoredImage:
+    """An image with its score, higher is better; nan and a `problem` for a file that is no image."""
+
+    image: CaptionedImage
+    score: float
+    problem: str | None = None
+
+
+def images_to_score(place: str, prompt: str | None = None) -> list[CaptionedImage]:
+    """One image file, or every image of a folder, with `prompt` or, without one, the folder's own captions.
+
+    InputError when there is no image, or no prompt for one.
+    """
+    path = Path(place).expanduser()
+    if prompt is not None and not prompt.strip():
+        raise InputError("the prompt is empty: say what the images should show")
+    if path.is_file():
+        if prompt is None:
+            raise InputError(f"{place} is one image: say what it should show with --prompt")
+        return [CaptionedImage(path, prompt)]
+    if prompt is None or not path.is_dir():
+        return find_captioned_images(str(path))
+    return [CaptionedImage(file, prompt) for file in find_images(path)]
+
+
+def score_images(images: Sequence[CaptionedImage], scorer: ScorerConfig, *, device: str | None = None,
+                 progress: Progress = silent, should_stop: ShouldStop = never_stop) -> list[ScoredImage]:
+    """Every image with its score, in their order."""
+    judge = load_judge(scorer, device or default_device())
+    scored: list[ScoredImage] = []
+    for first in range(0, len(images), scorer.batch_size):
+        if should_stop():
+            raise StoppedError("stopped while scoring images")
+        batch = images[first:first + scorer.batch_size]
+        opened = [_open(image.path) for image in batch]
+        good = [(picture, image.caption) for picture, image in zip(opened, batch, strict=True)
+                if isinstance(picture, Image.Image)]
+        scores = iter(judge.score(*zip(*good, strict=True)).tolist() if good else ())
+        scored += [ScoredImage(image, math.nan, picture) if isinstance(picture, str)
+                   else ScoredImage(image, next(scores)) for picture, image in zip(opened, batch, strict=True)]
+        progress(len(scored), len(images), "images")
+    return scored
+
+
+def _open(path: Path) -> Image.Image | str:
+    """The picture, or why there is none."""
+    try:
+        return decode_image(path.read_bytes())
+    except (InputError, OSError) as error:
+        return str(error)

@@ -1,0 +1,96 @@
+"""Which scorers somebody wants scores by: named ones, a preset's, or those that the runs of a root use."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from hgdpo_core.config import ScorerConfig, StageConfig, apply_overrides, describe
+from hgdpo_core.errors import ConfigError
+from hgdpo_core.presets import build_config
+from hgdpo_core.storage import Store
+
+Pools = Literal["training", "evaluation", "all"]
+
+
+class WantedScorer(StageConfig):
+    """A scorer and the pools it is for: a scorer that only evaluates must not cost a score for every training image."""
+
+    scorer: ScorerConfig
+    pools: Pools = "all"
+
+
+def wanted_scorers(store: Store | None, *, names: Sequence[str] = (), preset: str | None = None,
+                   overrides: Mapping[str, Any] | None = None) -> list[WantedScorer]:
+    """One scorer a name; [] where no run of `store` says which scorers are wanted.
+
+    Known are the preset's scorers (with `overrides`), or without a preset those of the root's runs: the ranking one for
+    training pools, the others for evaluation images. `names` chooses, and a scorer that is named is for all pools:
+    "pickscore" takes the known scorer of that name, else its public checkpoint; "pickscore=place" that folder or
+    hub id. ConfigError for an unknown or repeated name.
+    """
+    if overrides and preset is None:
+        raise ConfigError(f"settings ({', '.join(overrides)}) change a preset's scorers: name the preset as well")
+    if preset is not None:
+        known = preset_scorers(preset, overrides or {})
+    else:
+        known = run_scorers(store) if store is not None else {}
+    if not names:
+        return list(known.values())
+    chosen = [WantedScorer(scorer=_named(name, known)) for name in names]
+    scorer_names = [wanted.scorer.name for wanted in chosen]
+    repeated = sorted({name for name in scorer_names if scorer_names.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"{', '.join(repeated)} is named twice: earlier scores are found by a scorer's name, so "
+                          "name each once")
+    return chosen
+
+
+def preset_scorers(preset: str, overrides: Mapping[str, Any]) -> dict[str, WantedScorer]:
+    """The scorers of a preset by name, the ranking one first."""
+    unused = None if preset == "figures" else "not read"  # a preset for users' models wants them named; we load none
+    config = apply_overrides(build_config(preset, target=unused, prompts=unused), overrides)
+    return _assign(config.scorer, config.evaluation.scorers)
+
+
+def run_scorers(store: Store) -> dict[str, WantedScorer]:
+    """The scorers of the root's runs by name; where runs differ, as the run that was started last has them."""
+    started = sorted((changed, key) for key, _, changed in store.walk("runs") if key.endswith("/config.json"))
+    configs = store.read_many(key for _, key in started)
+    found: dict[str, WantedScorer] = {}
+    for _, key in started:
+        for name, wanted in _of_saved_run(configs.get(key, b"")).items():
+            earlier = found.get(name, wanted)
+            found[name] = wanted if earlier.pools == wanted.pools else wanted.model_copy(update={"pools": "all"})
+    return found
+
+
+def _assign(ranking: ScorerConfig, evaluating: Sequence[ScorerConfig]) -> dict[str, WantedScorer]:
+    """Where the ranking scorer evaluates too, one config stands for both: earlier scores are found by its name."""
+    both = ranking.name in {scorer.name for scorer in evaluating}
+    found = {ranking.name: WantedScorer(scorer=ranking, pools="all" if both else "training")}
+    for scorer in evaluating:
+        found.setdefault(scorer.name, WantedScorer(scorer=scorer, pools="evaluation"))
+    return found
+
+
+def _of_saved_run(text: bytes) -> dict[str, WantedScorer]:
+    """{} for the config of another version of this project that cannot be read as ours."""
+    try:
+        data = json.loads(text)
+        ranking, *evaluating = (ScorerConfig.model_validate(scorer)
+                                for scorer in (data["scorer"], *data["evaluation"]["scorers"]))
+        return _assign(ranking, evaluating)
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _named(text: str, known: Mapping[str, WantedScorer]) -> ScorerConfig:
+    name, _, source = text.partition("=")
+    if not source and name in known:
+        return known[name].scorer
+    try:
+        return ScorerConfig.model_validate({"name": name, "source": source or None})
+    except ValidationError as error:
+        raise ConfigError(f"scorer {text!r}: {describe(error)}") from None

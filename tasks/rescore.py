@@ -1,0 +1,81 @@
+"""Score pools again: find what is missing, score it, rank it, report what moved."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import task
+from prefect.logging import get_run_logger
+
+from hgdpo_core.drift_report import drift_rows, headline, render_markdown
+from hgdpo_core.night import Night, close_night, open_night
+from hgdpo_core.rescore import Ranking, rank_again, score_missing
+from hgdpo_core.rescore_plan import RankJob, RescorePlan, ScoreJob, ScorerVersion, Skipped, plan_wanted
+from hgdpo_core.storage import Store
+from tasks.options import STAGE
+from tasks.ui import show_table, show_text, stage_progress
+
+
+@task(name="find work", **STAGE)
+def find_work(store: Store, scorers: Sequence[str], preset: str | None, overrides: dict[str, Any],
+              verify: bool) -> RescorePlan:
+    """What is missing under the root; loads no model."""
+    logger = get_run_logger()
+    plan = plan_wanted(store, scorers, preset=preset, overrides=overrides, verify=verify)
+    logger.info("%s: %s", store.root, plan.describe())
+    for item in plan.skipped:
+        logger.warning("Left alone: %s: %s", item.what, item.reason)
+    if not plan.nothing_to_do:
+        show_table("rescore-plan", plan.rows(), "What is scored and ranked again")
+    return plan
+
+
+@task(name="begin night", **STAGE)
+def begin(store: Store, plan: RescorePlan) -> Night | None:
+    """The night's record, written before its work; None when there is nothing to do."""
+    night = open_night(store, plan)
+    if night is not None:
+        get_run_logger().info("Night %s: %d pools to score, %d rankings", night.name,
+                              sum(bool(job.missing) for job in plan.jobs), len(night.rankings))
+    return night
+
+
+@task(name="score again", task_run_name="score again by {version.scorer.name}", **STAGE)
+def score_again(store: Store, version: ScorerVersion, jobs: Sequence[ScoreJob]) -> list[Skipped]:
+    """The missing scores of all pools by one scorer; returns the pools given up."""
+    logger = get_run_logger()
+    with stage_progress(version.scorer.name) as progress:
+        skipped = score_missing(store, jobs, progress=progress)
+    for job in jobs:
+        logger.info("%s %s: pool %s, %d images in %d shards, in %s", version.scorer.name, version.fingerprint[:12],
+                    job.pool_id, job.images, len(job.missing), job.scores)
+    for item in skipped:
+        logger.warning("Given up: %s: %s", item.what, item.reason)
+    return skipped
+
+
+@task(name="rank again", task_run_name="rank {job.pool_id} again", **STAGE)
+def rank(store: Store, job: RankJob) -> Ranking | Skipped:
+    """A data set of triplets by the new scores."""
+    with stage_progress("triplets") as progress:
+        ranking = rank_again(store, job, progress=progress)
+    if isinstance(ranking, Skipped):
+        get_run_logger().warning("Not ranked: %s: %s", ranking.what, ranking.reason)
+    else:
+        get_run_logger().info("Triplets: %d, and %d pools without a pair, in %s (before: %s)", ranking.counts.triplets,
+                              ranking.counts.rejected, ranking.key, job.replaces)
+    return ranking
+
+
+@task(name="drift", **STAGE)
+def report_drift(store: Store, night: Night, rankings: Sequence[Ranking], skipped: Sequence[Skipped]) -> dict[str, Any]:
+    """The drift report, in `rescores/<night>/` and in the UI; returns the night's summary."""
+    report = close_night(store, night, rankings, skipped)
+    show_table("drift", drift_rows(report), "Rankings and scores, before and now")
+    show_text("drift-report", render_markdown(report))
+    if report["skipped"]:
+        show_table("rescore-skipped", report["skipped"], "Left alone, and why")
+    get_run_logger().info("%s Report: %s", headline(report), store.url(night.key("report.html")))
+    return {"night": night.name, "root": store.root, "headline": headline(report), "drift": drift_rows(report),
+            "triplets": report["triplets"], "skipped": report["skipped"],
+            "artifacts": {"report": store.url(night.key("report.html")),
+                          "triplets": [store.url(ranking.key) for ranking in rankings]}}

@@ -1,0 +1,75 @@
+"""Which scorers are wanted: by name, by preset, by the runs of a root."""
+
+import os
+
+import pytest
+
+from hgdpo_core.config import ScorerConfig
+from hgdpo_core.errors import ConfigError
+from hgdpo_core.presets import figures
+from hgdpo_core.storage import Store
+from hgdpo_core.wanted import WantedScorer, wanted_scorers
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path))
+
+
+def save_run(store, name, *, source, started):
+    config = figures()
+    scorer = config.scorer.model_copy(update={"source": source})
+    config = config.model_copy(update={"scorer": scorer})
+    store.write_json(f"runs/{name}/config.json", {"code_version": "0", **config.model_dump(mode="json")})
+    os.utime(store.local_path(f"runs/{name}/config.json"), (started, started))
+
+
+def test_the_run_started_last_says_which_judge_a_name_means(store):
+    assert wanted_scorers(store) == []
+    save_run(store, "a", source="/judges/new", started=2000)
+    save_run(store, "b", source="/judges/old", started=1000)
+    store.write_bytes("runs/c/config.json", b'{"scorer": "of another version"}')
+    assert [(item.scorer.name, item.scorer.source, item.pools) for item in wanted_scorers(store)] == [
+        ("pickscore", "/judges/new", "all"), ("inspector", "figures", "evaluation")]
+    assert wanted_scorers(store, names=["pickscore"])[0].scorer.source == "/judges/new"
+    assert wanted_scorers(store, names=["pickscore=/mine"]) == [WantedScorer(scorer=ScorerConfig(source="/mine"))]
+    assert wanted_scorers(store, names=["inspector"])[0].pools == "all"     # named: for every pool
+
+
+def test_where_runs_use_a_scorer_differently_it_is_for_all_pools(store):
+    config = figures()
+    inspector = next(scorer for scorer in config.evaluation.scorers if scorer.name == "inspector")
+    judging = config.evaluation.model_copy(update={"scorers": (config.scorer,)})
+    for name, changed in (("a", {"scorer": inspector, "evaluation": judging}), ("b", {})):
+        store.write_json(f"runs/{name}/config.json", config.model_copy(update=changed).model_dump(mode="json"))
+        os.utime(store.local_path(f"runs/{name}/config.json"), (1000, 1000 + ord(name)))
+    assert {item.scorer.name: item.pools for item in wanted_scorers(store)} == {"inspector": "all", "pickscore": "all"}
+    store.delete("runs/b/config.json")
+    assert {item.scorer.name: item.pools for item in wanted_scorers(store)} == {
+        "inspector": "training", "pickscore": "evaluation"}
+
+
+def test_a_preset_counts_before_the_runs_and_takes_overrides(store):
+    save_run(store, "a", source="/judges/new", started=2000)
+    assert [item.scorer for item in wanted_scorers(store, preset="figures")] == list(figures().evaluation.scorers)
+    changed = wanted_scorers(store, preset="figures", overrides={"scorer.batch_size": 3})
+    assert changed[0].scorer == figures().scorer.model_copy(update={"batch_size": 3})
+    assert wanted_scorers(store, preset="sd15")[0].scorer.name == "pickscore"   # no model, no prompts needed
+
+
+def test_names_without_a_store_mean_the_public_checkpoint():
+    assert wanted_scorers(None, names=["pickscore"]) == [WantedScorer(scorer=ScorerConfig(name="pickscore"))]
+    assert wanted_scorers(None) == []
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"names": ["beauty"]}, "scorer 'beauty': name: Input should be"),
+    ({"names": ["pickscore", "pickscore=/b"]}, "pickscore is named twice"),
+    ({"preset": "sdxl"}, "no preset 'sdxl'"),
+    ({"overrides": {"scorer.batch_size": 3}}, "name the preset"),
+    ({"preset": "figures", "overrides": {"scorer.size": 3}}, "names no setting"),
+])
+def test_mistakes_are_one_line(store, arguments, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        wanted_scorers(store, **arguments)
+    assert "\n" not in str(error.value)
