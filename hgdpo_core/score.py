@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from hgdpo_core.config import ScorerConfig, content_hash
+from hgdpo_core.config import PromptSyntax, ScorerConfig, content_hash
 from hgdpo_core.errors import StoppedError
 from hgdpo_core.images import decode_image
-from hgdpo_core.models import DTYPES, default_device, device_name
+from hgdpo_core.models import DTYPES, default_device, device_name, recorded_syntax
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.prompt_syntax import strip_syntax
 from hgdpo_core.scorers import Scorer, find_scorer, load_scorer
 from hgdpo_core.scorers.pictures import threads
 from hgdpo_core.shards import ShardFolder
@@ -35,12 +36,16 @@ def missing_scores(pool: ShardFolder, scores: ShardFolder, indices: Sequence[int
 
 def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: ScorerConfig, indices: Sequence[int], *,
                device: str | None = None, progress: Progress = silent, should_stop: ShouldStop = never_stop) -> int:
-    """Score the missing shards among `indices`, one shard of scores a shard of images; returns the images scored."""
+    """Score the missing shards among `indices`, one shard of scores a shard of images; returns the images scored.
+
+    The scorer reads prompts without the weights and brackets that the pool's model was given.
+    """
     missing = missing_scores(pool, scores, indices)
     if not missing:
         return 0
     device = device or default_device()
     judge = load_scorer(scorer.name, source=scorer.source, device=device, dtype=DTYPES[scorer.dtype])
+    syntax = recorded_syntax(pool.config["model"])["prompt_syntax"]
     total = sum(pool.manifests()[index].rows for index in missing)
     done = 0
     for index in missing:
@@ -51,7 +56,7 @@ def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: Sco
         for first in range(0, images.num_rows, scorer.batch_size):
             if should_stop():
                 raise StoppedError("stopped while scoring; finished shards are kept")
-            values += _score_rows(judge, images.slice(first, scorer.batch_size))
+            values += _score_rows(judge, images.slice(first, scorer.batch_size), syntax)
             progress(done + len(values), total, "images")
         done += len(values)
         table = pa.table({"prompt_id": images["prompt_id"], "index": images["index"], "score": values}, schema=SCHEMA)
@@ -60,6 +65,6 @@ def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: Sco
     return done
 
 
-def _score_rows(judge: Scorer, rows: pa.Table) -> list[float]:
+def _score_rows(judge: Scorer, rows: pa.Table, syntax: PromptSyntax) -> list[float]:
     images = list(threads().map(decode_image, rows["image"].to_pylist()))
-    return judge.score(images, rows["prompt"].to_pylist()).tolist()
+    return judge.score(images, [strip_syntax(prompt, syntax) for prompt in rows["prompt"].to_pylist()]).tolist()
