@@ -16,9 +16,10 @@ from hgdpo_core.config import PromptSyntax
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.models import Model
 from hgdpo_core.prompt_syntax import Segment, parse_weights
-from hgdpo_core.sampler import encode_text
+from hgdpo_core.sampler import encode_text, hidden_states
 
 COMMA_REACH = 20  # A1111's "comma padding backtrack": a full chunk is cut at a comma this near to its end
+NO_MEAN = 1e-4  # of the root mean square; the text encoder of SD 1.5 stands far above it
 
 Token = tuple[int, float]
 """Id and weight."""
@@ -60,7 +61,7 @@ class TextEncoder:
         chunks = split_chunks(parts, self.chunk_length - 2, self._tokenizer.get_vocab().get(",</w>"))
         ids, weights = zip(*(self._frame(chunk) for chunk in chunks), strict=True)
         device = self._encoder.device
-        hidden = self._hidden_states(torch.tensor(ids, device=device))
+        hidden = hidden_states(self._encoder, torch.tensor(ids, device=device), self.model.clip_skip)
         return weigh_embedding(hidden, torch.tensor(weights, device=device)).flatten(0, 1)
 
     def _tokenize(self, part: Sequence[Segment]) -> list[Token]:
@@ -74,14 +75,6 @@ class TextEncoder:
         ids += [self._tokenizer.pad_token_id] * (self.chunk_length - len(ids))
         weights = [1.0, *(weight for _, weight in chunk)]
         return ids, weights + [1.0] * (self.chunk_length - len(weights))
-
-    def _hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
-        """[K, 77, D], as diffusers' encode_prompt takes them."""
-        skip = self.model.clip_skip
-        output = self._encoder(ids, output_hidden_states=skip is not None)
-        if skip is None:
-            return output.last_hidden_state
-        return self._encoder.text_model.final_layer_norm(output.hidden_states[-(skip + 1)])
 
     def _pad(self, embed: torch.Tensor, length: int) -> torch.Tensor:
         missing = (length - len(embed)) // self.chunk_length
@@ -119,9 +112,12 @@ def _end_of_chunk(chunk: Sequence[Token], comma: int | None) -> int:
 def weigh_embedding(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Hidden states [K, L, D] times weights [K, L], each chunk then scaled so that its mean is what it was.
 
-    In float32, returned in the precision of `hidden`; weights of 1 change no bit.
+    In float32, returned in the precision of `hidden`; weights of 1 change no bit. A chunk whose weighted mean is mere
+    rounding has no scale to take: an untrained encoder ends in a norm without bias, where every row's mean is zero.
     """
     full = hidden.float()
     weighted = full * weights[:, :, None].float()
-    restored = weighted * (full.mean(dim=(1, 2), keepdim=True) / weighted.mean(dim=(1, 2), keepdim=True))
-    return restored.to(hidden.dtype)
+    mean = weighted.mean(dim=(1, 2), keepdim=True)
+    size = weighted.square().mean(dim=(1, 2), keepdim=True).sqrt()
+    scale = torch.where(mean.abs() > NO_MEAN * size, full.mean(dim=(1, 2), keepdim=True) / mean, 1.0)
+    return (weighted * scale).to(hidden.dtype)
