@@ -47,7 +47,10 @@ class PromptSource(StageConfig):
 
 
 class TargetConfig(StageConfig):
-    """The user's model. Negative prompt and clip skip belong to it: the same in pool, training and evaluation."""
+    """The user's model. Negative prompt and clip skip belong to it: the same in pool, training and evaluation.
+
+    Captions of SFT images are plain, whatever the syntax of prompts: they describe, and describe with brackets too.
+    """
 
     source: str = Field(description='hub id, diffusers folder or single .safetensors file; "figures" is built in')
     revision: str | None = Field(default=None, description="commit, branch or tag of a hub id")
