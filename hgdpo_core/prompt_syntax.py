@@ -105,10 +105,10 @@ def describe_unread(prompts: Iterable[str], syntax: PromptSyntax) -> str:
             steps.append(prompt)
     remarks = []
     if networks:
-        remarks.append(f"{len(networks)} prompts name networks such as <lora:...>, which are left out "
+        remarks.append(f"{len(networks)} of the prompts with networks such as <lora:...>, which are left out "
                        f"(the first: {networks[0]!r:.80})")
     if steps:
-        remarks.append(f"{len(steps)} prompts hold [a:b:0.5], [a|b] or AND, whose words are read as they stand "
+        remarks.append(f"{len(steps)} of the prompts with [a:b:0.5], [a|b] or AND, whose words are read as they stand "
                        f"(the first: {steps[0]!r:.80})")
     return "; ".join(remarks)
 

@@ -85,7 +85,7 @@ def test_a_weight_that_is_no_number_is_refused_in_one_line(weight):
 def test_what_only_a1111_does_is_said():
     prompts = ["a <lora:x:0.5>", "[cat:dog:0.5]", "[red|blue] hat", "cat AND dog", "(fine:1.2) [less] SAND"]
     remark = describe_unread(prompts, "a1111")
-    assert remark.startswith("1 prompts name networks") and "3 prompts hold [a:b:0.5]" in remark
+    assert remark.startswith("1 of the prompts with networks") and "3 of the prompts with [a:b:0.5]" in remark
     assert describe_unread(prompts[-1:], "a1111") == describe_unread(prompts, "plain") == ""
 
 
