@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(function.__name__, help=(function.__doc__ or "").splitlines()[0])
         command.add_argument("--preset", default="figures", help="figures (built in, CPU) or sd15 (the paper's)")
         command.add_argument("--root", help="where all results go, any fsspec URL; default $HGDPO_ROOT or output/full")
-        command.add_argument("--prompts", help="prompt file: txt, csv, tsv, jsonl or parquet")
+        command.add_argument("--prompts", help="txt, csv, tsv, jsonl or parquet, path or URL; or a data set")
         command.add_argument("--target", help="your model: diffusers folder, .safetensors file or hub id")
         command.add_argument("--images", help="folder of captioned images to fine-tune the model on first")
         command.add_argument("--set", action="append", type=_setting, metavar="NAME=VALUE",

@@ -37,7 +37,7 @@ def cancel_shard_runs(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
 def hgdpo(
     preset: Literal["figures", "sd15"] = "figures",
     root: str | None = Field(None, description="object store, any fsspec URL; default: $HGDPO_ROOT, else output/full"),
-    prompts: str | None = Field(None, description="prompt file: txt, csv, tsv, jsonl or parquet, path or URL"),
+    prompts: str | None = Field(None, description="txt, csv, tsv, jsonl or parquet, path or URL; or a data set"),
     target: str | None = Field(None, description="your model: diffusers folder, .safetensors file or hub id"),
     images: str | None = Field(None, description="folder of captioned images to fine-tune the model on first"),
     overrides: Overrides = Field({}, description='settings by dotted name, as {"dpo.beta": 1000}'),

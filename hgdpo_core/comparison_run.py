@@ -24,6 +24,7 @@ from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.models import Model, find_model, is_lora
 from hgdpo_core.presets import PARTI_PROMPTS, build_config
+from hgdpo_core.prompt_syntax import check_syntax
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.run import default_root, shell_command
 from hgdpo_core.scorers import require_scorers
@@ -68,7 +69,9 @@ def open_comparison(preset: str = "figures", root: str | None = None, *, tuned: 
     if overrides:
         config = apply_overrides(config, overrides)
     store = Store(root or default_root())
-    evaluation_prompts = read_prompts(config.evaluation.prompts)
+    evaluation_prompts = read_prompts(config.evaluation.prompts, store)
+    check_syntax([config.target.negative_prompt], config.target.prompt_syntax)
+    check_syntax(evaluation_prompts.prompts, config.evaluation.prompt_syntax)
     models = _find_models(config, lora_weight)
     if config.sampler.latent_normalisation and models[1].lora is None:
         raise ConfigError(f"sampler.latent_normalisation is on, but the tuned model {tuned} is no LoRA: only a LoRA "

@@ -17,6 +17,8 @@ MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 Optimizer = Literal["adam8bit", "adamw"]
 ImageFormat = Literal["png", "webp", "jpeg"]
 ScorerName = Literal["pickscore", "hps_v2.0", "hps_v2.1", "imagereward", "aesthetic", "clip", "inspector", "tinted"]
+PromptSyntax = Literal["plain", "a1111"]
+FIGURES_SPLITS = ("train", "validation", "test")
 ConfigT = TypeVar("ConfigT", bound="StageConfig")
 UNKNOWN_LICENCE = "unknown"
 
@@ -28,17 +30,28 @@ class StageConfig(BaseModel):
 
 
 class PromptSource(StageConfig):
-    """Where prompts come from: a file (txt, csv, tsv, jsonl, parquet) at a path or fsspec URL, or the figures world."""
+    """Where prompts come from: a file at a path or fsspec URL, a data set of the hub or a folder, the figures world."""
 
-    source: str = Field(description='path or URL of a prompt file, or "figures" for the built-in world')
-    split: Literal["train", "validation", "test"] = Field(default="train", description='only for source "figures"')
+    source: str = Field(description='txt, csv, tsv, jsonl or parquet at a path or URL; hub id or folder of a data set; '
+                                    '"figures" for the built-in world')
+    split: str = Field(default="train", description='of a data set, or of "figures": train, validation or test')
+    subset: str | None = Field(default=None, description="configuration of a data set that has several")
     column: str | None = Field(default=None, description="column of a table; default: prompt, Prompt, caption or text")
     category: str | None = Field(default=None, description="keep rows whose Category is this, as in PartiPrompts")
     limit: int | None = Field(default=None, ge=1, description="use only the first prompts")
 
+    @model_validator(mode="after")
+    def _split_exists(self) -> Self:
+        if self.source == "figures" and self.split not in FIGURES_SPLITS:
+            raise ValueError(f"split is {self.split!r}, but the figures world has {', '.join(FIGURES_SPLITS)}")
+        return self
+
 
 class TargetConfig(StageConfig):
-    """The user's model. Negative prompt and clip skip belong to it: the same in pool, training and evaluation."""
+    """The user's model. Negative prompt and clip skip belong to it: the same in pool, training and evaluation.
+
+    Captions of SFT images are plain, whatever the syntax of prompts: they describe, and describe with brackets too.
+    """
 
     source: str = Field(description='hub id, diffusers folder or single .safetensors file; "figures" is built in')
     revision: str | None = Field(default=None, description="commit, branch or tag of a hub id")
@@ -46,6 +59,9 @@ class TargetConfig(StageConfig):
     clip_skip: int | None = Field(default=None, ge=1, description="layers of the text encoder to skip, as in diffusers")
     dtype: Dtype = Field(default="auto",
                          description="precision of sampling; auto: bfloat16 where it is fast, else float32")
+    prompt_syntax: PromptSyntax = Field(
+        default="plain", description="how prompts and the negative prompt are written. plain: every sign is text, cut "
+        "at 77 tokens. a1111: (words:1.2) and [words] weigh, \\( is a bracket, BREAK and long texts make chunks")
 
 
 class SamplerConfig(StageConfig):
@@ -148,6 +164,7 @@ class EvaluationConfig(StageConfig):
     images_per_prompt: int = Field(default=1, ge=1)
     seed: int = Field(default=1_000, ge=0)
     lora_weight: float = Field(default=0.5, gt=0, description="scale of the LoRA at inference (paper A.3: 0.5)")
+    prompt_syntax: PromptSyntax = Field(default="plain", description="how the evaluation's prompts are written")
     scorers: tuple[ScorerConfig, ...] = Field(min_length=1, description='short: "pickscore=my/folder,clip"')
 
     @field_validator("scorers", mode="before")

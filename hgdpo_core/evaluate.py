@@ -59,10 +59,12 @@ def plan_evaluation(store: Store, model: Model, sampler: SamplerConfig, pool: Dr
     """The pool of one model's images for an evaluation: `images_per_prompt` each, seeds from evaluation.seed.
 
     Latent normalisation, where the sampler has it on, is for models that wear a LoRA; others are sampled plainly.
+    Prompts are read in `evaluation.prompt_syntax`, whatever the syntax of the training prompts.
     """
     settings = PoolConfig.model_validate({**pool.model_dump(), "images_per_prompt": config.images_per_prompt,
                                           "seed": config.seed})
-    return plan_pool(store, model, sampler if model.lora else sampler.plain, settings, prompts)
+    reader = model.reading(config.prompt_syntax)
+    return plan_pool(store, reader, sampler if model.lora else sampler.plain, settings, prompts)
 
 
 def refuse_seen_prompts(evaluation: Sequence[str], training: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TypeVar
 
 import pyarrow as pa
@@ -18,9 +19,10 @@ from hgdpo_core.images import encode_image
 from hgdpo_core.models import Model, default_device, device_name, load_pipeline
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import image_seed, prompt_id
-from hgdpo_core.sampler import decode_latents, encode_text, initial_noise, make_scheduler, sample_latents
+from hgdpo_core.sampler import decode_latents, initial_noise, make_scheduler, sample_latents
 from hgdpo_core.shards import ShardFolder, ShardManifest, read_table, write_table
 from hgdpo_core.storage import Store
+from hgdpo_core.text_encoding import TextEncoder
 
 T = TypeVar("T")
 
@@ -194,23 +196,23 @@ class Painter:
         self.pipeline = load_pipeline(model, device)
         self.reference = load_pipeline(replace(model, lora=None), device).unet if sampler.latent_normalisation else None
         self.scheduler = make_scheduler(self.pipeline.scheduler.config)
-        self.negative_embeds = encode_text(self.pipeline, [model.negative_prompt], model.clip_skip)
+        self.text_encoder = TextEncoder(self.pipeline, model)
 
     def paint(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
-        """Rows of SCHEMA for every candidate of the prompts, in order.
+        """Rows of SCHEMA for every candidate of the prompts: in order, but prompts with longer embeddings last.
 
-        Batches cross prompts and are cut at fixed places, so the same shard gives the same bits. Encoding of one
-        batch runs beside the sampling of the next.
+        Batches cross prompts of equally long embeddings and are cut at fixed places, so the same shard gives the same
+        bits. Encoding of one batch runs beside the sampling of the next.
         """
-        embeds = encode_text(self.pipeline, prompts, self.model.clip_skip)
-        jobs = [(number, index) for number in range(len(prompts)) for index in range(self.pool.images_per_prompt)]
+        embeds = self.text_encoder.encode(prompts)
+        batches = _cut_batches([len(embed) for embed in embeds], self.pool.images_per_prompt, self.pool.batch_size)
         waiting: list[Future[dict]] = []
         with ThreadPoolExecutor(ENCODER_THREADS) as executor:
-            for batch in _chunks(jobs, self.pool.batch_size):
+            for batch in batches:
                 if should_stop():
                     raise StoppedError("stopped while drawing a pool; finished shards are kept")
                 seeds = [image_seed(self.pool.seed, prompts[number], index) for number, index in batch]
-                pixels = self.draw(embeds[[number for number, _ in batch]], seeds)
+                pixels = self.draw(torch.stack([embeds[number] for number, _ in batch]), seeds)
                 yield from (future.result() for future in waiting)
                 waiting = [executor.submit(self._row, prompts[number], index, seed, image)
                            for (number, index), seed, image in zip(batch, seeds, pixels, strict=True)]
@@ -222,7 +224,8 @@ class Painter:
         factor = self.pipeline.vae_scale_factor
         height, width = self.sampler.height // factor, self.sampler.width // factor
         noise = initial_noise(seeds, unet.config.in_channels, height, width)
-        latents = sample_latents(unet, self.scheduler, prompt_embeds, self.negative_embeds, noise,
+        negative_embeds = self.text_encoder.negative(prompt_embeds.shape[1])
+        latents = sample_latents(unet, self.scheduler, prompt_embeds, negative_embeds, noise,
                                  steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale,
                                  reference=self.reference)
         if not bool(torch.isfinite(latents).all()):
@@ -234,6 +237,13 @@ class Painter:
         return {"prompt_id": prompt_id(prompt), "prompt": prompt, "index": index, "seed": seed,
                 "image": encode_image(pixels, self.pool.image_format),
                 "width": self.sampler.width, "height": self.sampler.height}
+
+
+def _cut_batches(lengths: Sequence[int], images: int, size: int) -> Iterator[Sequence[tuple[int, int]]]:
+    """(prompt number, image index) of every image in batches of at most `size`, each of one embedding length."""
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    for _, numbers in groupby(order, key=lambda number: lengths[number]):
+        yield from _chunks([(number, index) for number in numbers for index in range(images)], size)
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:

@@ -1,7 +1,8 @@
 """What training reads instead of images: latents and text embeddings, made once and kept in shards.
 
 Latents are scaling_factor * posterior mean, float32. Conditioning is exactly the embedding that the sampler used: from
-the same text encoder in the same precision.
+the same text encoder in the same precision, of the same length. Long prompts have longer embeddings than others, so a
+row's length says how many chunks it holds, and a batch of several lengths is padded and masked.
 """
 
 import time
@@ -12,15 +13,17 @@ import numpy as np
 import pyarrow as pa
 import torch
 from diffusers import StableDiffusionPipeline
+from torch.nn.utils.rnn import pad_sequence
 
 from hgdpo_core.config import content_hash
 from hgdpo_core.errors import InputError, StoppedError
 from hgdpo_core.images import decode_image, to_model_range
 from hgdpo_core.models import Model, default_device, device_name, load_pipeline
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.sampler import encode_latents, encode_text
+from hgdpo_core.sampler import encode_latents
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
+from hgdpo_core.text_encoding import TextEncoder
 from hgdpo_core.train import PairBatch
 from hgdpo_core.training import epoch_order
 
@@ -33,7 +36,9 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("winner", pa.binary()), ("loser
 def latent_folder(store: Store, triplets: ShardFolder, model: Model, size: tuple[int, int]) -> ShardFolder:
     """Where the latents of a data set by a model's VAE and text encoder lie; size is (width, height) in pixels."""
     settings = {"stage": "latents", "triplets": triplets.key, "fingerprint": model.fingerprint, "dtype": model.dtype,
-                "clip_skip": model.clip_skip, "width": size[0], "height": size[1]}
+                "clip_skip": model.clip_skip, "width": size[0], "height": size[1], **model.syntax()}
+    if model.syntax():  # a negative prompt of several chunks makes prompts as long
+        settings["negative_prompt"] = model.negative_prompt
     dataset = triplets.key.split("/")[-1]
     return ShardFolder.create(store, f"latents/{dataset}/{content_hash(settings)}", settings)
 
@@ -55,13 +60,14 @@ def cache_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, ind
     manifests = triplets.manifests(missing)
     device = device or default_device()
     pipeline = load_pipeline(model, device, vae_dtype="float32")
+    text_encoder = TextEncoder(pipeline, model)
     size = (latents.config["width"], latents.config["height"])
     total, done = sum(manifests[i].rows for i in missing), 0
     for index in missing:
         if should_stop():
             raise StoppedError("stopped while encoding latents; finished shards are kept")
         start = time.monotonic()
-        table = _encode_shard(pipeline, model, triplets.read(index), size)
+        table = _encode_shard(pipeline, text_encoder, triplets.read(index), size)
         source = triplets.input_shard(index, manifest=manifests[index])
         latents.commit(index, table, inputs=(source,), device=device_name(device), batch_size=ENCODE_BATCH,
                        seconds=time.monotonic() - start, details=embedding_shapes(pipeline, size))
@@ -70,14 +76,14 @@ def cache_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, ind
     return done
 
 
-def _encode_shard(pipeline: StableDiffusionPipeline, model: Model, rows: pa.Table, size: tuple[int, int]) -> pa.Table:
-    captions = rows["caption"].to_pylist()
-    embeds = encode_text(pipeline, captions, model.clip_skip).float().cpu() if captions else []
+def _encode_shard(pipeline: StableDiffusionPipeline, text_encoder: TextEncoder, rows: pa.Table,
+                  size: tuple[int, int]) -> pa.Table:
+    embeds = text_encoder.encode(rows["caption"].to_pylist())
     return pa.table({
         "prompt_id": rows["prompt_id"],
         "winner": _encode_images(pipeline, rows["jpg_0"].to_pylist(), size),
         "loser": _encode_images(pipeline, rows["jpg_1"].to_pylist(), size),
-        "prompt_embeds": [row.numpy().tobytes() for row in embeds],
+        "prompt_embeds": [row.float().cpu().numpy().tobytes() for row in embeds],
     }, schema=SCHEMA)
 
 
@@ -94,7 +100,7 @@ def _encode_images(pipeline: StableDiffusionPipeline, images: list[bytes], size:
 
 
 def embedding_shapes(pipeline: StableDiffusionPipeline, size: tuple[int, int]) -> dict[str, list[int]]:
-    """Shapes of one image's latents and of one prompt's embedding, as a manifest records them."""
+    """Shapes of one image's latents and of one chunk of a prompt's embedding, as a manifest records them."""
     factor = pipeline.vae_scale_factor
     text = pipeline.text_encoder.config
     return {"latent_shape": [pipeline.vae.config.latent_channels, size[1] // factor, size[0] // factor],
@@ -127,13 +133,26 @@ class LatentRows:
 
     def stack(self, rows: Sequence[int], column: str, shape: str) -> torch.Tensor:
         """float32 [B, ...] of a column, shaped as the shard's manifest says under `shape`."""
-        values = []
-        for row in rows:
-            position = int(np.searchsorted(self.starts, row, side="right")) - 1
-            shard = self.shards[position]
-            data = self._table(shard)[column][int(row - self.starts[position])].as_py()
-            values.append(np.frombuffer(data, dtype=np.float32).reshape(self.manifests[shard].details[shape]))
-        return torch.from_numpy(np.stack(values))
+        return torch.from_numpy(np.stack([self._value(row, column, shape)[0] for row in rows]))
+
+    def stack_embeds(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings [B, L, D] as long as the longest, and where they hold text, bool [B, L]; None if they all do."""
+        embeds = [self._embed(row) for row in rows]
+        padded = pad_sequence(embeds, batch_first=True)
+        lengths = torch.tensor([len(embed) for embed in embeds])
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        return padded, None if bool(mask.all()) else mask
+
+    def _embed(self, row: int) -> torch.Tensor:
+        chunks = self._value(row, "prompt_embeds", "embeds_shape")
+        return torch.tensor(chunks.reshape(-1, chunks.shape[-1]))
+
+    def _value(self, row: int, column: str, shape: str) -> np.ndarray:
+        """float32 [K, ...]: the K items of the manifest's shape that a row holds."""
+        position = int(np.searchsorted(self.starts, row, side="right")) - 1
+        shard = self.shards[position]
+        data = self._table(shard)[column][int(row - self.starts[position])].as_py()
+        return np.frombuffer(data, dtype=np.float32).reshape(-1, *self.manifests[shard].details[shape])
 
     def _table(self, shard: int) -> pa.Table:
         if shard not in self._cache:
@@ -148,6 +167,7 @@ class LatentPairs(LatentRows):
     """The pairs a DPO trainer reads."""
 
     def batch(self, indices: Sequence[int]) -> PairBatch:
+        embeds, mask = self.stack_embeds(indices)
         return PairBatch(winner_latents=self.stack(indices, "winner", "latent_shape"),
                          loser_latents=self.stack(indices, "loser", "latent_shape"),
-                         prompt_embeds=self.stack(indices, "prompt_embeds", "embeds_shape"))
+                         prompt_embeds=embeds, prompt_mask=mask)

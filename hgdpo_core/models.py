@@ -1,7 +1,7 @@
 """The target model and the tuned one: found, checked and fingerprinted without loading; loaded when work needs them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
-from hgdpo_core.config import TargetConfig, content_hash
+from hgdpo_core.config import PromptSyntax, TargetConfig, content_hash
 from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.fingerprints import fingerprint_path
 
@@ -43,6 +43,8 @@ class Model:
     lora: Lora | None = None
     hub_id: str | None = None
     """Where the model was downloaded from, at the commit that is its fingerprint; None for one that lies on a disk."""
+    prompt_syntax: PromptSyntax = "plain"
+    negative_syntax: PromptSyntax = "plain"
 
     @property
     def id(self) -> str:
@@ -54,7 +56,20 @@ class Model:
         """What decides the images of this model: the settings a pool's id is made of."""
         lora = {"fingerprint": self.lora.fingerprint, "weight": self.lora.weight} if self.lora else None
         return {"fingerprint": self.fingerprint, "dtype": self.dtype, "negative_prompt": self.negative_prompt,
-                "clip_skip": self.clip_skip, "lora": lora}
+                "clip_skip": self.clip_skip, "lora": lora, **self.syntax()}
+
+    def syntax(self) -> dict[str, PromptSyntax]:
+        """How prompts are written, for ids: what is plain is left out, as it was before there was a choice."""
+        found: dict[str, PromptSyntax] = {}
+        if self.prompt_syntax != "plain":
+            found["prompt_syntax"] = self.prompt_syntax
+        if self.negative_syntax != "plain" and self.negative_prompt:
+            found["negative_syntax"] = self.negative_syntax
+        return found
+
+    def reading(self, syntax: PromptSyntax) -> "Model":
+        """The same model for prompts written in another syntax; its negative prompt is read as before."""
+        return replace(self, prompt_syntax=syntax)
 
     def with_lora(self, path: Path, weight: float) -> "Model":
         """The same model wearing a LoRA, a folder or a .safetensors file, at a weight."""
@@ -91,7 +106,13 @@ def find_model(config: TargetConfig) -> Model:
         check_folder(path)
     return Model(path=path, fingerprint=commit or fingerprint_path(path), dtype=resolve_dtype(config.dtype),
                  negative_prompt=config.negative_prompt, clip_skip=config.clip_skip,
-                 hub_id=config.source if commit else None)
+                 hub_id=config.source if commit else None,
+                 prompt_syntax=config.prompt_syntax, negative_syntax=config.prompt_syntax)
+
+
+def recorded_syntax(settings: Mapping[str, Any]) -> dict[str, PromptSyntax]:
+    """`prompt_syntax` and `negative_syntax` of a model whose `identity()` or `syntax()` was recorded."""
+    return {name: settings.get(name, "plain") for name in ("prompt_syntax", "negative_syntax")}
 
 
 def _locate(config: TargetConfig) -> tuple[Path, str | None]:

@@ -6,12 +6,14 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
+from hgdpo_core import figures
 from hgdpo_core.errors import ModelError
 from hgdpo_core.fingerprints import fingerprint_path
 from hgdpo_core.model_store import fetch_model, find_record, publish_model, stored_id
 from hgdpo_core.storage import Store
 
 FIGURES = "figures"
+BUILT_IN = (figures.target_path, figures.judge_path, figures.inspector_path)
 
 
 class Place(BaseModel):
@@ -28,9 +30,7 @@ class Place(BaseModel):
     @classmethod
     def of(cls, store: Store, path: Path, *, share: bool) -> Self:
         """The place of a local file or folder; with `share`, one from outside the store is copied into it first."""
-        from hgdpo_core import figures
-
-        if path.resolve() in (figures.target_path().resolve(), figures.judge_path().resolve()):
+        if path.resolve() in {built_in().resolve() for built_in in BUILT_IN}:
             return cls(source=FIGURES)
         inside = stored_id(store, path)
         if inside is not None:

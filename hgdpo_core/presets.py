@@ -59,7 +59,7 @@ def sd15(target: str | None = None, prompts: str | None = None) -> RunConfig:
     return RunConfig(
         preset="sd15",
         prompts=PromptSource(source=prompts),
-        target=TargetConfig(source=target),
+        target=TargetConfig(source=target, prompt_syntax="a1111"),
         sampler=SamplerConfig(width=704, height=1024, steps=50, guidance_scale=5.0),
         sft=SftConfig(batch_size=16, learning_rate=1e-5, warmup_steps=500, weight_decay=0.01,
                       gradient_checkpointing=True),

@@ -1,25 +1,19 @@
-"""Prompts as people keep them: read, checked, numbered and kept in the store exactly as written."""
+"""Prompts: read, checked, numbered and kept in the store exactly as written."""
 
-import csv
 import hashlib
-import io
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import dataclass, replace
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hgdpo_core.config import PromptSource, content_hash
 from hgdpo_core.errors import InputError
+from hgdpo_core.prompt_sources import read_texts
 from hgdpo_core.shards import read_table, write_table
 from hgdpo_core.storage import Store
 
-FORMATS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
-COLUMNS = ("prompt", "Prompt", "caption", "text")
 MAX_PROMPT_CHARACTERS = 10_000
+LONG_PROMPT_CHARACTERS = 2_000
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("prompt", pa.string())])
 
 
@@ -41,6 +35,7 @@ class PromptList:
     prompts: tuple[str, ...]
     duplicates: tuple[str, ...] = ()
     empty: int = 0
+    remark: str = ""
 
     @property
     def id(self) -> str:
@@ -48,21 +43,29 @@ class PromptList:
         return f"{len(self.prompts)}-{content_hash(list(self.prompts))}"
 
     def describe(self) -> str:
-        """One line: how many are used and what was dropped."""
+        """One line: how many are used, what was dropped, and what a person should know of the rest."""
         dropped = [f"{self.empty} empty"] if self.empty else []
         if self.duplicates:
             dropped.append(f"{len(self.duplicates)} duplicate (the first: {self.duplicates[0]!r:.80})")
-        return f"{len(self.prompts)} prompts" + (f"; dropped {' and '.join(dropped)}" if dropped else "")
+        parts = [f"{len(self.prompts)} prompts"] + ([f"dropped {' and '.join(dropped)}"] if dropped else [])
+        long = [len(prompt) for prompt in self.prompts if len(prompt) > LONG_PROMPT_CHARACTERS]
+        if long:
+            parts.append(f"{len(long)} of over {LONG_PROMPT_CHARACTERS} characters, the longest {max(long)}: a plain "
+                         "prompt is cut at the text encoder's 77 tokens, an a1111 one is read in chunks")
+        return "; ".join(parts + ([self.remark] if self.remark else []))
 
 
-def read_prompts(source: PromptSource) -> PromptList:
-    """The prompts of a source, in order. InputError if there is none, or the file is not one that can be read."""
+def read_prompts(source: PromptSource, store: Store | None = None) -> PromptList:
+    """The prompts of a source, in order; a copy of a remote one is kept in `store`.
+
+    InputError if there is none, or the source cannot be used; StorageError for a remote one out of reach.
+    """
     if source.source == "figures":
         return _figures_prompts(source)
-    texts = _read_texts(source)
-    result = clean_prompts(texts)
+    texts, remark = read_texts(source, store)
+    result = replace(clean_prompts(texts), remark=remark)
     if source.limit is not None:
-        result = PromptList(result.prompts[: source.limit], result.duplicates, result.empty)
+        result = replace(result, prompts=result.prompts[: source.limit])
     if not result.prompts:
         raise InputError(f"{source.source} holds no prompt: expected at least one line or row with text")
     return result
@@ -110,81 +113,3 @@ def _figures_prompts(source: PromptSource) -> PromptList:
     if source.limit is None:
         raise InputError('prompts from "figures" need a limit: the world holds more people than you want to draw')
     return PromptList(tuple(figures.prompts(source.split, source.limit, seed=0)))
-
-
-def _read_texts(source: PromptSource) -> list[str]:
-    suffix = PurePosixPath(source.source.split("?")[0]).suffix.lower()
-    if suffix not in FORMATS:
-        raise InputError(f"{source.source} is not a prompt file: expected one of {', '.join(FORMATS)}, got "
-                         f"{suffix or 'no extension'}; put one prompt a line into a .txt file")
-    data = _read_bytes(source.source)
-    if suffix == ".parquet":
-        return _column(_parquet_rows(data, source.source), source)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source.source} is not UTF-8 text (byte {error.start} is {data[error.start]:#04x}): "
-                         "save it as UTF-8") from None
-    if "\0" in text:
-        raise InputError(f"{source.source} is a binary file with the name of a text file: expected prompts as text")
-    if suffix == ".txt":
-        if source.column or source.category:
-            raise InputError(f"{source.source} is plain text and has no columns: drop prompts.column and "
-                             "prompts.category, or give a csv, tsv, jsonl or parquet file")
-        return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-    if suffix == ".jsonl":
-        return _column(_json_rows(text, source.source), source)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",")
-    return _column(list(reader), source)
-
-
-def _read_bytes(url: str) -> bytes:
-    try:
-        with fsspec.open(url, "rb") as file:
-            return file.read()  # type: ignore[union-attr]
-    except FileNotFoundError:
-        raise InputError(f"there is no prompt file at {url}") from None
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"the prompt file {url} cannot be read: {error}") from None
-
-
-def _parquet_rows(data: bytes, url: str) -> list[dict]:
-    try:
-        return pq.read_table(io.BytesIO(data)).to_pylist()
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{url} is not a Parquet file: {error}") from None
-
-
-def _json_rows(text: str, url: str) -> list[dict]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"line {number} of {url} is not JSON: {error}") from None
-        rows.append(row if isinstance(row, dict) else {"prompt": row})
-    return rows
-
-
-def _column(rows: list[dict], source: PromptSource) -> list[str]:
-    if not rows:
-        return []
-    known = list(rows[0])
-    column = source.column or next((name for name in COLUMNS if name in known), None)
-    if column is None or column not in known:
-        wanted = repr(source.column) if source.column else f"one of {', '.join(COLUMNS)}"
-        raise InputError(f"{source.source} has no prompt column: expected {wanted}, got {', '.join(map(str, known))}; "
-                         "name yours in prompts.column")
-    if source.category is not None:
-        if "Category" not in known:
-            raise InputError(f"{source.source} has no column Category, which prompts.category filters by")
-        found = sorted({str(row["Category"]) for row in rows})
-        rows = [row for row in rows if row["Category"] == source.category]
-        if not rows:
-            raise InputError(f"{source.source} has no row of category {source.category!r}; it has {', '.join(found)}")
-    bad = next((n for n, row in enumerate(rows, start=1) if not isinstance(row.get(column) or "", str)), None)
-    if bad is not None:
-        raise InputError(f"row {bad} of {source.source} has a {column} that is not text: {rows[bad - 1][column]!r}")
-    return [row.get(column) or "" for row in rows]

@@ -14,6 +14,7 @@ from hgdpo_core.evaluate import refuse_seen_prompts
 from hgdpo_core.generate import plan_pool
 from hgdpo_core.models import Model, find_model
 from hgdpo_core.presets import build_config
+from hgdpo_core.prompt_syntax import check_syntax
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.scorers import find_scorer, require_scorers
 from hgdpo_core.sft_images import ImageSet, read_image_set
@@ -68,7 +69,9 @@ def check_run(preset: str = "figures", root: str | None = None, *, prompts: str 
     if overrides:
         config = apply_overrides(config, overrides)
     store = Store(root or default_root())
-    training, evaluation = read_prompts(config.prompts), read_prompts(config.evaluation.prompts)
+    training, evaluation = read_prompts(config.prompts, store), read_prompts(config.evaluation.prompts, store)
+    check_syntax([config.target.negative_prompt, *training.prompts], config.target.prompt_syntax)
+    check_syntax(evaluation.prompts, config.evaluation.prompt_syntax)
     refuse_seen_prompts(evaluation.prompts, training.prompts)
     model = find_model(config.target)
     find_scorer(config.scorer.name, config.scorer.source)

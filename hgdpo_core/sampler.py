@@ -35,8 +35,21 @@ def initial_noise(seeds: Sequence[int], channels: int, height: int, width: int) 
 @torch.no_grad()
 def encode_text(pipeline: StableDiffusionPipeline, texts: Sequence[str], clip_skip: int | None) -> torch.Tensor:
     """Text embeddings [B, L, D] in the text encoder's precision; texts are cut at the encoder's length."""
-    embeds, _ = pipeline.encode_prompt(list(texts), pipeline.device, 1, False, clip_skip=clip_skip)
-    return embeds
+    tokenizer = pipeline.tokenizer
+    ids = tokenizer(list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                    return_tensors="pt").input_ids
+    return hidden_states(pipeline.text_encoder, ids.to(pipeline.device), clip_skip)
+
+
+def hidden_states(text_encoder: Any, ids: torch.Tensor, clip_skip: int | None) -> torch.Tensor:
+    """What the UNet is conditioned on, [B, L, D], for token ids [B, L]; `clip_skip` counts as diffusers does.
+
+    The pipeline's own encode_prompt cannot skip layers: it looks for the norm where transformers 5 keeps it no more.
+    """
+    if clip_skip is None:
+        return text_encoder(ids).last_hidden_state
+    states = text_encoder(ids, output_hidden_states=True).hidden_states
+    return getattr(text_encoder, "text_model", text_encoder).final_layer_norm(states[-(clip_skip + 1)])
 
 
 @torch.no_grad()

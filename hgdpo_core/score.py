@@ -6,11 +6,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from hgdpo_core.config import ScorerConfig, content_hash
+from hgdpo_core.config import PromptSyntax, ScorerConfig, content_hash
 from hgdpo_core.errors import StoppedError
 from hgdpo_core.images import decode_image
-from hgdpo_core.models import DTYPES, default_device, device_name
+from hgdpo_core.models import DTYPES, default_device, device_name, recorded_syntax
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.prompt_syntax import strip_syntax
 from hgdpo_core.scorers import Scorer, find_scorer, load_scorer
 from hgdpo_core.scorers.pictures import threads
 from hgdpo_core.shards import ShardFolder, ShardManifest
@@ -56,12 +57,14 @@ def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: Sco
     """Score the missing shards among `indices`, one shard of scores a shard of images; returns the images scored.
 
     `judge`: the scorer, already on `device`, where one serves several pools.
+    The scorer reads prompts without the weights and brackets that the pool's model was given.
     """
     missing = missing_scores(pool, scores, indices)
     if not missing:
         return 0
     device = device or default_device()
     judge = judge or load_judge(scorer, device)
+    syntax = recorded_syntax(pool.config["model"])["prompt_syntax"]
     total = sum(manifest.rows for manifest in pool.manifests(missing).values())
     done = 0
     for index in missing:
@@ -72,7 +75,7 @@ def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: Sco
         for first in range(0, images.num_rows, scorer.batch_size):
             if should_stop():
                 raise StoppedError("stopped while scoring; finished shards are kept")
-            values += _score_rows(judge, images.slice(first, scorer.batch_size))
+            values += _score_rows(judge, images.slice(first, scorer.batch_size), syntax)
             progress(done + len(values), total, "images")
         done += len(values)
         table = pa.table({"prompt_id": images["prompt_id"], "index": images["index"], "score": values}, schema=SCHEMA)
@@ -86,6 +89,6 @@ def load_judge(scorer: ScorerConfig, device: str) -> Scorer:
     return load_scorer(scorer.name, source=scorer.source, device=device, dtype=DTYPES[scorer.dtype])
 
 
-def _score_rows(judge: Scorer, rows: pa.Table) -> list[float]:
+def _score_rows(judge: Scorer, rows: pa.Table, syntax: PromptSyntax) -> list[float]:
     images = list(threads().map(decode_image, rows["image"].to_pylist()))
-    return judge.score(images, rows["prompt"].to_pylist()).tolist()
+    return judge.score(images, [strip_syntax(prompt, syntax) for prompt in rows["prompt"].to_pylist()]).tolist()

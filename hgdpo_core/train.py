@@ -32,11 +32,15 @@ from hgdpo_core.training import (
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B pairs: scaled latents `[B,C,h,w]` of winners and losers, text embeddings `[B,L,D]`; float32."""
+    """B pairs: scaled latents `[B,C,h,w]` of winners and losers, text embeddings `[B,L,D]`; float32.
+
+    `prompt_mask`, bool `[B,L]`, is True where an embedding is its prompt's own; None where none is padded.
+    """
 
     winner_latents: torch.Tensor
     loser_latents: torch.Tensor
     prompt_embeds: torch.Tensor
+    prompt_mask: torch.Tensor | None = None
 
 
 class PairSource(SampleSource[PairBatch], Protocol):
@@ -77,9 +81,10 @@ def train_dpo(unet: UNet2DConditionModel, scheduler_config: Mapping[str, Any], p
         noisy = add_noise(scheduler, latents, noise, both_timesteps)
         target = prediction_target(scheduler, latents, noise, both_timesteps)
         embeds = torch.cat([batch.prompt_embeds, batch.prompt_embeds]).to(unet.device)
+        mask = None if batch.prompt_mask is None else batch.prompt_mask.repeat(2, 1).to(unet.device)
         with reference_mode(unet):
-            reference = denoiser(noisy, both_timesteps, embeds)
-        policy = denoiser(noisy, both_timesteps, embeds)
+            reference = denoiser(noisy, both_timesteps, embeds, mask)
+        policy = denoiser(noisy, both_timesteps, embeds, mask)
         return pair_losses(policy, reference, target, timesteps, scheduler, config)
 
     objective = Objective("dpo", unet, batch_loss, weights=lambda: lora_state(unet),
@@ -120,6 +125,9 @@ def _check(batch: PairBatch, pairs: int) -> None:
     if not fits or not len(winner) == len(embeds) == pairs:
         raise InputError(f"expected {pairs} pairs of latents [B,C,h,w] of one size and embeddings [B,L,D], got winners "
                          f"{list(winner.shape)}, losers {list(loser.shape)}, embeddings {list(embeds.shape)}")
+    if batch.prompt_mask is not None and batch.prompt_mask.shape != embeds.shape[:2]:
+        raise InputError(f"expected a mask [B,L] for embeddings {list(embeds.shape)}, got "
+                         f"{list(batch.prompt_mask.shape)}")
     if {winner.dtype, loser.dtype, embeds.dtype} != {torch.float32}:
         raise InputError(f"expected float32 latents and embeddings, got {winner.dtype}, {loser.dtype}, "
                          f"{embeds.dtype}")

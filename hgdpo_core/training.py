@@ -81,8 +81,8 @@ class Objective:
     """What tells one trainer from the other.
 
     `batch_loss(denoiser, batch, generators)` returns float32 `[B]` tensors by log name, among them `loss`,
-    whose mean is minimised; `denoiser(noisy, timesteps, prompt_embeds)` is the UNet in training precision, and
-    each sample draws its randomness from its own generator alone.
+    whose mean is minimised; `denoiser(noisy, timesteps, prompt_embeds, prompt_mask=None)` is the UNet in training
+    precision, and each sample draws its randomness from its own generator alone.
     """
 
     name: str
@@ -94,15 +94,16 @@ class Objective:
 
 
 class Denoiser(nn.Module):
-    """The UNet as a function of three tensors. Accelerate wraps this and leaves the caller's UNet as it was."""
+    """The UNet as a function of tensors. Accelerate wraps this and leaves the caller's UNet as it was."""
 
     def __init__(self, unet: UNet2DConditionModel):
         super().__init__()
         self.unet = unet
 
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor,
-                prompt_embeds: torch.Tensor) -> torch.Tensor:
-        return self.unet(noisy, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0].float()
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor,
+                prompt_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.unet(noisy, timesteps, encoder_hidden_states=prompt_embeds, encoder_attention_mask=prompt_mask,
+                         return_dict=False)[0].float()
 
 
 # -- order and randomness of samples

@@ -147,7 +147,8 @@ def _row(pool: RankedPool, winner: int, loser: int, config: TripletConfig, pool_
 
 def model_fingerprint(identity: Mapping) -> str:
     """One hash of a model's weights, LoRA and text settings; its precision and place do not count."""
-    return content_hash({name: identity[name] for name in ("fingerprint", "negative_prompt", "clip_skip", "lora")}, 64)
+    names = ("fingerprint", "negative_prompt", "clip_skip", "lora", "prompt_syntax", "negative_syntax")
+    return content_hash({name: identity[name] for name in names if name in identity}, 64)
 
 
 def dataset_card(triplets: ShardFolder, indices: Sequence[int], counts: TripletCounts, *,

@@ -8,7 +8,7 @@ the rest from the store.
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, TargetCon
 from hgdpo_core.errors import ConfigError, ModelError, StorageError
 from hgdpo_core.generate import PoolPlan, generate_pool, open_pool
 from hgdpo_core.latents import cache_latents, missing_latents
-from hgdpo_core.models import Lora, Model, find_model
+from hgdpo_core.models import Lora, Model, find_model, recorded_syntax
 from hgdpo_core.places import Place
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.score import missing_scores, score_pool
@@ -217,6 +217,7 @@ def find_offered_model(store: Store, wanted: Mapping[str, Any], means: Mapping[s
     model = find_model(TargetConfig(
         source=place.locate(store), revision=place.revision, dtype=wanted["dtype"], clip_skip=wanted["clip_skip"],
         negative_prompt=wanted.get("negative_prompt", "")))
+    model = replace(model, **recorded_syntax(wanted))
     _refuse_other_model("target", model.fingerprint, wanted["fingerprint"])
     if not wanted.get("lora"):
         return model

@@ -6,6 +6,7 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core.comparison_run import ComparisonRun, open_comparison, plan_comparison
+from hgdpo_core.prompt_syntax import describe_unread
 from hgdpo_core.run import Run, open_run, plan_run
 from tasks.options import STAGE
 from tasks.ui import show_table
@@ -19,6 +20,9 @@ def prepare(preset: str, root: str | None, prompts: str | None, target: str | No
     run = open_run(preset, root, prompts=prompts, target=target, images=images, overrides=overrides)
     logger.info("Run %s in %s", run.run_id, run.store.root)
     logger.info("Prompts: %s; evaluation: %s", run.prompts.describe(), run.evaluation_prompts.describe())
+    unread = describe_unread(run.prompts.prompts, run.config.target.prompt_syntax)
+    if unread:
+        logger.warning("Prompts: %s", unread)
     logger.info("Target: %s (%s, %s)", run.target.path.name, run.target.fingerprint[:12], run.target.dtype)
     if run.images is not None:
         logger.info("Images for SFT: %d", len(run.images.images))

@@ -1,0 +1,260 @@
+"""Texts out of whatever people keep prompts in: files and data sets, local or remote. Nothing is cleaned here.
+
+A remote list is copied into the store each time it is read; when it cannot be reached later, the copy serves.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hgdpo_core.config import PromptSource, content_hash
+from hgdpo_core.errors import InputError, StorageError
+from hgdpo_core.shards import read_table, write_table
+from hgdpo_core.storage import MissingKeyError, Store
+
+FORMATS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
+COLUMNS = ("prompt", "Prompt", "caption", "text")
+CATEGORIES = ("Category", "category")
+LOCAL_PROTOCOLS = ("file", "local")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SECRET_IN_QUERY = re.compile(r"[?&](x-amz-signature|x-goog-signature|signature|sig|[a-z_]*token|[a-z_]*key)=", re.I)
+
+
+class UnreachableError(StorageError):
+    """A remote list cannot be had at the moment, or is gone."""
+
+
+def read_texts(source: PromptSource, store: Store | None) -> tuple[list[str], str]:
+    """All texts of a file or data set in order, empty ones too, and a remark (empty for none).
+
+    InputError for a source that cannot be used, UnreachableError for a remote one that is out of reach and of which
+    `store` holds no copy.
+    """
+    kind = _kind(source.source)
+    if kind == "local":
+        return _read(source), ""
+    key = f"prompts/sources/{content_hash(source)}.parquet"
+    try:
+        texts = _read(source)
+    except UnreachableError as error:
+        if store is None or not store.exists(key):
+            raise
+        return read_table(store, key)["text"].to_pylist(), f"from the copy in {store.url(key)}, because {error}"
+    if store is not None:
+        write_table(store, key, pa.table({"text": pa.array(texts, pa.string())}))
+    return texts, ""
+
+
+def _kind(address: str) -> str:
+    """local or remote; InputError for an address with a secret, which would end up in configs and logs."""
+    protocol, found, _ = address.partition("://")
+    if not found:
+        return "remote" if _is_hub_id(address) else "local"
+    if urlsplit(address).password or SECRET_IN_QUERY.search(address):
+        raise InputError("the address of the prompts holds a password, key or signature, which would end up in logs: "
+                         "put the credentials into the environment, or download the file and give its path")
+    return "local" if protocol.lower() in LOCAL_PROTOCOLS else "remote"
+
+
+def _is_hub_id(address: str) -> bool:
+    return bool(HUB_ID.fullmatch(address)) and _suffix(address) not in FORMATS and not Path(address).exists()
+
+
+def _suffix(address: str) -> str:
+    return PurePosixPath(address.split("?")[0]).suffix.lower()
+
+
+def _read(source: PromptSource) -> list[str]:
+    address, suffix = source.source, _suffix(source.source)
+    if _is_hub_id(address) or (suffix not in FORMATS and Path(address).expanduser().is_dir()):
+        return _read_data_set(source)
+    if suffix not in FORMATS:
+        raise InputError(f"{address} is not a prompt file: expected one of {', '.join(FORMATS)}, got "
+                         f"{suffix or 'no extension'}; put one prompt a line into a .txt file")
+    if suffix == ".txt" and (source.column or source.category):
+        raise InputError(f"{address} is plain text and has no columns: drop prompts.column and prompts.category, or "
+                         "give a csv, tsv, jsonl or parquet file")
+    data = _read_bytes(address)
+    if suffix == ".parquet":
+        return _parquet_texts(data, source)
+    text = _decode(data, address)
+    if suffix == ".txt":
+        return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    rows = _json_rows(text, address) if suffix == ".jsonl" else _csv_rows(text, address, tabs=suffix == ".tsv")
+    return _column(rows, source)
+
+
+# -- bytes and text
+
+
+def _read_bytes(address: str) -> bytes:
+    remote = _kind(address) == "remote"
+    try:
+        if address.startswith(("s3://", "s3a://")):  # with the store's own retries and endpoint
+            folder, _, name = address.rpartition("/")
+            return Store(folder).read_bytes(name)
+        with fsspec.open(address, "rb") as file:
+            return file.read()  # type: ignore[union-attr]
+    except (FileNotFoundError, MissingKeyError):
+        message = f"there is no prompt file at {address}"
+        raise (UnreachableError if remote else InputError)(message) from None
+    except Exception as error:  # every file system has its own family
+        message = f"the prompt file {address} cannot be read: {_first_line(error)}"
+        raise (UnreachableError if remote else InputError)(message) from None
+
+
+def _decode(data: bytes, address: str) -> str:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{address} is UTF-16 text (byte 0 is {data[0]:#04x}): expected UTF-8; convert it, for "
+                         "example with iconv -f UTF-16 -t UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)  # utf-8-sig counts behind its mark
+        line = data.count(b"\n", 0, at) + 1
+        raise InputError(f"{address} is not UTF-8 text: byte {at} (line {line}) is {data[at]:#04x}; if it was saved "
+                         "as Latin-1, convert it, for example with iconv -f LATIN1 -t UTF-8") from None
+    if "\0" in text:
+        raise InputError(f"{address} is a binary file with the name of a text file: expected prompts as text")
+    return text
+
+
+# -- rows
+
+
+def _csv_rows(text: str, address: str, *, tabs: bool) -> list[dict[str, Any]]:
+    try:
+        if tabs:
+            return _tsv_rows(text)
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise InputError(f"{address} cannot be read as a table: {error}; is it comma or tab separated text?") from None
+
+
+def _tsv_rows(text: str) -> list[dict[str, Any]]:
+    """Rows of a TSV, whose quotes are characters (as in PartiPrompts) unless all of it is quoted as CSV is."""
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", strict=True))
+    except csv.Error:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+        return list(reader)
+
+
+def _json_rows(text: str, address: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"line {number} of {address} is not JSON: {error}") from None
+        rows.append(row if isinstance(row, dict) else {"prompt": row})
+    return rows
+
+
+def _parquet_texts(data: bytes, source: PromptSource) -> list[str]:
+    """Only the columns of text and category are read: beside them may lie images."""
+    try:
+        file = pq.ParquetFile(io.BytesIO(data))
+        names = _find_columns(file.schema_arrow.names, source)
+        return _column(file.read(columns=list(names)).to_pylist(), source)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{source.source} is not a Parquet file: {error}") from None
+
+
+def _read_data_set(source: PromptSource) -> list[str]:
+    """Texts of a data set in a folder or on the hub, streamed: only as much is fetched as `limit` needs."""
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{source.source} is a data set, and reading one needs the package datasets: pip install "
+                         "'hgdpo[datasets]', or give a prompt file") from None
+    datasets.disable_progress_bars()
+    try:
+        rows: Any = _open_data_set(datasets, source)
+        names = rows.column_names or list(next(iter(rows), {}))
+        if not names:
+            return []
+        rows = rows.select_columns(list(_find_columns(names, source)))
+        return _column(list(_take(rows, source)), source)
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"the data set {source.source} cannot be read: {_first_line(error)}") from None
+    except Exception as error:  # the hub client raises a wide family
+        if Path(source.source).exists():
+            raise InputError(f"the data set {source.source} cannot be read: {_first_line(error)}") from None
+        raise UnreachableError(f"{source.source} is no file or folder here, and as a data set of the hub it cannot be "
+                               f"had: {_first_line(error)}") from None
+
+
+def _open_data_set(datasets: Any, source: PromptSource) -> Any:
+    folder = Path(source.source).expanduser()
+    if not ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists()):
+        path = str(folder) if folder.is_dir() else source.source
+        return datasets.load_dataset(path, name=source.subset, split=source.split, streaming=True)
+    saved = datasets.load_from_disk(str(folder))  # what save_to_disk wrote
+    if not isinstance(saved, dict):
+        return saved
+    if source.split not in saved:
+        raise ValueError(f"it has no split {source.split!r}; it has {', '.join(saved)}; name one in prompts.split")
+    return saved[source.split]
+
+
+def _take(rows: Iterable[dict[str, Any]], source: PromptSource) -> Iterable[dict[str, Any]]:
+    """Rows until there are `limit` different ones (of the wanted category)."""
+    seen: set[Any] = set()
+    for row in rows:
+        yield row
+        column, *category = _find_columns(list(row), source)
+        if row[column] and str(row[column]).strip() and all(row[name] == source.category for name in category):
+            seen.add(row[column])
+        if source.limit is not None and len(seen) >= source.limit:
+            return
+
+
+# -- columns
+
+
+def _find_columns(known: Sequence[str], source: PromptSource) -> tuple[str, ...]:
+    """The column of texts, and behind it the one of categories if rows are chosen by it."""
+    column = source.column or next((name for name in COLUMNS if name in known), None)
+    if column is None or column not in known:
+        wanted = repr(source.column) if source.column else f"one of {', '.join(COLUMNS)}"
+        raise InputError(f"{source.source} has no prompt column: expected {wanted}, got {', '.join(map(str, known))}; "
+                         "name yours in prompts.column")
+    if source.category is None:
+        return (column,)
+    category = next((name for name in CATEGORIES if name in known), None)
+    if category is None:
+        raise InputError(f"{source.source} has no column Category, which prompts.category filters by")
+    return column, category
+
+
+def _column(rows: list[dict[str, Any]], source: PromptSource) -> list[str]:
+    if not rows:
+        return []
+    column, *category = _find_columns(list(rows[0]), source)
+    for name in category:
+        found = sorted({str(row.get(name)) for row in rows})
+        rows = [row for row in rows if row.get(name) == source.category]
+        if not rows:
+            raise InputError(f"{source.source} has no row of category {source.category!r}; it has {', '.join(found)}")
+    bad = next((n for n, row in enumerate(rows, start=1) if not isinstance(row.get(column) or "", str)), None)
+    if bad is not None:
+        raise InputError(f"row {bad} of {source.source} has a {column} that is not text: {rows[bad - 1][column]!r}")
+    return [row.get(column) or "" for row in rows]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
