@@ -111,8 +111,6 @@ def _refuse_foreign(triplets: ShardFolder, indices: list[int], model: Model) -> 
                              f"{wanted[:12]}: train the model that drew the pool, or set dpo.allow_foreign_triplets")
 
 
-
-
 def find_tuned_target(model: Model, tuned: Tuned) -> Model:
-    """The fine-tuned model with the target's own text and precision settings."""
-    return replace(model, path=tuned.path, fingerprint=fingerprint_path(tuned.path))
+    """The fine-tuned model, whose folder holds every part, with the target's own text and precision settings."""
+    return replace(model, path=tuned.path, fingerprint=fingerprint_path(tuned.path), vae=None, configs=None)
