@@ -39,10 +39,10 @@ class PromptSource(StageConfig):
 class TargetConfig(StageConfig):
     """The user's model. Negative prompt and clip skip belong to it: the same in pool, training and evaluation."""
 
-    source: str = Field(description='hub id, diffusers folder, single .safetensors or .ckpt file; "figures" is built in')
+    source: str = Field(description='hub id, diffusers folder, .safetensors or .ckpt file; "figures" is built in')
     revision: str | None = Field(default=None, description="commit, branch or tag of a hub id")
-    vae: str | None = Field(default=None, description="VAE to use instead of the target's own: diffusers folder, single "
-                                                      "file or hub id")
+    vae: str | None = Field(default=None, description="VAE instead of the target's own: diffusers folder, single file "
+                                                      "or hub id")
     component_configs: str | None = Field(
         default=None, description="diffusers folder with the component configs and tokenizer of a single file (needed "
                                   "for v-prediction); default: Stable Diffusion 1.5's, which come with this package")

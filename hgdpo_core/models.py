@@ -17,7 +17,7 @@ from hgdpo_core.config import TargetConfig, content_hash
 from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.fingerprints import fingerprint_path
 from hgdpo_core.target_files import SD15_CONFIGS, check_channels, find_files, first_line, lora_file
-from hgdpo_core.weight_files import check_finite
+from hgdpo_core.weight_files import check_finite, check_text_encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -85,9 +85,12 @@ def load_pipeline(model: Model, device: str = "cpu", *, dtype: str | None = None
     try:
         pipeline = _read_pipeline(model, load_dtype)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if "meta tensor" in str(error):  # how diffusers' single-file loader meets a weight that was not in the file
+            raise ModelError(f"{model.path} lacks weights that Stable Diffusion 1.5 has: get a whole file") from None
         raise ModelError(f"{model.path} does not load as Stable Diffusion 1.5: {first_line(error)}") from None
     check_channels(model.path, pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels)
     check_finite(model.path, pipeline.components)
+    check_text_encoder(model.path, pipeline.text_encoder)
     if model.lora:
         _merge_lora(pipeline, model.lora)
     for name, part in pipeline.components.items():
@@ -158,24 +161,15 @@ def cpu_has_fast_bfloat16() -> bool:
 
 
 def default_device() -> str:
-    """$HGDPO_DEVICE, else the accelerator torch sees, else the CPU. ConfigError for a device that is not there."""
-    wanted = os.environ.get("HGDPO_DEVICE")
-    if wanted:
-        return require_device(wanted)
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def require_device(device: str) -> str:
-    """`device` (cpu, cuda or cuda:N), or ConfigError when torch cannot use it here."""
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or index and not index.isdigit():
-        raise ConfigError(f"device {device!r} is not known: expected cpu, cuda or cuda:1")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if int(index or 0) >= count:
-        seen = f"{count} GPU{'' if count == 1 else 's'}" if count else "no GPU"
-        raise ConfigError(f"device {device} was asked for, but torch {torch.__version__} sees {seen} here: use cpu"
-                          + (" or cuda:0" if count else "") + " (HGDPO_DEVICE), or make the GPU visible")
-    return device
+    """$HGDPO_DEVICE (cpu or cuda), else the accelerator torch sees, else the CPU; ConfigError for one not there."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = os.environ.get("HGDPO_DEVICE") or found
+    if wanted not in ("cpu", "cuda"):
+        raise ConfigError(f"HGDPO_DEVICE is {wanted!r}: expected cpu or cuda (CUDA_VISIBLE_DEVICES says which GPU)")
+    if wanted == "cuda" != found:
+        raise ConfigError(f"HGDPO_DEVICE asks for cuda, but torch {torch.__version__} sees no GPU here: make one "
+                          "visible (driver, CUDA_VISIBLE_DEVICES, a CUDA build of torch), or use cpu")
+    return wanted
 
 
 def device_name(device: str) -> str:

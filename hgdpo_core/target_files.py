@@ -98,7 +98,7 @@ def _find_vae(source: str) -> Path:
         return path
     path = path / "vae" if (path / "model_index.json").exists() else path  # a whole pipeline: its VAE
     if read_config(path / "config.json").get("_class_name") != "AutoencoderKL":
-        raise ModelError(f"target.vae {path} holds no AutoencoderKL: expected the kind of VAE that Stable Diffusion uses")
+        raise ModelError(f"target.vae {path} holds no AutoencoderKL, the kind of VAE that Stable Diffusion uses")
     check_folder_weights(path)
     return path
 

@@ -11,7 +11,7 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.fingerprints import fingerprint_path
 from hgdpo_core.guards import CollapseWatch
 from hgdpo_core.latents import LatentPairs
-from hgdpo_core.lora import save_lora
+from hgdpo_core.lora import save_lora, write_kohya_lora
 from hgdpo_core.model_store import fetch_model, publish_model
 from hgdpo_core.models import Model, default_device, load_pipeline
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
@@ -20,6 +20,7 @@ from hgdpo_core.sft import train_sft
 from hgdpo_core.sft_images import LatentImages
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
+from hgdpo_core.target_files import LORA_NAME
 from hgdpo_core.train import train_dpo
 from hgdpo_core.triplets import model_fingerprint
 
@@ -75,6 +76,7 @@ def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardF
                        on_log=CollapseWatch(logger.warning))
     with tempfile.TemporaryDirectory() as folder:
         save_lora(pipeline.unet, Path(folder))
+        write_kohya_lora(Path(folder, LORA_NAME), Path(folder, f"{model_id}-kohya.safetensors"))
         return _publish(store, model_id, Path(folder), "lora", config, latents, result.log)
 
 

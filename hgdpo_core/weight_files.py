@@ -90,7 +90,7 @@ def _read_torch(path: Path) -> dict[str, TensorInfo]:
     except pickle.UnpicklingError:
         raise ModelError(f"{path} holds more than tensors, and running a stranger's pickle is unsafe: {convert}"
                          ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError):
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError):
         raise ModelError(f"{path} cannot be read as a torch checkpoint, it is cut off or another format: get it again, "
                          f"or {convert}") from None
     while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -148,6 +148,16 @@ def check_finite(path: Path, components: Mapping[str, Any]) -> None:
             if tensor.is_floating_point() and not _is_finite(tensor):
                 raise ModelError(f"{path} holds NaN or infinity in {part}'s {name} as {str(tensor.dtype)[6:]}: the "
                                  "checkpoint is broken (or, in float16, overflows: set target.dtype to float32)")
+
+
+def check_text_encoder(folder: Path, text_encoder: torch.nn.Module) -> None:
+    """ModelError where a diffusers folder lacks a weight of the text encoder: transformers makes up random ones."""
+    files = sorted((folder / "text_encoder").glob("*.safetensors"))
+    prefix = "text_model."  # older savers wrote it, newer ones do not
+    given = {name.removeprefix(prefix) for file in files for name in read_tensor_infos(file)}
+    lacking = [name for name in text_encoder.state_dict() if name.removeprefix(prefix) not in given]
+    if files and lacking:
+        raise ModelError(f"{folder} lacks text_encoder's {lacking[0]}: the file is incomplete, get a whole one")
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
