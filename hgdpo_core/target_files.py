@@ -73,7 +73,7 @@ def _locate(config: TargetConfig) -> tuple[Path, str | None]:
     path = Path(config.source).expanduser()
     if path.exists():
         return path, None
-    if not _looks_like_hub_id(config.source):
+    if not looks_like_hub_id(config.source):
         raise ModelError(f"model {config.source} does not exist: expected a diffusers folder, a single file "
                          f"({', '.join(WEIGHT_SUFFIXES)}) or a hub id like stable-diffusion-v1-5/stable-diffusion-v1-5")
     try:
@@ -86,7 +86,7 @@ def _locate(config: TargetConfig) -> tuple[Path, str | None]:
 def _find_vae(source: str) -> Path:
     path = Path(source).expanduser()
     if not path.exists():
-        if not _looks_like_hub_id(source):
+        if not looks_like_hub_id(source):
             raise ModelError(f"target.vae {source} does not exist: expected a diffusers folder, a single file or a hub "
                              "id like stabilityai/sd-vae-ft-mse")
         try:
@@ -103,7 +103,8 @@ def _find_vae(source: str) -> Path:
     return path
 
 
-def _looks_like_hub_id(source: str) -> bool:
+def looks_like_hub_id(source: str) -> bool:
+    """Whether a source that is no path here can be owner/name on the hub."""
     return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(WEIGHT_SUFFIXES)
 
 

@@ -55,7 +55,7 @@ def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftCon
     with tempfile.TemporaryDirectory() as folder:
         pipeline.unet.to("cpu").requires_grad_(False)
         pipeline.save_pretrained(folder, safe_serialization=True)
-        return _publish(store, model_id, Path(folder), "pipeline", config, latents, result.log)
+        return _publish(store, model_id, Path(folder), "pipeline", model, config, latents, result.log)
 
 
 def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardFolder, indices: list[int],
@@ -77,7 +77,7 @@ def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardF
     with tempfile.TemporaryDirectory() as folder:
         save_lora(pipeline.unet, Path(folder))
         write_kohya_lora(Path(folder, LORA_NAME), Path(folder, f"{model_id}-kohya.safetensors"))
-        return _publish(store, model_id, Path(folder), "lora", config, latents, result.log)
+        return _publish(store, model_id, Path(folder), "lora", model, config, latents, result.log)
 
 
 def _model_id(kind: str, model: Model, latents: ShardFolder, indices: list[int], config: TrainingConfig) -> str:
@@ -95,10 +95,11 @@ def _found(store: Store, model_id: str) -> Tuned | None:
     return Tuned(model_id, path, store.read_json(f"models/{model_id}/log.json")["rows"], found=True)
 
 
-def _publish(store: Store, model_id: str, folder: Path, kind: str, config: TrainingConfig, latents: ShardFolder,
-             log: list[dict[str, float]]) -> Tuned:
+def _publish(store: Store, model_id: str, folder: Path, kind: str, target: Model, config: TrainingConfig,
+             latents: ShardFolder, log: list[dict[str, float]]) -> Tuned:
     store.write_json(f"models/{model_id}/log.json", {"rows": log})
     store.write_json(f"models/{model_id}/config.json", {"kind": kind, "latents": latents.key,
+                                                        "target": target.identity(),
                                                         "config": config.model_dump(mode="json")})
     path = publish_model(store, model_id, folder, {"kind": kind})
     return Tuned(model_id, path, log, found=False)
