@@ -97,14 +97,20 @@ def _fields(fine_tuned: bool) -> str:
 def _data(config: RunConfig, summary: Mapping[str, Any]) -> str:
     judge, pool_size = SCORER_TITLES.get(config.scorer.name, config.scorer.name), config.pool.images_per_prompt
     prompts = config.prompts.source
-    return "\n".join([
+    lines = [
         f"- Preference data: {summary['pool_images']:,} images drawn by the model itself, {pool_size} a prompt, "
         f"ranked by {judge}; best against worst: {summary['triplets']:,} pairs "
         f"({summary['rejected']:,} pools without one).",
         f"- Prompts: {'the figures world' if prompts == 'figures' else public_name(prompts)}.",
         "- The target was first fine-tuned on captioned images (see above for their source)."
         if config.images is not None else "- The target was not fine-tuned on images first.",
-        "- No image of a real person was used as a preference: winners and losers are generated.\n"])
+    ]
+    if not config.dpo.allow_foreign_triplets:
+        lines.append("- No photograph was used as a preference: winners and losers are the model's own images.")
+    if config.scorer.source == "figures":
+        lines.append(f"- {judge} is here the figures world's own judge, a small model trained on drawings: nothing on "
+                     "this card says anything about photographs.")
+    return "\n".join(lines) + "\n"
 
 
 def _results(summary: Mapping[str, Any]) -> str:
@@ -129,6 +135,8 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     """The numbers that made the model; no place where anything lies."""
     settings = config.model_dump(mode="json", include={"preset", "sampler", "pool", "triplets", "dpo"})
     settings["target"] = config.target.model_dump(mode="json", include={"negative_prompt", "clip_skip", "dtype"})
+    if config.target.vae is not None:
+        settings["target"]["vae"] = public_name(config.target.vae)
     if config.images is not None:
         settings["sft"] = config.sft.model_dump(mode="json")
     return settings

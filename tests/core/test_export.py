@@ -11,14 +11,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from flows.cli import main
-from hgdpo_core.config import TargetConfig
+from hgdpo_core.config import TargetConfig, apply_overrides
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StorageError
 from hgdpo_core.export import export_run, push_folder
 from hgdpo_core.lora import add_lora, save_lora
 from hgdpo_core.model_card import FIELDS, TO_FILL_IN, public_name, render_card
 from hgdpo_core.model_store import publish_model
 from hgdpo_core.models import Model, find_model, load_pipeline
-from hgdpo_core.presets import sd15
+from hgdpo_core.presets import figures, sd15
 from hgdpo_core.storage import Store
 
 SUMMARY = {
@@ -146,6 +146,12 @@ def test_the_card_of_a_hub_model_with_images(tmp_path):
     assert "base_model: owner/model\n" in card and "https://host.org/prompts.txt." in card
     assert card.count(TO_FILL_IN) == len(FIELDS) and "first fine-tuned on captioned images" in card
     assert not any(private in card for private in ("secret", "word@", "/home/me"))
+    assert "No photograph was used as a preference" in card and '"vae"' not in card
+    changed = apply_overrides(config, {"dpo.allow_foreign_triplets": True, "target.vae": "/home/me/my.vae.pt"})
+    card = render_card(changed, SUMMARY, kohya_name="x.safetensors", fused=False)
+    assert "No photograph" not in card and '"vae": "my.vae.pt"' in card
+    figures_card = render_card(figures(), SUMMARY, kohya_name="x.safetensors", fused=False)
+    assert "PickScore is here the figures world's own judge" in figures_card
     assert public_name("figures") == "the built-in figures model" and public_name("s3://b/dir/p.txt") == "p.txt"
 
 
