@@ -136,6 +136,23 @@ def collect(options: argparse.Namespace) -> int:
     return 0
 
 
+def export(options: argparse.Namespace) -> int:
+    """Put a run's LoRA, for diffusers and for A1111 and ComfyUI, and its model card into a folder."""
+    from hgdpo_core.export import check_push, export_run, push_folder
+    from hgdpo_core.run import default_root
+    from hgdpo_core.storage import Store
+
+    folder = Path(options.to)
+    if options.push:
+        check_push(options.push, folder, public=options.public)
+    for path in export_run(Store(options.root or default_root()), folder, options.run_id, fused=options.fused,
+                           target=options.target):
+        print(path)
+    if options.push:
+        print(push_folder(folder, options.push, public=options.public))
+    return 0
+
+
 def _check(parameters: dict[str, Any]) -> None:
     """Fail on bad input before Prefect starts, in one line."""
     from hgdpo_core.run import open_run
@@ -212,11 +229,24 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--plan", action="store_true", help="say what would be done, and stop")
     _add_evaluate(commands.add_parser("evaluate", help=(evaluate.__doc__ or "").splitlines()[0]))
     add_score_commands(commands, _setting)
+    _add_export(commands.add_parser("export", help=(export.__doc__ or "").splitlines()[0]))
     garbage = commands.add_parser("gc", help=(collect.__doc__ or "").splitlines()[0])
     garbage.add_argument("--root")
     garbage.add_argument("--dry-run", action="store_true", help="list, remove nothing")
     garbage.set_defaults(command=collect)
     return parser
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_id", nargs="?", help="may be left out where the root holds one finished run")
+    command.add_argument("--root", help="where the run's results are")
+    command.add_argument("--to", required=True, metavar="FOLDER", help="a README.md already in it is kept")
+    command.add_argument("--fused", action="store_true", help="also a whole pipeline with the LoRA merged in")
+    command.add_argument("--target", help="with --fused: where the target model lies now, if it moved")
+    command.add_argument("--push", metavar="OWNER/NAME", help="also upload to the Hugging Face Hub, privately; the "
+                                                              "token is the environment variable HF_TOKEN")
+    command.add_argument("--public", action="store_true", help="with --push: for everyone to see")
+    command.set_defaults(command=export)
 
 
 def _add_evaluate(command: argparse.ArgumentParser) -> None:

@@ -53,8 +53,13 @@ class TargetConfig(StageConfig):
     Captions of SFT images are plain, whatever the syntax of prompts: they describe, and describe with brackets too.
     """
 
-    source: str = Field(description='hub id, diffusers folder or single .safetensors file; "figures" is built in')
+    source: str = Field(description='hub id, diffusers folder, .safetensors or .ckpt file; "figures" is built in')
     revision: str | None = Field(default=None, description="commit, branch or tag of a hub id")
+    vae: str | None = Field(default=None, description="VAE instead of the target's own: diffusers folder, single file "
+                                                      "or hub id")
+    component_configs: str | None = Field(
+        default=None, description="diffusers folder with the component configs and tokenizer of a single file (needed "
+                                  "for v-prediction); default: Stable Diffusion 1.5's, which come with this package")
     negative_prompt: str = ""
     clip_skip: int | None = Field(default=None, ge=1, description="layers of the text encoder to skip, as in diffusers")
     dtype: Dtype = Field(default="auto",

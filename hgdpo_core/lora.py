@@ -1,6 +1,7 @@
 """The policy: the target's UNet wearing a LoRA. With the LoRA off, the same network is the reference."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import cast_training_params
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from hgdpo_core.errors import ModelError
 
@@ -69,6 +73,35 @@ def load_lora_state(unet: UNet2DConditionModel, state: Mapping[str, torch.Tensor
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
     """Write `folder/pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` opens.
 
-    No alpha is stored: alpha = rank is what loaders assume then.
+    No alpha is stored: alpha = rank is what loaders assume then. ModelError for a LoRA with another alpha.
     """
+    _refuse_other_scale((name, config.lora_alpha, config.r) for name, config in unet.peft_config.items())
     StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers={**lora_state(unet)})
+
+
+def write_kohya_lora(source: Path, path: Path) -> None:
+    """A diffusers LoRA file again as `path`, with the key names that kohya's scripts, A1111 and ComfyUI read.
+
+    `lora_unet_<layer>.lora_down.weight`, `.lora_up.weight` and `.alpha` = rank, the same numbers in the same
+    precision. ModelError for a LoRA whose alpha is not its rank: the converter writes alpha = rank whatever it was.
+    """
+    with safe_open(source, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        notes = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    ranks = {len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight")}
+    if not ranks:
+        raise ModelError(f"{source} is no LoRA as diffusers saves it: expected keys that end in .lora_A.weight")
+    _refuse_other_scale((name, notes[f"{name}.lora_alpha"], notes[f"{name}.r"])
+                        for name in ("unet", "text_encoder") if f"{name}.lora_alpha" in notes)
+    _refuse_other_scale((name, float(tensor), max(ranks)) for name, tensor in state.items() if name.endswith(".alpha"))
+    rank, state = str(max(ranks)), {name: tensor for name, tensor in state.items() if not name.endswith(".alpha")}
+    save_file(convert_state_dict_to_kohya(state), path, metadata={
+        "ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora", "ss_network_dim": rank,
+        "ss_network_alpha": rank})
+
+
+def _refuse_other_scale(alphas: Iterable[tuple[str, float, int]]) -> None:
+    for name, alpha, rank in alphas:
+        if alpha != rank:
+            raise ModelError(f"{name} has lora_alpha {alpha:g} at rank {rank}: a LoRA is exported only where "
+                             "lora_alpha = rank; multiply its lora_B by alpha / rank first")

@@ -1,6 +1,6 @@
 """The target model and the tuned one: found, checked and fingerprinted without loading; loaded when work needs them."""
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from hgdpo_core.config import PromptSyntax, TargetConfig, content_hash
 from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.fingerprints import fingerprint_path
+from hgdpo_core.target_files import SD15_CONFIGS, check_channels, find_files, first_line, lora_file
+from hgdpo_core.weight_files import check_finite, check_text_encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PREDICTION_TYPES = ("epsilon", "v_prediction")
-LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class Model:
     """Where the model was downloaded from, at the commit that is its fingerprint; None for one that lies on a disk."""
     prompt_syntax: PromptSyntax = "plain"
     negative_syntax: PromptSyntax = "plain"
+    vae: Path | None = None
+    """What replaces the model's own VAE: an AutoencoderKL folder or a single file; part of the fingerprint."""
+    configs: Path | None = None
+    """Component configs and tokenizer of a single file; part of the fingerprint."""
 
     @property
     def id(self) -> str:
@@ -76,82 +80,21 @@ class Model:
         return replace(self, lora=Lora(path, weight, fingerprint_path(lora_file(path))))
 
 
-def lora_file(path: Path) -> Path:
-    """The weights of a LoRA that is a file, or a folder as diffusers saves it."""
-    return path / LORA_NAME if path.is_dir() else path
-
-
-def is_lora(path: Path) -> bool:
-    """Whether a local path is a LoRA, and not a whole model, by its tensors' names; ModelError for a broken file."""
-    file = lora_file(path)
-    if file.suffix != ".safetensors" or not file.is_file():
-        return False
-    try:
-        with safe_open(file, framework="pt") as weights:
-            names = list(weights.keys())
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is not a readable .safetensors file: {_first_line(error)}") from None
-    return bool(names) and all("lora" in name for name in names)
-
-
 def find_model(config: TargetConfig) -> Model:
     """The model a config names, checked to be there and of the right kind. ModelError, in one line, if not.
 
     A hub id is downloaded here (safetensors only); its fingerprint is the commit.
     """
-    path, commit = _locate(config)
-    if is_lora(path):
-        raise ModelError(f"{path} is a LoRA: expected a whole model (diffusers folder, .safetensors file or hub id)")
-    if path.is_dir():
-        check_folder(path)
-    return Model(path=path, fingerprint=commit or fingerprint_path(path), dtype=resolve_dtype(config.dtype),
-                 negative_prompt=config.negative_prompt, clip_skip=config.clip_skip,
-                 hub_id=config.source if commit else None,
+    files = find_files(config)
+    return Model(path=files.path, fingerprint=files.fingerprint(), dtype=resolve_dtype(config.dtype),
+                 negative_prompt=config.negative_prompt, clip_skip=config.clip_skip, vae=files.vae,
+                 configs=files.configs, hub_id=config.source if files.commit and not files.vae else None,
                  prompt_syntax=config.prompt_syntax, negative_syntax=config.prompt_syntax)
 
 
 def recorded_syntax(settings: Mapping[str, Any]) -> dict[str, PromptSyntax]:
     """`prompt_syntax` and `negative_syntax` of a model whose `identity()` or `syntax()` was recorded."""
     return {name: settings.get(name, "plain") for name in ("prompt_syntax", "negative_syntax")}
-
-
-def _locate(config: TargetConfig) -> tuple[Path, str | None]:
-    if config.source == "figures":
-        from hgdpo_core import figures
-
-        return figures.target_path(), None
-    path = Path(config.source).expanduser()
-    if path.is_dir() or path.suffix == ".safetensors" and path.is_file():
-        return path, None
-    if path.is_file():
-        raise ModelError(f"{path} is a file, but no .safetensors: convert it to one, or to a diffusers folder")
-    if path.is_absolute() or config.source.startswith(".") or config.source.count("/") != 1:
-        raise ModelError(f"model {config.source} does not exist: expected a diffusers folder, a .safetensors file "
-                         "or a hub id like runwayml/stable-diffusion-v1-5")
-    return _download(config)
-
-
-def _download(config: TargetConfig) -> tuple[Path, str]:
-    try:
-        folder = Path(StableDiffusionPipeline.download(config.source, revision=config.revision, use_safetensors=True))
-    except Exception as error:  # the hub client raises a wide family: all mean "could not be had"
-        raise ModelError(f"model {config.source} is no local folder and could not be downloaded from the hub: "
-                         f"{_first_line(error)}") from None
-    return folder, folder.name
-
-
-def check_folder(path: Path) -> None:
-    """Refuse, before anything loads, a folder that is not a Stable Diffusion 1.x pipeline."""
-    index = path / "model_index.json"
-    if not index.exists():
-        raise ModelError(f"{path} has no model_index.json: expected a folder saved by diffusers' save_pretrained")
-    kind = json.loads(index.read_text()).get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise ModelError(f"{path} holds a {kind}: expected a StableDiffusionPipeline (the SD 1.5 family)")
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    prediction = json.loads(scheduler.read_text()).get("prediction_type", "epsilon") if scheduler.exists() else None
-    if prediction not in PREDICTION_TYPES:
-        raise ModelError(f"{path} predicts {prediction!r}: expected {' or '.join(PREDICTION_TYPES)}")
 
 
 def load_pipeline(model: Model, device: str = "cpu", *, dtype: str | None = None,
@@ -163,10 +106,14 @@ def load_pipeline(model: Model, device: str = "cpu", *, dtype: str | None = None
     wanted = DTYPES[dtype or model.dtype]
     load_dtype = torch.float32 if model.lora else wanted
     try:
-        pipeline = _read_pipeline(model.path, load_dtype)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{model.path} does not load as Stable Diffusion 1.5: {_first_line(error)}") from None
-    _check_unet(model.path, pipeline)
+        pipeline = _read_pipeline(model, load_dtype)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if "meta tensor" in str(error):  # how diffusers' single-file loader meets a weight that was not in the file
+            raise ModelError(f"{model.path} lacks weights that Stable Diffusion 1.5 has: get a whole file") from None
+        raise ModelError(f"{model.path} does not load as Stable Diffusion 1.5: {first_line(error)}") from None
+    check_channels(model.path, pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels)
+    check_finite(model.path, pipeline.components)
+    check_text_encoder(model.path, pipeline.text_encoder)
     if model.lora:
         _merge_lora(pipeline, model.lora)
     for name, part in pipeline.components.items():
@@ -177,13 +124,21 @@ def load_pipeline(model: Model, device: str = "cpu", *, dtype: str | None = None
     return pipeline
 
 
-def _read_pipeline(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    options: dict[str, Any] = {"dtype": dtype, "safety_checker": None}
+def _read_pipeline(model: Model, dtype: torch.dtype) -> StableDiffusionPipeline:
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     with _quiet_diffusers():
-        if path.is_file():
-            return StableDiffusionPipeline.from_single_file(str(path), **options)
+        vae = {"vae": _read_vae(model.vae, options)} if model.vae else {}
+        if model.path.is_file():
+            return StableDiffusionPipeline.from_single_file(
+                str(model.path), config=str(model.configs), safety_checker=None, **vae, **options)
         return StableDiffusionPipeline.from_pretrained(
-            path, local_files_only=True, requires_safety_checker=False, **options)
+            model.path, safety_checker=None, requires_safety_checker=False, **vae, **options)
+
+
+def _read_vae(path: Path, options: Mapping[str, Any]) -> AutoencoderKL:
+    if path.is_dir():
+        return AutoencoderKL.from_pretrained(path, **options)
+    return AutoencoderKL.from_single_file(str(path), config=str(SD15_CONFIGS), subfolder="vae", **options)
 
 
 @contextmanager
@@ -201,23 +156,13 @@ def _quiet_diffusers() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def _check_unet(path: Path, pipeline: StableDiffusionPipeline) -> None:
-    channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
-    if channels != latent_channels:
-        raise ModelError(f"the UNet of {path} takes {channels} input channels: expected the {latent_channels} of its "
-                         "VAE's latents (an inpainting model takes 9 and cannot be tuned here)")
-    prediction = pipeline.scheduler.config.prediction_type
-    if prediction not in PREDICTION_TYPES:
-        raise ModelError(f"{path} predicts {prediction!r}: expected {' or '.join(PREDICTION_TYPES)}")
-
-
 def _merge_lora(pipeline: StableDiffusionPipeline, lora: Lora) -> None:
     file = lora_file(lora.path)
     try:
         with _quiet_diffusers():
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
     except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
-        raise ModelError(f"the LoRA {lora.path} does not fit the model: {_first_line(error)}") from None
+        raise ModelError(f"the LoRA {lora.path} does not fit the model: {first_line(error)}") from None
     if not any(pipeline.get_list_adapters().values()):  # diffusers passes over names that it cannot place
         raise ModelError(f"the LoRA {lora.path} has no layer of this model: is it one for another family?")
     pipeline.fuse_lora(lora_scale=lora.weight)
@@ -228,7 +173,7 @@ def resolve_dtype(dtype: str) -> str:
     """`auto` as a named precision: bfloat16 where the machine is fast at it, else float32."""
     if dtype != "auto":
         return dtype
-    if torch.cuda.is_available():
+    if default_device().startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     return "bfloat16" if cpu_has_fast_bfloat16() else "float32"
 
@@ -239,21 +184,17 @@ def cpu_has_fast_bfloat16() -> bool:
 
 
 def default_device() -> str:
-    """The accelerator torch sees, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def require_device(device: str) -> str:
-    """`device`, or ConfigError when torch cannot use it here."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device {device} was asked for, but torch {torch.__version__} sees no GPU: use cpu")
-    return device
+    """$HGDPO_DEVICE (cpu or cuda), else the accelerator torch sees, else the CPU; ConfigError for one not there."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = os.environ.get("HGDPO_DEVICE") or found
+    if wanted not in ("cpu", "cuda"):
+        raise ConfigError(f"HGDPO_DEVICE is {wanted!r}: expected cpu or cuda (CUDA_VISIBLE_DEVICES says which GPU)")
+    if wanted == "cuda" != found:
+        raise ConfigError(f"HGDPO_DEVICE asks for cuda, but torch {torch.__version__} sees no GPU here: make one "
+                          "visible (driver, CUDA_VISIBLE_DEVICES, a CUDA build of torch), or use cpu")
+    return wanted
 
 
 def device_name(device: str) -> str:
     """What a manifest records: the GPU's name, or cpu."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

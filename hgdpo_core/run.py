@@ -12,7 +12,7 @@ from hgdpo_core import __version__
 from hgdpo_core.config import RunConfig, apply_overrides, content_hash
 from hgdpo_core.evaluate import refuse_seen_prompts
 from hgdpo_core.generate import plan_pool
-from hgdpo_core.models import Model, find_model
+from hgdpo_core.models import Model, default_device, find_model
 from hgdpo_core.presets import build_config
 from hgdpo_core.prompt_syntax import check_syntax
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
@@ -69,6 +69,7 @@ def check_run(preset: str = "figures", root: str | None = None, *, prompts: str 
     if overrides:
         config = apply_overrides(config, overrides)
     store = Store(root or default_root())
+    default_device()  # a GPU asked for that is not there
     training, evaluation = read_prompts(config.prompts, store), read_prompts(config.evaluation.prompts, store)
     check_syntax([config.target.negative_prompt, *training.prompts], config.target.prompt_syntax)
     check_syntax(evaluation.prompts, config.evaluation.prompt_syntax)

@@ -24,7 +24,7 @@ from torch import nn
 from hgdpo_core.checkpoints import Checkpoint, Checkpoints, load_latest, save_checkpoint
 from hgdpo_core.config import TrainingConfig, content_hash
 from hgdpo_core.errors import ConfigError, InputError, StoppedError
-from hgdpo_core.models import cpu_has_fast_bfloat16
+from hgdpo_core.models import cpu_has_fast_bfloat16, default_device
 from hgdpo_core.optimization import make_optimizer, warm_up_schedule
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 
@@ -184,7 +184,7 @@ def cast_frozen(module: nn.Module, precision: Precision) -> None:
 
 
 def _use_cpu() -> bool:
-    return not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return default_device() == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 # -- the loop

@@ -14,7 +14,7 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.fingerprints import fingerprint_path
 from hgdpo_core.guards import CollapseWatch
 from hgdpo_core.latents import LatentPairs
-from hgdpo_core.lora import save_lora
+from hgdpo_core.lora import save_lora, write_kohya_lora
 from hgdpo_core.model_store import fetch_model, publish_model
 from hgdpo_core.models import Model, default_device, load_pipeline
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
@@ -23,6 +23,7 @@ from hgdpo_core.sft import train_sft
 from hgdpo_core.sft_images import LatentImages
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
+from hgdpo_core.target_files import LORA_NAME
 from hgdpo_core.train import train_dpo
 from hgdpo_core.triplets import model_fingerprint
 
@@ -58,7 +59,7 @@ def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftCon
     with tempfile.TemporaryDirectory() as folder:
         pipeline.unet.to("cpu").requires_grad_(False)
         pipeline.save_pretrained(folder, safe_serialization=True)
-        return _publish(store, model_id, Path(folder), "pipeline", config, latents, result.log)
+        return _publish(store, model_id, Path(folder), "pipeline", model, config, latents, result.log)
 
 
 def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardFolder, indices: list[int],
@@ -79,7 +80,8 @@ def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardF
                        on_log=CollapseWatch(logger.warning))
     with tempfile.TemporaryDirectory() as folder:
         save_lora(pipeline.unet, Path(folder))
-        return _publish(store, model_id, Path(folder), "lora", config, latents, result.log)
+        write_kohya_lora(Path(folder, LORA_NAME), Path(folder, f"{model_id}-kohya.safetensors"))
+        return _publish(store, model_id, Path(folder), "lora", model, config, latents, result.log)
 
 
 def _loading_device() -> str:
@@ -104,12 +106,13 @@ def find_tuned(store: Store, model_id: str) -> Tuned | None:
     return Tuned(model_id, path, store.read_json(f"models/{model_id}/log.json")["rows"], found=True)
 
 
-def _publish(store: Store, model_id: str, folder: Path, kind: str, config: TrainingConfig, latents: ShardFolder,
-             log: list[dict[str, float]]) -> Tuned:
+def _publish(store: Store, model_id: str, folder: Path, kind: str, target: Model, config: TrainingConfig,
+             latents: ShardFolder, log: list[dict[str, float]]) -> Tuned:
     if os.environ.get("RANK", "0") != "0":  # of the processes of one training the first one writes
         return Tuned(model_id, folder, log, found=False)
     store.write_json(f"models/{model_id}/log.json", {"rows": log})
     store.write_json(f"models/{model_id}/config.json", {"kind": kind, "latents": latents.key,
+                                                        "target": target.identity(),
                                                         "config": config.model_dump(mode="json")})
     path = publish_model(store, model_id, folder, {"kind": kind})
     return Tuned(model_id, path, log, found=False)
@@ -124,8 +127,6 @@ def _refuse_foreign(triplets: ShardFolder, indices: list[int], model: Model) -> 
                              f"{wanted[:12]}: train the model that drew the pool, or set dpo.allow_foreign_triplets")
 
 
-
-
 def find_tuned_target(model: Model, tuned: Tuned) -> Model:
-    """The fine-tuned model with the target's own text and precision settings."""
-    return replace(model, path=tuned.path, fingerprint=fingerprint_path(tuned.path))
+    """The fine-tuned model, whose folder holds every part, with the target's own text and precision settings."""
+    return replace(model, path=tuned.path, fingerprint=fingerprint_path(tuned.path), vae=None, configs=None)

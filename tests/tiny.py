@@ -59,6 +59,24 @@ def save_target(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon"
     return folder
 
 
+def sd15_shaped(folder: Path, *, seed: int = 0) -> StableDiffusionPipeline:
+    """Random weights in the block structure of SD 1.5 (its key names), but narrow: latents 4x4 for 32x32 pixels."""
+    torch.manual_seed(seed)
+    tokenizer = save_tokenizer(folder / "tokenizer")
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
+    unet = UNet2DConditionModel(sample_size=4, block_out_channels=(32, 32, 64, 64), layers_per_block=2,
+                                cross_attention_dim=32, norm_num_groups=8, attention_head_dim=4)
+    vae = AutoencoderKL(block_out_channels=(8, 8, 16, 16), layers_per_block=2, norm_num_groups=4, latent_channels=4,
+                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+        scheduler=PNDMScheduler(**SD15, skip_prk_steps=True, steps_offset=1))
+
+
 def save_judge(folder: Path, *, seed: int = 0) -> Path:
     """A CLIPModel folder with its processor, random weights, 32x32 pixels."""
     torch.manual_seed(seed)

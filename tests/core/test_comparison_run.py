@@ -8,9 +8,10 @@ from hgdpo_core.comparison_run import open_comparison, plan_comparison
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.errors import ConfigError, HGDPOError, InputError, ModelError
 from hgdpo_core.lora import add_lora, save_lora
-from hgdpo_core.models import find_model, is_lora, load_pipeline
+from hgdpo_core.models import find_model, load_pipeline
 from hgdpo_core.presets import figures
 from hgdpo_core.storage import Store
+from hgdpo_core.target_files import is_lora
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_a_lora_is_told_from_a_model(lora, target_folder, tmp_path):
     save_file(kohya, tmp_path / "style.safetensors")
     assert is_lora(tmp_path / "style.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"12345678nothing")
-    with pytest.raises(ModelError, match="not a readable .safetensors file"):
+    with pytest.raises(ModelError, match="no whole safetensors header"):
         is_lora(tmp_path / "broken.safetensors")
 
 

@@ -1,13 +1,27 @@
 """The LoRA: where it sits, how it starts, and that plain diffusers opens it."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from tiny import tiny_unet
 
 from hgdpo_core.errors import ModelError
-from hgdpo_core.lora import add_lora, load_lora_state, lora_state, reference_mode, save_lora
+from hgdpo_core.lora import (
+    add_lora,
+    load_lora_state,
+    lora_state,
+    reference_mode,
+    save_lora,
+    write_kohya_lora,
+)
+from hgdpo_core.target_files import SD15_CONFIGS
 
 
 def predict(unet: UNet2DConditionModel) -> torch.Tensor:
@@ -81,11 +95,7 @@ def test_plain_diffusers_opens_the_folder_and_reproduces_the_policy(tmp_path):
     save_lora(unet, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
 
-    fresh = tiny_unet()
-    pipeline = StableDiffusionPipeline(
-        vae=None, text_encoder=None, tokenizer=None, unet=fresh, safety_checker=None, feature_extractor=None,
-        scheduler=DDPMScheduler(clip_sample=False, steps_offset=1), requires_safety_checker=False)
-    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    fresh = load_into_fresh_unet(tmp_path, "pytorch_lora_weights.safetensors")
     torch.testing.assert_close(predict(fresh), predict(unet), rtol=1e-5, atol=1e-5)
 
 
@@ -113,3 +123,65 @@ def test_state_round_trip_and_misfits():
         load_lora_state(narrow, lora_state(unet))
     with pytest.raises(ModelError, match="already wears"):
         add_lora(unet, rank=4, seed=0)
+
+
+def load_into_fresh_unet(folder: Path, name: str) -> UNet2DConditionModel:
+    unet = tiny_unet()
+    pipeline = StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=unet, safety_checker=None, feature_extractor=None,
+        scheduler=DDPMScheduler(clip_sample=False, steps_offset=1), requires_safety_checker=False)
+    pipeline.load_lora_weights(folder, weight_name=name)
+    return unet
+
+
+def test_the_kohya_file_has_the_names_others_read_and_comes_back_to_the_same_weights(tmp_path):
+    unet = tiny_unet()
+    add_lora(unet, rank=4, seed=0)
+    disturb(unet)
+    save_lora(unet, tmp_path)
+    write_kohya_lora(tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "kohya.safetensors")
+    state = load_file(tmp_path / "kohya.safetensors")
+    layer = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    ours = lora_state(unet)
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    assert torch.equal(state[f"{layer}.lora_down.weight"], ours[f"{name}.lora_A.weight"])
+    assert torch.equal(state[f"{layer}.lora_up.weight"], ours[f"{name}.lora_B.weight"])
+    assert state[f"{layer}.alpha"] == 4 and len(state) == 3 * len(ours) // 2
+
+    back = load_into_fresh_unet(tmp_path, "kohya.safetensors")
+    loaded = get_peft_model_state_dict(back, adapter_name="default_0")
+    assert loaded.keys() == ours.keys() and all(torch.equal(tensor, ours[key]) for key, tensor in loaded.items())
+    assert {config.lora_alpha / config.r for config in back.peft_config.values()} == {1}
+    torch.testing.assert_close(predict(back), predict(unet), rtol=1e-5, atol=1e-5)
+
+
+def test_kohya_names_are_those_of_a_published_lora():
+    """The keys that kohya's sd-scripts give SD 1.5: every attention linear of its UNet, none of them twice."""
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SD15_CONFIGS / "unet"))
+    layers = [name for name, module in unet.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    state = {f"unet.{name}.lora_{side}.weight": torch.zeros(8, 1) for name in layers for side in "AB"}
+    names = {key.split(".")[0] for key in convert_state_dict_to_kohya(state)}
+    assert len(names) == len(layers) == 128
+    assert {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0",
+            "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_v"} <= names
+
+
+def test_a_lora_with_another_alpha_is_not_exported(tmp_path):
+    unet = tiny_unet()
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q"]))
+    with pytest.raises(ModelError, match="lora_alpha 8 at rank 4"):
+        save_lora(unet, tmp_path)
+    state = {f"unet.{name}": tensor.contiguous() for name, tensor in lora_state(unet).items()}
+    source, path = tmp_path / "lora.safetensors", tmp_path / "kohya.safetensors"
+    notes = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8})}
+    alphas = {"unet.mid_block.alpha": torch.tensor(2.0)}
+    for tensors, metadata, alpha in ((state, notes, "8"), (state | alphas, {}, "2")):
+        save_file(tensors, source, metadata=metadata)
+        with pytest.raises(ModelError, match=f"lora_alpha {alpha} at rank 4: a LoRA is exported only where"):
+            write_kohya_lora(source, path)
+    save_file(alphas, source)
+    with pytest.raises(ModelError, match="is no LoRA as diffusers saves it"):
+        write_kohya_lora(source, path)
+    assert not path.exists()

@@ -6,12 +6,15 @@ import shutil
 import pytest
 import torch
 
-from hgdpo_core.config import TargetConfig
-from hgdpo_core.errors import ModelError
+from hgdpo_core.config import TargetConfig, apply_overrides
+from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.lora import add_lora, save_lora
 from hgdpo_core.model_store import fetch_model, publish_model
-from hgdpo_core.models import find_model, load_pipeline
+from hgdpo_core.models import default_device, find_model, load_pipeline, resolve_dtype
+from hgdpo_core.presets import figures
+from hgdpo_core.run import open_run
 from hgdpo_core.storage import Store
+from hgdpo_core.training import resolve_precision
 
 
 def find(path, **settings):
@@ -67,14 +70,14 @@ def test_truncated_weights_are_one_line(target_folder, tmp_path):
     shutil.copytree(target_folder, broken)
     weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(ModelError, match="does not load") as error:
-        load_pipeline(find(broken))
+    with pytest.raises(ModelError, match="cut off") as error:
+        find(broken)
     assert "\n" not in str(error.value)
 
 
 def test_a_pickle_is_never_loaded(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"anything")
-    with pytest.raises(ModelError, match=r"no \.safetensors: convert it"):
+    with pytest.raises(ModelError, match=r"cannot be read as a torch checkpoint.* convert it to \.safetensors"):
         find(tmp_path / "model.ckpt")
 
 
@@ -108,3 +111,28 @@ def test_models_in_the_store_exist_once_their_record_does(lora_folder, tmp_path)
     path = publish_model(store, "whole", lora_folder, {"kind": "lora"})
     assert (path / "pytorch_lora_weights.safetensors").exists()
     assert store.read_json("models/whole/model.json")["kind"] == "lora"
+
+
+@pytest.mark.parametrize(("wanted", "message"), [("cuda", "asks for cuda, but torch .* sees no GPU here"),
+                                                 ("gpu", "HGDPO_DEVICE is 'gpu': expected cpu or cuda")])
+def test_a_device_that_is_not_there_is_one_line(monkeypatch, wanted, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("HGDPO_DEVICE", wanted)
+    with pytest.raises(ConfigError, match=message) as error:
+        open_run("figures", "/nowhere")
+    assert "\n" not in str(error.value)
+
+
+def test_the_device_is_the_one_asked_for_else_the_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert default_device() == "cuda"
+    monkeypatch.setenv("HGDPO_DEVICE", "cpu")
+    for module in ("models", "training"):
+        monkeypatch.setattr(f"hgdpo_core.{module}.cpu_has_fast_bfloat16", lambda: False)
+    assert default_device() == "cpu" and resolve_dtype("auto") == "float32" and resolve_dtype("float16") == "float16"
+    assert resolve_precision("auto") == "no"  # training goes where the rest goes
+
+
+def test_a_precision_that_does_not_exist_is_one_line():
+    with pytest.raises(ConfigError, match="target.dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"):
+        apply_overrides(figures(), {"target.dtype": "fp8"})

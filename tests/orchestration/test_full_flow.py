@@ -112,6 +112,25 @@ def test_plain_diffusers_opens_target_and_lora_and_reproduces_an_image_of_the_po
     assert np.abs(draw() - plain).max() > 1
 
 
+def test_an_export_carries_the_run_out_of_the_store(summary, parameters, tmp_path):
+    import torch
+
+    assert main(["export", summary["run_id"], "--root", parameters["root"], "--to", str(tmp_path), "--fused"]) == 0
+    kohya = Path(parameters["root"], key(summary, "lora")).name + "-kohya.safetensors"
+    assert (tmp_path / kohya).read_bytes() == Path(parameters["root"], key(summary, "lora"), kohya).read_bytes()
+    sft = next(Path(parameters["root"], "models").glob("sft-*"))  # the LoRA was trained on the fine-tuned model
+    worn = StableDiffusionPipeline.from_pretrained(sft)
+    worn.load_lora_weights(tmp_path, weight_name=kohya, adapter_name="hgdpo")
+    worn.set_adapters(["hgdpo"], [summary["lora_weight"]])
+    images = []
+    for pipeline in (worn, StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")):
+        pipeline.set_progress_bar_config(disable=True)
+        images.append(np.asarray(pipeline("a woman", width=32, height=32, num_inference_steps=2,
+                                          generator=torch.Generator().manual_seed(1)).images[0]).astype(int))
+    assert np.abs(images[0] - images[1]).max() <= 1
+    assert "TO FILL IN" in (tmp_path / "README.md").read_text()
+
+
 def test_a_plan_makes_nothing(server, parameters, tmp_path):
     changed = parameters | {"root": str(tmp_path / "root"), "images": None, "plan_only": True}
     plan = hgdpo(**changed)["plan"]

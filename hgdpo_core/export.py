@@ -1,0 +1,142 @@
+"""A finished run's model, handed over: LoRA files, model card, on demand a whole pipeline, on demand to the Hub."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+
+from hgdpo_core.config import RunConfig, TargetConfig, validate
+from hgdpo_core.errors import ConfigError, InputError, ModelError, StorageError
+from hgdpo_core.lora import write_kohya_lora
+from hgdpo_core.model_card import TO_FILL_IN, render_card
+from hgdpo_core.model_store import fetch_model, find_record
+from hgdpo_core.models import Model, find_model, load_pipeline
+from hgdpo_core.storage import Store
+from hgdpo_core.target_files import LORA_NAME, first_line
+
+CARD_NAME, PIPELINE_NAME = "README.md", "pipeline"
+
+
+def export_run(store: Store, folder: Path, run_id: str | None = None, *, fused: bool = False,
+               target: str | None = None) -> list[Path]:
+    """Put a run's LoRA, its kohya file and a model card into a local folder; returns what was written.
+
+    `run_id`: may be left out where the root holds one finished run. `fused`: also a whole diffusers pipeline with the
+    LoRA merged in at the run's LoRA weight, in the precision the run sampled in; `target` says where the target model
+    lies now, if it moved. A model card that is already there stays: its fields are filled in by hand. InputError for a
+    run that is not there or not finished, ModelError for a target that is not the run's, StorageError for a full disk.
+    """
+    config, summary = _read_run(store, run_id or _only_run(store))
+    lora_id = summary["artifacts"]["lora"].rstrip("/").split("/")[-1]
+    lora = fetch_model(store, lora_id)
+    if lora is None:
+        raise InputError(f"{store.url(f'models/{lora_id}')} is gone: start the run again, it makes what is missing")
+    weight = summary["lora_weight"]
+    base = _find_base(store, lora_id, _moved(config.target, target)) if fused else None
+    kohya_name = f"{lora_id}-kohya.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(lora / LORA_NAME, folder / LORA_NAME)
+        write_kohya_lora(folder / LORA_NAME, folder / kohya_name)
+        written = [folder / LORA_NAME, folder / kohya_name]
+        if base is not None:
+            load_pipeline(base.with_lora(lora, weight)).save_pretrained(folder / PIPELINE_NAME)
+            written.append(folder / PIPELINE_NAME)
+        if not (folder / CARD_NAME).exists():
+            card = render_card(config, summary, kohya_name=kohya_name, fused=fused)
+            (folder / CARD_NAME).write_text(card, encoding="utf-8")
+            written.append(folder / CARD_NAME)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write the export to {folder}: {first_line(error)}; free space or choose another "
+                           "folder, then export again") from None
+    return written
+
+
+def _only_run(store: Store) -> str:
+    runs = [name for name in store.list_folders("runs") if store.exists(f"runs/{name}/summary.json")]
+    if len(runs) != 1:
+        raise InputError(f"{store.root} holds {len(runs)} finished runs: name one" +
+                         (f" of {', '.join(sorted(runs))}" if runs else " once there is one"))
+    return runs[0]
+
+
+def _read_run(store: Store, run_id: str) -> tuple[RunConfig, dict[str, Any]]:
+    for name in ("config.json", "summary.json"):
+        if not store.exists(f"runs/{run_id}/{name}"):
+            raise InputError(f"{store.url(f'runs/{run_id}')} has no {name}: expected the id of a finished run, one of "
+                             f"{', '.join(sorted(store.list_folders('runs'))) or 'none yet'}")
+    config = store.read_json(f"runs/{run_id}/config.json")
+    config.pop("code_version", None)
+    return validate(RunConfig, config), store.read_json(f"runs/{run_id}/summary.json")
+
+
+def _moved(config: TargetConfig, source: str | None) -> TargetConfig:
+    return config if source is None else config.model_copy(update={"source": source})
+
+
+def _find_base(store: Store, lora_id: str, config: TargetConfig) -> Model:
+    """The model the LoRA was trained on: the run's fine-tuned one in the store, else the target where it lies now."""
+    identity = store.read_json(f"models/{lora_id}/config.json")["target"]
+    for name in store.list_folders("models"):
+        record = find_record(store, name) if name.startswith("sft-") else None
+        if record is not None and record["fingerprint"] == identity["fingerprint"]:
+            path = fetch_model(store, name)
+            assert path is not None  # its record is there
+            return Model(path, identity["fingerprint"], identity["dtype"], identity["negative_prompt"],
+                         identity["clip_skip"])
+    model = find_model(config)
+    if model.fingerprint != identity["fingerprint"]:
+        raise ModelError(f"target {config.source} is not the model this LoRA was trained on (fingerprint "
+                         f"{model.fingerprint[:12]}, expected {identity['fingerprint'][:12]}): say with --target where "
+                         "that one lies")
+    return model
+
+
+# -- the Hub
+
+
+class Hub(Protocol):
+    """The part of `huggingface_hub.HfApi` used here."""
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any: ...
+    def model_info(self, repo_id: str) -> Any: ...
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str,
+                      allow_patterns: list[str]) -> Any: ...
+
+
+def check_push(repo_id: str, folder: Path, *, public: bool) -> None:
+    """Refuse, before any work, a push that cannot succeed or that should not be public yet."""
+    if repo_id.count("/") != 1:
+        raise ConfigError(f"{repo_id!r} is no repository on the Hub: expected owner/name")
+    if not os.environ.get("HF_TOKEN"):
+        raise ConfigError("pushing to the Hub needs a token with write access in the environment variable HF_TOKEN")
+    card = folder / CARD_NAME
+    if public and (not card.exists() or TO_FILL_IN in card.read_text(encoding="utf-8")):
+        raise InputError(f"{card} has fields that say {TO_FILL_IN}: fill them in before the model goes public, "
+                         "or push it privately first")
+
+
+def push_folder(folder: Path, repo_id: str, *, public: bool = False, hub: Hub | None = None) -> str:
+    """Upload an export to the Hub, privately unless told otherwise; returns its address.
+
+    The token is HF_TOKEN and nothing else. A repository that is already public takes no private push.
+    """
+    check_push(repo_id, folder, public=public)
+    hub = hub or HfApi(token=os.environ["HF_TOKEN"])
+    try:
+        hub.create_repo(repo_id, private=not public, exist_ok=True)
+        is_private = bool(hub.model_info(repo_id).private)
+        if public == is_private:
+            raise InputError(f"{repo_id} exists and is {'private' if is_private else 'public'}: change that on the "
+                             f"Hub, {'leave out' if public else 'add'} --public, or choose another name")
+        hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="HG-DPO export",
+                          allow_patterns=[CARD_NAME, "*.safetensors", f"{PIPELINE_NAME}/**"])
+    except InputError:
+        raise
+    except Exception as error:  # the hub client raises a wide family: all mean "was not taken"
+        raise StorageError(f"the Hub did not take {repo_id}: {first_line(error)}; what was exported stays in {folder}, "
+                           "try again") from None
+    return f"https://huggingface.co/{repo_id}"

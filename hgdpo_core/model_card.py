@@ -1,0 +1,142 @@
+"""The model card of a tuned model: what it is, what it was made from, what it can do, and what it must not be used for.
+
+What only a person knows (where the images came from, who consented, the licence) are fields to fill in by hand.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from hgdpo_core.config import RunConfig
+from hgdpo_core.report import SCORER_TITLES
+from hgdpo_core.target_files import looks_like_hub_id
+
+TO_FILL_IN = "TO FILL IN"
+FIELDS = {
+    "Made by, contact": "",
+    "Licence of this model": "the target model's licence binds it too",
+    "Source of the images the target was trained on": "",
+    "Source of the images it was fine-tuned on (SFT)": "",
+    "Consent of the people in those images, and rights to use them": "",
+    "Known gaps of those images (ages, skin tones, body types, places)": "",
+}
+USE = """## Intended use
+
+Drawing people who do not exist, from text: profile pictures, entertainment, film and other creative work, research on
+preference tuning.
+
+## Misuse
+
+A model that draws convincing people can be used to make malicious fakes, above all together with a personalised
+text-to-image model, and can do significant harm to the people shown (arXiv:2405.20216v1, section F). Do not use it to
+depict real people without their consent, to deceive, to harass, to make sexual images of anyone without consent or of
+minors at all, or to present its images as photographs. It draws without a safety checker: whoever offers it to others
+must add one, and should mark its images as generated.
+
+## Limits
+
+- Better images cost diversity: the higher the LoRA weight, the more alike the images of different seeds become, and
+  the blurrier their backgrounds (section B.1; the paper uses weight 0.5).
+- Fingers and other fine anatomy improve little: the judge that ranked the training pools hardly sees them (B.2).
+- The statistic matching loss keeps the colours and takes a little of the improvement away (B.3).
+- Whatever the target model and the judge prefer, this model prefers more strongly, their biases included. A win rate by
+  the judge that ranked the training pools shows that tuning reached its aim, not that people agree.
+"""
+
+
+def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: str, fused: bool) -> str:
+    """The card as Markdown with the Hub's front matter. Local paths are named by their last part only."""
+    target = public_name(config.target.source)
+    weight = summary["lora_weight"]
+    parts = [
+        _front_matter(config.target.source),
+        f"# {target}, tuned for better people (HG-DPO)\n",
+        f"A LoRA for {target}, made without human labels by Direct Preference Optimization on the model's own images, "
+        "as in [HG-DPO, arXiv:2405.20216v1](https://arxiv.org/abs/2405.20216v1).\n",
+        "## Files\n",
+        "- `pytorch_lora_weights.safetensors`: for diffusers, `pipeline.load_lora_weights(folder)`",
+        f"- `{kohya_name}`: the same for AUTOMATIC1111 and ComfyUI (put it among their LoRAs)",
+        *([f"- `pipeline/`: a whole diffusers pipeline with the LoRA merged in at weight {weight:g}"] if fused else []),
+        f"\nUse it at weight {weight:g}: that is the weight of every number below.\n",
+        "## To be filled in by whoever publishes it\n", _fields(config.images is not None),
+        "## Data\n", _data(config, summary), "## Results\n", _results(summary), USE,
+        "## Settings\n", f"```json\n{json.dumps(_settings(config), indent=1)}\n```",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def public_name(source: str) -> str:
+    """A source as it may be printed: a hub id or web address without its query; of any other place the last part."""
+    if source == "figures":
+        return "the built-in figures model"
+    address = urlsplit(source)
+    if address.scheme in ("http", "https"):
+        return f"{address.scheme}://{address.hostname}{address.path}"
+    if looks_like_hub_id(source) and not Path(source).exists():
+        return source
+    return Path(address.path).name or "a local model"
+
+
+def _front_matter(source: str) -> str:
+    lines = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:",
+             *(f"- {tag}" for tag in ("lora", "stable-diffusion", "text-to-image", "diffusers", "hg-dpo", "dpo"))]
+    name = public_name(source)
+    if name == source and looks_like_hub_id(source):
+        lines.insert(0, f"base_model: {name}")
+    return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _fields(fine_tuned: bool) -> str:
+    rows = [f"- **{name}**: {TO_FILL_IN}{f' ({hint})' if hint else ''}" for name, hint in FIELDS.items()
+            if fine_tuned or "SFT" not in name]
+    return "\n".join(rows) + "\n"
+
+
+def _data(config: RunConfig, summary: Mapping[str, Any]) -> str:
+    judge, pool_size = SCORER_TITLES.get(config.scorer.name, config.scorer.name), config.pool.images_per_prompt
+    prompts = config.prompts.source
+    lines = [
+        f"- Preference data: {summary['pool_images']:,} images drawn by the model itself, {pool_size} a prompt, "
+        f"ranked by {judge}; best against worst: {summary['triplets']:,} pairs "
+        f"({summary['rejected']:,} pools without one).",
+        f"- Prompts: {'the figures world' if prompts == 'figures' else public_name(prompts)}.",
+        "- The target was first fine-tuned on captioned images (see above for their source)."
+        if config.images is not None else "- The target was not fine-tuned on images first.",
+    ]
+    if not config.dpo.allow_foreign_triplets:
+        lines.append("- No photograph was used as a preference: winners and losers are the model's own images.")
+    if config.scorer.source == "figures":
+        lines.append(f"- {judge} is here the figures world's own judge, a small model trained on drawings: nothing on "
+                     "this card says anything about photographs.")
+    return "\n".join(lines) + "\n"
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    prompts = summary["evaluation_prompts"]
+    lines = [f"Target model against tuned model on {prompts:,} held-out prompts, from the same seeds.\n"]
+    for name, rate in summary["win_rate"].items():
+        title = SCORER_TITLES.get(name, name)
+        if rate["rate"] is None:
+            lines.append(f"- {title}: told the models apart on no prompt ({rate['ties']} ties).")
+        else:
+            share, low, high = (f"{100 * rate[name]:.1f}" for name in ("rate", "ci_low", "ci_high"))
+            lines.append(f"- {title} prefers the tuned model on {share} % of the prompts it tells apart (95 % interval "
+                         f"{low} to {high} %; {rate['wins']} wins, {rate['losses']} losses, {rate['ties']} ties).")
+    shift = summary["colour_shift"]
+    lines.append(f"- Colour shift: hue {shift['hue_degrees']:+.1f} degrees, saturation {shift['saturation']:.1f} %, "
+                 f"value {shift['value']:.1f} %.")
+    lines += [f"- Warning: {warning['message']}" for warning in summary.get("warnings", ())]
+    return "\n".join(lines) + "\n"
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The numbers that made the model; no place where anything lies."""
+    settings = config.model_dump(mode="json", include={"preset", "sampler", "pool", "triplets", "dpo"})
+    settings["target"] = config.target.model_dump(mode="json", include={"negative_prompt", "clip_skip", "dtype"})
+    if config.target.vae is not None:
+        settings["target"]["vae"] = public_name(config.target.vae)
+    if config.images is not None:
+        settings["sft"] = config.sft.model_dump(mode="json")
+    return settings

@@ -1,0 +1,289 @@
+"""Targets as people have them: one file under the original names, a .ckpt, another VAE; and what is refused, how."""
+
+import json
+import shutil
+from pathlib import Path
+
+import ldm
+import numpy as np
+import pytest
+import tiny
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from hgdpo_core.config import TargetConfig
+from hgdpo_core.errors import ModelError
+from hgdpo_core.models import Model, find_model, load_pipeline
+from hgdpo_core.target_files import SD15_CONFIGS
+from hgdpo_core.tuning import Tuned, find_tuned_target
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """folder/: shaped as SD 1.5; single.safetensors and plain.ckpt: the same; configs/: the folder without weights."""
+    place = tmp_path_factory.mktemp("sd15")
+    pipeline = tiny.sd15_shaped(place / "tokenizer")
+    pipeline.save_pretrained(place / "folder")
+    ldm.save_single_file(pipeline, place / "single.safetensors")
+    torch.save({"state_dict": ldm.original_state(pipeline), "global_step": 7}, place / "plain.ckpt")
+    shutil.copytree(place / "folder", place / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    return place
+
+
+def find(path: Path, place: Path | None = None, **settings) -> Model:
+    if place is not None and path.is_file():
+        settings["component_configs"] = str(place / "configs")
+    return find_model(TargetConfig(source=str(path), dtype="float32", **settings))
+
+
+def draw(model: Model) -> np.ndarray:
+    pipeline = load_pipeline(model)
+    return np.asarray(pipeline("a woman in a red top", width=32, height=32, num_inference_steps=2,
+                               generator=torch.Generator().manual_seed(3)).images[0]).astype(int)
+
+
+def refuse(path: Path, message: str, place: Path | None = None, **settings) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        find(path, place, **settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["single.safetensors", "plain.ckpt"])
+def test_a_single_file_draws_the_folders_images(place, name):
+    image = draw(find(place / name, place))
+    assert image.std() > 1
+    assert np.array_equal(image, draw(find(place / "folder")))
+
+
+def test_half_precision_files_load_in_the_precision_asked_for(place, tmp_path):
+    state = {name: tensor.half() if tensor.is_floating_point() else tensor
+             for name, tensor in load_file(place / "single.safetensors").items()}
+    save_file(state, tmp_path / "half.safetensors")
+    pipeline = load_pipeline(find(tmp_path / "half.safetensors", place))
+    assert {p.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) for p in part.parameters()} == {
+        torch.float32}
+    assert np.abs(draw(find(tmp_path / "half.safetensors", place)) - draw(find(place / "folder"))).max() <= 2
+
+
+def test_the_shipped_configs_are_stable_diffusion_15():
+    """Sizes of the released model: parameters of its parts, and keys and shapes of its single file."""
+    def load(kind, part):
+        with init_empty_weights():
+            return kind.from_config(kind.load_config(SD15_CONFIGS / part))
+
+    unet, vae = load(UNet2DConditionModel, "unet"), load(AutoencoderKL, "vae")
+    with init_empty_weights():
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(SD15_CONFIGS / "text_encoder"))
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (unet, vae, text)]
+    assert sizes == [859_520_964, 83_653_863, 123_060_480]
+    shapes = {ldm.unet_key(name): list(tensor.shape) for name, tensor in unet.state_dict().items()}
+    assert len(shapes) == 686 and len(ldm.vae_state(vae)) == 248 and len(text.state_dict()) == 196
+    assert shapes["model.diffusion_model.output_blocks.11.0.skip_connection.weight"] == [320, 640, 1, 1]
+    assert shapes["model.diffusion_model.output_blocks.8.2.conv.weight"] == [640, 640, 3, 3]
+    assert shapes["model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"] == [1280, 768]
+
+
+def test_the_shipped_tokenizer_is_clips():
+    """Ids computed with open_clip_torch 3.3.0's SimpleTokenizer from the same vocabulary file."""
+    tokenizer = CLIPTokenizer.from_pretrained(SD15_CONFIGS / "tokenizer")
+    golden = {
+        "a photo of a cat": [320, 1125, 539, 320, 2368],
+        "masterpiece,ultra_detailed,1girl,<lora:x:0.8>": [
+            12066, 267, 8118, 318, 12609, 267, 272, 1611, 11, 283, 2179, 320, 281, 343, 281, 271, 269, 279, 285],
+        "A man, 1980's, (best quality:1.2), [[8k]]": [
+            320, 786, 267, 272, 280, 279, 271, 568, 267, 263, 949, 3027, 281, 272, 269, 273, 2361, 58, 314, 279, 330,
+            60, 316],
+    }
+    for text, ids in golden.items():
+        padded = tokenizer(text, padding="max_length").input_ids
+        assert padded == [49406, *ids] + [49407] * (76 - len(ids))
+    assert len(tokenizer) == 49_408 and tokenizer.model_max_length == 77
+
+
+def test_another_vae_is_used_and_is_part_of_the_identity(place, tmp_path):
+    other = tiny.sd15_shaped(tmp_path / "tokenizer", seed=5)
+    other.save_pretrained(tmp_path / "pipeline")
+    other.vae.save_pretrained(tmp_path / "vae")
+    plain, single = find(place / "folder"), find(place / "single.safetensors", place)
+    models = [find(place / "folder", vae=str(tmp_path / "vae")),
+              find(place / "single.safetensors", place, vae=str(tmp_path / "pipeline"))]
+    assert {m.fingerprint for m in models}.isdisjoint({plain.fingerprint, single.fingerprint})
+    images = [draw(model) for model in models]
+    assert np.array_equal(*images) and not np.array_equal(images[0], draw(plain))
+    tuned = find_tuned_target(models[0], Tuned("sft-1", place / "folder", [], found=False))
+    assert tuned.fingerprint == plain.fingerprint and tuned.vae is None
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_a_vae_in_a_single_file_loads_under_original_names(tmp_path, monkeypatch, place, prefix):
+    monkeypatch.setattr("hgdpo_core.models.SD15_CONFIGS", place / "configs")
+    other = tiny.sd15_shaped(tmp_path / "tokenizer", seed=5)
+    state = {prefix + name.removeprefix("first_stage_model."): tensor.contiguous()
+             for name, tensor in ldm.vae_state(other.vae).items()}
+    save_file(state, tmp_path / "vae.safetensors")
+    other.vae.save_pretrained(tmp_path / "vae")
+    images = [draw(find(place / "folder", vae=str(tmp_path / name))) for name in ("vae.safetensors", "vae")]
+    assert np.array_equal(*images)
+
+
+def test_a_file_without_vae_needs_one(place, tmp_path):
+    state = {name: tensor for name, tensor in load_file(place / "single.safetensors").items()
+             if not name.startswith("first_stage_model.")}
+    save_file(state, tmp_path / "no-vae.safetensors")
+    refuse(tmp_path / "no-vae.safetensors", "holds no VAE: set target.vae", place)
+    model = find(tmp_path / "no-vae.safetensors", place, vae=str(place / "folder"))
+    assert np.array_equal(draw(model), draw(find(place / "folder")))
+
+
+def test_a_hub_id_is_found_offline_in_the_hubs_cache(place, tmp_path, monkeypatch):
+    commit = "a" * 40
+    repository = tmp_path / "models--somebody--tiny"
+    shutil.copytree(place / "folder", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    vae = tmp_path / "models--somebody--vae"
+    shutil.copytree(place / "folder" / "vae", vae / "snapshots" / commit)
+    (vae / "refs").mkdir()
+    (vae / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(tmp_path), raising=False)
+    model = find_model(TargetConfig(source="somebody/tiny", dtype="float32"))
+    assert model.fingerprint == commit
+    assert np.array_equal(draw(model), draw(find(place / "folder")))
+    assert find_model(TargetConfig(source="somebody/tiny", vae="somebody/vae")).vae is not None
+
+
+# -- what is refused
+
+
+def single(tmp_path: Path, **shapes: tuple[int, ...]) -> Path:
+    """A single file with the keys that tell families apart, some replaced."""
+    prefix = "model.diffusion_model.input_blocks."
+    state = {f"{prefix}0.0.weight": (8, 4, 3, 3), f"{prefix}1.1.transformer_blocks.0.attn2.to_k.weight": (8, 768),
+             "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": (77, 8),
+             "first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3)} | shapes
+    save_file({name: torch.zeros(shape) for name, shape in state.items() if shape}, tmp_path / "other.safetensors")
+    return tmp_path / "other.safetensors"
+
+
+@pytest.mark.parametrize(("shapes", "message"), [
+    ({"conditioner.embedders.0.x": (1,)}, "is Stable Diffusion XL"),
+    ({"cond_stage_model.model.token_embedding.weight": (1,)}, "is Stable Diffusion 2"),
+    ({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (8, 1024)},
+     "is Stable Diffusion 2 .*1024 wide"),
+    ({"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)}, "is an inpainting model .*9 input channels"),
+    ({"model.diffusion_model.input_blocks.0.0.weight": ()}, "holds no UNet"),
+    ({"cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": ()}, "no CLIP text encoder"),
+    ({"double_blocks.0.x": (1,)}, "is Flux"),
+])
+def test_other_families_are_refused_by_their_header(tmp_path, shapes, message):
+    refuse(single(tmp_path, **shapes), message)
+
+
+def test_other_folders_are_refused_by_their_configs(place, tmp_path):
+    def change(name, part, **settings):
+        folder = tmp_path / name
+        shutil.copytree(place / "folder", folder)
+        config = folder / part
+        config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+        return folder
+
+    refuse(change("2", "unet/config.json", cross_attention_dim=1024), "is Stable Diffusion 2 .*1024 wide")
+    refuse(change("inpainting", "unet/config.json", in_channels=9), "takes 9 input channels: .*an inpainting model")
+    refuse(change("xl", "model_index.json", _class_name="StableDiffusionXLPipeline"), "StableDiffusionXLPipeline")
+    broken = change("broken", "unet/config.json")
+    (broken / "unet" / "config.json").write_text("{")
+    refuse(broken, "config.json cannot be read")
+    (broken / "unet" / "config.json").unlink()
+    refuse(broken, "config.json is missing")
+
+
+def test_broken_files_are_refused_before_loading(place, tmp_path):
+    path = tmp_path / "model.safetensors"
+    data = (place / "single.safetensors").read_bytes()
+    for content, message in [(data[:-1], r"is cut off: its header names [\d,]+ bytes"), (data + b"x", "is damaged"),
+                             (data[:20], "no whole safetensors header"), (b"", "no whole safetensors header"),
+                             (b"<html>not found</html>" * 9, "no whole safetensors header"),
+                             (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer")]:
+        path.write_bytes(content)
+        refuse(path, message)
+    folder = tmp_path / "folder"
+    shutil.copytree(place / "folder", folder)
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    refuse(folder, "vae/diffusion_pytorch_model.safetensors is cut off")
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file({name: torch.zeros(8, 4, 3, 3).to(torch.float8_e4m3fn)}, tmp_path / "fp8.safetensors")
+    refuse(tmp_path / "fp8.safetensors", "holds F8_E4M3 weights .*: expected F32, F16 or BF16")
+    torch.save({name: torch.zeros(8, 4, 3, 3, dtype=torch.int8)}, tmp_path / "int8.ckpt")
+    refuse(tmp_path / "int8.ckpt", "holds torch.int8 weights")
+
+
+@pytest.mark.parametrize(("part", "key"), [
+    ("unet", "model.diffusion_model.out.2.weight"), ("vae", "first_stage_model.decoder.conv_out.bias"),
+    ("text_encoder", "cond_stage_model.transformer.text_model.final_layer_norm.bias")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_no_number_is_named(place, tmp_path, part, key, value):
+    state = load_file(place / "single.safetensors")
+    state[key].view(-1)[0] = value
+    save_file(state, tmp_path / "broken.safetensors")
+    with pytest.raises(ModelError, match=f"holds NaN or infinity in {part}'s .* as float32") as error:
+        load_pipeline(find(tmp_path / "broken.safetensors", place))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_weight_and_a_wrong_shape_are_named(place, tmp_path):
+    state = load_file(place / "single.safetensors")
+    lost = state.pop("model.diffusion_model.middle_block.1.proj_out.bias")
+    save_file(state, tmp_path / "lost.safetensors")
+    with pytest.raises(ModelError, match="lost.safetensors lacks weights that Stable Diffusion 1.5 has"):
+        load_pipeline(find(tmp_path / "lost.safetensors", place))
+    state["model.diffusion_model.middle_block.1.proj_out.bias"] = torch.cat([lost, lost])
+    save_file(state, tmp_path / "wide.safetensors")
+    with pytest.raises(ModelError, match="does not load as Stable Diffusion 1.5: .*mid_block.attentions.0.proj_out"):
+        load_pipeline(find(tmp_path / "wide.safetensors", place))
+
+
+@pytest.mark.parametrize(("part", "file", "name"), [
+    ("unet", "diffusion_pytorch_model", "conv_in.bias"), ("text_encoder", "model", "final_layer_norm.bias")])
+def test_a_folder_without_one_weight_is_refused(place, tmp_path, part, file, name):
+    shutil.copytree(place / "folder", tmp_path / "folder")
+    path = tmp_path / "folder" / part / f"{file}.safetensors"
+    save_file({key: tensor for key, tensor in load_file(path).items() if not key.endswith(name)}, path,
+              metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"lacks {part}'s .*{name}"):
+        load_pipeline(find(tmp_path / "folder"))
+
+
+class Anything:
+    """What a pickle may hold beside tensors."""
+
+
+def test_a_ckpt_that_is_no_plain_state_dict_says_how_to_convert(tmp_path):
+    path = tmp_path / "model.ckpt"
+    for content in ({"state_dict": {"a": torch.zeros(1)}, "callbacks": Anything()}, Anything()):
+        torch.save(content, path)
+        refuse(path, "holds more than tensors.*: convert it to .safetensors")
+    torch.save([torch.zeros(1)], path)
+    refuse(path, "is no plain state dict of tensors: convert it")
+    path.write_bytes(path.read_bytes()[:100])
+    refuse(path, "cannot be read as a torch checkpoint")
+
+
+def test_other_mistakes_with_vae_and_configs(place, tmp_path):
+    refuse(place / "folder", "component_configs is for a single file", component_configs=str(place / "configs"))
+    refuse(place / "folder", "target.vae ./nowhere does not exist", vae="./nowhere")
+    refuse(place / "folder", "target.vae somebody/nothing .* could not be downloaded", vae="somebody/nothing")
+    refuse(place / "folder", "unet holds no AutoencoderKL", vae=str(place / "folder" / "unet"))
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    refuse(place / "folder", "x.safetensors holds no VAE", vae=str(tmp_path / "x.safetensors"))
+    refuse(place / "single.safetensors", "no model_index.json", component_configs=str(tmp_path))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    refuse(tmp_path / "model.gguf", "is no weight file: expected .safetensors, .ckpt, .pt, .pth, or a diffusers folder")
+    refuse(tmp_path / "gone.safetensors", "does not exist")
