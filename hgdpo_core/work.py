@@ -139,7 +139,8 @@ def model_means(store: Store, model: Model, *, share: bool) -> dict[str, Any]:
     hub = model.hub_id is not None
     place = Place(source=model.hub_id, revision=model.fingerprint) if hub else Place.of(store, model.path, share=share)
     lora = Place.of(store, model.lora.path, share=share).model_dump() if model.lora else None
-    return {"model": place.model_dump(), "lora": lora}
+    vae = Place.of(store, model.vae, share=share).model_dump() if model.vae else None
+    return {"model": place.model_dump(), "lora": lora, "vae": vae}
 
 
 def _offer(store: Store, folder: str, means: dict[str, Any]) -> None:
@@ -214,8 +215,9 @@ def _encode(folder: ShardFolder, means: dict[str, Any], indices: list[int], prog
 def find_offered_model(store: Store, wanted: Mapping[str, Any], means: Mapping[str, Any]) -> Model:
     """The model of an identity (`Model.identity`) at its offered place; ModelError when it is another one by now."""
     place = Place.model_validate(means["model"])
+    vae = Place.model_validate(means["vae"]).locate(store) if means.get("vae") else None
     model = find_model(TargetConfig(
-        source=place.locate(store), revision=place.revision, dtype=wanted["dtype"], clip_skip=wanted["clip_skip"],
+        source=place.locate(store), vae=vae, revision=place.revision, dtype=wanted["dtype"], clip_skip=wanted["clip_skip"],
         negative_prompt=wanted.get("negative_prompt", "")))
     model = replace(model, **recorded_syntax(wanted))
     _refuse_other_model("target", model.fingerprint, wanted["fingerprint"])
