@@ -217,8 +217,8 @@ def find_offered_model(store: Store, wanted: Mapping[str, Any], means: Mapping[s
     place = Place.model_validate(means["model"])
     vae = Place.model_validate(means["vae"]).locate(store) if means.get("vae") else None
     model = find_model(TargetConfig(
-        source=place.locate(store), vae=vae, revision=place.revision, dtype=wanted["dtype"], clip_skip=wanted["clip_skip"],
-        negative_prompt=wanted.get("negative_prompt", "")))
+        source=place.locate(store), revision=place.revision, vae=vae, dtype=wanted["dtype"],
+        clip_skip=wanted["clip_skip"], negative_prompt=wanted.get("negative_prompt", "")))
     model = replace(model, **recorded_syntax(wanted))
     _refuse_other_model("target", model.fingerprint, wanted["fingerprint"])
     if not wanted.get("lora"):
