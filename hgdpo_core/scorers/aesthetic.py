@@ -18,13 +18,13 @@ from hgdpo_core.scorers.heads import linear_head
 from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, normalise_pixels
 from hgdpo_core.scorers.towers import MODEL_FILES, OPENAI_CLIP, load_folder, normalise
 from hgdpo_core.scorers.weights import (
+    beside,
     find_files,
     find_weights,
     fingerprint,
     first_line,
     first_of,
     freeze,
-    local_place,
     read_tensors,
 )
 
@@ -62,8 +62,7 @@ def locate(source: str | None) -> tuple[Path, Path, str]:
     The CLIP is the one beside the head, if there is one, else OpenAI's from the hub.
     """
     head = public_head() if source is None else find_weights("aesthetic", source, NAMES, ADDRESS)
-    beside = head.parent if local_place("aesthetic", source) else None
-    clip = find_files("aesthetic", "its CLIP", beside, MODEL_FILES, OPENAI_CLIP)
+    clip = find_files("aesthetic", "its CLIP", beside("aesthetic", source, head), MODEL_FILES, OPENAI_CLIP)
     return head, clip[0].parent, fingerprint("aesthetic", [head, *clip])
 
 

@@ -21,6 +21,7 @@ from hgdpo_core.scorers.towers import (
 )
 from hgdpo_core.scorers.weights import (
     all_of,
+    beside,
     download_files,
     find_files,
     fingerprint,
@@ -61,7 +62,8 @@ def locate(source: str | None) -> tuple[list[Path], list[Path], str]:
         if not model:
             raise ModelError(f"scorer clip: {place} lacks {' or '.join(MODEL_FILES[0])}: put those of {OPENAI_CLIP} "
                              "there")
-    tokenizer = find_files("clip", "the CLIP tokenizer", model[0].parent, TOKENIZER_FILES, OPENAI_CLIP)
+    folder = beside("clip", source, model[0])
+    tokenizer = find_files("clip", "the CLIP tokenizer", folder, TOKENIZER_FILES, OPENAI_CLIP)
     return model, tokenizer, fingerprint("clip", [*model, *tokenizer])
 
 

@@ -12,7 +12,7 @@ import torch
 
 from hgdpo_core.scorers.pictures import Images, check_counts, letterbox_pixels
 from hgdpo_core.scorers.towers import OPENAI_CLIP, TOKENIZER_FILES, ClipTowers, convert, load_tokenizer
-from hgdpo_core.scorers.weights import find_files, find_weights, fingerprint, freeze, read_tensors
+from hgdpo_core.scorers.weights import beside, find_files, find_weights, fingerprint, freeze, read_tensors
 
 REPOSITORY = "xswu/HPSv2"
 HEADS = 16  # of both towers of ViT-H/14
@@ -47,7 +47,8 @@ class Release:
     def locate(self, source: str | None) -> tuple[Path, list[Path], str]:
         """Weights, tokenizer files, fingerprint. Downloads what is not there."""
         weights = find_weights(self.name, source, (f"{self.stem}.safetensors", f"{self.stem}.pt"), REPOSITORY)
-        tokenizer = find_files(self.name, "the CLIP tokenizer", weights.parent, TOKENIZER_FILES, OPENAI_CLIP)
+        folder = beside(self.name, source, weights)
+        tokenizer = find_files(self.name, "the CLIP tokenizer", folder, TOKENIZER_FILES, OPENAI_CLIP)
         return weights, tokenizer, fingerprint(self.name, [weights, *tokenizer], antialias=ANTIALIAS)
 
     def load(self, *, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Hps:

@@ -14,6 +14,7 @@ from hgdpo_core.errors import ModelError
 from hgdpo_core.scorers.heads import linear_head
 from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, normalise_pixels
 from hgdpo_core.scorers.weights import (
+    beside,
     build,
     count_blocks,
     find_files,
@@ -63,7 +64,8 @@ class ImageReward:
 def locate(source: str | None) -> tuple[Path, list[Path], str]:
     """Weights, tokenizer files, fingerprint. Downloads what is not there."""
     weights = find_weights("imagereward", source, NAMES, REPOSITORY)
-    tokenizer = find_files("imagereward", "BERT's vocabulary", weights.parent, TOKENIZER_FILES, BERT)
+    folder = beside("imagereward", source, weights)
+    tokenizer = find_files("imagereward", "BERT's vocabulary", folder, TOKENIZER_FILES, BERT)
     return weights, tokenizer, fingerprint("imagereward", [weights, *tokenizer])
 
 

@@ -47,9 +47,15 @@ def local_place(scorer: str, source: str | None) -> Path | None:
     place = Path(source).expanduser()
     if place.exists():
         return place
-    if place.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1 or place.suffix in PICKLED:
+    is_file_name = place.suffix in (".safetensors", *PICKLED)
+    if place.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1 or is_file_name:
         raise ModelError(f"scorer {scorer}: {source} does not exist: expected a folder, a weights file or a hub id")
     return None
+
+
+def beside(scorer: str, source: str | None, weights: Path) -> Path | None:
+    """The user's own folder with `weights`; None where they come from the hub, whose cache may hold more or less."""
+    return weights.parent if local_place(scorer, source) else None
 
 
 def first_of(folder: Path, names: Iterable[str]) -> Path | None:

@@ -15,7 +15,7 @@ from hgdpo_core import scorers as scorers_package
 from hgdpo_core.config import ScorerConfig, apply_overrides
 from hgdpo_core.errors import InputError, ModelError
 from hgdpo_core.presets import sd15
-from hgdpo_core.scorers import aesthetic, find_scorer, load_scorer, require_scorers, texts
+from hgdpo_core.scorers import aesthetic, find_scorer, hps, load_scorer, require_scorers, texts, weights
 from hgdpo_core.scorers.pictures import crop_pixels, letterbox_pixels, to_pictures
 from hgdpo_core.scorers.towers import clean_text
 
@@ -164,6 +164,23 @@ def test_what_is_missing_is_named_in_one_line_offline(name, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(ModelError, match=f"scorer {name}: .*nowhere does not exist: expected a folder"):
         find_scorer(name, str(tmp_path / "nowhere"))
+
+
+def test_a_missing_file_is_no_hub_id(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="weights/hps.safetensors does not exist: expected a folder, a weights file"):
+        find_scorer("hps_v2.1", "weights/hps.safetensors")
+
+
+def test_what_comes_from_the_hub_does_not_depend_on_what_else_its_cache_holds(sources, monkeypatch, tmp_path):
+    """A tokenizer.json that lies by chance beside downloaded weights must not decide the fingerprint."""
+    cache = shutil.copytree(sources["hps_v2.1"], tmp_path / "cache")
+    monkeypatch.setattr(weights, "hf_hub_download", lambda repository, name: str(cache / name))
+    monkeypatch.setattr(weights, "snapshot_download", lambda repository, allow_patterns: str(sources["clip"]))
+    files = hps.V21.locate(None)
+    assert files[0].parent == cache and [file.parent for file in files[1]] == [sources["clip"]] * 2
+    (cache / "tokenizer.json").write_text("{}")
+    assert hps.V21.locate("somebody/hps")[-1] == files[-1]
 
 
 @pytest.mark.parametrize(("name", "remove", "message"), [
