@@ -11,13 +11,22 @@ from hgdpo_core.config import DrawingConfig, EvaluationConfig, PoolConfig, Sampl
 from hgdpo_core.errors import InputError
 from hgdpo_core.generate import PoolPlan, plan_pool
 from hgdpo_core.images import decode_image
-from hgdpo_core.intervals import DefectChange, Interval, ScoreChange, defect_change, score_change, win_rate_interval
+from hgdpo_core.intervals import (
+    DefectChange,
+    Estimate,
+    Interval,
+    ScoreChange,
+    defect_change,
+    score_change,
+    win_rate_interval,
+)
 from hgdpo_core.metrics import ColourShift, WinRate, win_rate
 from hgdpo_core.models import Model
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.scorers import defect_limit
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
+from hgdpo_core.variety import DIMENSIONS, thumbnail, variety_change
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class Comparison:
     colour_change: ColourChange
     target_histograms: ColourHistograms
     tuned_histograms: ColourHistograms
+    variety_change: Estimate
+    """Percent by which the tuned model's images differ more from each other than the target's."""
 
     def findings(self) -> dict[str, Any]:
         """All numbers as plain JSON values under the names of `summary.json`."""
@@ -51,6 +62,7 @@ class Comparison:
             "score_change": {name: change.as_dict() for name, change in self.score_changes.items()},
             "defect_rate": {name: change.as_dict() for name, change in self.defects.items()},
             "colour_shift": self.colour_shift.as_dict(), "colour_change": self.colour_change.as_dict(),
+            "variety_change": self.variety_change.as_dict(),
             "lora_weight": self.lora_weight, "images_per_prompt": self.images_per_prompt}
 
 
@@ -85,7 +97,8 @@ def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapp
     after = {name: image_scores(folder, tuned, prompts) for name, folder in tuned_scores.items()}
     several = config.images_per_prompt > 1
     limits = {name: below for name in before if (below := defect_limit(name)) is not None}
-    target_colours, tuned_colours = prompt_colours(target, prompts), prompt_colours(tuned, prompts)
+    (target_colours, target_thumbnails), (tuned_colours, tuned_thumbnails) = (
+        look_at_images(plan, prompts) for plan in (target, tuned))
     result = Comparison(
         evaluation_id, list(prompts),
         {name: win_rate(after[name], before[name]) for name in before},
@@ -97,7 +110,8 @@ def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapp
         win_rate_intervals={name: win_rate_interval(after[name], before[name]) for name in before if several},
         defects={name: defect_change(after[name], before[name], below) for name, below in limits.items()},
         colour_change=colour_change(tuned_colours.statistics, target_colours.statistics),
-        target_histograms=target_colours.histograms, tuned_histograms=tuned_colours.histograms)
+        target_histograms=target_colours.histograms, tuned_histograms=tuned_colours.histograms,
+        variety_change=variety_change(tuned_thumbnails, target_thumbnails))
     store.write_json(f"evaluations/{evaluation_id}/config.json", {**identity, "config": config.model_dump(mode="json")})
     store.write_json(f"evaluations/{evaluation_id}/result.json", {
         **result.findings(), "prompts": list(prompts), "target_scores": result.target_scores,
@@ -118,16 +132,20 @@ def image_scores(scores: ShardFolder, plan: PoolPlan, prompts: Sequence[str]) ->
     return np.array([[values[prompt_id(prompt)][image] for image in images] for prompt in prompts], dtype=np.float64)
 
 
-def prompt_colours(plan: PoolPlan, prompts: Sequence[str]) -> PromptColours:
-    """Colours of all images of the prompts, read shard by shard."""
+def look_at_images(plan: PoolPlan, prompts: Sequence[str]) -> tuple[PromptColours, np.ndarray]:
+    """Colours and thumbnails [P, K, D] of all images of the prompts, read shard by shard."""
     positions = {prompt_id(prompt): position for position, prompt in enumerate(prompts)}
     colours = PromptColours.of(len(prompts))
+    thumbnails = np.zeros((len(prompts), plan.pool.images_per_prompt, DIMENSIONS), dtype=np.float32)
     for index in plan.indices:
         rows = plan.folder.read(index)
-        for key, image in zip(rows["prompt_id"].to_pylist(), rows["image"], strict=True):
+        names = zip(rows["prompt_id"].to_pylist(), rows["index"].to_pylist(), strict=True)
+        for (key, number), data in zip(names, rows["image"], strict=True):
             if key in positions:
-                colours.add(positions[key], np.asarray(decode_image(image.as_py())))
-    return colours
+                image = np.asarray(decode_image(data.as_py()))
+                colours.add(positions[key], image)
+                thumbnails[positions[key], number] = thumbnail(image)
+    return colours, thumbnails
 
 
 def read_images(plan: PoolPlan, prompts: Sequence[str]) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ evaluation is missing: then the guard is silent.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from hgdpo_core.intervals import DefectChange
+from hgdpo_core.intervals import DefectChange, Estimate
 from hgdpo_core.metrics import WinRate
 
 MIN_ROWS = 10  # a verdict on fewer rows would be one on single batches
@@ -21,6 +21,10 @@ of the reference's and the loser's 1 to 3 % above; a learning rate a hundred tim
 SATURATED_ACCURACY = 0.9
 """Implicit accuracy at which hardly any pair is left to learn from. By itself it says nothing: runs of the figures
 world end at 0.85 to 0.90 with win rates above 80 %, runs on random labels at 1.00 with one half."""
+
+LOST_VARIETY_PERCENT = -10.0
+"""How much less the tuned model's images differ from each other: a share that the eye begins to see. In a run of the
+figures world that won honestly the spread moved by under 1 %; tuned for a judge that loves fog, it lost over 15 %."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,13 @@ class Alarm:
 
 
 def check_run(log: Sequence[Mapping[str, float]], win_rates: Mapping[str, WinRate],
-              defects: Mapping[str, DefectChange], training_judge: str | None) -> list[Alarm]:
-    """All alarms of a finished run: its DPO log, and the evaluation by every scorer.
+              defects: Mapping[str, DefectChange], variety_change: Estimate, training_judge: str | None) -> list[Alarm]:
+    """All alarms of a finished run: its DPO log, the evaluation by every scorer, and the spread of the images.
 
     `training_judge` is the name, among `win_rates`, of the scorer that ranked the training pools; None if it was not
     asked again.
     """
-    alarms = [check_collapse(log), check_stall(log, win_rates)]
+    alarms = [check_collapse(log), check_stall(log, win_rates), check_variety(win_rates, variety_change)]
     if training_judge is not None:
         alarms += [check_judges(win_rates, training_judge), check_defects(win_rates, defects, training_judge)]
     return [alarm for alarm in alarms if alarm is not None]
@@ -123,6 +127,20 @@ def check_defects(win_rates: Mapping[str, WinRate], defects: Mapping[str, Defect
     return Alarm("more_defects", f"More defects: {training_judge}, which ranked the training pools, prefers the tuned "
                                  f"model, but more of its images are defective ({seen}). Look at the pictures, lower "
                                  "dpo.max_steps or evaluation.lora_weight.")
+
+
+def check_variety(win_rates: Mapping[str, WinRate], change: Estimate) -> Alarm | None:
+    """A scorer sees a gain, but the images surely differ less from each other than the target's did.
+
+    `change` is `variety_change`'s: percent of the target's spread.
+    """
+    gains = [name for name, rate in win_rates.items() if _is_gain(rate)]
+    if not gains or change.value is None or change.ci_high is None or change.ci_high > LOST_VARIETY_PERCENT:
+        return None
+    return Alarm("lost_variety", f"Lost variety: {' and '.join(gains)} prefer the tuned model, but its images differ "
+                                 f"{-change.value:.0f} % less from each other than the target's. The gain may be one "
+                                 "look for everything: look at the pictures, lower dpo.max_steps or "
+                                 "evaluation.lora_weight.")
 
 
 def _is_gain(rate: WinRate) -> bool:

@@ -14,7 +14,8 @@ from tasks.ui import show_text
 @task(name="guards", **STAGE)
 def guard(run: Run, lora: Tuned, comparison: Comparison) -> list[Alarm]:
     """The alarms of the run; each is in the log, and all are in the UI."""
-    alarms = check_run(lora.log, comparison.win_rates, comparison.defects, run.config.training_judge)
+    alarms = check_run(lora.log, comparison.win_rates, comparison.defects, comparison.variety_change,
+                       run.config.training_judge)
     for alarm in alarms:
         get_run_logger().warning(alarm.message)
     show_text("warnings", "\n".join(f"- {alarm.message}" for alarm in alarms) or "No guard raised an alarm.")

@@ -8,7 +8,7 @@ import pytest
 
 from hgdpo_core.config import EvaluationConfig, PoolConfig, PromptSource, SamplerConfig, ScorerConfig, TargetConfig
 from hgdpo_core.errors import InputError
-from hgdpo_core.evaluate import compare, image_scores, plan_evaluation, prompt_colours, refuse_seen_prompts
+from hgdpo_core.evaluate import compare, image_scores, look_at_images, plan_evaluation, refuse_seen_prompts
 from hgdpo_core.generate import SCHEMA, PoolPlan
 from hgdpo_core.images import encode_image
 from hgdpo_core.metrics import colour_shift
@@ -76,6 +76,8 @@ def test_every_number_is_that_of_the_images(store, models, monkeypatch):
     assert result.colour_change.hue_degrees.value == pytest.approx(result.colour_shift.hue_degrees)
     assert sum(result.target_histograms.as_dict()["value"]) == pytest.approx(1, abs=1e-4)
     assert result.lora_weight is None
+    spreads = [np.sqrt((side.reshape(3, 2, -1) / 255).var(axis=1).sum(axis=1).mean()) for side in (after, before)]
+    assert result.variety_change.value == pytest.approx(100 * (spreads[0] / spreads[1] - 1), rel=1e-4)
 
     saved = store.read_json(f"evaluations/{result.evaluation_id}/result.json")
     assert {name: saved[name] for name in result.findings()} == json.loads(json.dumps(result.findings()))
@@ -96,9 +98,11 @@ def test_one_image_a_prompt_needs_no_bootstrap_and_a_plain_scorer_knows_no_defec
 
 def test_prompts_outside_the_evaluation_do_not_count(store, models):
     plan, pixels = write_images(store, models[0], 1)
-    colours = prompt_colours(plan, PROMPTS[1:2])
+    colours, thumbnails = look_at_images(plan, PROMPTS[1:2])
+    assert thumbnails.shape == (1, 2, 192)
+    np.testing.assert_allclose(thumbnails[0, 1], pixels[1, 1].reshape(-1) / 255, rtol=1e-6)  # 8 x 8 stays as it is
     assert len(colours.statistics) == 1 and colours.total().pixels == 2 * 64
-    assert colours.total().shift_from(prompt_colours(plan, PROMPTS).total()) == pytest.approx(
+    assert colours.total().shift_from(look_at_images(plan, PROMPTS)[0].total()) == pytest.approx(
         colour_shift(pixels[1], pixels.reshape(-1, 8, 8, 3)))
 
 

@@ -16,10 +16,14 @@ from hgdpo_core.guards import (
     check_judges,
     check_run,
     check_stall,
+    check_variety,
 )
-from hgdpo_core.intervals import defect_change
+from hgdpo_core.intervals import Estimate, defect_change
 from hgdpo_core.metrics import WinRate, win_rate
 from hgdpo_core.scorers import load_scorer
+from hgdpo_core.variety import thumbnail, variety_change
+
+SAME = Estimate(0.0, 0.0, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -74,22 +78,25 @@ def test_a_run_on_random_labels_stalls(world, judge):
     alarm = check_stall(result.log, rates)
     assert alarm is not None and alarm.guard == "stall"
     assert f"pickscore {100 * rates['pickscore'].rate:.1f} %" in alarm.message
-    assert [a.guard for a in check_run(result.log, rates, {}, "pickscore") if a.guard == "stall"] == ["stall"]
+    assert [a.guard for a in check_run(result.log, rates, {}, SAME, "pickscore") if a.guard == "stall"] == ["stall"]
 
 
-def test_a_judge_that_loves_light_is_hacked(world, judge):
-    """The pools are ranked by mean brightness: the tuned model paints fog, and an independent judge sees it."""
-    right = world.pictures([None] * 6).astype(np.float64)
-    bright, dark = ((right * 0.6 + add).astype(np.uint8) for add in (102, 0))
-    result, pictures = world.train(bright, dark, max_steps=16, batch_size=3, learning_rate=3e-3)
-    light = {"light": win_rate(pictures.mean(axis=(1, 2, 3)), world.target_pictures.mean(axis=(1, 2, 3)))}
-    assert light["light"].ci_low > 0.5
-    rates = {**light, "pickscore": judge(pictures)}
-    alarm = check_judges(rates, "light")
+def test_a_judge_that_loves_fog_is_hacked(world, judge):
+    """The pools are ranked by how little contrast a picture has: an independent judge sees what becomes of it."""
+    right = world.pictures([None] * 6)
+    fog = (right * 0.35 + 0.65 * 190).astype(np.uint8)
+    result, pictures = world.train(fog, right, max_steps=16, batch_size=3, learning_rate=5e-3)
+    rates = {"fog": win_rate(-pictures.std(axis=(1, 2, 3)), -world.target_pictures.std(axis=(1, 2, 3))),
+             "pickscore": judge(pictures)}
+    assert rates["fog"].ci_low > 0.5
+    alarm = check_judges(rates, "fog")
     assert alarm is not None and alarm.guard == "parted_judges" and "pickscore" in alarm.message
-    found = check_run(result.log, rates, {}, "light")
-    assert found[-1] == alarm
-    assert alarm not in check_run(result.log, rates, {}, None)  # a judge that was not asked again cannot part
+    variety = variety_change(*(np.stack([thumbnail(image) for image in side])[:, None]
+                               for side in (pictures, world.target_pictures)))
+    alike = check_variety(rates, variety)
+    assert alike is not None and alike.guard == "lost_variety"  # in fog all things look alike
+    assert check_run(result.log, rates, {}, variety, "fog")[-2:] == [alike, alarm]
+    assert alarm not in check_run(result.log, rates, {}, variety, None)  # a judge that was not asked again cannot part
 
 
 # --- where the lines are drawn, with numbers
@@ -157,4 +164,14 @@ def test_defects_that_fall_or_may_fall_raise_no_alarm():
     assert check_defects({"t": rate(50)}, risen, "t") is None
     alarm = check_defects({"t": rate(80)}, risen, "t")
     assert alarm is not None and "0.0 % before, 50.0 % after" in alarm.message
-    assert check_run([], {"t": rate(80)}, risen, "t") == [alarm]
+    assert check_run([], {"t": rate(80)}, risen, SAME, "t") == [alarm]
+
+
+def test_variety_is_missed_only_beside_a_gain_and_only_surely():
+    lost = Estimate(-20.0, -25.0, -15.0)
+    alarm = check_variety({"a": rate(70), "b": rate(50)}, lost)
+    assert alarm is not None and "a prefer" in alarm.message and "20 % less" in alarm.message
+    assert check_variety({"a": rate(50)}, lost) is None
+    for change in (Estimate(-20.0, -35.0, -5.0), Estimate(20.0, 15.0, 25.0), Estimate(-20.0, None, None),
+                   Estimate(None, None, None)):
+        assert check_variety({"a": rate(70)}, change) is None

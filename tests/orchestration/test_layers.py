@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "deployments": {"hgdpo_core", "tasks", "flows", "deployments", "prefect"},
 }
 GUARDED = set(MAY_IMPORT) | {"prefect", "tests"}
-PURE = ["losses", "selection", "metrics", "intervals", "colours", "schedule"]
+PURE = ["losses", "selection", "metrics", "intervals", "colours", "variety", "schedule"]
 
 
 def imports(path: Path) -> set[str]:
