@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import ldm
+import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -92,6 +93,6 @@ def test_full_size_pool_image(place, tmp_path):
     row = plan.folder.read(0).to_pylist()[0]
     image = decode_image(row["image"])
     assert image.size == (704, 1024) == (row["width"], row["height"])
-    assert len(set(image.resize((32, 32)).getdata())) > 100
+    assert np.asarray(image).std() > 10
     seconds = plan.folder.manifests()[0].seconds
     logging.info("704x1024, 2 steps, bfloat16 on the CPU: %.0f s, peak memory %.2f GiB", seconds, peak_gib())
