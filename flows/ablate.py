@@ -20,14 +20,14 @@ def hgdpo_ablate(
     prompts: str | None = Field(None, description="prompt file: txt, csv, tsv, jsonl or parquet, path or URL"),
     target: str | None = Field(None, description="your model: diffusers folder, .safetensors file or hub id"),
     images: str | None = Field(None, description="folder of captioned images to fine-tune the model on first"),
-    overrides: Overrides = Field(default_factory=dict,
+    overrides: Overrides = Field({},
                                  description='settings by dotted name, as {"ablation.pool_sizes": [2, 20]}'),
     seeds: int = Field(3, ge=1, description="trainings of every arm"),
     worlds: list[World] | None = Field(
         None, description="plain: the run's own judge ranks the pools; tinted: the same judge, fond of warm tints; "
                           "default: both for figures, plain otherwise"),
     comparisons: list[Comparison] = Field(
-        default_factory=lambda: ["pool_size", "loser_rank", "dataset_size", "statistics", "beta", "lora_weight"]),
+        ["pool_size", "loser_rank", "dataset_size", "statistics", "beta", "lora_weight"]),
     split: Split = Field("test", description="figures prompts to measure on; choose settings on validation"),
     plan_only: bool = Field(False, description="say what the ablation would do and how long it takes, and stop"),
 ) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def hgdpo_evaluate(
     target_lora_weight: float | None = Field(None, description="weight of the target's LoRA; default: lora_weight"),
     preset: Literal["figures", "sd15"] = "figures",
     root: str | None = Field(None, description="object store, any fsspec URL; default: $HGDPO_ROOT, else output/full"),
-    overrides: Overrides = Field(default_factory=dict, description='settings by dotted name, as {"sampler.steps": 20}'),
+    overrides: Overrides = Field({}, description='settings by dotted name, as {"sampler.steps": 20}'),
     plan_only: bool = Field(False, description="say what would be drawn and found, and stop"),
 ) -> dict[str, Any]:
     """Compare any two models or LoRA weights; returns the summary. Finished images and scores are found again."""
