@@ -87,7 +87,7 @@ def draw_pictures(results: Results, shared: Shared) -> dict[str, tuple[str, byte
     for world in worlds:
         pictures[plot_name("5b", world)] = (f"Figure 5b, {WORLDS[world]}", distance_chart(results, world))
     for world in worlds:
-        pictures[plot_name("6", world)] = (f"Figure 6: pools in their ranking, {WORLDS[world]}",
+        pictures[f"figure-6-{world}"] = (f"Figure 6: pools in their ranking, {WORLDS[world]}",
                                          _png(pool_picture(results, shared, world)))
     return pictures
 

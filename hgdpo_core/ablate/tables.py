@@ -44,7 +44,7 @@ class Table:
 
 def plot_name(number: str, world: World) -> str:
     """File name, without its end, of a table's or figure's plot."""
-    return f"{'figure' if number in ('5b', '6', '8') else 'table'}-{number}-{world}"
+    return f"{'figure' if number in ('5b', '8') else 'table'}-{number}-{world}"
 
 
 def make_tables(results: Results, claims: Sequence[Claim]) -> list[Table]:

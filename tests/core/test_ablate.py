@@ -106,7 +106,7 @@ def test_an_arms_config_changes_what_it_varies_and_keeps_defaults():
     config, whole = figures(), base_arm(figures(), 160, "plain")
     plain = arm_config(config, whole, seed=2)
     assert plain.triplets == config.triplets and plain.sampler == config.sampler and plain.scorer == config.scorer
-    assert (plain.dpo.seed, plain.dpo.lambda_stat, plain.dpo.beta) == (2, 0.0, 2500.0)
+    assert (plain.dpo.seed, plain.dpo.lambda_stat, plain.dpo.beta) == (2, 0.0, config.dpo.beta)
     other = dataclasses.replace(whole, world="tinted", pool_size=10, loser_rank=5, beta=5000.0, lambda_stat=3.0,
                                 lora_weight=0.5, latent_normalisation=True)
     varied = arm_config(config, other, seed=0)
@@ -114,7 +114,7 @@ def test_an_arms_config_changes_what_it_varies_and_keeps_defaults():
     assert (varied.dpo.lambda_stat, varied.evaluation.lora_weight) == (3.0, 0.5)
     assert varied.sampler.latent_normalisation and varied.scorer.name == "tinted"
     assert varied.scorer.source == config.scorer.source
-    assert [scorer.name for scorer in varied.evaluation.scorers] == ["pickscore", "tinted"]
+    assert [scorer.name for scorer in varied.evaluation.scorers] == ["pickscore", "inspector", "tinted"]
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -149,7 +149,7 @@ def test_the_validation_split_is_other_prompts(tmp_path):
 
 def test_the_plan_counts_what_the_defaults_cost(tmp_path):
     plan = plan_ablation(open_ablation(root=str(tmp_path), overrides={"images": None}))
-    assert (plan["arms"], plan["trainings"], plan["pool_images"]) == (23, 54, 3200)
+    assert (plan["arms"], plan["trainings"], plan["pool_images"]) == (23, 54, 6400)
     assert plan["evaluation_images"] == 512 * (1 + 3 * 25)  # 2 of 23 arms are drawn with LAN, twice the cost
     assert plan["diversity_images"] == 256 * (1 + 3 * 4)
     assert plan["minutes"] < 90
