@@ -22,7 +22,9 @@ from hgdpo_core.work import (
     ShardRequest,
     Work,
     code_version,
+    find_offered_model,
     format_range,
+    model_means,
     offer_latents,
     offer_pool,
     offer_scores,
@@ -77,6 +79,18 @@ def test_a_request_and_the_store_are_enough_for_every_stage(tmp_path, model, jud
     IN_PROCESS.make(offer_latents(triplets, latents, model, there.indices))
     assert [len(table) for table in rows(latents)] == [len(table) for table in rows(triplets)]
     assert offer_latents(triplets, latents, model, there.indices).cut(2) == []
+
+
+def test_a_worker_reads_prompts_as_the_planner_does(tmp_path, target_folder):
+    """Also in an evaluation, whose prompts are plain while the negative prompt is not."""
+    weighted = find_model(TargetConfig(source=str(target_folder), dtype="float32", negative_prompt="(blurry:1.4)",
+                                       prompt_syntax="a1111"))
+    for planned in (weighted, weighted.reading("plain")):
+        there = plan(tmp_path, planned)
+        means = model_means(there.folder.store, planned, share=False)
+        assert find_offered_model(there.folder.store, there.folder.config["model"], means) == planned
+        latents = latent_folder(there.folder.store, there.folder, planned, (32, 32))
+        assert find_offered_model(there.folder.store, latents.config, means) == planned
 
 
 def test_only_what_is_missing_is_made_and_each_shard_is_told(tmp_path, model):
