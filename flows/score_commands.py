@@ -28,7 +28,7 @@ def rescore(options: argparse.Namespace) -> int:
         return 0
     if plan.nothing_to_do and find_unfinished(store) is None:
         report = last_report(store)
-        print(plan.describe().capitalize() + (f"; the last report: {store.url(report)}" if report else ""))
+        print(plan.describe().capitalize() + (f"\nLast report: {store.url(report)}" if report else ""))
         return 0
 
     from flows.rescore import hgdpo_rescore

@@ -45,9 +45,11 @@ configs:
 {stamp}
 # Preference triplets for Diffusion-DPO
 
-{rows:,} triplets (prompt, winner, loser) in {len(manifests):,} files, {megabytes:,.1f} MB: the best and the
-worst image of each pool. {rejected:,} pools had no pair; they are in `rejected/` with the reason.
-No human labelled anything: a scorer did.
+Triplets (prompt, winner, loser), the best and the worst image of each pool. No human labelled anything: a scorer did.
+
+- triplets: {rows:,}
+- files: {len(manifests):,}, {megabytes:,.1f} MB
+- pools without a pair, in `rejected/` with the reason: {rejected:,}
 
 `jpg_0` is the winner and `jpg_1` the loser, as encoded bytes; `label_0` is 1.0 and `label_1` 0.0. These, `caption` and
 the columns up to `are_different` are named as in Pick-a-Pic v2; ours stand behind them.

@@ -69,7 +69,7 @@ def _compare(pool: ShardFolder, before: Scores, now: Scores, common: list[str]) 
 
 def _read_scores(folder: ShardFolder, indices: Sequence[int], problems: list[Skipped]) -> Scores:
     """Scores of the shards that are there; one that is not what its manifest says is put aside and told."""
-    found: dict[str, dict[int, float]] = {}
+    found: Scores = {}
     manifests = folder.manifests()
     for index in indices:
         if index not in manifests:
@@ -79,11 +79,13 @@ def _read_scores(folder: ShardFolder, indices: Sequence[int], problems: list[Ski
         except CorruptShardError as error:
             problems.append(Skipped(what=folder.key, reason=str(error)))
             continue
+        by_prompt: dict[str, dict[int, float]] = {}     # a prompt's candidates are all in one shard
         for prompt, number, score in zip(*(table[name].to_pylist() for name in ("prompt_id", "index", "score")),
                                          strict=True):
-            found.setdefault(prompt, {})[number] = score
-    return {prompt: np.array([scores[number] for number in sorted(scores)], dtype=np.float64)
-            for prompt, scores in found.items()}
+            by_prompt.setdefault(prompt, {})[number] = score
+        for prompt, scores in by_prompt.items():
+            found[prompt] = np.array([scores[number] for number in sorted(scores)], dtype=np.float64)
+    return found
 
 
 def _read_prompts(pool: ShardFolder, ids: Sequence[str]) -> dict[str, str]:

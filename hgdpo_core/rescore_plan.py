@@ -91,13 +91,13 @@ class RescorePlan:
 
     def describe(self) -> str:
         """One line: what there is to do."""
-        left = f"; {len(self.skipped)} left alone" if self.skipped else ""
-        found = f"{len(self.found)} complete sets of scores found"
+        found = f"complete sets of scores found: {len(self.found):,}"
+        left = f"; left alone: {len(self.skipped):,}" if self.skipped else ""
         if self.nothing_to_do:
-            return f"nothing to do, {found}{left}"
-        pools = len({job.pool_id for job in self.jobs if job.missing})
-        return (f"{sum(job.images for job in self.jobs)} images of {pools} pools to score, {len(self.rankings)} data "
-                f"sets of triplets to rank; {found}{left}")
+            return f"nothing to do; {found}{left}"
+        images, pools = sum(job.images for job in self.jobs), len({job.pool_id for job in self.jobs if job.missing})
+        return (f"images to score: {images:,} (pools: {pools:,}); data sets of triplets to rank: "
+                f"{len(self.rankings):,}; {found}{left}")
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for every pool and scorer with work."""

@@ -34,8 +34,7 @@ def begin(store: Store, plan: RescorePlan) -> Night | None:
     """The night's record, written before its work; None when there is nothing to do."""
     night = open_night(store, plan)
     if night is not None:
-        get_run_logger().info("Night %s: %d pools to score, %d rankings", night.name,
-                              sum(bool(job.missing) for job in plan.jobs), len(night.rankings))
+        get_run_logger().info("Night %s, in %s", night.name, store.url(night.key("config.json")))
     return night
 
 

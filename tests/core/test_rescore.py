@@ -86,7 +86,7 @@ def tree(store, folder):
 
 def test_an_empty_root_has_nothing_to_do(tmp_path):
     plan = plan_wanted(Store(str(tmp_path)))
-    assert plan.nothing_to_do and plan.describe() == "nothing to do, 0 complete sets of scores found"
+    assert plan.nothing_to_do and plan.describe() == "nothing to do; complete sets of scores found: 0"
 
 
 def test_pools_without_a_wanted_scorer_are_a_question(store):

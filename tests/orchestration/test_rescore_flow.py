@@ -192,4 +192,4 @@ def test_the_runs_of_a_root_say_which_scorers(root, capsys):
     changed = config.model_copy(update={"scorer": scorer})
     Store(root).write_json("runs/a/config.json", {"code_version": "0", **changed.model_dump(mode="json")})
     assert main(["rescore", "--root", root]) == 0
-    assert capsys.readouterr().out.startswith("Nothing to do, 1 complete sets of scores found")
+    assert capsys.readouterr().out.startswith("Nothing to do; complete sets of scores found: 1")
