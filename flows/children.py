@@ -24,7 +24,7 @@ from prefect.logging import get_logger, get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Cancelling
 from prefect.utilities.urls import url_for
 
-from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError
+from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError, StorageError
 from hgdpo_core.progress import ShouldStop
 
 LIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
@@ -208,10 +208,18 @@ def _look(client: SyncPrefectClient, jobs: Sequence[Job]) -> None:
         state = job.run.state
         if state is None or not state.is_final() or state.id == job.judged:
             continue
-        job.done = job.is_done()
+        job.done = _is_done(job)
         if not job.done:
             _go_on_without(client, job)
         job.judged = state.id
+
+
+def _is_done(job: Job) -> bool:
+    try:
+        return job.is_done()
+    except StorageError as error:  # such as an input that a shard run found broken and moved to quarantine
+        get_run_logger().warning("%s: %s", job.name, error)
+        return False
 
 
 def _go_on_without(client: SyncPrefectClient, job: Job) -> None:

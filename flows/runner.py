@@ -42,7 +42,7 @@ class DeploymentRunner:
     def __init__(self, workers: WorkersConfig, store: Store, should_stop: ShouldStop):
         self.workers, self._should_stop = workers, should_stop
         self.share = store.local_path("") is None
-        refuse_far_workers(store)
+        check_workers(store)
 
     def make(self, work: Work, progress: Progress) -> None:
         """Cut the work into ranges, run each as a flow run, wait for all. ShardRunsError names those that failed."""
@@ -104,21 +104,24 @@ class _Counter:
             self._progress(len(missing & self._work.folder.listed()), len(missing), "shards")
 
 
-def refuse_far_workers(store: Store) -> None:
+def check_workers(store: Store) -> None:
     """ConfigError when the root is a folder of this machine and workers of other machines are online.
 
-    Workers say their machine in their name, `<anything>@<host>`, as `make up` and docs/OPERATIONS.md have it.
+    Workers say their machine in their name, `<anything>@<host>`, as `make up` and docs/OPERATIONS.md have it. Without
+    any worker a line in the log says how to start one; the run waits for it.
     """
-    if store.local_path("") is None:
-        return
     with get_client(sync_client=True) as client:
         try:
             workers = client.read_workers_for_work_pool(SHARD_POOL)
         except ObjectNotFound:
             return  # no pool, no workers: the missing deployment is reported when shards are needed
-    online = {worker.name.rpartition("@") for worker in workers if worker.status == WorkerStatus.ONLINE}
-    hosts = sorted({host for _, at, host in online if at} - {socket.gethostname()})
-    if hosts:
+    online = [worker.name for worker in workers if worker.status == WorkerStatus.ONLINE]
+    if not online:
+        get_run_logger().warning("No worker of the pool %s is online: this run waits until one starts (`make up`, or "
+                                 "prefect worker start --pool %s --limit 1)", SHARD_POOL, SHARD_POOL)
+    names = (name.rpartition("@") for name in online)
+    hosts = sorted({host for _, at, host in names if at} - {socket.gethostname()})
+    if hosts and store.local_path("") is not None:
         raise ConfigError(f"the root {store.root} is a folder of this machine ({socket.gethostname()}), but workers of "
                           f"{', '.join(hosts)} are online and cannot see it: use a root that all of them reach, such "
                           "as s3://bucket/folder")

@@ -47,7 +47,7 @@ def missing_latents(triplets: ShardFolder, latents: ShardFolder, indices: Sequen
     """The triplet shards of `indices` whose latents are not there, or are of other bytes than the triplets' today."""
     manifests, found = triplets.manifests(indices), latents.manifests(indices)
     return [i for i in indices
-            if i not in found or found[i].inputs != (triplets.input_shard(i, manifest=manifests[i]),)]
+            if i not in found or found[i].inputs != (triplets.input_shard(i, manifest=manifests.get(i)),)]
 
 
 def cache_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, indices: Sequence[int], *,

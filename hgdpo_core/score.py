@@ -42,13 +42,14 @@ def missing_scores(pool: ShardFolder, scores: ShardFolder, indices: Sequence[int
                    score_manifests: Mapping[int, ShardManifest] | None = None) -> list[int]:
     """The pool shards of `indices` whose scores are not there, or are of other bytes than the pool's today.
 
-    Manifests that the caller has read already are not read again.
+    Manifests that the caller has read already are not read again. StorageError for a pool shard that is not there (any
+    more): its stage makes it again.
     """
     pool_manifests = pool.manifests(indices) if pool_manifests is None else pool_manifests
     score_manifests = scores.manifests(indices) if score_manifests is None else score_manifests
     return [index for index in indices
             if index not in score_manifests
-            or score_manifests[index].inputs != (pool.input_shard(index, manifest=pool_manifests[index]),)]
+            or score_manifests[index].inputs != (pool.input_shard(index, manifest=pool_manifests.get(index)),)]
 
 
 def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: ScorerConfig, indices: Sequence[int], *,

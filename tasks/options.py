@@ -4,15 +4,18 @@ from typing import Any
 
 from prefect.cache_policies import NO_CACHE
 
-from hgdpo_core.errors import StorageError
+from hgdpo_core.errors import CorruptShardError, StorageError
 
 
 async def can_heal(task: Any, run: Any, state: Any) -> bool:
-    """Retry only what can heal: storage and network. A wrong setting or input fails at once."""
+    """Retry only what can heal: storage and network. A wrong setting or input fails at once.
+
+    So does a broken shard: it was moved aside, and the stage that makes it comes earlier in the run.
+    """
     try:
         await state.aresult()
-    except StorageError:
-        return True
+    except StorageError as error:
+        return not isinstance(error, CorruptShardError)
     except BaseException:
         return False
     return False

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import psutil
+import yaml
 
 from deployments.local import ROOT, Local, down, up
 from hgdpo_core.config import RunConfig
@@ -129,12 +130,15 @@ class Live:
 @contextlib.contextmanager
 def live(folder: Path, environment: dict[str, str], **settings: Any) -> Iterator[Live]:
     """A server, pools, deployments and workers below `folder`; all gone at the end."""
-    yaml = folder / "prefect.yaml"
-    shipped = (ROOT / "deployments" / "prefect.yaml").read_text()
-    yaml.write_text(shipped.replace("flows.shard:hgdpo_shard", "faulty_shard:hgdpo_shard"))
+    deployments = folder / "prefect.yaml"
+    shipped = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    shipped["deployments"] = [one for one in shipped["deployments"] if one["name"] in ("full", "shard", "train")]
+    faulty = next(one for one in shipped["deployments"] if one["name"] == "shard")
+    faulty["entrypoint"] = "faulty_shard:hgdpo_shard"
+    deployments.write_text(yaml.safe_dump(shipped))
     faults = folder / "faults"
     faults.mkdir()
-    local = Local(home=folder / "prefect", toml=folder / "prefect.toml", deployments=yaml, first_port=42100,
+    local = Local(home=folder / "prefect", toml=folder / "prefect.toml", deployments=deployments, first_port=42100,
                   environment={"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1",
                                "HGDPO_TEST_FAULTS": str(faults), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
                                "PREFECT_WORKER_QUERY_SECONDS": "1", **environment}, **settings)

@@ -12,7 +12,7 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Crashed, Failed,
 
 from flows import children
 from flows.children import Job, ShardRunsError, cancel_children, run_jobs
-from hgdpo_core.errors import ConfigError, StoppedError
+from hgdpo_core.errors import ConfigError, StoppedError, StorageError
 
 
 class Server:
@@ -180,6 +180,16 @@ def test_a_failure_whose_work_is_there_all_the_same_is_none(server):
 
     server.fresh = lambda name: [Running(), crash_after_the_commit]
     run(server, "0")
+
+
+def test_work_that_cannot_be_looked_at_is_missing(server):
+    def look():
+        raise StorageError("shard 3 of the pool does not exist")
+
+    broken = job(server, "0")
+    broken.is_done = look
+    with pytest.raises(ShardRunsError, match="1 of 1"):
+        run_jobs([broken], max_failed=0, should_stop=lambda: False, on_change=lambda jobs: None)
 
 
 def test_a_run_that_somebody_retries_while_others_work_counts_as_live_again(server):

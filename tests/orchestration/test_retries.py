@@ -6,14 +6,14 @@ import logging
 import pytest
 from prefect.states import exception_to_failed_state
 
-from hgdpo_core.errors import ConfigError, InputError, StorageError
+from hgdpo_core.errors import ConfigError, CorruptShardError, InputError, StorageError
 from tasks.options import can_heal
 from tasks.ui import explain_own_errors
 
 
 @pytest.mark.parametrize(("error", "again"), [
     (StorageError("the bucket answered 503"), True), (InputError("no prompt"), False), (ConfigError("beta"), False),
-    (RuntimeError("a bug"), False)])
+    (CorruptShardError("moved to quarantine"), False), (RuntimeError("a bug"), False)])
 def test_only_storage_is_tried_again(error, again):
     async def ask():
         return await can_heal(None, None, await exception_to_failed_state(error))

@@ -1,0 +1,120 @@
+"""What orchestration costs, with a generator that draws nothing.
+
+    python -m benchmarks.orchestration --shards 300 --runs 300 --workers 2
+
+First many shards in one shard run, against the same call without Prefect: milliseconds a shard. Then many shard runs of
+one shard each: seconds a shard run and worker, and the memory of parent and server. CPU seconds stand beside the wall
+clock's, for machines that are busy with other work.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from benchmarks.null_shard import plan
+from deployments.local import ROOT, Local, down, up
+from hgdpo_core.work import offer_pool, run_shards
+
+FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shards", type=int, default=300, help="shards in one run")
+    parser.add_argument("--runs", type=int, default=300, help="shard runs of one shard each")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        local = _local(Path(name), options.workers)
+        try:
+            up(local)
+            _many_shards(local, f"file://{name}", options.shards)
+            _many_runs(local, f"file://{name}/many", options.runs, options.workers)
+        finally:
+            down(local)
+
+
+def _local(folder: Path, workers: int) -> Local:
+    shipped = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    shard = next(one for one in shipped["deployments"] if one["name"] == "shard")
+    shard["entrypoint"] = "benchmarks.null_shard:hgdpo_shard"
+    full = next(one for one in shipped["deployments"] if one["name"] == "full")
+    parent = full | {"name": "parent", "entrypoint": "benchmarks.null_shard:null_parent"}
+    shipped["deployments"] = [shard, parent]
+    (folder / "prefect.yaml").write_text(yaml.safe_dump(shipped))
+    return Local(home=folder / "prefect", toml=folder / "prefect.toml", deployments=folder / "prefect.yaml",
+                 shard_workers=workers, environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+def _many_shards(local: Local, root: str, shards: int) -> None:
+    plain = offer_pool(plan(f"{root}/plain", shards)).cut()[0]
+    wall, cpu = time.monotonic(), time.process_time()
+    run_shards(plain)
+    wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+    request = offer_pool(plan(f"{root}/one-run", shards)).cut()[0]
+    run = _await(local, _start(local, "hgdpo-shard/shard", {"request": request.model_dump(mode="json")}))
+    seconds = run["total_run_time"]
+    print(f"{shards} shards in one run: {seconds:.1f} s of the run, {wall:.1f} s ({cpu:.1f} s of CPU) without Prefect: "
+          f"{1000 * (seconds - wall) / shards:.1f} ms a shard")
+
+
+def _many_runs(local: Local, root: str, runs: int, workers: int) -> None:
+    cpu = _cpu_seconds(local)
+    parent_id = _start(local, "null-parent/parent", {"root": root, "shards": runs, "per_run": 1})
+    memory: dict[str, int] = {}
+    run = _await(local, parent_id, watch=lambda: _note_memory(local, parent_id, memory))
+    seconds = run["total_run_time"]
+    cpu = _cpu_seconds(local) - cpu
+    print(f"{runs} shard runs on {workers} workers: {run['state_name']} after {seconds:.0f} s, "
+          f"{workers * seconds / runs:.1f} s a shard run and worker; server {cpu / runs:.2f} s of CPU a run; memory at "
+          f"most: parent {memory.get('parent', 0) >> 20} MiB, server {memory.get('server', 0) >> 20} MiB")
+
+
+def _start(local: Local, name: str, parameters: dict[str, Any]) -> str:
+    with httpx.Client(base_url=local.url, timeout=300) as client:
+        deployment = client.get(f"/deployments/name/{name}").raise_for_status().json()["id"]
+        run = client.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters})
+        return run.raise_for_status().json()["id"]
+
+
+def _await(local: Local, run_id: str, watch: Any = lambda: None) -> dict[str, Any]:
+    with httpx.Client(base_url=local.url, timeout=300) as client:
+        while True:
+            watch()
+            run = client.get(f"/flow_runs/{run_id}").raise_for_status().json()
+            if run["state_type"] in FINAL:
+                return run
+            time.sleep(1)
+
+
+def _note_memory(local: Local, parent_id: str, memory: dict[str, int]) -> None:
+    for process in psutil.process_iter():
+        try:
+            environment = process.environ()
+            if environment.get("PREFECT__FLOW_RUN_ID") == parent_id:
+                memory["parent"] = max(memory.get("parent", 0), process.memory_info().rss)
+            elif environment.get("PREFECT_HOME") == str(local.home) and "uvicorn" in process.cmdline():
+                memory["server"] = max(memory.get("server", 0), process.memory_info().rss)
+        except (psutil.Error, OSError):
+            continue
+
+
+def _cpu_seconds(local: Local) -> float:
+    """CPU seconds of the server so far."""
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("PREFECT_HOME") == str(local.home) and "uvicorn" in process.cmdline():
+                return sum(process.cpu_times()[:2])
+        except (psutil.Error, OSError):
+            continue
+    return 0.0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Who makes the shards, and when a folder as root will not do."""
+
+import logging
+import socket
+from types import SimpleNamespace
+
+import pytest
+from prefect.client.schemas.objects import WorkerStatus
+from prefect.exceptions import ObjectNotFound
+
+from flows import runner
+from flows.children import Job
+from flows.runner import DeploymentRunner, check_workers, choose_runner
+from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, WorkersConfig
+from hgdpo_core.errors import ConfigError
+from hgdpo_core.generate import plan_pool
+from hgdpo_core.models import find_model
+from hgdpo_core.progress import never_stop
+from hgdpo_core.runner import InProcess
+from hgdpo_core.storage import Store
+from hgdpo_core.work import ShardRequest, offer_pool, run_shards
+
+HERE = socket.gethostname()
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """Names of workers that are online; None: there is no such pool."""
+    names = []
+
+    def read(pool):
+        if None in names:
+            raise ObjectNotFound(RuntimeError("404"))
+        return [SimpleNamespace(name=name, status=WorkerStatus.ONLINE) for name in names] + [
+            SimpleNamespace(name="gpu-9@gone", status=WorkerStatus.OFFLINE)]
+
+    class Client:
+        read_workers_for_work_pool = staticmethod(read)
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+
+    monkeypatch.setattr(runner, "get_client", lambda sync_client: Client())
+    monkeypatch.setattr(runner, "get_run_logger", lambda: logging.getLogger("test"))
+    return names
+
+
+@pytest.mark.parametrize(("name", "deployed", "here"), [
+    ("auto", None, True), ("auto", "id", False), ("in_process", "id", True), ("deployment", None, False)])
+def test_auto_is_the_deployment_for_a_run_that_was_started_from_one(workers, monkeypatch, tmp_path, name, deployed,
+                                                                  here):
+    monkeypatch.setattr(runner, "deployment", SimpleNamespace(id=deployed))
+    chosen = choose_runner(name, WorkersConfig(), Store(str(tmp_path)), never_stop)
+    assert isinstance(chosen, InProcess if here else DeploymentRunner)
+    assert not chosen.share  # a folder: all workers are on this machine
+
+
+def test_models_are_shared_where_workers_may_be_elsewhere(workers):
+    assert DeploymentRunner(WorkersConfig(), Store("memory://bucket"), never_stop).share
+
+
+def test_a_folder_as_root_is_refused_when_workers_of_other_machines_are_online(workers, tmp_path, caplog):
+    check_workers(Store(str(tmp_path)))
+    assert "No worker of the pool hgdpo-gpu is online" in caplog.text
+    workers += [f"gpu-0@{HERE}", "a name of somebody's own"]
+    check_workers(Store(str(tmp_path)))
+    workers.append("gpu-0@elsewhere")
+    with pytest.raises(ConfigError, match="workers of elsewhere are online and cannot see it"):
+        check_workers(Store(str(tmp_path)))
+    check_workers(Store("memory://bucket"))
+    workers.append(None)
+    check_workers(Store(str(tmp_path)))
+
+
+def test_a_stage_becomes_one_job_a_range_and_its_shards_are_counted(workers, monkeypatch, tmp_path, target_folder):
+    model = find_model(TargetConfig(source=str(target_folder), dtype="float32"))
+    pool = PoolConfig(images_per_prompt=2, prompts_per_shard=1, batch_size=2)
+    plan = plan_pool(Store(str(tmp_path)), model, SamplerConfig(width=32, height=32, steps=1), pool, ["a", "b", "c"])
+    jobs_seen, shown, counted = [], [], []
+
+    def run_jobs(jobs, *, max_failed, should_stop, on_change):
+        assert max_failed == 7
+        jobs_seen.extend(jobs)
+        for job in jobs:
+            assert not job.is_done()
+            run_shards(ShardRequest.model_validate(job.request))
+            job.done = job.is_done()
+            on_change(jobs)
+
+    monkeypatch.setattr(runner, "run_jobs", run_jobs)
+    monkeypatch.setattr(runner, "flow_run", SimpleNamespace(id="parent"))
+    monkeypatch.setattr(runner, "LiveTable", lambda key, description: SimpleNamespace(
+        show=lambda rows, at_once=False: shown.append(rows)))
+    settings = WorkersConfig(pool_shards_per_run=2, max_failed_shards=7)
+    work = offer_pool(plan)
+    DeploymentRunner(settings, plan.folder.store, never_stop).make(work, lambda *at: counted.append(at))
+    first, second = jobs_seen
+    assert isinstance(first, Job) and first.done and second.done
+    assert first.tag == f"shard:{plan.pool_id}:0" and second.tag == f"shard:{plan.pool_id}:2"
+    assert first.key.startswith(f"parent:{plan.pool_id}:0:") and first.tags == ["pool"]
+    assert (first.name, second.name) == ("pool 0-1: a ... b", "pool 2: c")
+    assert counted[-1] == (3, 3, "shards") and [row["work"] for row in shown[-1]] == ["done", "done"]
+    DeploymentRunner(settings, plan.folder.store, never_stop).make(offer_pool(plan_pool(
+        plan.folder.store, model, plan.sampler, pool, ["a", "b", "c"])), lambda *at: counted.append(at))
+    assert len(jobs_seen) == 2  # nothing is missing: no run starts
