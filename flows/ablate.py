@@ -3,17 +3,25 @@
 from typing import Any, Literal
 
 from prefect import flow
+from prefect.states import State
 from pydantic import Field
 
+from flows.full import cancel_shard_runs
+from flows.runner import ShardRunnerName, choose_runner
+from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.ablate.cost import plan_ablation
+from hgdpo_core.ablate.program import Ablation
 from hgdpo_core.ablate.settings import Comparison, Split, World
+from hgdpo_core.errors import StoppedError
+from hgdpo_core.runner import Runner
 from tasks.ablate import labelled_arms, measure, prepare_ablation, publish_ablation, share
 from tasks.ui import explain_own_errors
 
 Overrides = dict[str, Any]
 
 
-@flow(name="hgdpo-ablate", flow_run_name="ablations, {preset}", validate_parameters=True)
+@flow(name="hgdpo-ablate", flow_run_name="ablations, {preset}", validate_parameters=True,
+      on_cancellation=[cancel_shard_runs])
 def hgdpo_ablate(
     preset: Literal["figures", "sd15"] = "figures",
     root: str | None = Field(None, description="object store, any fsspec URL; default: $HGDPO_ROOT, else output/full"),
@@ -30,7 +38,9 @@ def hgdpo_ablate(
         ["pool_size", "loser_rank", "dataset_size", "statistics", "beta", "lora_weight"]),
     split: Split = Field("test", description="figures prompts to measure on; choose settings on validation"),
     plan_only: bool = Field(False, description="say what the ablation would do and how long it takes, and stop"),
-) -> dict[str, Any]:
+    shard_runner: ShardRunnerName = Field("auto", description="deployment: on workers; in_process: here; auto: on "
+                                          "workers if started by one"),
+) -> dict[str, Any] | State[Any]:
     """Measure the paper's ablations (arXiv:2405.20216v1, Tables 2, 3, 5, 6, Figures 5b, 6, 8); returns all numbers."""
     explain_own_errors()
     settings: dict[str, Any] = {"seeds": seeds, "comparisons": comparisons, "split": split}
@@ -39,6 +49,16 @@ def hgdpo_ablate(
     ablation = prepare_ablation(preset, root, prompts, target, images, overrides, settings)
     if plan_only:
         return {"plan": plan_ablation(ablation)}
-    shared = share(ablation)
-    rows = [measure(shared, arm, label, seed) for arm, label in labelled_arms(ablation) for seed in ablation.seeds]
-    return publish_ablation(shared, rows)
+    run = ablation.run
+    with watch_this_run() as watch:
+        try:
+            return _measure_all(ablation, choose_runner(shard_runner, run.config.workers, run.store, watch))
+        except StoppedError as error:
+            return answer_stop(watch, error)
+
+
+def _measure_all(ablation: Ablation, runner: Runner) -> dict[str, Any]:
+    shared = share(ablation, runner)
+    rows = [measure(shared, arm, label, seed, runner)
+            for arm, label in labelled_arms(ablation) for seed in ablation.seeds]
+    return publish_ablation(shared, rows, runner)

@@ -110,11 +110,17 @@ def ablate(options: argparse.Namespace) -> int:
     if options.plan:
         print(json.dumps(plan_ablation(ablation), indent=1))
         return 0
+    from prefect.exceptions import CancelledRun
+
     from flows.ablate import hgdpo_ablate
     from flows.server import some_server
 
-    with some_server():
-        result: Any = hgdpo_ablate(**parameters, **settings)
+    try:
+        with some_server():
+            result: Any = hgdpo_ablate(**parameters, **settings, shard_runner=options.shard_runner)
+    except CancelledRun:
+        print("hgdpo: cancelled; what is finished is kept, run the same command to go on", file=sys.stderr)
+        return 130
     print()
     for claim in result["claims"]:
         print(f"{claim['world']:>6} world, {claim['text']}: {claim['verdict']}")
@@ -221,11 +227,11 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         if function is run:
             command.add_argument("--publish", metavar="FOLDER", help="also copy summary.json and report.html there")
-            command.add_argument("--shard-runner", default="auto", choices=["auto", "in_process", "deployment"],
-                                 help="deployment: make shards on the workers of `make up`; default: here")
         if function is ablate:
             _add_ablation_options(command)
         if function is not plan:
+            command.add_argument("--shard-runner", default="auto", choices=["auto", "in_process", "deployment"],
+                                 help="deployment: make shards on the workers of `make up`; default: here")
             command.add_argument("--plan", action="store_true", help="say what would be done, and stop")
     _add_evaluate(commands.add_parser("evaluate", help=(evaluate.__doc__ or "").splitlines()[0]))
     add_score_commands(commands, _setting)

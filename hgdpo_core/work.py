@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from hgdpo_core import __version__
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, TargetConfig, content_hash
 from hgdpo_core.errors import ConfigError, ModelError, StorageError
+from hgdpo_core.features import embed_pool
 from hgdpo_core.generate import PoolPlan, generate_pool, open_pool
+from hgdpo_core.latent_distances import measure_distances, missing_distances
 from hgdpo_core.latents import cache_latents, missing_latents
 from hgdpo_core.models import Lora, Model, find_model, recorded_syntax
 from hgdpo_core.places import Place
@@ -28,7 +30,7 @@ from hgdpo_core.scorers import find_scorer
 from hgdpo_core.shards import FORMAT_VERSION, ShardFolder, ShardManifest
 from hgdpo_core.storage import Store
 
-Stage = Literal["pool", "score", "latents"]
+Stage = Literal["pool", "score", "latents", "features", "distances"]
 OnShard = Callable[[ShardManifest], None]
 MAX_SHARD_RUNS = 300  # a stage's shard runs; Prefect drops records in bursts of thousands
 NAME_CHARACTERS = 24
@@ -41,7 +43,7 @@ class ShardRequest(BaseModel):
 
     root: str = Field(description="the object store, as an absolute URL")
     folder: str = Field(description="key of the folder of shards, for example pools/n20-0123456789ab")
-    stage: Stage = Field(description="what the folder holds: images, scores or latents")
+    stage: Stage = Field(description="what the folder holds: images, scores, latents, features or distances")
     shards: str = Field(pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$", description='which shards, for example "0-6"')
     code_version: str = Field(description="the code that planned this; other code refuses to run it")
     format_version: int = Field(description="the format of the shards that were planned")
@@ -116,12 +118,21 @@ def offer_pool(plan: PoolPlan, *, share: bool = False) -> Work:
 
 def offer_scores(plan: PoolPlan, scores: ShardFolder, scorer: ScorerConfig, *, share: bool = False) -> Work:
     """A scorer's scores of a planned pool's shards, all of which must be there."""
-    store, source = scores.store, scorer.source
+    return _offer_judging(plan, scores, scorer, "score", share)
+
+
+def offer_features(plan: PoolPlan, features: ShardFolder, scorer: ScorerConfig, *, share: bool = False) -> Work:
+    """Features of a planned pool's images by a scorer's image tower; all shards of the pool must be there."""
+    return _offer_judging(plan, features, scorer, "features", share)
+
+
+def _offer_judging(plan: PoolPlan, folder: ShardFolder, scorer: ScorerConfig, stage: Stage, share: bool) -> Work:
+    store, source = folder.store, scorer.source
     local = Path(source).expanduser() if source not in (None, "figures") else None
     place = Place.of(store, local, share=share) if local is not None and local.exists() else Place(source=source)
-    _offer(store, scores.key, {"scorer": scorer.model_dump(mode="json"), "place": place.model_dump()})
-    find_missing = functools.partial(missing_scores, plan.folder, scores)
-    return Work(store, scores, "score", tuple(plan.indices), frozenset(find_missing(plan.indices)),
+    _offer(store, folder.key, {"scorer": scorer.model_dump(mode="json"), "place": place.model_dump()})
+    find_missing = functools.partial(missing_scores, plan.folder, folder)
+    return Work(store, folder, stage, tuple(plan.indices), frozenset(find_missing(plan.indices)),
                 {shard.index: shard.prompts for shard in plan.shards}, find_missing)
 
 
@@ -132,6 +143,15 @@ def offer_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, ind
     _offer(store, latents.key, model_means(store, model, share=share))
     find_missing = functools.partial(missing_latents, triplets, latents)
     return Work(store, latents, "latents", tuple(indices), frozenset(find_missing(indices)), {}, find_missing)
+
+
+def offer_distances(pool: ShardFolder, scores: ShardFolder, distances: ShardFolder, model: Model,
+                    indices: Sequence[int], *, share: bool = False) -> Work:
+    """Latent distances within some of a pool's shards, ranked by scores that must be there."""
+    store = distances.store
+    _offer(store, distances.key, model_means(store, model, share=share))
+    find_missing = functools.partial(missing_distances, pool, scores, distances)
+    return Work(store, distances, "distances", tuple(indices), frozenset(find_missing(indices)), {}, find_missing)
 
 
 def model_means(store: Store, model: Model, *, share: bool) -> dict[str, Any]:
@@ -168,7 +188,8 @@ def run_shards(request: ShardRequest, *, progress: Progress = silent, should_sto
         raise StorageError(f"{store.url(folder.key)} has no means.json, which says where its model lies: start the "
                            "run that planned it again")
     means = store.read_json(f"{folder.key}/means.json")
-    program = {"pool": _draw, "score": _score, "latents": _encode}[request.stage]
+    programs = {"pool": _draw, "score": _score, "latents": _encode, "features": _embed, "distances": _measure}
+    program = programs[request.stage]
     return program(folder, means, request.indices, progress, should_stop)
 
 
@@ -196,13 +217,33 @@ def _draw(folder: ShardFolder, means: dict[str, Any], indices: list[int], progre
 
 def _score(folder: ShardFolder, means: dict[str, Any], indices: list[int], progress: Progress,
            should_stop: ShouldStop) -> int:
+    scorer, pool = _find_judging(folder, means)
+    return score_pool(folder.store, pool, folder, scorer, indices, progress=progress, should_stop=should_stop)
+
+
+def _embed(folder: ShardFolder, means: dict[str, Any], indices: list[int], progress: Progress,
+           should_stop: ShouldStop) -> int:
+    scorer, pool = _find_judging(folder, means)
+    return embed_pool(pool, folder, scorer, missing_scores(pool, folder, indices), progress=progress,
+                      should_stop=should_stop)
+
+
+def _find_judging(folder: ShardFolder, means: dict[str, Any]) -> tuple[ScorerConfig, ShardFolder]:
+    """The scorer of a folder at its offered place, and the pool that it judges."""
     scorer = ScorerConfig.model_validate(means["scorer"])
     place = Place.model_validate(means["place"])
     if place != Place():
         scorer = scorer.model_copy(update={"source": place.locate(folder.store)})
     _refuse_other_model(f"scorer {scorer.name}", find_scorer(scorer.name, scorer.source), folder.config["fingerprint"])
-    pool = ShardFolder.open(folder.store, f"pools/{folder.config['pool_id']}")
-    return score_pool(folder.store, pool, folder, scorer, indices, progress=progress, should_stop=should_stop)
+    return scorer, ShardFolder.open(folder.store, f"pools/{folder.config['pool_id']}")
+
+
+def _measure(folder: ShardFolder, means: dict[str, Any], indices: list[int], progress: Progress,
+             should_stop: ShouldStop) -> int:
+    pool, scores = (ShardFolder.open(folder.store, folder.config[name]) for name in ("pool", "scores"))
+    model = find_offered_model(folder.store, folder.config["model"], means)
+    return measure_distances(pool, scores, folder, model, missing_distances(pool, scores, folder, indices),
+                             progress=progress, should_stop=should_stop)
 
 
 def _encode(folder: ShardFolder, means: dict[str, Any], indices: list[int], progress: Progress,

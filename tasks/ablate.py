@@ -12,6 +12,7 @@ from hgdpo_core.ablate.conclude import conclude
 from hgdpo_core.ablate.cost import plan_ablation
 from hgdpo_core.ablate.measure import run_arm
 from hgdpo_core.ablate.program import Ablation, Shared, open_ablation, prepare_shared
+from hgdpo_core.runner import IN_PROCESS, Runner
 from tasks.options import STAGE
 from tasks.ui import show_image, show_table, show_text, stage_progress
 
@@ -31,28 +32,28 @@ def prepare_ablation(preset: str, root: str | None, prompts: str | None, target:
 
 
 @task(name="shared", **STAGE)
-def share(ablation: Ablation) -> Shared:
+def share(ablation: Ablation, runner: Runner = IN_PROCESS) -> Shared:
     """One fine-tuned target, one pool with its scores, the target's evaluation images: for all arms."""
-    shared = prepare_shared(ablation, stage_progress)
+    shared = prepare_shared(ablation, stage_progress, runner)
     get_run_logger().info("Pool %s: %d images; target's evaluation: %s", shared.pool.pool_id, shared.pool.images,
                           shared.target_images.pool_id)
     return shared
 
 
 @task(name="arm", task_run_name="{label}, {arm.world} world, seed {seed}", **STAGE)
-def measure(shared: Shared, arm: Arm, label: str, seed: int) -> dict[str, Any]:
+def measure(shared: Shared, arm: Arm, label: str, seed: int, runner: Runner = IN_PROCESS) -> dict[str, Any]:
     """Train one arm with one seed and measure it; returns its win rates."""
-    record = run_arm(shared, arm, seed, stage_progress)
+    record = run_arm(shared, arm, seed, stage_progress, runner)
     rates = {name: rate["rate"] for name, rate in record.win_rate.items()}
     get_run_logger().info("%s, %s world, seed %d: win rate %s", label, arm.world, seed, rates)
     return {"arm": label, "world": arm.world, "seed": seed, **rates}
 
 
 @task(name="ablation page", **STAGE)
-def publish_ablation(shared: Shared, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def publish_ablation(shared: Shared, rows: list[dict[str, Any]], runner: Runner = IN_PROCESS) -> dict[str, Any]:
     """`result.json`, `tables.md`, plots and `index.html` in `ablations/<id>/`; returns what result.json holds."""
     ablation = shared.ablation
-    result = conclude(shared, stage_progress)
+    result = conclude(shared, stage_progress, runner)
     show_table("ablation-arms", rows, "Win rate of every arm and training")
     show_text("ablation-tables", ablation.run.store.read_bytes(ablation.key("tables.md")).decode())
     for name in result["plots"][:SHOWN_PLOTS]:

@@ -16,13 +16,12 @@ from hgdpo_core.ablate.program import Shared
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.ablate.tables import TITLES, WORLDS
+from hgdpo_core.generate import PoolPlan
 from hgdpo_core.grids import pool_grid, row_grid
 from hgdpo_core.images import decode_image
 from hgdpo_core.intervals import Estimate
 from hgdpo_core.report import SCORER_TITLES
-from hgdpo_core.shards import ShardFolder
 from hgdpo_core.showcase import sample_pools
-from hgdpo_core.storage import Store
 
 INK, FAINT, LINE, ACCENT, SECOND = "#181a20", "#5b616d", "#dfe1e6", "#1665c0", "#b4440d"
 DPI = 150
@@ -124,14 +123,13 @@ def weight_picture(results: Results, planned: PlannedTable, prompt: str) -> Imag
     rows = sorted(planned.rows, key=lambda row: row.arm.lora_weight)
     drawn = [("LoRA weight 0 (target)", results.target_diversity),
              *((f"LoRA {row.label}", results.diversity[row.arm][0]) for row in rows)]
-    store = results.ablation.run.store
-    return row_grid(prompt, [(label, _images(store, record.pool, prompt)) for label, record in drawn if record])
+    return row_grid(prompt, [(label, _images(measured.pool, prompt)) for label, measured in drawn if measured])
 
 
-def _images(store: Store, pool: str, prompt: str) -> list[Image.Image]:
+def _images(pool: PoolPlan, prompt: str) -> list[Image.Image]:
     """All images of a prompt in a pool, in the order of their indices."""
-    folder = ShardFolder.open(store, pool)
-    rows = [row for index in folder.manifests() for row in folder.read(index, ["prompt", "index", "image"]).to_pylist()
+    rows = [row for shard in pool.shards if prompt in shard.prompts
+            for row in pool.folder.read(shard.index, ["prompt", "index", "image"]).to_pylist()
             if row["prompt"] == prompt]
     return [decode_image(row["image"]) for row in sorted(rows, key=lambda row: row["index"])]
 

@@ -20,26 +20,24 @@ from hgdpo_core.ablate.charts import (
     win_rate_chart,
 )
 from hgdpo_core.ablate.claims import Claim, judge_claims
-from hgdpo_core.ablate.distances import measure_distances
-from hgdpo_core.ablate.measure import DiversityRecord, measure_diversity, prompt_colours, run_arm
+from hgdpo_core.ablate.measure import Diversity, measure_diversity, measure_rank_distances, prompt_colours, run_arm
 from hgdpo_core.ablate.page import render_page
 from hgdpo_core.ablate.program import Ablation, Shared, StageProgress, prepare_shared, silent_stages
 from hgdpo_core.ablate.result import COLOURS, Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.ablate.tables import TITLES, WORLDS, Table, make_tables, plot_name, to_markdown
-from hgdpo_core.progress import ShouldStop, never_stop
+from hgdpo_core.runner import IN_PROCESS, Runner
 
 
 def run_ablation(ablation: Ablation, stages: StageProgress = silent_stages,
-                 should_stop: ShouldStop = never_stop) -> dict[str, Any]:
+                 runner: Runner = IN_PROCESS) -> dict[str, Any]:
     """The whole ablation, one arm after another; returns what `result.json` holds."""
-    return conclude(prepare_shared(ablation, stages, should_stop), stages, should_stop)
+    return conclude(prepare_shared(ablation, stages, runner), stages, runner)
 
 
-def conclude(shared: Shared, stages: StageProgress = silent_stages,
-             should_stop: ShouldStop = never_stop) -> dict[str, Any]:
+def conclude(shared: Shared, stages: StageProgress = silent_stages, runner: Runner = IN_PROCESS) -> dict[str, Any]:
     """Measure what has not been measured yet, then write `ablations/<id>/`; returns what `result.json` holds."""
-    results = gather(shared, stages, should_stop)
+    results = gather(shared, stages, runner)
     claims = judge_claims(results)
     tables = make_tables(results, claims)
     pictures = draw_pictures(results, shared)
@@ -58,17 +56,17 @@ def conclude(shared: Shared, stages: StageProgress = silent_stages,
     return result
 
 
-def gather(shared: Shared, stages: StageProgress, should_stop: ShouldStop) -> Results:
+def gather(shared: Shared, stages: StageProgress, runner: Runner) -> Results:
     """The records of all arms with the target's colours, the diversity of Figure 8 and the distances of Figure 5b."""
     ablation = shared.ablation
-    records = {arm: [run_arm(shared, arm, seed, stages, should_stop) for seed in ablation.seeds]
+    records = {arm: [run_arm(shared, arm, seed, stages, runner) for seed in ablation.seeds]
                for arm in ablation.arms}
     sweep = [row.arm for table in ablation.tables if table.number == "8" for row in table.rows]
-    diversity: dict[Arm, list[DiversityRecord]] = {
-        arm: [measure_diversity(shared, arm, seed, stages, should_stop) for seed in ablation.seeds] for arm in sweep}
-    target = measure_diversity(shared, None, 0, stages, should_stop) if sweep else None
+    diversity: dict[Arm, list[Diversity]] = {
+        arm: [measure_diversity(shared, arm, seed, stages, runner) for seed in ablation.seeds] for arm in sweep}
+    target = measure_diversity(shared, None, 0, stages, runner) if sweep else None
     distances: dict[World, np.ndarray] = {
-        world: measure_distances(shared, world, stages, should_stop) for world in ablation.settings.worlds}
+        world: measure_rank_distances(shared, world, stages, runner) for world in ablation.settings.worlds}
     return Results(ablation, records, prompt_colours(shared.target_images, ablation.run.evaluation_prompts.prompts),
                    target, diversity, distances)
 

@@ -1,29 +1,32 @@
 """One arm with one training seed: triplets, LoRA, images, scores, numbers. What is finished is found again."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 
 from hgdpo_core.ablate.arms import Arm, arm_config, evaluation_scorers
 from hgdpo_core.ablate.program import Shared, StageProgress, draw, score, silent_stages
-from hgdpo_core.config import RunConfig, ScorerConfig, StageConfig, content_hash
+from hgdpo_core.ablate.settings import World, feature_scorer
+from hgdpo_core.config import RunConfig, StageConfig, content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.evaluate import compare, image_scores, plan_evaluation
+from hgdpo_core.features import feature_folder, measure_spread
 from hgdpo_core.generate import PoolPlan, plan_pool
 from hgdpo_core.images import decode_image
-from hgdpo_core.latents import cache_latents, latent_folder
-from hgdpo_core.metrics import channel_means, mean_pairwise_distance
-from hgdpo_core.models import DTYPES, default_device
-from hgdpo_core.progress import ShouldStop, never_stop
+from hgdpo_core.latent_distances import distance_folder, read_distances
+from hgdpo_core.latents import latent_folder
+from hgdpo_core.metrics import channel_means
 from hgdpo_core.prompts import PromptList, prompt_id, save_prompts
-from hgdpo_core.scorers import defect_limit, find_scorer, load_embedder
+from hgdpo_core.runner import IN_PROCESS, Runner
+from hgdpo_core.scorers import defect_limit, find_scorer
 from hgdpo_core.shards import ShardFolder
+from hgdpo_core.train_request import TrainRequest
 from hgdpo_core.triplets import build_triplets, dataset_card, triplet_folder
-from hgdpo_core.tuning import Tuned, tune_lora
+from hgdpo_core.tuning import Tuned
+from hgdpo_core.work import offer_distances, offer_features, offer_latents
 
 FORMAT_VERSION = 1  # raise when the same arm would be measured otherwise
 LAST_SHARE = 0.2  # of the training log, what `training` averages over
@@ -49,16 +52,16 @@ class ArmRecord(StageConfig):
     """Means over the last fifth of the training log: loss, dpo_loss, stat_loss (unweighted), implicit_accuracy."""
 
 
-class DiversityRecord(StageConfig):
-    """Mean pairwise distance of each prompt's images; kept in `ablations/diversity/`."""
+@dataclass(frozen=True)
+class Diversity:
+    """Mean pairwise distance of each prompt's images, and the pool that they are."""
 
-    pool: str
-    """Key of the images' folder."""
+    pool: PoolPlan
     distances: list[float]
 
 
 def run_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_stages,
-            should_stop: ShouldStop = never_stop) -> ArmRecord:
+            runner: Runner = IN_PROCESS) -> ArmRecord:
     """Train the arm with a seed and measure it against the target on the evaluation prompts.
 
     A record of the same settings, model, prompts and judges is returned as it is. Each step that is finished is found
@@ -69,12 +72,12 @@ def run_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_
     found = _read_record(shared, key)
     if found is not None:
         return found
-    tuned, triplets = train_arm(shared, arm, seed, stages, should_stop)
+    tuned, triplets = train_arm(shared, arm, seed, stages, runner)
     prompts = shared.ablation.run.evaluation_prompts.prompts
     model = shared.model.with_lora(tuned.path, arm.lora_weight)
     images = plan_evaluation(store, model, config.sampler, config.pool, config.evaluation, prompts)
-    draw(images, "images", stages, should_stop)
-    scores = {scorer.name: score(shared.ablation.run, images, scorer, stages, should_stop)
+    draw(images, "images", stages, runner)
+    scores = {scorer.name: score(shared.ablation.run, images, scorer, stages, runner)
               for scorer in config.evaluation.scorers}
     target_scores = {name: shared.target_scores[name] for name in scores}
     result = compare(store, shared.target_images, images, target_scores, scores, prompts, config.evaluation)
@@ -100,7 +103,7 @@ def _defect_difference(shared: Shared, scorer: str, images: PoolPlan, scores: Sh
 
 
 def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_stages,
-              should_stop: ShouldStop = never_stop) -> tuple[Tuned, int]:
+              runner: Runner = IN_PROCESS) -> tuple[Tuned, int]:
     """The arm's LoRA, and the number of triplets it was trained on."""
     run, config = shared.ablation.run, arm_config(shared.ablation.run.config, arm, seed)
     prompts = PromptList(run.prompts.prompts[:arm.prompts])
@@ -110,60 +113,61 @@ def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silen
     folder = triplet_folder(run.store, shared.pool.folder, scores, prompts.id, config.triplets)
     with stages("triplets") as progress:
         counts = build_triplets(shared.pool.folder, scores, folder, prompts.prompts, indices, config.triplets,
-                                progress=progress, should_stop=should_stop)
+                                progress=progress)
     run.store.write_bytes(f"{folder.key}/README.md", dataset_card(folder, indices, counts).encode())
     latents = latent_folder(run.store, folder, shared.model, (config.sampler.width, config.sampler.height))
     with stages("latents") as progress:
-        cache_latents(folder, latents, shared.model, indices, progress=progress, should_stop=should_stop)
+        runner.make(offer_latents(folder, latents, shared.model, indices, share=runner.share), progress)
+    request = TrainRequest.for_dpo(run.store, shared.model, folder, latents, indices, config.dpo, share=runner.share)
     with stages("dpo") as progress:
-        tuned = tune_lora(run.store, shared.model, folder, latents, indices, config.dpo, progress=progress,
-                          should_stop=should_stop)
-    return tuned, counts.triplets
+        return runner.train(request, progress), counts.triplets
 
 
 def measure_diversity(shared: Shared, arm: Arm | None, seed: int, stages: StageProgress = silent_stages,
-                      should_stop: ShouldStop = never_stop) -> DiversityRecord:
+                      runner: Runner = IN_PROCESS) -> Diversity:
     """How much several images of one prompt differ: of an arm's model, or of the target for None (paper Figure 8).
 
-    1 - cosine of image features (the first evaluation judge's image tower), averaged over all pairs of a prompt.
+    1 - cosine of image features (of the judge's image tower), averaged over all pairs of a prompt.
     """
     run, settings = shared.ablation.run, shared.ablation.settings
     config, model = run.config, shared.model
     if arm is not None:
         config = arm_config(run.config, arm, seed)
-        model = shared.model.with_lora(train_arm(shared, arm, seed, stages, should_stop)[0].path, arm.lora_weight)
+        model = shared.model.with_lora(train_arm(shared, arm, seed, stages, runner)[0].path, arm.lora_weight)
     evaluation = config.evaluation.model_copy(update={"images_per_prompt": settings.diversity_images})
     prompts = run.evaluation_prompts.prompts[:settings.diversity_prompts]
     pool = plan_evaluation(run.store, model, config.sampler, config.pool, evaluation, prompts)
-    features = _feature_scorer(run.config)
-    identity = {"format_version": FORMAT_VERSION, "pool": pool.folder.key, "prompts": list(prompts),
-                "features": find_scorer(features.name, features.source)}
-    key = f"ablations/diversity/{content_hash(identity)}.json"
-    if run.store.exists(key):
-        return DiversityRecord.model_validate(run.store.read_json(key))
-    draw(pool, "images", stages, should_stop)
-    record = DiversityRecord(pool=pool.folder.key, distances=_distances(pool, prompts, features))
-    run.store.write_json(key, record.model_dump(mode="json"))
-    return record
+    draw(pool, "images", stages, runner)
+    scorer = feature_scorer(run.config)
+    features = feature_folder(run.store, pool.pool_id, scorer)
+    with stages("features") as progress:
+        runner.make(offer_features(pool, features, scorer, share=runner.share), progress)
+    return Diversity(pool, measure_spread(features, pool.indices, prompts))
 
 
-def _distances(pool: PoolPlan, prompts: Sequence[str], scorer: ScorerConfig) -> list[float]:
-    embedder = load_embedder(scorer.name, source=scorer.source, device=default_device(), dtype=DTYPES[scorer.dtype])
-    found: dict[str, list[torch.Tensor]] = {}
-    for index in pool.indices:
-        rows = pool.folder.read(index)
-        for start in range(0, rows.num_rows, scorer.batch_size):
-            part = rows.slice(start, scorer.batch_size)
-            features = embedder.embed_images([decode_image(data) for data in part["image"].to_pylist()]).cpu()
-            for key, feature in zip(part["prompt_id"].to_pylist(), features, strict=True):
-                found.setdefault(key, []).append(feature)
-    stacked = torch.stack([torch.stack(found[prompt_id(prompt)]) for prompt in prompts])
-    return mean_pairwise_distance(stacked).tolist()
+def measure_rank_distances(shared: Shared, world: World, stages: StageProgress = silent_stages,
+                           runner: Runner = IN_PROCESS) -> np.ndarray:
+    """Figure 5b: `read_distances` of the pool in the ranking of the world's judge, float64 [pools, N - 1, 2].
+
+    Whole shards of the pool are measured, at least `distance_pools` pools where there are as many.
+    """
+    pool, scores = shared.pool, shared.scores[world]
+    folder = distance_folder(pool.folder, scores, shared.model)
+    indices = _enough_shards(pool, shared.ablation.settings.distance_pools)
+    with stages("distances") as progress:
+        runner.make(offer_distances(pool.folder, scores, folder, shared.model, indices, share=runner.share), progress)
+    return read_distances(folder, indices, pool.pool.images_per_prompt)
 
 
-def _feature_scorer(config: RunConfig) -> ScorerConfig:
-    """The first judge of the evaluation that has an image tower, else the one that ranks the pools."""
-    return next((scorer for scorer in config.evaluation.scorers if scorer.name == "pickscore"), config.scorer)
+def _enough_shards(pool: PoolPlan, pools: int) -> list[int]:
+    """The first shards that hold `pools` pools together, or all."""
+    chosen, held = [], 0
+    for shard in pool.shards:
+        if held >= pools:
+            break
+        chosen.append(shard.index)
+        held += len(shard.prompts)
+    return chosen
 
 
 def prompt_colours(plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:

@@ -8,19 +8,21 @@ from typing import Any
 from hgdpo_core import __version__
 from hgdpo_core.ablate.arms import Arm, PlannedTable, all_arms, evaluation_scorers, plan_tables, ranking_scorer
 from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check
-from hgdpo_core.config import apply_overrides, content_hash
+from hgdpo_core.config import ScorerConfig, apply_overrides, content_hash
 from hgdpo_core.evaluate import plan_evaluation
-from hgdpo_core.generate import PoolPlan, generate_pool, plan_pool
+from hgdpo_core.generate import PoolPlan, plan_pool
 from hgdpo_core.models import Model
 from hgdpo_core.presets import build_config
-from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.progress import Progress, silent
 from hgdpo_core.prompts import save_prompts
 from hgdpo_core.run import Run, check_run, shell_command
-from hgdpo_core.score import score_folder, score_pool
+from hgdpo_core.runner import IN_PROCESS, Runner
+from hgdpo_core.score import score_folder
 from hgdpo_core.scorers import find_scorer
-from hgdpo_core.sft_images import cache_image_latents, image_latent_folder
 from hgdpo_core.shards import ShardFolder
-from hgdpo_core.tuning import find_tuned_target, tune_target
+from hgdpo_core.train_request import TrainRequest
+from hgdpo_core.tuning import find_tuned_target
+from hgdpo_core.work import offer_pool, offer_scores
 
 PREFIX = "ablation."
 """Overrides that start so are settings of the ablation, the others of the run that it varies."""
@@ -107,45 +109,41 @@ class Shared:
     """Scores of the target's evaluation images by scorer name."""
 
 
-def prepare_shared(ablation: Ablation, stages: StageProgress = silent_stages,
-                   should_stop: ShouldStop = never_stop) -> Shared:
+def prepare_shared(ablation: Ablation, stages: StageProgress = silent_stages, runner: Runner = IN_PROCESS) -> Shared:
     """SFT, the pool, its scores in every world, the target's evaluation images and their scores; found where made."""
     run, config = ablation.run, ablation.run.config
-    model = _fine_tune(run, stages, should_stop)
+    model = _fine_tune(run, stages, runner)
     pool = plan_pool(run.store, model, config.sampler.plain, config.pool, run.prompts.prompts)
-    draw(pool, "pool", stages, should_stop)
+    draw(pool, "pool", stages, runner)
     images = plan_evaluation(run.store, model, config.sampler, config.pool, config.evaluation,
                              run.evaluation_prompts.prompts)
-    draw(images, "target", stages, should_stop)
+    draw(images, "target", stages, runner)
     scorers = {scorer.name: scorer for world in ablation.settings.worlds
                for scorer in evaluation_scorers(config, world)}
     return Shared(ablation, model, pool,
-                  {world: score(run, pool, ranking_scorer(config, world), stages, should_stop)
+                  {world: score(run, pool, ranking_scorer(config, world), stages, runner)
                    for world in ablation.settings.worlds},
-                  images, {name: score(run, images, scorer, stages, should_stop) for name, scorer in scorers.items()})
+                  images, {name: score(run, images, scorer, stages, runner) for name, scorer in scorers.items()})
 
 
-def draw(plan: PoolPlan, stage: str, stages: StageProgress, should_stop: ShouldStop) -> None:
+def draw(plan: PoolPlan, stage: str, stages: StageProgress, runner: Runner) -> None:
     """Make what is missing of a pool."""
     with stages(stage) as progress:
-        generate_pool(plan, progress=progress, should_stop=should_stop)
+        runner.make(offer_pool(plan, share=runner.share), progress)
 
 
-def score(run: Run, pool: PoolPlan, scorer: Any, stages: StageProgress, should_stop: ShouldStop) -> ShardFolder:
+def score(run: Run, pool: PoolPlan, scorer: ScorerConfig, stages: StageProgress, runner: Runner) -> ShardFolder:
     """A pool's scores, those missing made."""
     folder = score_folder(run.store, pool.pool_id, scorer)
     with stages(scorer.name) as progress:
-        score_pool(run.store, pool.folder, folder, scorer, pool.indices, progress=progress, should_stop=should_stop)
+        runner.make(offer_scores(pool, folder, scorer, share=runner.share), progress)
     return folder
 
 
-def _fine_tune(run: Run, stages: StageProgress, should_stop: ShouldStop) -> Model:
+def _fine_tune(run: Run, stages: StageProgress, runner: Runner) -> Model:
     if run.images is None:
         return run.target
     size = (run.config.sampler.width, run.config.sampler.height)
-    latents = image_latent_folder(run.store, run.images, run.target, size)
-    with stages("encode") as progress:
-        cache_image_latents(run.images, latents, run.target, progress=progress, should_stop=should_stop)
-    with stages("sft") as progress:
-        tuned = tune_target(run.store, run.target, latents, run.config.sft, progress=progress, should_stop=should_stop)
-    return find_tuned_target(run.target, tuned)
+    request = TrainRequest.for_sft(run.store, run.images, run.target, size, run.config.sft, share=runner.share)
+    with stages("encode") as encoding, stages("sft") as progress:
+        return find_tuned_target(run.target, runner.train(request, progress, encoding))

@@ -7,7 +7,7 @@ import numpy as np
 
 from hgdpo_core.ablate.arms import Arm
 from hgdpo_core.ablate.estimates import difference, estimate, first, outcomes, rate, win_rate_estimate
-from hgdpo_core.ablate.measure import ArmRecord, DiversityRecord
+from hgdpo_core.ablate.measure import ArmRecord, Diversity
 from hgdpo_core.ablate.program import Ablation
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.intervals import Estimate
@@ -26,10 +26,10 @@ class Results:
     """One an arm and seed, in the order of the seeds."""
     target_colours: np.ndarray
     """`channel_means` of the target's images, float64 [P, 8]."""
-    target_diversity: DiversityRecord | None
-    diversity: Mapping[Arm, Sequence[DiversityRecord]]
+    target_diversity: Diversity | None
+    diversity: Mapping[Arm, Sequence[Diversity]]
     distances: Mapping[World, np.ndarray]
-    """Figure 5b: float64 [pools, N - 1, 2], see `measure_distances`."""
+    """Figure 5b: float64 [pools, N - 1, 2], see `measure_rank_distances`."""
 
     def gains(self, arm: Arm, scorer: str) -> np.ndarray:
         """Score of the tuned model over the target, float64 [S, P]."""

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from hgdpo_core.config import RunConfig, StageConfig, describe
+from hgdpo_core.config import RunConfig, ScorerConfig, StageConfig, describe
 from hgdpo_core.errors import ConfigError
 
 World = Literal["plain", "tinted"]
@@ -47,6 +47,15 @@ def build_settings(values: dict) -> AblationConfig:
         raise ConfigError(f"ablation: {describe(error)}") from None
 
 
+def feature_scorer(config: RunConfig) -> ScorerConfig:
+    """The judge whose image tower tells how much images differ: PickScore, of the evaluation or of the pools."""
+    for scorer in (*config.evaluation.scorers, config.scorer):
+        if scorer.name == "pickscore":
+            return scorer
+    raise ConfigError("diversity (comparison lora_weight) is measured with PickScore's image tower, but pickscore is "
+                      "not among evaluation.scorers: add it, or leave lora_weight out of ablation.comparisons")
+
+
 def check(settings: AblationConfig, config: RunConfig) -> None:
     """ConfigError for what contradicts the run that is varied."""
     held = config.pool.images_per_prompt
@@ -68,6 +77,8 @@ def check(settings: AblationConfig, config: RunConfig) -> None:
     if settings.worlds == ("tinted",) and not {"statistics", "beta"} & set(settings.comparisons):
         raise ConfigError("the tinted world is for the comparisons statistics and beta: name one of them, or the plain "
                           "world")
+    if "lora_weight" in settings.comparisons:
+        feature_scorer(config)
     if "tinted" in settings.worlds and config.scorer.name != "pickscore":
         raise ConfigError(f"the tinted world tints PickScore, but scorer.name is {config.scorer.name}: leave tinted "
                           "out of ablation.worlds, or rank by pickscore")

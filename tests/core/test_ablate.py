@@ -15,13 +15,13 @@ from hgdpo_core.ablate.arms import all_arms, arm_config, base_arm, plan_tables, 
 from hgdpo_core.ablate.claims import Claim
 from hgdpo_core.ablate.conclude import run_ablation
 from hgdpo_core.ablate.cost import plan_ablation
-from hgdpo_core.ablate.distances import measure_distances
-from hgdpo_core.ablate.measure import ArmRecord, run_arm
+from hgdpo_core.ablate.measure import ArmRecord, measure_rank_distances, run_arm
 from hgdpo_core.ablate.program import open_ablation, prepare_shared
 from hgdpo_core.ablate.settings import AblationConfig
 from hgdpo_core.errors import ConfigError, StoppedError
 from hgdpo_core.intervals import Estimate
 from hgdpo_core.presets import figures, sd15
+from hgdpo_core.runner import InProcess
 from hgdpo_core.scorers import pickscore
 from hgdpo_core.shards import ShardFolder
 
@@ -114,7 +114,8 @@ def test_an_arms_config_changes_what_it_varies_and_keeps_defaults():
     assert (varied.dpo.lambda_stat, varied.evaluation.lora_weight) == (3.0, 0.5)
     assert varied.sampler.latent_normalisation and varied.scorer.name == "tinted"
     assert varied.scorer.source == config.scorer.source
-    assert [scorer.name for scorer in varied.evaluation.scorers] == ["pickscore", "inspector", "tinted"]
+    own = [scorer.name for scorer in config.evaluation.scorers]
+    assert [scorer.name for scorer in varied.evaluation.scorers] == [*own, "tinted"]
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -128,6 +129,8 @@ def test_an_arms_config_changes_what_it_varies_and_keeps_defaults():
     ({"scorer.name": "tinted"}, "the tinted world tints PickScore, but scorer.name is tinted"),
     ({"ablation.split": "validation"}, "only the figures world's prompts have a validation split"),
     ({"ablation.colour": 1}, "ablation.colour names no setting; there are beta_factors"),
+    ({"evaluation.scorers": [{"name": "inspector", "source": "figures"}], "scorer.name": "inspector",
+      "scorer.source": "figures", "ablation.worlds": ["plain"]}, "is measured with PickScore's image tower"),
     ({"ablation.seeds": 0}, "ablation: seeds: Input should be greater"),
     ({"ablation.comparisons": ["beauty"]}, "ablation: comparisons"),
 ])
@@ -148,11 +151,16 @@ def test_the_validation_split_is_other_prompts(tmp_path):
 
 
 def test_the_plan_counts_what_the_defaults_cost(tmp_path):
-    plan = plan_ablation(open_ablation(root=str(tmp_path), overrides={"images": None}))
-    assert (plan["arms"], plan["trainings"], plan["pool_images"]) == (23, 54, 6400)
-    assert plan["evaluation_images"] == 512 * (1 + 3 * 25)  # 2 of 23 arms are drawn with LAN, twice the cost
-    assert plan["diversity_images"] == 256 * (1 + 3 * 4)
-    assert plan["minutes"] < 90
+    ablation = open_ablation(root=str(tmp_path), overrides={"images": None})
+    plan, config = plan_ablation(ablation), ablation.run.config
+    assert (plan["arms"], plan["trainings"]) == (23, 54)
+    pool = len(ablation.run.prompts.prompts) * config.pool.images_per_prompt
+    assert plan["pool_images"] == pool and plan["diversity_images"] == 32 * 8 * (1 + 3 * 4)
+    prompts = len(ablation.run.evaluation_prompts.prompts)
+    assert plan["evaluation_images"] == prompts * (1 + 3 * 25)  # 2 of 23 arms are drawn with LAN, twice the cost
+    judges = len(config.evaluation.scorers)  # and the tinted one for 6 arms of its world and for the target
+    assert plan["scores"] == 2 * pool + prompts * (judges + 1 + 3 * (23 * judges + 6))
+    assert plan["minutes"] <= 60  # two idle cores
 
 
 # -- a whole ablation on tiny models
@@ -237,7 +245,7 @@ def test_the_second_run_makes_nothing_and_says_the_same(finished, inputs):
     assert run_ablation(again) == result
     assert files(ablation, ".parquet", ".safetensors") == before
     unchanged = {p for p, changed in files(ablation, ".json").items() if records.get(p) == changed}
-    assert {p for p in records if "arms" in p.parts or "diversity" in p.parts} <= unchanged
+    assert {p for p in records if "arms" in p.parts} <= unchanged
 
 
 def test_another_seed_adds_to_what_is_there(finished, inputs):
@@ -265,7 +273,7 @@ def test_stopped_anywhere_it_goes_on_where_it_stood(tmp_path, inputs):
     for allowed in (1, 3, 6, 200):
         answers = iter([False] * allowed + [True] * 1000)
         try:
-            result = run_ablation(ablation, should_stop=lambda answers=answers: next(answers))
+            result = run_ablation(ablation, runner=InProcess(lambda answers=answers: next(answers)))
             break
         except StoppedError:
             stops += 1
@@ -299,7 +307,7 @@ def test_latent_distances_are_of_best_and_nth_best(finished):
 
     ablation, result = finished
     shared = prepare_shared(ablation)
-    distances = measure_distances(shared, "plain")
+    distances = measure_rank_distances(shared, "plain")
     assert distances.shape == (4, 3, 2)  # 3 pools were asked for: whole shards of 2
     pool = next(iter(read_ranked_pools(shared.pool.folder, shared.scores["plain"], 0)))
     order = sorted(range(4), key=lambda i: -pool.scores[i])

@@ -8,7 +8,9 @@ import tiny
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, TargetConfig, TripletConfig
 from hgdpo_core.errors import ConfigError, ModelError, StoppedError
+from hgdpo_core.features import embed_pool, feature_folder
 from hgdpo_core.generate import generate_pool, plan_pool
+from hgdpo_core.latent_distances import distance_folder, read_distances
 from hgdpo_core.latents import latent_folder
 from hgdpo_core.model_store import publish_model
 from hgdpo_core.models import find_model
@@ -25,6 +27,8 @@ from hgdpo_core.work import (
     find_offered_model,
     format_range,
     model_means,
+    offer_distances,
+    offer_features,
     offer_latents,
     offer_pool,
     offer_scores,
@@ -72,6 +76,18 @@ def test_a_request_and_the_store_are_enough_for_every_stage(tmp_path, model, jud
     score_pool(undisturbed.folder.store, undisturbed.folder, scores[0], judge, undisturbed.indices)
     assert sum(run_shards(again(r)) for r in offer_scores(there, scores[1], judge).cut(2)) == 6
     assert rows(scores[0]) == rows(scores[1])
+
+    features = [feature_folder(p.folder.store, p.pool_id, judge) for p in (undisturbed, there)]
+    embed_pool(undisturbed.folder, features[0], judge, undisturbed.indices)
+    assert sum(run_shards(again(r)) for r in offer_features(there, features[1], judge).cut(2)) == 6
+    assert rows(features[0]) == rows(features[1])
+    assert offer_features(there, features[1], judge).cut(2) == []
+
+    distances = distance_folder(there.folder, scores[1], model)
+    work = offer_distances(there.folder, scores[1], distances, model, there.indices)
+    assert sum(run_shards(again(r)) for r in work.cut(2)) == len(PROMPTS)
+    assert read_distances(distances, there.indices, 2).shape == (len(PROMPTS), 1, 2)
+    assert offer_distances(there.folder, scores[1], distances, model, there.indices).cut(2) == []
 
     triplets = triplet_folder(there.folder.store, there.folder, scores[1], "3-x", TripletConfig())
     build_triplets(there.folder, scores[1], triplets, PROMPTS, there.indices, TripletConfig())
