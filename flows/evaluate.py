@@ -18,7 +18,8 @@ Overrides = dict[str, Any]
 
 @flow(name="hgdpo-evaluate", flow_run_name="{tuned} against {target}", validate_parameters=True)
 def hgdpo_evaluate(
-    tuned: str = Field(description="what is held against the target: a model or a LoRA (folder or .safetensors file)"),
+    tuned: str | None = Field(None, description="what is held against the target: a model, or a LoRA (folder or "
+                              ".safetensors file)"),
     target: str | None = Field(None, description="diffusers folder, .safetensors file, hub id, or a LoRA worn by base"),
     base: str | None = Field(None, description="the model that wears the LoRAs; default: the target"),
     prompts: str | None = Field(None, description="prompt file, path or URL; default: the preset's held-out prompts"),
