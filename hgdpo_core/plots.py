@@ -83,7 +83,7 @@ def rate_bar(rate: WinRate) -> str:
         low, high = 100 * rate.ci_low, 100 * rate.ci_high
         marks = (_bar(100 * rate.rate) +
                  f'<path class="whisker" d="M{low:.2f} 12H{high:.2f}M{low:.2f} 7V17M{high:.2f} 7V17"/>')
-    return _bar_frame(marks, "rate-bar")
+    return _bar_frame(marks + '<path class="half" d="M50 0V24"/>', "rate-bar")
 
 
 def share_bar(share: float, who: str) -> str:
@@ -97,7 +97,7 @@ def _bar(value: float) -> str:
 
 def _bar_frame(marks: str, style: str) -> str:
     return (f'<svg class="{style}" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true">'
-            f'<rect class="track" width="100" height="24"/><path class="half" d="M50 0V24"/>{marks}</svg>')
+            f'<rect class="track" width="100" height="24"/>{marks}</svg>')
 
 
 @dataclass(frozen=True)
@@ -249,9 +249,9 @@ ul, ol, dl { list-style: none; margin: 0; padding: 0; }
 .warnings { border-color: var(--loss); }
 .notes li + li, .warnings li + li { margin-top: .6rem; }
 .bars { display: grid; gap: 12px; }
-.bars li { display: grid; grid-template-columns: minmax(6rem, 10rem) 1fr; align-items: center; gap: 2px 16px; }
+.bars li { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 12px; }
 .bars b { font-size: 1.3rem; font-variant-numeric: tabular-nums; }
-.rate-bar { grid-column: 1 / -1; width: 100%; height: 26px; display: block; }
+.rate-bar { flex: 0 0 100%; width: 100%; height: 26px; display: block; }
 .rate-bar .track { fill: var(--panel); }
 .rate-bar .bar { fill: var(--accent); opacity: .38; }
 .rate-bar path { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2; }
@@ -260,7 +260,7 @@ ul, ol, dl { list-style: none; margin: 0; padding: 0; }
 .rate-bar .half { stroke: var(--faint); stroke-width: 1; stroke-dasharray: 3 3; }
 .rate-bar.target .bar { fill: var(--faint); }
 .rate-bar.target .edge { stroke: var(--faint); }
-.bars small { font-size: .8rem; font-weight: 400; }
+.bars small { font-size: .8rem; }
 .scale { display: flex; max-width: none; margin: 4px 0 28px; font-size: .8rem; color: var(--faint); }
 .scale span { flex: 1; }
 .scale span:nth-child(2) { text-align: center; }
@@ -275,7 +275,7 @@ td { white-space: nowrap; }
 thead th { font-size: .8rem; font-weight: 500; color: var(--faint); white-space: nowrap; }
 tbody th { font-weight: 600; }
 td small, tbody th small { display: block; font-weight: 400; font-size: .8rem; }
-.scroll + .scroll { margin-top: 36px; }
+.scroll + .scroll, .scroll + .intro { margin-top: 36px; }
 figure { margin: 0; }
 figcaption { font-size: .8rem; font-variant-numeric: tabular-nums; margin-top: 6px; }
 figcaption b { font-weight: 600; color: var(--ink); }
@@ -288,7 +288,7 @@ img.tiny { image-rendering: pixelated; border-radius: 3px; }
 .loser img { outline: 3px solid var(--loss); outline-offset: 2px; }
 .higher i, .winner i { color: var(--accent); font-weight: 600; }
 .loser i { color: var(--loss); font-weight: 600; }
-.prompt { margin: 8px 0 0; font-size: .95rem; line-height: 1.4; }
+.prompt { unicode-bidi: plaintext; margin: 8px 0 0; font-size: .95rem; line-height: 1.4; }
 h3.prompt { font-weight: 600; margin: 32px 0 14px; max-width: 68ch; }
 .pool { display: grid; grid-template-columns: repeat(auto-fill, minmax(clamp(72px, 11vw, 104px), 1fr));
   gap: 16px 14px; }
@@ -310,8 +310,11 @@ h3.prompt { font-weight: 600; margin: 32px 0 14px; max-width: 68ch; }
 .counts { display: flex; flex-wrap: wrap; gap: 20px 48px; }
 .counts dt { color: var(--faint); font-size: .875rem; }
 .counts dd { margin: 0; font-size: 1.5rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+td code, pre code { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { background: var(--panel); border-radius: 8px; padding: 14px 16px; overflow-x: auto; }
 summary { cursor: pointer; }
 footer { margin-top: 88px; padding-bottom: 48px; }
+@media (max-width: 480px) { table { font-size: .92rem; } th, td { padding-right: 12px; }
+  td:last-child { padding-right: 0; } }
 @media print { .cards li, .chart { break-inside: avoid; } }
 """

@@ -85,6 +85,7 @@ def _comparison_data(run: Run | ComparisonRun, target_images: PoolPlan, tuned_im
         "images_per_prompt": comparison.images_per_prompt, "score_changes": comparison.score_changes,
         "win_rate_intervals": comparison.win_rate_intervals, "defects": comparison.defects,
         "colour_shift": comparison.colour_shift, "colour_change": comparison.colour_change,
+        "variety_change": comparison.variety_change,
         "histograms": (comparison.target_histograms, comparison.tuned_histograms),
         "pairs": pairs(random_positions(comparison, PAIRS)), "best_wins": pairs(gains), "worst_losses": pairs(losses),
         "notes": _notes(run.config.evaluation.scorers)}

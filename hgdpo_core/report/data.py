@@ -7,7 +7,7 @@ from datetime import datetime
 from hgdpo_core.colours import ColourChange, ColourHistograms
 from hgdpo_core.config import StageConfig
 from hgdpo_core.grids import PairSample, PoolSample
-from hgdpo_core.intervals import DefectChange, Interval, ScoreChange
+from hgdpo_core.intervals import DefectChange, Estimate, Interval, ScoreChange
 from hgdpo_core.metrics import ColourShift, WinRate
 
 SCORER_TITLES = {"pickscore": "PickScore", "hps_v2.0": "HPS v2.0", "hps_v2.1": "HPS v2.1",
@@ -46,6 +46,7 @@ class ReportData:
     colour_change: ColourChange | None = None
     histograms: tuple[ColourHistograms, ColourHistograms] | None = None
     """Of target and tuned model."""
+    variety_change: Estimate | None = None
     pairs: Sequence[PairSample] = ()
     """A random sample of evaluation prompts, not a selection."""
     best_wins: Sequence[PairSample] = ()

@@ -16,6 +16,7 @@ from hgdpo_core.report.parts import (
     percent,
     rate_interval,
     section,
+    sentence,
     signed,
     span,
     table,
@@ -29,9 +30,8 @@ def win_rates(data: ReportData) -> str:
     """Bars with error bars, the table in the shape of the paper's Table 1, counts, and mean scores."""
     if not data.win_rates:
         return ""
-    rates = [(_title(data, name), rate) for name, rate in data.win_rates.items()]
-    bars = "".join(f"<li><span>{title}</span><b>{percent(rate.rate)}</b>{rate_bar(rate)}</li>"
-                   for title, rate in rates)
+    bars = "".join(f"<li><span>{escape(SCORER_TITLES.get(name, name))}</span><b>{percent(rate.rate)}</b>"
+                   f"{_origin(data, name)}{rate_bar(rate)}</li>" for name, rate in data.win_rates.items())
     weight = "" if data.lora_weight is None else f" (LoRA weight {float(data.lora_weight)})"
     several = ("" if data.images_per_prompt == 1 else
                f" Each prompt's score is the mean over its {data.images_per_prompt} images.")
@@ -42,7 +42,7 @@ def win_rates(data: ReportData) -> str:
 
 def _paper_table(data: ReportData) -> str:
     """One row of the paper's Table 1, with the interval that it leaves out."""
-    cells = [f"{percent(rate.rate)}<small>{rate_interval(rate)}</small>" for rate in data.win_rates.values()]
+    cells = [_with_interval(percent(rate.rate), rate_interval(rate)) for rate in data.win_rates.values()]
     return table("As the paper's Table 1 prints it: win rate by each scorer, the 95 % interval below.",
                  ("Tuned model", *(SCORER_TITLES.get(name, name) for name in data.win_rates)),
                  [("vs. target", *cells)])
@@ -58,8 +58,8 @@ def _tally(data: ReportData) -> str:
         if several:
             low, high = data.win_rate_intervals.get(name) or (None, None)
             cells.append(span(low, high, lambda end: f"{100 * end:.1f}") + ("" if low is None else " %"))
-        rows.append((_title(data, name), *cells))
-    columns = ["Scorer", "Wins", "Losses", "Ties", "Prompts", "Sign test p"]
+        rows.append((escape(SCORER_TITLES.get(name, name)), *cells))
+    columns = ["Scorer", "Wins", "Losses", "Ties", "Prompts", "p"]
     caption = ("Win rate = wins / (wins + losses), Clopper-Pearson interval; ties count apart. p: two-sided exact sign "
                "test.")
     if several:
@@ -71,11 +71,11 @@ def _tally(data: ReportData) -> str:
 def _score_table(data: ReportData) -> str:
     if not data.score_changes:
         return ""
-    rows = [(_title(data, name), f"{change.mean_b:.3f}", f"{change.mean_a:.3f}", signed(change.mean, 3),
-             span(change.ci_low, change.ci_high, lambda end: signed(end, 3)))
+    rows = [(escape(SCORER_TITLES.get(name, name)), f"{change.mean_b:.3f}", f"{change.mean_a:.3f}",
+             _with_interval(signed(change.mean, 3), span(change.ci_low, change.ci_high, lambda end: signed(end, 3))))
             for name, change in data.score_changes.items()]
-    return table("Mean scores in each scorer's own units; the change with its paired 95 % interval over prompts.",
-                 ("Scorer", "Target", "Tuned", "Change", "95 % interval"), rows)
+    return table("Mean scores in each scorer's own units; below the change its paired 95 % interval over prompts.",
+                 ("Scorer", "Target", "Tuned", "Change"), rows)
 
 
 def defects(changes: Mapping[str, DefectChange]) -> str:
@@ -85,12 +85,12 @@ def defects(changes: Mapping[str, DefectChange]) -> str:
         title = escape(SCORER_TITLES.get(name, name))
         for who, share in (("target", change.target), ("tuned", change.tuned)):
             bars.append(f"<li><span>{title}: {who}</span><b>{percent(share)}</b>{share_bar(share, who)}</li>")
+        interval = span(change.ci_low, change.ci_high, lambda end: signed(100 * end, 1))
         rows.append((title, f"{change.below:g}", percent(change.target), percent(change.tuned),
-                     f"{signed(100 * change.difference, 1)} points",
-                     span(change.ci_low, change.ci_high, lambda end: signed(100 * end, 1))))
+                     _with_interval(f"{signed(100 * change.difference, 1)} points", interval)))
     intro = "An image that scores below the scorer's own limit counts as defective. Less is better."
-    figures = table("The difference is tuned minus target, in percentage points; 95 % bootstrap interval over prompts.",
-                    ("Scorer", "Limit", "Target", "Tuned", "Difference", "95 % interval"), rows)
+    figures = table("The difference is tuned minus target, in percentage points; below it its 95 % bootstrap interval "
+                    "over prompts.", ("Scorer", "Limit", "Target", "Tuned", "Difference"), rows)
     return section("Defective images", intro, f'<ul class="bars">{"".join(bars)}</ul>{SCALE}{figures}') if rows else ""
 
 
@@ -105,9 +105,9 @@ def colours(shift: ColourShift | None, change: ColourChange | None,
     sizes = (None, shift.hue, shift.saturation, shift.value)
     rows = [(name, *_colour_cells(name, shift, size, estimate))
             for name, size, estimate in zip(names, sizes, estimates, strict=True)]
-    shown = table("Tuned against target over all pixels of the evaluation images; 95 % bootstrap intervals over "
-                  "prompts. The last column compares with the paper's Table 2.",
-                  ("Channel", "Change", "95 % interval", "As in the paper"), rows)
+    shown = table("Tuned against target over all pixels of the evaluation images; below each change its 95 % bootstrap "
+                  "interval over prompts. The last column compares with the paper's Table 2.",
+                  ("Channel", "Change", "As in the paper"), rows)
     intro = ("No shift is 0. Hue is an angle, so its first row counts: a mean weighted by saturation, + from red "
              "towards yellow. The other rows are plain means over pixels; the paper prints their size without a sign.")
     note = f'<p class="intro">{escape(_weak_hue(change))}</p>' if change is not None and change.hue_is_weak else ""
@@ -121,12 +121,13 @@ def _colour_cells(name: str, shift: ColourShift, size: float | None, estimate: E
     if name == "Hue as an angle":
         value = undefined if shift.hue_degrees is None else f"{signed(shift.hue_degrees, 2)}°"
         low, high = (None, None) if estimate is None else (estimate.ci_low, estimate.ci_high)
-        return value, span(low, high, lambda end: f"{signed(end, 1)}°"), NOTHING
+        return _with_interval(value, span(low, high, lambda end: f"{signed(end, 1)}°")), NOTHING
     paper = undefined if size is None else f"{size:.2f} %"
     if estimate is None:
-        return NOTHING, NOTHING, paper
+        return NOTHING, paper
     value = undefined if estimate.value is None else f"{signed(estimate.value, 2)} %"
-    return value, span(estimate.ci_low, estimate.ci_high, lambda end: f"{signed(end, 2)} %"), paper
+    interval = span(estimate.ci_low, estimate.ci_high, lambda end: f"{signed(end, 2)} %")
+    return _with_interval(value, interval), paper
 
 
 def _weak_hue(change: ColourChange) -> str:
@@ -165,6 +166,21 @@ def artifacts(places: Mapping[str, str]) -> str:
                                           ("Artifact", "Place"), rows)) if rows else ""
 
 
-def _title(data: ReportData, name: str) -> str:
-    title = escape(SCORER_TITLES.get(name, name))
-    return f"{title} <small>ranked the training pools</small>" if name == data.training_judge else title
+def variety(change: Estimate | None) -> str:
+    """Whether the images still differ from each other."""
+    if change is None or change.value is None:
+        return ""
+    interval = span(change.ci_low, change.ci_high, lambda end: f"{signed(end, 1)} %")
+    text = (f"The spread of the tuned model's images changed by {signed(change.value, 1)} % of the target's (95 % "
+            f"interval {interval}): the distance of 8 x 8 thumbnails from their mean, over the images of a prompt, or "
+            "over all prompts where each has one image. Far below 0, a model paints everything alike.")
+    return section("Variety", "", f"<p>{sentence(text)}</p>")
+
+
+def _with_interval(value: str, interval: str) -> str:
+    """A cell that holds a value and, in small print below it, its interval."""
+    return f"{value}<small>{interval}</small>" if interval != NOTHING else value
+
+
+def _origin(data: ReportData, name: str) -> str:
+    return "<small>ranked the training pools</small>" if name == data.training_judge else ""

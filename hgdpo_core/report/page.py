@@ -7,9 +7,9 @@ from PIL import Image
 
 from hgdpo_core.errors import InputError
 from hgdpo_core.plots import STYLE
-from hgdpo_core.report.data import ReportData
+from hgdpo_core.report.data import SCORER_TITLES, ReportData
 from hgdpo_core.report.headline import headline, read_interval
-from hgdpo_core.report.numbers import artifacts, colours, counts, defects, timings, win_rates
+from hgdpo_core.report.numbers import artifacts, colours, counts, defects, timings, variety, win_rates
 from hgdpo_core.report.parts import ImageEncoder, encode_data_uri, listing, section, sentence
 from hgdpo_core.report.pictures import pairs, pools
 from hgdpo_core.report.training import DPO_CHARTS, SFT_CHARTS, charts, with_rises
@@ -39,8 +39,10 @@ def render_report(data: ReportData) -> str:
 
 
 def _page(data: ReportData, encode: ImageEncoder) -> str:
-    shown = "" if data.images_per_prompt == 1 else (
-        f" The first of a prompt's {data.images_per_prompt} images is shown; the scores are means over all of them.")
+    scorer = next(iter(data.win_rates), None)
+    shown = "" if scorer is None else f" Below each image its score by {SCORER_TITLES.get(scorer, scorer)}."
+    if data.images_per_prompt > 1:
+        shown += f" The first of a prompt's {data.images_per_prompt} images is shown; scores are means over them all."
     sections = (
         listing("Warnings", data.warnings, "warnings"),
         win_rates(data),
@@ -51,6 +53,7 @@ def _page(data: ReportData, encode: ImageEncoder) -> str:
         pairs("Worst losses", "Where the tuned model lost most.", data.worst_losses, encode),
         defects(data.defects),
         colours(data.colour_shift, data.colour_change, data.histograms),
+        variety(data.variety_change),
         pools(data.pools, encode),
         charts("DPO training", DPO_CHARTS, with_rises(data.training_log)),
         charts("Supervised fine-tuning", SFT_CHARTS, data.sft_log),

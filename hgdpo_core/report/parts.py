@@ -99,7 +99,7 @@ def signed(value: float, digits: int) -> str:
 
 def p_value(p: float) -> str:
     """Two significant digits; below 0.0001 the bound says enough."""
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+    return "<0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
 
 
 def duration(seconds: float) -> str:

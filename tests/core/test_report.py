@@ -106,7 +106,8 @@ FULL = dataclasses.replace(
     defects={"pickscore": defect_change([[1.0], [-1.0]], [[-1.0], [-1.0]], 0.0)},
     colour_change=ColourChange(Estimate(-1.7, -90.0, 60.0), Estimate(1.234, 0.5, 2.0), Estimate(-0.5, -1.0, 0.0),
                                Estimate(None, None, None), 0.02, 0.03),
-    histograms=(histograms(1), histograms(2)), warnings=[f"Collapse: {EVIL}"],
+    variety_change=Estimate(-12.34, -15.0, -9.0), histograms=(histograms(1), histograms(2)),
+    warnings=[f"Collapse: {EVIL}"],
     training_log=sample_log(500), sft_log=[{"step": 1.0, "loss": 0.2}],
     timings={"pool": 4000.0, "train": 61.0}, notes=[EVIL],
     artifacts={"report": "https://example.org/a?b=1&c=2", "lora": "javascript:alert(1)"})
@@ -160,11 +161,11 @@ def test_numbers_and_sections_are_on_the_page():
 def test_intervals_defects_and_warnings_are_on_the_page():
     text = Page(render_report(FULL)).text
     for words in ("−90.0° to +60.0°", "+0.667", "Defective images", "100.0 %", "−50.0 points", "+0.50 % to +2.00 %",
-                  "nearly cancel out", "0.02 and 0.03", "ranked the training pools", "Sign test p", "Collapse: a man",
-                  "Rise of the error"):
+                  "nearly cancel out", "0.02 and 0.03", "ranked the training pools", "sign test",
+                  "changed by −12.3\u00a0%", "Collapse: a man", "Rise of the error", "its score by PickScore"):
         assert words in text, words
     # a warning is the first thing under the headline, the rate in the paper's shape before its counts
-    assert text.index("Collapse") < text.index("How often") < text.index("vs. target") < text.index("Sign test p")
+    assert text.index("Collapse") < text.index("How often") < text.index("vs. target") < text.index("sign test")
 
 
 def test_the_other_judges_are_named_with_what_they_find():
@@ -348,7 +349,7 @@ def test_numbers_keep_their_sign_and_intervals_do_not_look_like_one():
     assert span(0.5, 0.7, lambda end: f"{end:.1f}") == "0.5–0.7"
     assert span(-0.5, 0.7, lambda end: signed(end, 1)) == "−0.5 to +0.7"
     assert span(None, 1.0, str) == "–"
-    assert [p_value(p) for p in (1.0, 0.049, 0.00012, 1e-9)] == ["1.00", "0.049", "0.00012", "< 0.0001"]
+    assert [p_value(p) for p in (1.0, 0.049, 0.00012, 1e-9)] == ["1.00", "0.049", "0.00012", "<0.0001"]
 
 
 def test_numbers_are_short():
