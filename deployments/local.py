@@ -205,14 +205,17 @@ def _end_runs_inside(local: Local) -> None:
     """Say of every run that was live what became of it, so that a later `up` shows its Retry and starts nothing."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
-    from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.objects import FlowRun, StateType
     from prefect.states import Cancelled, Crashed
 
     with get_client(sync_client=True) as client:
         live = FlowRunFilter.model_validate({"state": {"type": {"any_": [
             StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]}}})
-        while runs := [run for run in client.read_flow_runs(flow_run_filter=live, limit=100) if not run.auto_scheduled]:
-            for run in runs:
+        runs: list[FlowRun] = []
+        while page := client.read_flow_runs(flow_run_filter=live, limit=100, offset=len(runs)):
+            runs += page
+        for run in runs:
+            if not run.auto_scheduled or run.run_count:  # the next nights' runs stay
                 waits = run.state is not None and run.state.type in (StateType.SCHEDULED, StateType.CANCELLING)
                 message = "Ended by `make down`; finished shards are kept, Retry goes on."
                 client.set_flow_run_state(run.id, (Cancelled if waits else Crashed)(message=message), force=True)

@@ -29,7 +29,7 @@ def workers(tmp_path_factory, bucket):
 def parameters(tmp_path_factory):
     place = tmp_path_factory.mktemp("user")
     (place / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(4)))
+    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(2)))
     target, judge = tiny.save_target(place / "target"), tiny.save_judge(place / "judge")
     scorer = {"name": "pickscore", "source": str(judge)}
     return {"target": str(target), "prompts": str(place / "prompts.txt"), "overrides": {
@@ -89,6 +89,7 @@ def test_failed_and_killed_shards_and_a_killed_parent_lead_to_the_same_rows(work
     assert live.row_hashes(store) == live.row_hashes(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_cancelled_parent_takes_its_shard_runs_along(workers, parameters, tmp_path):
     there = parameters | {"root": str(tmp_path / "root")}
     there["overrides"] = there["overrides"] | {"pool.images_per_prompt": 200, "workers.pool_shards_per_run": 1}
