@@ -8,6 +8,8 @@ import tiny
 
 pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 to test against")
 
+pytestmark = pytest.mark.slow  # a live server and its workers take many minutes where the machine has other work
+
 PROMPTS = [f"a woman in a red top, number {i}" for i in range(6)]
 
 
