@@ -13,7 +13,7 @@ from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, WorkersCo
 from hgdpo_core.generate import PoolPlan, plan_pool
 from hgdpo_core.images import encode_image
 from hgdpo_core.models import find_model
-from hgdpo_core.progress import ShouldStop, never_stop, silent
+from hgdpo_core.progress import ShouldStop, never_stop
 from hgdpo_core.prompts import image_seed, prompt_id
 from hgdpo_core.storage import Store
 from hgdpo_core.work import offer_pool
@@ -51,5 +51,5 @@ def null_parent(root: str, shards: int, per_run: int) -> None:
     """Make a pool on the workers, as the flow `hgdpo` does, and nothing else."""
     with watch_this_run() as watch:
         pool = plan(root, shards)
-        runner = DeploymentRunner(WorkersConfig(pool_shards_per_run=per_run), pool.folder.store, watch)
-        runner.make(offer_pool(pool), silent)
+        workers = WorkersConfig(draw_images_per_run=per_run)  # an image a shard
+        DeploymentRunner(workers, pool.folder.store, watch).make([offer_pool(pool)])

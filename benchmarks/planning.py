@@ -64,7 +64,7 @@ def _plan_new(count: int) -> None:
         wall, cpu = time.monotonic(), time.process_time()
         run = _open(f"{folder}/root", prompts)
         pool = _plan_pool(run)
-        requests = offer_pool(pool).cut(run.config.workers.pool_shards_per_run)
+        requests = offer_pool(pool).cut(run.config.workers.draw_images_per_run)
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
         print(f"{count:,} new prompts: {len(pool.shards):,} shards in {len(requests):,} shard runs after {wall:.1f} s "
               f"({cpu:.1f} s of CPU); memory at most {_peak_megabytes():.0f} MiB, {started:.0f} before", flush=True)

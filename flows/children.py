@@ -22,9 +22,10 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_logger, get_run_logger
-from prefect.states import AwaitingRetry, Cancelled, Cancelling
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed
 from prefect.utilities.urls import url_for
 
+from hgdpo_core.config import WorkersConfig
 from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError, StorageError
 from hgdpo_core.progress import ShouldStop
 
@@ -62,6 +63,8 @@ class Job:
     """How often this attempt of the parent started it."""
     judged: UUID | None = field(default=None, repr=False)
     """The final state that was looked into."""
+    pending: tuple[UUID, float] | None = field(default=None, repr=False)
+    """The state Pending that it is in, and when that was seen first, on this process's clock."""
 
     @property
     def live(self) -> bool:
@@ -84,12 +87,12 @@ class Job:
 OnChange = Callable[[Sequence[Job]], None]
 
 
-def run_jobs(jobs: Sequence[Job], *, max_failed: int, should_stop: ShouldStop, on_change: OnChange) -> None:
+def run_jobs(jobs: Sequence[Job], workers: WorkersConfig, *, should_stop: ShouldStop, on_change: OnChange) -> None:
     """Returns when the work of every job is there.
 
     A run's Completed is not believed: its work is looked at. All runs end before this fails with ShardRunsError; once
-    more than `max_failed` have failed, no further one starts. A failed run that somebody retries meanwhile counts as
-    live again. StoppedError after `should_stop`.
+    more than `workers.max_failed_shards` have failed, no further one starts. A failed run that somebody retries
+    meanwhile counts as live again, and one that stays Pending is marked Crashed. StoppedError after `should_stop`.
     """
     with get_client(sync_client=True) as client:
         _patiently(lambda: _require_deployments(client, jobs))
@@ -99,7 +102,7 @@ def run_jobs(jobs: Sequence[Job], *, max_failed: int, should_stop: ShouldStop, o
                 raise StoppedError("stopped while starting shard runs; those that run go on")
             if job.run is None:
                 _patiently(functools.partial(_start, client, job))
-        _await_all(client, jobs, max_failed, should_stop, on_change)
+        _await_all(client, jobs, workers, should_stop, on_change)
     failed = [job for job in jobs if job.failed]
     if failed:
         raise ShardRunsError(_explain(failed, len(jobs)))
@@ -181,7 +184,7 @@ def _start(client: SyncPrefectClient, job: Job) -> None:
 # -- waiting
 
 
-def _await_all(client: SyncPrefectClient, jobs: Sequence[Job], max_failed: int, should_stop: ShouldStop,
+def _await_all(client: SyncPrefectClient, jobs: Sequence[Job], workers: WorkersConfig, should_stop: ShouldStop,
                on_change: OnChange) -> None:
     pause, before = FIRST_PAUSE_SECONDS, None
     while any(job.live for job in jobs):
@@ -190,7 +193,9 @@ def _await_all(client: SyncPrefectClient, jobs: Sequence[Job], max_failed: int, 
         time.sleep(pause)
         try:
             _look(client, jobs)
-            if sum(job.failed for job in jobs) > max_failed:
+            for job in jobs:
+                _crash_if_stuck(client, job, workers.pending_seconds)
+            if sum(job.failed for job in jobs) > workers.max_failed_shards:
                 _start_no_more(client, jobs)
         except httpx.HTTPStatusError as error:
             if error.response.status_code < 500:
@@ -217,6 +222,19 @@ def _look(client: SyncPrefectClient, jobs: Sequence[Job]) -> None:
         if not job.done:
             _go_on_without(client, job)
         job.judged = state.id
+
+
+def _crash_if_stuck(client: SyncPrefectClient, job: Job, seconds: float) -> None:
+    """A worker took the run and died. The automations see that too, unless a locked SQLite lost their count."""
+    state = job.run.state if job.run and not job.done else None
+    if state is None or not state.is_pending():
+        return
+    if job.pending is None or job.pending[0] != state.id:
+        job.pending = state.id, time.monotonic()
+    elif time.monotonic() - job.pending[1] > seconds:
+        message = f"Pending for {seconds:.0f} s: its worker is gone. Retry starts it elsewhere."
+        assert job.run is not None
+        client.set_flow_run_state(job.run.id, Crashed(message=message))
 
 
 def _is_done(job: Job) -> bool:

@@ -13,16 +13,12 @@ from flows.timing import timed
 from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.comparison_run import ComparisonRun, weight_name
 from hgdpo_core.errors import StoppedError
-from hgdpo_core.evaluate import Comparison
-from hgdpo_core.generate import PoolPlan
-from hgdpo_core.models import Model
 from hgdpo_core.runner import Runner
-from hgdpo_core.shards import ShardFolder
 from tasks.evaluate import judge, judge_weight
 from tasks.generate import draw_evaluation
 from tasks.prepare import prepare_comparison, show_comparison_plan
 from tasks.report import publish_comparison
-from tasks.score import score
+from tasks.score import score_evaluation
 from tasks.ui import explain_own_errors
 
 Overrides = dict[str, Any]
@@ -80,22 +76,11 @@ def hgdpo_evaluate(
 
 def _hold_against(run: ComparisonRun, runner: Runner, seconds: dict[str, float]) -> dict[str, Any]:
     with timed(seconds, "evaluation_images"):
-        target_images = draw_evaluation(run, run.target, "target", runner)
-        tuned_images = draw_evaluation(run, run.tuned, "tuned", runner)
+        images = draw_evaluation(run, run.models, runner)
     with timed(seconds, "evaluation"):
-        scorers = run.config.evaluation.scorers
-        target_scores = {scorer.name: score(run, target_images, scorer, runner) for scorer in scorers}
-        tuned_scores = {scorer.name: score(run, tuned_images, scorer, runner) for scorer in scorers}
-        comparison = judge(run, target_images, tuned_images, target_scores, tuned_scores)
-    sweep = [comparison if model == run.tuned
-             else _try_weight(run, model, target_images, target_scores, runner, seconds) for model in run.sweep]
-    return publish_comparison(run, target_images, tuned_images, comparison, sweep, seconds)
-
-
-def _try_weight(run: ComparisonRun, model: Model, target_images: PoolPlan, target_scores: dict[str, ShardFolder],
-                runner: Runner, seconds: dict[str, float]) -> Comparison:
-    name = weight_name(model)
-    with timed(seconds, name.replace(" ", "_")):
-        images = draw_evaluation(run, model, name, runner)
-        scores = {scorer.name: score(run, images, scorer, runner) for scorer in run.config.evaluation.scorers}
-        return judge_weight(run, target_images, images, target_scores, scores)
+        scores = score_evaluation(run, images, runner)
+        comparison = judge(run, images["target"], images["tuned"], scores["target"], scores["tuned"])
+        others = {who: judge_weight(run, images["target"], images[who], scores["target"], scores[who])
+                  for who in images if who not in ("target", "tuned")}
+    sweep = [others.get(weight_name(model), comparison) for model in run.sweep]
+    return publish_comparison(run, images, comparison, sweep, seconds)

@@ -18,7 +18,7 @@ from tasks.generate import draw_evaluation, draw_pool
 from tasks.guard import guard
 from tasks.prepare import prepare, show_plan
 from tasks.report import publish
-from tasks.score import score
+from tasks.score import score, score_evaluation
 from tasks.sft import fine_tune
 from tasks.times import StageTimes
 from tasks.train import train
@@ -79,16 +79,12 @@ def _take_the_road(run: Run, runner: Runner, times: StageTimes) -> dict[str, Any
     with times.stage("dpo"):
         lora = train(run, model, triplets, latents, runner)
 
+    tuned_model = model.with_lora(lora.path, run.config.evaluation.lora_weight)
     with times.stage("evaluation_images"):
-        tuned_model = model.with_lora(lora.path, run.config.evaluation.lora_weight)
-        target_images = draw_evaluation(run, model, "target", runner)
-        tuned_images = draw_evaluation(run, tuned_model, "tuned", runner)
+        images = draw_evaluation(run, {"target": model, "tuned": tuned_model}, runner)
     with times.stage("evaluation"):
-        scorers = run.config.evaluation.scorers
-        target_scores = {scorer.name: score(run, target_images, scorer, runner) for scorer in scorers}
-        tuned_scores = {scorer.name: score(run, tuned_images, scorer, runner) for scorer in scorers}
-        comparison = judge(run, target_images, tuned_images, target_scores, tuned_scores)
+        judged = score_evaluation(run, images, runner)
+        comparison = judge(run, images["target"], images["tuned"], judged["target"], judged["tuned"])
         alarms = guard(run, lora, comparison)
         distances = measure_latents(run, pool, scores, model, runner)
-    return publish(run, pool, scores, distances, triplets, lora, sft_log, target_images, tuned_images, comparison,
-                   alarms, times)
+    return publish(run, pool, scores, distances, triplets, lora, sft_log, images, comparison, alarms, times)

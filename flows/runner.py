@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Literal
 
@@ -15,7 +16,7 @@ from prefect.runtime import deployment, flow_run
 from flows.children import Job, run_jobs
 from hgdpo_core.config import WorkersConfig, content_hash
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.progress import Progress, ShouldStop, silent
+from hgdpo_core.progress import Progress, ShouldStop, StageProgress, silent, silent_stages
 from hgdpo_core.runner import InProcess, Runner
 from hgdpo_core.storage import Store
 from hgdpo_core.train_request import TrainRequest, find_result
@@ -44,24 +45,34 @@ class DeploymentRunner:
         self.share = store.local_path("") is None
         check_workers(store)
 
-    def make(self, work: Work, progress: Progress) -> None:
-        """Cut the work into ranges, run each as a flow run, wait for all. ShardRunsError names those that failed."""
-        images = work.stage == "pool"
-        requests = work.cut(self.workers.pool_shards_per_run if images else self.workers.score_shards_per_run)
-        if not requests:
+    def make(self, works: Sequence[Work], stages: StageProgress = silent_stages) -> None:
+        """Cut the works into ranges, run each as a flow run, wait for all. ShardRunsError names those that failed."""
+        works = [work for work in works if work.missing]
+        if not works:
             return
-        jobs = [_job(work, request) for request in requests]
-        get_run_logger().info("%s: %d missing shards of %s in %d shard runs", work.stage, len(work.missing),
-                              work.folder.key, len(jobs))
-        table = LiveTable(f"{work.stage}-shard-runs", f"Shard runs of {work.folder.key}")
-        counter = _Counter(work, progress)
+        jobs: list[Job] = []
+        for work in works:
+            requests = self._cut(work)
+            jobs += [_job(work, request) for request in requests]
+            get_run_logger().info("%s: %d missing shards of %s in %d shard runs", work.title, len(work.missing),
+                                  work.folder.key, len(requests))
+        folders = ", ".join(work.folder.key for work in works)
+        table = LiveTable(f"{works[0].stage}-shard-runs", f"Shard runs of {folders}")
+        with ExitStack() as stack:
+            counters = [_Counter(work, stack.enter_context(stages(work.title))) for work in works]
 
-        def show(jobs: Sequence[Job]) -> None:
-            table.show([job.row() for job in jobs])
-            counter.count(final=not any(job.live for job in jobs))
+            def show(jobs: Sequence[Job]) -> None:
+                table.show([job.row() for job in jobs])
+                for counter in counters:
+                    counter.count(final=not any(job.live for job in jobs))
 
-        run_jobs(jobs, max_failed=self.workers.max_failed_shards, should_stop=self._should_stop, on_change=show)
+            run_jobs(jobs, self.workers, should_stop=self._should_stop, on_change=show)
         table.show([job.row() for job in jobs], at_once=True)
+
+    def _cut(self, work: Work) -> list[ShardRequest]:
+        if work.stage == "pool":
+            return work.cut(self.workers.draw_images_per_run, least_runs=self.workers.least_draw_runs)
+        return work.cut(self.workers.score_images_per_run)
 
     def train(self, request: TrainRequest, progress: Progress, encode_progress: Progress = silent) -> Tuned:
         """Train as a flow run of `hgdpo-train/train`; its steps are shown by that run."""
@@ -76,7 +87,7 @@ class DeploymentRunner:
                   tag=f"train:{work_id}", key=f"{flow_run.id}:{work_id}",
                   is_done=lambda: find_result(request) is not None)
         get_run_logger().info("%s: training as a flow run of %s", request.kind, TRAIN_DEPLOYMENT)
-        run_jobs([job], max_failed=0, should_stop=self._should_stop, on_change=lambda jobs: None)
+        run_jobs([job], self.workers, should_stop=self._should_stop, on_change=lambda jobs: None)
         progress(1, 1, "trainings")
         tuned = find_result(request)
         assert tuned is not None  # run_jobs saw it

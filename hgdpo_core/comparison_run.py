@@ -48,6 +48,12 @@ class ComparisonRun:
     command: str
     """Shell line that starts this comparison again."""
 
+    @property
+    def models(self) -> dict[str, Model]:
+        """All that draw: "target", "tuned", and the other weights of the sweep by their name."""
+        others = {weight_name(model): model for model in self.sweep if model != self.tuned}
+        return {"target": self.target, "tuned": self.tuned, **others}
+
     def key(self, name: str) -> str:
         """Key of a file of this comparison, for example `runs/<run_id>/summary.json`."""
         return f"runs/{self.run_id}/{name}"
@@ -106,8 +112,7 @@ def open_comparison(preset: str = "figures", root: str | None = None, *, tuned: 
 def plan_comparison(run: ComparisonRun) -> list[dict[str, Any]]:
     """What a comparison would draw and what it would find, a row a model, without drawing it."""
     rows = []
-    others = [(weight_name(model), model) for model in run.sweep if model != run.tuned]
-    for who, model in (("target", run.target), ("tuned", run.tuned), *others):
+    for who, model in run.models.items():
         plan = plan_evaluation(run.store, model, run.config.sampler, run.config.pool, run.config.evaluation,
                                run.evaluation_prompts.prompts)
         rows.append({"stage": who, "pool_id": plan.pool_id, "shards": len(plan.shards),

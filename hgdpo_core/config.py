@@ -204,10 +204,15 @@ class EvaluationConfig(StageConfig):
 class WorkersConfig(StageConfig):
     """How work is cut for workers. It changes no result, so it is part of no id."""
 
-    pool_shards_per_run: int = Field(default=2, ge=1, description="shards of images that one shard run makes")
-    score_shards_per_run: int = Field(default=8, ge=1, description="the same for scores and latents, far quicker")
+    draw_images_per_run: int = Field(default=1280, ge=1, description="images that one shard run draws")
+    score_images_per_run: int = Field(default=6400, ge=1,
+                                      description="images that one shard run scores or encodes, which is far quicker")
+    least_draw_runs: int = Field(default=1, ge=1, description="shard runs that drawing a small set of images is spread "
+                                 "over at least, so that as many GPUs share it")
     max_failed_shards: int = Field(default=10, ge=0,
                                    description="shard runs of a stage that may fail before no further one starts")
+    pending_seconds: float = Field(default=1200.0, gt=0, description="a run that a worker took and did not start for "
+                                   "so long is marked Crashed by its parent, where the automations did not do it")
 
 
 class RunConfig(StageConfig):

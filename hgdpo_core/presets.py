@@ -72,7 +72,8 @@ def sd15(target: str | None = None, prompts: str | None = None) -> RunConfig:
                       lora_rank=8, optimizer="adam8bit", validation_every=500, tracker="tensorboard"),
         evaluation=EvaluationConfig(prompts=PromptSource(source=PARTI_PROMPTS, column="Prompt", category="People"),
                                     lora_weight=0.5, scorers=judges),
-        workers=WorkersConfig(pool_shards_per_run=3, score_shards_per_run=60),  # 20-60 GPU minutes, some minutes
+        # some 40 minutes of a GPU, some 10; the evaluation's few images by several GPUs
+        workers=WorkersConfig(draw_images_per_run=960, score_images_per_run=19_200, least_draw_runs=4),
     )
 
 

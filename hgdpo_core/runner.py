@@ -1,8 +1,9 @@
 """Who makes what is missing: this process, or workers elsewhere."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.progress import Progress, ShouldStop, StageProgress, never_stop, silent, silent_stages
 from hgdpo_core.train_request import TrainRequest, run_train
 from hgdpo_core.tuning import Tuned
 from hgdpo_core.work import Work, run_shards
@@ -14,8 +15,11 @@ class Runner(Protocol):
     share: bool
     """Whether workers may be on other machines, so that models and images have to be in the store."""
 
-    def make(self, work: Work, progress: Progress) -> None:
-        """Returns when nothing of the work is missing any more."""
+    def make(self, works: Sequence[Work], stages: StageProgress = silent_stages) -> None:
+        """Returns when nothing of any work is missing any more; each shows its progress under its title.
+
+        The works are of one stage and do not need each other, so they may be made side by side.
+        """
         ...
 
     def train(self, request: TrainRequest, progress: Progress, encode_progress: Progress = silent) -> Tuned:
@@ -31,9 +35,11 @@ class InProcess:
     def __init__(self, should_stop: ShouldStop = never_stop):
         self.should_stop = should_stop
 
-    def make(self, work: Work, progress: Progress = silent) -> None:
-        for request in work.cut():
-            run_shards(request, progress=progress, should_stop=self.should_stop)
+    def make(self, works: Sequence[Work], stages: StageProgress = silent_stages) -> None:
+        for work in works:
+            with stages(work.title) as progress:
+                for request in work.cut():
+                    run_shards(request, progress=progress, should_stop=self.should_stop)
 
     def train(self, request: TrainRequest, progress: Progress = silent, encode_progress: Progress = silent) -> Tuned:
         return run_train(request, progress=progress, encode_progress=encode_progress, should_stop=self.should_stop)

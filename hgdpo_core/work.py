@@ -79,6 +79,10 @@ class Work:
     store: Store
     folder: ShardFolder
     stage: Stage
+    title: str
+    """What people know it by."""
+    images_per_shard: int
+    """Images that making a full shard draws or reads."""
     wanted: tuple[int, ...]
     missing: frozenset[int]
     prompts: dict[int, tuple[str, ...]]
@@ -86,51 +90,60 @@ class Work:
     find_missing: Callable[[Sequence[int]], list[int]]
     """Which of some shards are not there now."""
 
-    def cut(self, shards_per_run: int | None = None) -> list[ShardRequest]:
-        """Ranges of up to so many shards that have something missing; one range for all without a number.
+    def cut(self, images_per_run: int | None = None, *, least_runs: int = 1) -> list[ShardRequest]:
+        """Ranges of whole shards that have something missing, each of about so many images; without a number, one.
 
-        Ranges are cut from all wanted shards, so that a second attempt meets the ranges of the first. A range
-        grows where more than MAX_SHARD_RUNS would come out.
+        Ranges are cut from all wanted shards, so that a second attempt meets the ranges of the first. They are smaller
+        where fewer than `least_runs` would come out, and larger where more than MAX_SHARD_RUNS would.
         """
-        size = max(shards_per_run or len(self.wanted), -(-len(self.wanted) // MAX_SHARD_RUNS), 1)
+        shards = len(self.wanted)
+        size = shards if images_per_run is None else images_per_run // self.images_per_shard
+        size = max(min(size, -(-shards // least_runs)), -(-shards // MAX_SHARD_RUNS), 1)
         ranges = (self.wanted[start:start + size] for start in range(0, len(self.wanted), size))
         return [ShardRequest(root=self.store.root, folder=self.folder.key, stage=self.stage,
                              shards=format_range(indices), code_version=code_version(), format_version=FORMAT_VERSION)
                 for indices in ranges if self.missing.intersection(indices)]
 
     def name(self, request: ShardRequest) -> str:
-        """For people: the stage, the range, its first and its last prompt."""
+        """For people: the title, the range, its first and its last prompt."""
         known = [prompt for index in request.indices for prompt in self.prompts.get(index, ())]
         ends = f": {_short(known[0])}" + (f" to {_short(known[-1])}" if len(known) > 1 else "") if known else ""
-        return f"{request.stage} {request.shards}{ends}"
+        return f"{self.title} {request.shards}{ends}"
 
 
 # -- offering: what is wanted, what is missing, by what means
 
 
-def offer_pool(plan: PoolPlan, *, share: bool = False) -> Work:
+def offer_pool(plan: PoolPlan, *, title: str = "pool", share: bool = False) -> Work:
     """The images of a planned pool. With `share`, a model outside the store is copied there for the workers."""
     store = plan.folder.store
     means = {"batch_size": plan.pool.batch_size, **model_means(store, plan.model, share=share)}
     _offer(store, plan.folder.key, means)
-    return Work(store, plan.folder, "pool", tuple(plan.indices), frozenset(shard.index for shard in plan.missing),
-                {shard.index: shard.prompts for shard in plan.shards}, plan.find_missing)
+    return Work(store, plan.folder, "pool", title, _images_per_shard(plan.folder), tuple(plan.indices),
+                frozenset(shard.index for shard in plan.missing), _prompts(plan), plan.find_missing)
 
 
-def offer_scores(plan: PoolPlan, scores: ShardFolder, scorer: ScorerConfig, *, share: bool = False) -> Work:
-    """A scorer's scores of a planned pool's shards, all of which must be there."""
-    return _offer_judging(plan.folder, plan.indices, _prompts(plan), scores, scorer, "score", share)
+def offer_scores(plan: PoolPlan, scores: ShardFolder, scorer: ScorerConfig, *, title: str | None = None,
+                 share: bool = False) -> Work:
+    """A scorer's scores of a planned pool's shards, all of which must be there. `title`: else the scorer's name."""
+    return _offer_judging(plan.folder, plan.indices, _prompts(plan), scores, scorer, "score", title or scorer.name,
+                          share)
 
 
 def offer_pool_scores(pool: ShardFolder, scores: ShardFolder, scorer: ScorerConfig, indices: Sequence[int], *,
                       share: bool = False) -> Work:
     """The same for shards of a pool that nobody plans any more."""
-    return _offer_judging(pool, indices, {}, scores, scorer, "score", share)
+    title = f"{scorer.name}, {pool.key.rpartition('/')[2]}"
+    return _offer_judging(pool, indices, {}, scores, scorer, "score", title, share)
 
 
 def offer_features(plan: PoolPlan, features: ShardFolder, scorer: ScorerConfig, *, share: bool = False) -> Work:
     """Features of a planned pool's images by a scorer's image tower; all shards of the pool must be there."""
-    return _offer_judging(plan.folder, plan.indices, _prompts(plan), features, scorer, "features", share)
+    return _offer_judging(plan.folder, plan.indices, _prompts(plan), features, scorer, "features", "features", share)
+
+
+def _images_per_shard(pool: ShardFolder) -> int:
+    return pool.config["images_per_prompt"] * pool.config["prompts_per_shard"]
 
 
 def _prompts(plan: PoolPlan) -> dict[int, tuple[str, ...]]:
@@ -138,13 +151,14 @@ def _prompts(plan: PoolPlan) -> dict[int, tuple[str, ...]]:
 
 
 def _offer_judging(pool: ShardFolder, indices: Sequence[int], prompts: dict[int, tuple[str, ...]], folder: ShardFolder,
-                   scorer: ScorerConfig, stage: Stage, share: bool) -> Work:
+                   scorer: ScorerConfig, stage: Stage, title: str, share: bool) -> Work:
     store, source = folder.store, scorer.source
     local = Path(source).expanduser() if source not in (None, "figures") else None
     place = Place.of(store, local, share=share) if local is not None and local.exists() else Place(source=source)
     _offer(store, folder.key, {"scorer": scorer.model_dump(mode="json"), "place": place.model_dump()})
     find_missing = functools.partial(missing_scores, pool, folder)
-    return Work(store, folder, stage, tuple(indices), frozenset(find_missing(indices)), prompts, find_missing)
+    return Work(store, folder, stage, title, _images_per_shard(pool), tuple(indices), frozenset(find_missing(indices)),
+                prompts, find_missing)
 
 
 def offer_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, indices: Sequence[int], *,
@@ -153,7 +167,10 @@ def offer_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, ind
     store = latents.store
     _offer(store, latents.key, model_means(store, model, share=share))
     find_missing = functools.partial(missing_latents, triplets, latents)
-    return Work(store, latents, "latents", tuple(indices), frozenset(find_missing(indices)), {}, find_missing)
+    first = triplets.find(indices[0]) if indices else None
+    images = 2 * first.rows if first and first.rows else 1
+    return Work(store, latents, "latents", "latents", images, tuple(indices), frozenset(find_missing(indices)), {},
+                find_missing)
 
 
 def offer_distances(pool: ShardFolder, scores: ShardFolder, distances: ShardFolder, model: Model,
@@ -162,7 +179,8 @@ def offer_distances(pool: ShardFolder, scores: ShardFolder, distances: ShardFold
     store = distances.store
     _offer(store, distances.key, model_means(store, model, share=share))
     find_missing = functools.partial(missing_distances, pool, scores, distances)
-    return Work(store, distances, "distances", tuple(indices), frozenset(find_missing(indices)), {}, find_missing)
+    return Work(store, distances, "distances", "distances", _images_per_shard(pool), tuple(indices),
+                frozenset(find_missing(indices)), {}, find_missing)
 
 
 def model_means(store: Store, model: Model, *, share: bool) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Draw the missing shards of a pool."""
+"""Draw the missing shards of pools."""
+
+from collections.abc import Mapping
 
 from prefect import task
 from prefect.logging import get_run_logger
@@ -18,21 +20,24 @@ from tasks.ui import stage_progress
 def draw_pool(run: Run, model: Model, runner: Runner = IN_PROCESS) -> PoolPlan:
     """N candidates for every training prompt."""
     plan = plan_pool(run.store, model, run.config.sampler.plain, run.config.pool, run.prompts.prompts)
-    return _draw(plan, "pool", runner)
-
-
-@task(name="evaluation images", task_run_name="evaluation images: {who}", **STAGE)
-def draw_evaluation(run: Run | ComparisonRun, model: Model, who: str, runner: Runner = IN_PROCESS) -> PoolPlan:
-    """The held-out prompts by one model, with the seeds every model gets."""
-    plan = plan_evaluation(run.store, model, run.config.sampler, run.config.pool, run.config.evaluation,
-                           run.evaluation_prompts.prompts)
-    return _draw(plan, who, runner)
-
-
-def _draw(plan: PoolPlan, stage: str, runner: Runner) -> PoolPlan:
-    with stage_progress(stage) as progress:
-        runner.make(offer_pool(plan, share=runner.share), progress)
-    get_run_logger().info("%s: %d images in %d shards; %d shards found, %d images drawn now (%s)", stage,
-                          plan.images, len(plan.shards), len(plan.shards) - len(plan.missing), plan.missing_images,
-                          plan.folder.key)
+    _draw({"pool": plan}, runner)
     return plan
+
+
+@task(name="evaluation images", **STAGE)
+def draw_evaluation(run: Run | ComparisonRun, models: Mapping[str, Model],
+                    runner: Runner = IN_PROCESS) -> dict[str, PoolPlan]:
+    """The held-out prompts by each model, under its name, with the seeds every model gets."""
+    config, prompts = run.config, run.evaluation_prompts.prompts
+    plans = {who: plan_evaluation(run.store, model, config.sampler, config.pool, config.evaluation, prompts)
+             for who, model in models.items()}
+    _draw(plans, runner)
+    return plans
+
+
+def _draw(plans: Mapping[str, PoolPlan], runner: Runner) -> None:
+    runner.make([offer_pool(plan, title=who, share=runner.share) for who, plan in plans.items()], stage_progress)
+    for who, plan in plans.items():
+        get_run_logger().info("%s: %d images in %d shards; %d shards found, %d images drawn now (%s)", who, plan.images,
+                              len(plan.shards), len(plan.shards) - len(plan.missing), plan.missing_images,
+                              plan.folder.key)

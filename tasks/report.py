@@ -30,9 +30,12 @@ PAIRS, EXTREMES, POOLS = 24, 6, 4
 
 @task(name="report", **STAGE)
 def publish(run: Run, pool: PoolPlan, scores: ShardFolder, distances: np.ndarray, triplets: Triplets, lora: Tuned,
-            sft_log: list[dict[str, float]], target_images: PoolPlan, tuned_images: PoolPlan, comparison: Comparison,
+            sft_log: list[dict[str, float]], images: Mapping[str, PoolPlan], comparison: Comparison,
             alarms: list[Alarm], times: StageTimes) -> dict[str, Any]:
-    """`summary.json` and `report.html` in `runs/<run_id>/`; returns the summary."""
+    """`summary.json` and `report.html` in `runs/<run_id>/`; returns the summary.
+
+    `images`: those of the evaluation, of "target" and "tuned".
+    """
     seconds = times.recorded(run)
     pools = sample_pools(pool, scores, POOLS, run.config.triplets)
     artifacts = {**_own_artifacts(run), "lora": run.store.url(f"models/{lora.model_id}"),
@@ -43,7 +46,7 @@ def publish(run: Run, pool: PoolPlan, scores: ShardFolder, distances: np.ndarray
                 "rejected": triplets.counts.rejected, "evaluation_prompts": len(comparison.prompts)},
         pools=pools, rank_distances=distances, training_log=lora.log, sft_log=sft_log,
         warnings=[alarm.message for alarm in alarms], timings=seconds, artifacts=artifacts,
-        **_comparison_data(run, target_images, tuned_images, comparison))
+        **_comparison_data(run, images, comparison))
     summary = {
         **_comparison_summary(run, comparison), "warnings": [alarm.as_dict() for alarm in alarms],
         "triplets": triplets.counts.triplets, "rejected": triplets.counts.rejected, "pool_images": pool.images,
@@ -54,17 +57,17 @@ def publish(run: Run, pool: PoolPlan, scores: ShardFolder, distances: np.ndarray
 
 
 @task(name="comparison report", **STAGE)
-def publish_comparison(run: ComparisonRun, target_images: PoolPlan, tuned_images: PoolPlan, comparison: Comparison,
+def publish_comparison(run: ComparisonRun, images: Mapping[str, PoolPlan], comparison: Comparison,
                        sweep: list[Comparison], seconds: dict[str, float]) -> dict[str, Any]:
     """`summary.json` and `report.html` of two models in `runs/<run_id>/`; returns the summary."""
     artifacts = {**_own_artifacts(run), "evaluation": run.store.url(f"evaluations/{comparison.evaluation_id}"),
-                 "target_images": run.store.url(target_images.folder.key),
-                 "tuned_images": run.store.url(tuned_images.folder.key)}
+                 "target_images": run.store.url(images["target"].folder.key),
+                 "tuned_images": run.store.url(images["tuned"].folder.key)}
     data = ReportData(
         title=f"{run.config.tuned} against {run.config.target.source}",
-        counts={"evaluation_prompts": len(comparison.prompts), "images": target_images.images + tuned_images.images},
-        sweep=sweep, timings=seconds, artifacts=artifacts,
-        **_comparison_data(run, target_images, tuned_images, comparison))
+        counts={"evaluation_prompts": len(comparison.prompts),
+                "images": images["target"].images + images["tuned"].images},
+        sweep=sweep, timings=seconds, artifacts=artifacts, **_comparison_data(run, images, comparison))
     weights = {"lora_weights": [point.findings() for point in sweep]} if sweep else {}
     summary = {**_comparison_summary(run, comparison), **weights, "target": run.config.target.source,
                "tuned": run.config.tuned, "timings": seconds, "artifacts": artifacts}
@@ -76,14 +79,14 @@ def _own_artifacts(run: Run | ComparisonRun) -> dict[str, str]:
     return {"report": run.store.url(run.key("report.html")), "summary": run.store.url(run.key("summary.json"))}
 
 
-def _comparison_data(run: Run | ComparisonRun, target_images: PoolPlan, tuned_images: PoolPlan,
+def _comparison_data(run: Run | ComparisonRun, images: Mapping[str, PoolPlan],
                      comparison: Comparison) -> dict[str, Any]:
     """What the report says about both models, whoever made them."""
     scorer = next(iter(comparison.win_rates))
     gains, losses = extreme_positions(comparison, scorer, EXTREMES)
 
     def pairs(positions: list[int]) -> list[PairSample]:
-        return sample_pairs(comparison, target_images, tuned_images, scorer, positions)
+        return sample_pairs(comparison, images["target"], images["tuned"], scorer, positions)
 
     return {
         "preset": run.config.preset, "config": run.config, "root": run.store.root, "created_at": datetime.now(UTC),

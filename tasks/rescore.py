@@ -7,12 +7,13 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core.drift_report import drift_rows, headline, render_markdown
-from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError
+from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError, StorageError
 from hgdpo_core.night import Night, close_night, open_night
 from hgdpo_core.rescore import Ranking, offer_missing, rank_again, score_missing
 from hgdpo_core.rescore_plan import RankJob, RescorePlan, ScoreJob, ScorerVersion, Skipped, plan_wanted
 from hgdpo_core.runner import IN_PROCESS, InProcess, Runner
 from hgdpo_core.storage import Store
+from hgdpo_core.work import Work
 from tasks.options import STAGE
 from tasks.ui import show_table, show_text, stage_progress
 
@@ -49,7 +50,7 @@ def score_again(store: Store, version: ScorerVersion, jobs: Sequence[ScoreJob],
         with stage_progress(version.scorer.name) as progress:
             skipped = score_missing(store, jobs, progress=progress, should_stop=runner.should_stop)
     else:
-        skipped = [problem for job in jobs if (problem := _score_elsewhere(store, job, runner)) is not None]
+        skipped = _score_elsewhere(store, jobs, runner)
     for job in jobs:
         logger.info("%s %s: pool %s, %d images in %d shards, in %s", version.scorer.name, version.fingerprint[:12],
                     job.pool_id, job.images, len(job.missing), job.scores)
@@ -58,17 +59,24 @@ def score_again(store: Store, version: ScorerVersion, jobs: Sequence[ScoreJob],
     return skipped
 
 
-def _score_elsewhere(store: Store, job: ScoreJob, runner: Runner) -> Skipped | None:
-    """One pool's shards by workers; Skipped when some of them failed, for the other pools go on."""
-    work = offer_missing(store, job, share=runner.share)
-    with stage_progress(job.version.scorer.name) as progress:
-        try:
-            runner.make(work, progress)
-        except (StoppedError, ConfigError):
-            raise
-        except HGDPOError as error:
-            return Skipped(what=f"pool {job.pool_id} by {job.version.scorer.name}", reason=str(error))
-    return None
+def _score_elsewhere(store: Store, jobs: Sequence[ScoreJob], runner: Runner) -> list[Skipped]:
+    """The pools' shards by workers; returns the pools of which some failed, for the others go on."""
+    works = [offer_missing(store, job, share=runner.share) for job in jobs]
+    try:
+        runner.make(works, stage_progress)
+    except (StoppedError, ConfigError):
+        raise
+    except HGDPOError as error:
+        return [Skipped(what=f"pool {job.pool_id} by {job.version.scorer.name}", reason=str(error))
+                for job, work in zip(jobs, works, strict=True) if not _is_done(work)]
+    return []
+
+
+def _is_done(work: Work) -> bool:
+    try:
+        return not work.find_missing(work.wanted)
+    except StorageError:  # a shard of images that is gone, or was found broken and moved to quarantine
+        return False
 
 
 @task(name="rank again", task_run_name="rank {job.pool_id} again", **STAGE)

@@ -1,4 +1,6 @@
-"""Score a pool's missing shards."""
+"""Score the missing shards of pools."""
+
+from collections.abc import Mapping
 
 from prefect import task
 from prefect.logging import get_run_logger
@@ -10,19 +12,33 @@ from hgdpo_core.run import Run
 from hgdpo_core.runner import IN_PROCESS, Runner
 from hgdpo_core.score import score_folder
 from hgdpo_core.shards import ShardFolder
-from hgdpo_core.work import offer_scores
+from hgdpo_core.work import Work, offer_scores
 from tasks.options import STAGE
 from tasks.ui import stage_progress
 
 
 @task(name="score", task_run_name="score {pool.pool_id} by {scorer.name}", **STAGE)
-def score(run: Run | ComparisonRun, pool: PoolPlan, scorer: ScorerConfig,
-          runner: Runner = IN_PROCESS) -> ShardFolder:
+def score(run: Run, pool: PoolPlan, scorer: ScorerConfig, runner: Runner = IN_PROCESS) -> ShardFolder:
     """The folder with the scorer's scores for all of the pool's planned shards."""
-    scores = score_folder(run.store, pool.pool_id, scorer)
-    work = offer_scores(pool, scores, scorer, share=runner.share)
-    with stage_progress(f"{scorer.name}") as progress:
-        runner.make(work, progress)
-    get_run_logger().info("%s: %d shards scored now, %d in %s", scorer.name, len(work.missing), len(pool.shards),
-                          scores.key)
-    return scores
+    work = offer_scores(pool, score_folder(run.store, pool.pool_id, scorer), scorer, share=runner.share)
+    _score([work], runner)
+    return work.folder
+
+
+@task(name="evaluation scores", **STAGE)
+def score_evaluation(run: Run | ComparisonRun, images: Mapping[str, PoolPlan],
+                     runner: Runner = IN_PROCESS) -> dict[str, dict[str, ShardFolder]]:
+    """Each model's images by each judge of the evaluation: name of the model -> name of the scorer -> scores."""
+    works = {(who, scorer.name): offer_scores(pool, score_folder(run.store, pool.pool_id, scorer), scorer,
+                                              title=f"{scorer.name}, {who}", share=runner.share)
+             for scorer in run.config.evaluation.scorers for who, pool in images.items()}
+    _score(list(works.values()), runner)
+    return {who: {scorer.name: works[who, scorer.name].folder for scorer in run.config.evaluation.scorers}
+            for who in images}
+
+
+def _score(works: list[Work], runner: Runner) -> None:
+    runner.make(works, stage_progress)
+    for work in works:
+        get_run_logger().info("%s: %d shards scored now, %d in %s", work.title, len(work.missing), len(work.wanted),
+                              work.folder.key)

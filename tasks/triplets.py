@@ -50,8 +50,7 @@ def measure_latents(run: Run, pool: PoolPlan, scores: ShardFolder, model: Model,
                     runner: Runner = IN_PROCESS) -> np.ndarray:
     """How far the channel statistics of worse images are from the best one's, in some pools (paper Figure 5b)."""
     folder, indices = distance_folder(pool.folder, scores, model), enough_shards(pool)
-    with stage_progress("distances") as progress:
-        runner.make(offer_distances(pool.folder, scores, folder, model, indices, share=runner.share), progress)
+    runner.make([offer_distances(pool.folder, scores, folder, model, indices, share=runner.share)], stage_progress)
     distances = read_distances(folder, indices, pool.pool.images_per_prompt)
     get_run_logger().info("Latent distances: measured in %d pools, in %s", len(distances), folder.key)
     return distances
@@ -63,7 +62,6 @@ def encode(run: Run, triplets: Triplets, model: Model, runner: Runner = IN_PROCE
     size = (run.config.sampler.width, run.config.sampler.height)
     folder = latent_folder(run.store, triplets.folder, model, size, flips=run.config.dpo.flip)
     work = offer_latents(triplets.folder, folder, model, triplets.indices, share=runner.share)
-    with stage_progress("latents") as progress:
-        runner.make(work, progress)
+    runner.make([work], stage_progress)
     get_run_logger().info("Latents: %d shards encoded now, in %s", len(work.missing), folder.key)
     return folder

@@ -39,8 +39,11 @@ class FaultyS3:
 
     def __init__(self) -> None:
         moto = pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 to test against")
+        from moto.s3.models import s3_backends
+
         self.moto = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self.moto.start()
+        s3_backends.reset()     # moto's buckets outlive its servers, within one process
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.requests: list[str] = []
         self.headers: list[dict[str, str]] = []
@@ -49,6 +52,8 @@ class FaultyS3:
         self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"faulty": self}))
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.environment = {"AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": "test",
+                            "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
     def behave(self) -> None:
         """No faults from here on; forget what was counted."""
@@ -204,11 +209,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def served_bucket(name: str = "bucket") -> Iterator[FaultyS3]:
-    """A running server with one bucket, its address and test credentials in the environment."""
+    """A running server with one empty bucket, its address and test credentials in the environment."""
     server = FaultyS3()
     with pytest.MonkeyPatch.context() as patch:
-        for variable, value in {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "test",
-                                "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        for variable, value in server.environment.items():
             patch.setenv(variable, value)
         for variable in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"):
             patch.delenv(variable, raising=False)

@@ -66,7 +66,7 @@ def draw(store, pool_id, prompts, candidates, *, model=0, shards=None, expected=
     """A hand-made pool with two prompts a shard; only `shards` of it are committed."""
     chunks = [prompts[i:i + 2] for i in range(0, len(prompts), 2)]
     folder = ShardFolder.create(store, f"pools/{pool_id}", {
-        "stage": "pool", "images_per_prompt": candidates, "expected": expected or {
+        "stage": "pool", "images_per_prompt": candidates, "prompts_per_shard": 2, "expected": expected or {
             "shards": len(chunks), "rows": candidates * len(prompts)},
         "model": {"fingerprint": f"model {model}", "negative_prompt": "", "clip_skip": None, "lora": None}})
     for index in range(len(chunks)) if shards is None else shards:

@@ -1,4 +1,4 @@
-"""A real Prefect server with real workers on tiny models, and an S3 server beside it, for tests of orchestration."""
+"""A real Prefect server with real workers on tiny models, for tests of orchestration."""
 
 import contextlib
 import hashlib
@@ -176,25 +176,6 @@ def live(folder: Path, environment: dict[str, str], **settings: Any) -> Iterator
         down(local)
 
 
-@contextlib.contextmanager
-def s3() -> Iterator[dict[str, str]]:
-    """An S3 server on loopback with the bucket `bucket`; gives the environment that reaches it."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    service = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    service.start()
-    host, port = service.get_host_and_port()
-    environment = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test",
-                   "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    try:
-        boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"], aws_access_key_id="test",
-                     aws_secret_access_key="test", region_name="us-east-1").create_bucket(Bucket="bucket")
-        yield environment
-    finally:
-        service.stop()
-
-
 # -- the same road without Prefect, to compare with
 
 
@@ -208,10 +189,10 @@ def walk_undisturbed(parameters: dict[str, Any]) -> Store:
     triplets = triplet_folder(store, pool.folder, scores, run.prompts.id, config.triplets)
     build_triplets(pool.folder, scores, triplets, prompts, pool.indices, config.triplets)
     latents = latent_folder(store, triplets, run.target, (config.sampler.width, config.sampler.height))
-    IN_PROCESS.make(offer_latents(triplets, latents, run.target, pool.indices))
+    IN_PROCESS.make([offer_latents(triplets, latents, run.target, pool.indices)])
     tuned = IN_PROCESS.train(TrainRequest.for_dpo(store, run.target, triplets, latents, pool.indices, config.dpo))
     distances = distance_folder(pool.folder, scores, run.target)
-    IN_PROCESS.make(offer_distances(pool.folder, scores, distances, run.target, enough_shards(pool)))
+    IN_PROCESS.make([offer_distances(pool.folder, scores, distances, run.target, enough_shards(pool))])
     for model in (run.target, run.target.with_lora(tuned.path, config.evaluation.lora_weight)):
         _draw_and_score(_plan_evaluation(store, model, config, run.evaluation_prompts.prompts), config)
     return store
@@ -222,9 +203,9 @@ def _plan_evaluation(store: Store, model: Model, config: RunConfig, prompts: tup
 
 
 def _draw_and_score(pool: PoolPlan, config: RunConfig) -> ShardFolder:
-    IN_PROCESS.make(offer_pool(pool))
+    IN_PROCESS.make([offer_pool(pool)])
     scores = score_folder(pool.folder.store, pool.pool_id, config.scorer)
-    IN_PROCESS.make(offer_scores(pool, scores, config.scorer))
+    IN_PROCESS.make([offer_scores(pool, scores, config.scorer)])
     return scores
 
 

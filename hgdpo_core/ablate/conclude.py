@@ -22,10 +22,11 @@ from hgdpo_core.ablate.charts import (
 from hgdpo_core.ablate.claims import Claim, judge_claims
 from hgdpo_core.ablate.measure import Diversity, measure_diversity, measure_rank_distances, prompt_colours, run_arm
 from hgdpo_core.ablate.page import render_page
-from hgdpo_core.ablate.program import Ablation, Shared, StageProgress, prepare_shared, silent_stages
+from hgdpo_core.ablate.program import Ablation, Shared, prepare_shared
 from hgdpo_core.ablate.result import COLOURS, Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.ablate.tables import TITLES, WORLDS, Table, make_tables, plot_name, to_markdown
+from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.runner import IN_PROCESS, Runner
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from hgdpo_core.ablate.arms import Arm, arm_config, evaluation_scorers
-from hgdpo_core.ablate.program import Shared, StageProgress, draw, score, silent_stages
+from hgdpo_core.ablate.program import Shared, draw, score
 from hgdpo_core.ablate.settings import World, feature_scorer
 from hgdpo_core.config import RunConfig, StageConfig, content_hash
 from hgdpo_core.errors import ConfigError
@@ -19,6 +19,7 @@ from hgdpo_core.images import decode_image
 from hgdpo_core.latent_distances import distance_folder, enough_shards, read_distances
 from hgdpo_core.latents import latent_folder
 from hgdpo_core.metrics import channel_means
+from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import PromptList, prompt_id, save_prompts
 from hgdpo_core.runner import IN_PROCESS, Runner
 from hgdpo_core.scorers import defect_limit, find_scorer
@@ -77,8 +78,7 @@ def run_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_
     model = shared.model.with_lora(tuned.path, arm.lora_weight)
     images = plan_evaluation(store, model, config.sampler, config.pool, config.evaluation, prompts)
     draw(images, "images", stages, runner)
-    scores = {scorer.name: score(shared.ablation.run, images, scorer, stages, runner)
-              for scorer in config.evaluation.scorers}
+    scores = score(shared.ablation.run, images, config.evaluation.scorers, stages, runner)
     target_scores = {name: shared.target_scores[name] for name in scores}
     result = compare(store, shared.target_images, images, target_scores, scores, prompts, config.evaluation)
     record = ArmRecord(
@@ -117,8 +117,7 @@ def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silen
     run.store.write_bytes(f"{folder.key}/README.md", dataset_card(folder, indices, counts).encode())
     latents = latent_folder(run.store, folder, shared.model, (config.sampler.width, config.sampler.height),
                             flips=config.dpo.flip)
-    with stages("latents") as progress:
-        runner.make(offer_latents(folder, latents, shared.model, indices, share=runner.share), progress)
+    runner.make([offer_latents(folder, latents, shared.model, indices, share=runner.share)], stages)
     request = TrainRequest.for_dpo(run.store, shared.model, folder, latents, indices, config.dpo, share=runner.share)
     with stages("dpo") as progress:
         return runner.train(request, progress), counts.triplets
@@ -141,8 +140,7 @@ def measure_diversity(shared: Shared, arm: Arm | None, seed: int, stages: StageP
     draw(pool, "images", stages, runner)
     scorer = feature_scorer(run.config)
     features = feature_folder(run.store, pool.pool_id, scorer)
-    with stages("features") as progress:
-        runner.make(offer_features(pool, features, scorer, share=runner.share), progress)
+    runner.make([offer_features(pool, features, scorer, share=runner.share)], stages)
     return Diversity(pool, measure_spread(features, pool.indices, prompts))
 
 
@@ -155,8 +153,7 @@ def measure_rank_distances(shared: Shared, world: World, stages: StageProgress =
     pool, scores = shared.pool, shared.scores[world]
     folder = distance_folder(pool.folder, scores, shared.model)
     indices = enough_shards(pool, shared.ablation.settings.distance_pools)
-    with stages("distances") as progress:
-        runner.make(offer_distances(pool.folder, scores, folder, shared.model, indices, share=runner.share), progress)
+    runner.make([offer_distances(pool.folder, scores, folder, shared.model, indices, share=runner.share)], stages)
     return read_distances(folder, indices, pool.pool.images_per_prompt)
 
 
@@ -176,7 +173,8 @@ def _arm_id(shared: Shared, config: RunConfig, arm: Arm) -> str:
     """All that decides an arm's numbers. Batch sizes and the like may stand in it: they cost a measurement at most."""
     run = shared.ablation.run
     return content_hash({
-        "format_version": FORMAT_VERSION, "arm": asdict(arm), "config": config.model_dump(mode="json"),
+        "format_version": FORMAT_VERSION, "arm": asdict(arm),
+        "config": config.model_dump(mode="json", exclude={"workers"}),
         "model": shared.model.identity(), "prompts": run.prompts.id, "evaluation_prompts": run.evaluation_prompts.id,
         "scores": shared.scores[arm.world].key,
         "judges": [find_scorer(scorer.name, scorer.source) for scorer in evaluation_scorers(run.config, arm.world)]})

@@ -1,7 +1,6 @@
 """An ablation opened, and what all its arms share: one fine-tuned target, one pool, its scores, the target's images."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.generate import PoolPlan, plan_pool
 from hgdpo_core.models import Model
 from hgdpo_core.presets import build_config
-from hgdpo_core.progress import Progress, silent
+from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import save_prompts
 from hgdpo_core.run import Run, check_run, shell_command
 from hgdpo_core.runner import IN_PROCESS, Runner
@@ -26,15 +25,6 @@ from hgdpo_core.work import offer_pool, offer_scores
 
 PREFIX = "ablation."
 """Overrides that start so are settings of the ablation, the others of the run that it varies."""
-
-StageProgress = Callable[[str], AbstractContextManager[Progress]]
-
-
-@contextmanager
-def silent_stages(stage: str) -> Iterator[Progress]:
-    """The default: nobody is listening to any stage."""
-    yield silent
-
 
 @dataclass(frozen=True)
 class Ablation:
@@ -80,7 +70,8 @@ def open_ablation(preset: str = "figures", root: str | None = None, *, prompts: 
     run = check_run(preset, root, prompts=prompts, target=target, images=images, overrides=given)
     scorer = ranking_scorer(run.config, config.worlds[-1])
     find_scorer(scorer.name, scorer.source)
-    identity = {"run": run.config.model_dump(mode="json"), "ablation": config.model_dump(mode="json")}
+    deciding = run.config.model_dump(mode="json", exclude={"workers"})  # how work is cut changes no result
+    identity = {"run": deciding, "ablation": config.model_dump(mode="json")}
     changed = {name: value for name, value in config.model_dump(mode="json").items()
                if value != AblationConfig().model_dump(mode="json")[name]}
     command = shell_command("ablate", {"preset": preset, "root": run.store.root, "prompts": prompts, "target": target,
@@ -118,26 +109,25 @@ def prepare_shared(ablation: Ablation, stages: StageProgress = silent_stages, ru
     images = plan_evaluation(run.store, model, config.sampler, config.pool, config.evaluation,
                              run.evaluation_prompts.prompts)
     draw(images, "target", stages, runner)
-    scorers = {scorer.name: scorer for world in ablation.settings.worlds
-               for scorer in evaluation_scorers(config, world)}
-    return Shared(ablation, model, pool,
-                  {world: score(run, pool, ranking_scorer(config, world), stages, runner)
-                   for world in ablation.settings.worlds},
-                  images, {name: score(run, images, scorer, stages, runner) for name, scorer in scorers.items()})
+    worlds: tuple[World, ...] = ablation.settings.worlds
+    scorers = {scorer.name: scorer for world in worlds for scorer in evaluation_scorers(config, world)}
+    ranking: dict[World, ScorerConfig] = {world: ranking_scorer(config, world) for world in worlds}
+    pool_scores = score(run, pool, list(ranking.values()), stages, runner)
+    return Shared(ablation, model, pool, {world: pool_scores[scorer.name] for world, scorer in ranking.items()},
+                  images, score(run, images, list(scorers.values()), stages, runner))
 
 
-def draw(plan: PoolPlan, stage: str, stages: StageProgress, runner: Runner) -> None:
+def draw(plan: PoolPlan, title: str, stages: StageProgress, runner: Runner) -> None:
     """Make what is missing of a pool."""
-    with stages(stage) as progress:
-        runner.make(offer_pool(plan, share=runner.share), progress)
+    runner.make([offer_pool(plan, title=title, share=runner.share)], stages)
 
 
-def score(run: Run, pool: PoolPlan, scorer: ScorerConfig, stages: StageProgress, runner: Runner) -> ShardFolder:
-    """A pool's scores, those missing made."""
-    folder = score_folder(run.store, pool.pool_id, scorer)
-    with stages(scorer.name) as progress:
-        runner.make(offer_scores(pool, folder, scorer, share=runner.share), progress)
-    return folder
+def score(run: Run, pool: PoolPlan, scorers: Sequence[ScorerConfig], stages: StageProgress,
+          runner: Runner) -> dict[str, ShardFolder]:
+    """A pool's scores by scorer name, those missing made."""
+    folders = {scorer.name: score_folder(run.store, pool.pool_id, scorer) for scorer in scorers}
+    runner.make([offer_scores(pool, folders[scorer.name], scorer, share=runner.share) for scorer in scorers], stages)
+    return folders
 
 
 def _fine_tune(run: Run, stages: StageProgress, runner: Runner) -> Model:

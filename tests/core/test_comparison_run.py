@@ -165,8 +165,8 @@ def test_a_lora_file_reaches_workers_through_the_store(compare, lora, tmp_path):
 
 
 def test_how_work_is_cut_changes_no_id(compare, lora):
-    other = compare(tuned=str(lora), overrides={"target.dtype": "float32", "workers.pool_shards_per_run": 7})
-    assert other.run_id == compare(tuned=str(lora)).run_id and other.config.workers.pool_shards_per_run == 7
+    other = compare(tuned=str(lora), overrides={"target.dtype": "float32", "workers.draw_images_per_run": 7})
+    assert other.run_id == compare(tuned=str(lora)).run_id and other.config.workers.draw_images_per_run == 7
 
 
 def test_nothing_is_left_by_a_mistake(compare, tmp_path):

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 import tiny
+from faulty_s3 import served_bucket
 from hand_pools import HELD_OUT, PROMPTS, TABLE, Judge, draw, table_judge
 
 from hgdpo_core import scorers
@@ -431,25 +432,14 @@ def test_new_weights_at_the_same_place_are_another_version(tmp_path, judge_folde
     assert np.isfinite(report["pools"][0]["scores_now"]["mean"]) and plan().nothing_to_do
 
 
-def test_the_same_on_s3(loads, monkeypatch, tmp_path):
-    boto3 = pytest.importorskip("boto3")
-    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 to test against")
-    service = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    service.start()
-    try:
-        host, port = service.get_host_and_port()
-        for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test",
-                            "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            monkeypatch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        reports = []
+def test_the_same_on_s3(loads, tmp_path):
+    reports = []
+    with served_bucket():
         for root in ("s3://bucket/people", str(tmp_path)):
             store = Store(root)
             fill(store)
             reports.append(work(store, "two"))
             assert work(store, "two") is None and len(store.list_folders("rescores")) == 1
-        there, here = reports
-        for name in ("pools", "triplets", "scorers", "skipped", "evaluations"):
-            assert there[name] == here[name]
-    finally:
-        service.stop()
+    there, here = reports
+    for name in ("pools", "triplets", "scorers", "skipped", "evaluations"):
+        assert there[name] == here[name]

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+from faulty_s3 import served_bucket
 
 from hgdpo_core.errors import ConfigError, CorruptShardError, InputError, StorageError
 from hgdpo_core.shards import InputShard, ShardFolder, read_table, write_table
@@ -30,18 +31,8 @@ def some_table(seed=0, rows=6):
 
 @pytest.fixture(scope="module")
 def bucket():
-    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 to test against")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        for name, value in {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test",
-                            "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(name, value)
-        patch.delenv("AWS_PROFILE", raising=False)
-        Store("s3://bucket")._objects.filesystem.call_s3("create_bucket", Bucket="bucket")
+    with served_bucket():
         yield "s3://bucket"
-    server.stop()
 
 
 @pytest.fixture

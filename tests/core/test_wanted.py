@@ -60,12 +60,12 @@ def test_a_preset_counts_before_the_runs_and_takes_overrides(store):
 def test_work_is_cut_as_the_preset_or_the_latest_run_says(store):
     assert wanted_workers(store, None) == WorkersConfig()
     for name, shards in (("a", 3), ("b", 5)):
-        config = figures().model_copy(update={"workers": WorkersConfig(score_shards_per_run=shards)})
+        config = figures().model_copy(update={"workers": WorkersConfig(score_images_per_run=shards)})
         store.write_json(f"runs/{name}/config.json", config.model_dump(mode="json"))
         os.utime(store.local_path(f"runs/{name}/config.json"), (1000, 1000 + shards))
     store.write_bytes("runs/c/config.json", b"{}")
-    assert wanted_workers(store, None).score_shards_per_run == 5
-    assert wanted_workers(store, "figures", {"workers.score_shards_per_run": 7}).score_shards_per_run == 7
+    assert wanted_workers(store, None).score_images_per_run == 5
+    assert wanted_workers(store, "figures", {"workers.score_images_per_run": 7}).score_images_per_run == 7
 
 
 def test_names_without_a_store_mean_the_public_checkpoint():

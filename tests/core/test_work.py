@@ -38,6 +38,8 @@ from hgdpo_core.work import (
 
 SAMPLER = SamplerConfig(width=32, height=32, steps=2, guidance_scale=2.0)
 POOL = PoolConfig(images_per_prompt=2, prompts_per_shard=1, batch_size=2)
+IMAGES = POOL.images_per_prompt * POOL.prompts_per_shard
+"""Of one shard."""
 PROMPTS = ["a woman in a red top", "a man in a blue top", "a girl with black hair waves"]
 
 
@@ -68,33 +70,33 @@ def test_a_request_and_the_store_are_enough_for_every_stage(tmp_path, model, jud
     undisturbed = plan(tmp_path / "a", model)
     generate_pool(undisturbed)
     there = plan(tmp_path / "b", model)
-    for request in offer_pool(there).cut(1):
+    for request in offer_pool(there).cut(IMAGES):
         assert run_shards(again(request)) == 2
     assert rows(there.folder) == rows(undisturbed.folder)
 
     scores = [score_folder(p.folder.store, p.pool_id, judge) for p in (undisturbed, there)]
     score_pool(undisturbed.folder.store, undisturbed.folder, scores[0], judge, undisturbed.indices)
-    assert sum(run_shards(again(r)) for r in offer_scores(there, scores[1], judge).cut(2)) == 6
+    assert sum(run_shards(again(r)) for r in offer_scores(there, scores[1], judge).cut(2 * IMAGES)) == 6
     assert rows(scores[0]) == rows(scores[1])
 
     features = [feature_folder(p.folder.store, p.pool_id, judge) for p in (undisturbed, there)]
     embed_pool(undisturbed.folder, features[0], judge, undisturbed.indices)
-    assert sum(run_shards(again(r)) for r in offer_features(there, features[1], judge).cut(2)) == 6
+    assert sum(run_shards(again(r)) for r in offer_features(there, features[1], judge).cut(2 * IMAGES)) == 6
     assert rows(features[0]) == rows(features[1])
-    assert offer_features(there, features[1], judge).cut(2) == []
+    assert offer_features(there, features[1], judge).cut() == []
 
     distances = distance_folder(there.folder, scores[1], model)
     work = offer_distances(there.folder, scores[1], distances, model, there.indices)
-    assert sum(run_shards(again(r)) for r in work.cut(2)) == len(PROMPTS)
+    assert sum(run_shards(again(r)) for r in work.cut(2 * IMAGES)) == len(PROMPTS)
     assert read_distances(distances, there.indices, 2).shape == (len(PROMPTS), 1, 2)
-    assert offer_distances(there.folder, scores[1], distances, model, there.indices).cut(2) == []
+    assert offer_distances(there.folder, scores[1], distances, model, there.indices).cut() == []
 
     triplets = triplet_folder(there.folder.store, there.folder, scores[1], "3-x", TripletConfig())
     build_triplets(there.folder, scores[1], triplets, PROMPTS, there.indices, TripletConfig())
     latents = latent_folder(there.folder.store, triplets, model, (32, 32))
-    IN_PROCESS.make(offer_latents(triplets, latents, model, there.indices))
+    IN_PROCESS.make([offer_latents(triplets, latents, model, there.indices)])
     assert [len(table) for table in rows(latents)] == [len(table) for table in rows(triplets)]
-    assert offer_latents(triplets, latents, model, there.indices).cut(2) == []
+    assert offer_latents(triplets, latents, model, there.indices).cut() == []
 
 
 def test_a_worker_reads_prompts_as_the_planner_does(tmp_path, target_folder):
@@ -111,9 +113,9 @@ def test_a_worker_reads_prompts_as_the_planner_does(tmp_path, target_folder):
 
 def test_only_what_is_missing_is_made_and_each_shard_is_told(tmp_path, model):
     there = plan(tmp_path, model)
-    first, *_ = offer_pool(there).cut(1)
+    first, *_ = offer_pool(there).cut(IMAGES)
     run_shards(first)
-    request, = offer_pool(plan(tmp_path, model)).cut(3)
+    request, = offer_pool(plan(tmp_path, model)).cut(3 * IMAGES)
     seen = []
     assert run_shards(request, on_shard=lambda manifest: seen.append((manifest.index, manifest.rows))) == 4
     assert request.shards == "0-2" and seen == [(1, 2), (2, 2)]
@@ -178,15 +180,20 @@ def test_a_model_of_the_store_is_named_by_its_id(tmp_path, target_folder):
 
 def test_ranges_are_cut_from_all_wanted_shards_so_that_a_second_attempt_meets_them(tmp_path, model):
     there = plan(tmp_path, model)
-    work = Work(there.folder.store, there.folder, "pool", tuple(range(10)), frozenset({4, 9}),
+    work = Work(there.folder.store, there.folder, "pool", "tuned", 10, tuple(range(10)), frozenset({4, 9}),
                 {4: ("a very long prompt that nobody wants to read in a list of runs", "b"), 9: ("c",)}, list)
-    requests = work.cut(4)
+    requests = work.cut(49)
     assert [request.shards for request in requests] == ["4-7", "8-9"]
     assert requests[0].tag == f"shard:{there.pool_id}:4"
-    assert work.name(requests[0]) == "pool 4-7: a very long prompt that… to b"
-    assert work.name(requests[1]) == "pool 8-9: c"
-    many = Work(there.folder.store, there.folder, "pool", tuple(range(1000)), frozenset(range(1000)), {}, list)
-    assert len(many.cut(1)) <= MAX_SHARD_RUNS and many.name(many.cut(1)[0]) == "pool 0-3"
+    assert work.name(requests[0]) == "tuned 4-7: a very long prompt that… to b"
+    assert work.name(requests[1]) == "tuned 8-9: c"
+    assert [request.shards for request in work.cut(1)] == ["4", "9"]    # at least a shard
+    assert [request.shards for request in work.cut()] == ["0-9"]
+    many = Work(there.folder.store, there.folder, "pool", "pool", 10, tuple(range(1000)), frozenset(range(1000)), {},
+                list)
+    assert len(many.cut(10)) <= MAX_SHARD_RUNS and many.name(many.cut(10)[0]) == "pool 0-3"
+    assert len(many.cut(10_000)) == 1 and len(many.cut(10_000, least_runs=4)) == 4
+    assert len(many.cut(1000, least_runs=4)) == 10 and len(many.cut(10, least_runs=900)) <= MAX_SHARD_RUNS
 
 
 def test_ranges_survive_their_text():

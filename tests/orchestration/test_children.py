@@ -12,6 +12,7 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Crashed, Failed,
 
 from flows import children
 from flows.children import Job, ShardRunsError, cancel_children, run_jobs
+from hgdpo_core.config import WorkersConfig
 from hgdpo_core.errors import ConfigError, StoppedError, StorageError
 
 
@@ -38,7 +39,9 @@ class Server:
         self.on_poll()
         for run in self.runs.values():
             if self.scripts[run.id] and not run.state.is_final():
-                self.set(run, self.scripts[run.id].pop(0))
+                following = self.scripts[run.id].pop(0)
+                if following is not None:   # None: it stays as it is
+                    self.set(run, following)
 
     def set(self, run, state):
         if callable(state):
@@ -110,9 +113,9 @@ def job(server, name):
                tag=f"shard:pool-1:{name}", key=f"parent:{name}", is_done=lambda: name in server.made)
 
 
-def run(server, *names, max_failed=10, should_stop=lambda: False):
+def run(server, *names, should_stop=lambda: False, **settings):
     jobs = [job(server, name) for name in names]
-    run_jobs(jobs, max_failed=max_failed, should_stop=should_stop, on_change=lambda jobs: None)
+    run_jobs(jobs, WorkersConfig(**settings), should_stop=should_stop, on_change=lambda jobs: None)
     return jobs
 
 
@@ -191,7 +194,7 @@ def test_work_that_cannot_be_looked_at_is_missing(server):
     broken = job(server, "0")
     broken.is_done = look
     with pytest.raises(ShardRunsError, match="1 of 1"):
-        run_jobs([broken], max_failed=0, should_stop=lambda: False, on_change=lambda jobs: None)
+        run_jobs([broken], WorkersConfig(), should_stop=lambda: False, on_change=lambda jobs: None)
 
 
 def test_a_run_that_somebody_retries_while_others_work_counts_as_live_again(server):
@@ -212,9 +215,22 @@ def test_after_too_many_failures_no_further_run_starts(server):
     scripts = {"0": [Failed()], "1": [Failed()], "2": [Running(), Running(), server.finish("2")], "3": []}
     server.fresh = scripts.__getitem__
     with pytest.raises(ShardRunsError, match="3 of 4"):
-        run(server, "0", "1", "2", "3", max_failed=1)
+        run(server, "0", "1", "2", "3", max_failed_shards=1)
     states = {r.name: r.state.name for r in server.runs.values()}
     assert states["3"] == "Cancelled" and states["2"] == "Completed"  # what runs is not disturbed
+
+
+def test_a_run_that_stays_pending_is_crashed_so_that_it_can_be_retried(server, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(children.time, "monotonic", lambda: now[0])
+    server.on_poll = lambda: now.__setitem__(0, now[0] + 100)
+    # A new state Pending counts anew: the first worker gave it back, and the second one lives.
+    scripts = {"0": [Pending(), Pending()], "1": [Pending(), None, None, None, Pending(), None, None, Running(),
+                                                  server.finish("1")]}
+    server.fresh = scripts.__getitem__
+    with pytest.raises(ShardRunsError, match="1 of 2 shard runs failed .'0' Crashed: Pending for 450 s: its worker is"):
+        run(server, "0", "1", pending_seconds=450)
+    assert server.made == {"1"} and [r.state.name for r in server.runs.values()] == ["Crashed", "Completed"]
 
 
 def test_a_server_that_is_away_for_a_while_is_waited_for(server):

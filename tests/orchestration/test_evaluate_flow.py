@@ -95,7 +95,7 @@ def test_a_lora_is_tried_at_several_weights(server, parameters, target_folder, t
     assert sweep[1]["win_rate"] == summary["win_rate"]
     changes = [point["score_change"]["pickscore"]["mean"] for point in sweep]
     assert changes[0] != changes[1]
-    assert "LoRA_weight_0.5" in summary["timings"]
+    assert len(Store(parameters["root"]).list_folders("evaluations")) >= 2
     page = (Path(parameters["root"]) / "runs" / summary["run_id"] / "report.html").read_text()
     assert ">LoRA weight</h2>" in page
 

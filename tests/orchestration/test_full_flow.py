@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from faulty_s3 import served_bucket
 from safetensors.torch import load_file
 
 from flows.cli import main
@@ -189,22 +190,11 @@ def test_plan_and_gc_commands(parameters, tmp_path, capsys):
     assert not place.exists()
 
 
-def test_the_same_road_on_s3(server, parameters, summary, monkeypatch):
+def test_the_same_road_on_s3(server, parameters, summary):
     """A bucket holds the same rows as a folder, and the second run finds the models through the local cache."""
-    boto3 = pytest.importorskip("boto3")
-    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 to test against")
-    service = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    service.start()
-    try:
-        host, port = service.get_host_and_port()
-        for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test",
-                            "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            monkeypatch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        there = parameters | {"root": "s3://bucket/people"}
+    there = parameters | {"root": "s3://bucket/people"}
+    with served_bucket():
         made, again = hgdpo(**there), hgdpo(**there)
-        assert made["win_rate"] == again["win_rate"] == summary["win_rate"]
-        assert made["artifacts"]["lora"].startswith("s3://bucket/people/models/dpo-")
-        assert key(made, "pool") == key(summary, "pool") and key(made, "lora") == key(summary, "lora")
-    finally:
-        service.stop()
+    assert made["win_rate"] == again["win_rate"] == summary["win_rate"]
+    assert made["artifacts"]["lora"].startswith("s3://bucket/people/models/dpo-")
+    assert key(made, "pool") == key(summary, "pool") and key(made, "lora") == key(summary, "lora")

@@ -111,7 +111,7 @@ def parameters(tmp_path_factory):
         "target.dtype": "float32", "scorer.source": str(judge), "evaluation.scorers": [scorer],
         "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
         "sampler.steps": 2, "pool.images_per_prompt": 4, "pool.prompts_per_shard": 1, "workers.max_failed_shards": 99,
-        "workers.pool_shards_per_run": 3, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2}}
+        "workers.draw_images_per_run": 12, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2}}
 
 
 def worker_processes(workers, pool="hgdpo-gpu"):

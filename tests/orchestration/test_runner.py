@@ -2,6 +2,7 @@
 
 import logging
 import socket
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -71,14 +72,20 @@ def test_a_folder_as_root_is_refused_when_workers_of_other_machines_are_online(w
     check_workers(Store(str(tmp_path)))
 
 
-def test_a_stage_becomes_one_job_a_range_and_its_shards_are_counted(workers, monkeypatch, tmp_path, target_folder):
+def test_works_become_one_job_a_range_and_their_shards_are_counted(workers, monkeypatch, tmp_path, target_folder):
     model = find_model(TargetConfig(source=str(target_folder), dtype="float32"))
     pool = PoolConfig(images_per_prompt=2, prompts_per_shard=1, batch_size=2)
-    plan = plan_pool(Store(str(tmp_path)), model, SamplerConfig(width=32, height=32, steps=1), pool, ["a", "b", "c"])
-    jobs_seen, shown, counted = [], [], []
+    jobs_seen, shown, counted = [], [], {}
 
-    def run_jobs(jobs, *, max_failed, should_stop, on_change):
-        assert max_failed == 7
+    def offered():
+        """Three prompts, and the first of them by other settings."""
+        store = Store(str(tmp_path))
+        return [offer_pool(plan_pool(store, model, SamplerConfig(width=32, height=32, steps=steps), pool, prompts),
+                           title=title)
+                for title, steps, prompts in (("target", 1, ["a", "b", "c"]), ("tuned", 2, ["a"]))]
+
+    def run_jobs(jobs, workers, *, should_stop, on_change):
+        assert workers is settings
         jobs_seen.extend(jobs)
         for job in jobs:
             assert not job.is_done()
@@ -86,19 +93,39 @@ def test_a_stage_becomes_one_job_a_range_and_its_shards_are_counted(workers, mon
             job.done = job.is_done()
             on_change(jobs)
 
+    @contextmanager
+    def stages(title):
+        yield lambda *at: counted.update({title: at})
+
     monkeypatch.setattr(runner, "run_jobs", run_jobs)
     monkeypatch.setattr(runner, "flow_run", SimpleNamespace(id="parent"))
     monkeypatch.setattr(runner, "LiveTable", lambda key, description: SimpleNamespace(
-        show=lambda rows, at_once=False: shown.append(rows)))
-    settings = WorkersConfig(pool_shards_per_run=2, max_failed_shards=7)
-    work = offer_pool(plan)
-    DeploymentRunner(settings, plan.folder.store, never_stop).make(work, lambda *at: counted.append(at))
-    first, second = jobs_seen
-    assert isinstance(first, Job) and first.done and second.done
-    assert first.tag == f"shard:{plan.pool_id}:0" and second.tag == f"shard:{plan.pool_id}:2"
-    assert first.key.startswith(f"parent:{plan.pool_id}:0:") and first.tags == ["pool"]
-    assert (first.name, second.name) == ("pool 0-1: a to b", "pool 2: c")
-    assert counted[-1] == (3, 3, "shards") and [row["work"] for row in shown[-1]] == ["done", "done"]
-    DeploymentRunner(settings, plan.folder.store, never_stop).make(offer_pool(plan_pool(
-        plan.folder.store, model, plan.sampler, pool, ["a", "b", "c"])), lambda *at: counted.append(at))
-    assert len(jobs_seen) == 2  # nothing is missing: no run starts
+        show=lambda rows, at_once=False: shown.append((key, rows))))
+    settings = WorkersConfig(draw_images_per_run=4)
+    make = DeploymentRunner(settings, Store(str(tmp_path)), never_stop).make
+    works = offered()
+    make(works, stages)
+    pool_id = works[0].folder.key.removeprefix("pools/")
+    first, second, third = jobs_seen
+    assert isinstance(first, Job) and first.done and second.done and third.done
+    assert first.tag == f"shard:{pool_id}:0" and second.tag == f"shard:{pool_id}:2"
+    assert first.key.startswith(f"parent:{pool_id}:0:") and first.tags == ["pool"]
+    assert [job.name for job in jobs_seen] == ["target 0-1: a to b", "target 2: c", "tuned 0: a"]
+    assert counted == {"target": (3, 3, "shards"), "tuned": (1, 1, "shards")}
+    assert shown[-1][0] == "pool-shard-runs" and [row["work"] for row in shown[-1][1]] == ["done"] * 3
+    make(offered(), stages)
+    assert len(jobs_seen) == 3  # nothing is missing: no run starts
+
+
+def test_few_images_are_spread_over_several_runs(workers, monkeypatch, tmp_path, target_folder):
+    model = find_model(TargetConfig(source=str(target_folder), dtype="float32"))
+    plan = plan_pool(Store(str(tmp_path)), model, SamplerConfig(width=32, height=32, steps=1),
+                     PoolConfig(images_per_prompt=2, prompts_per_shard=1), ["a", "b", "c"])
+    names = []
+    monkeypatch.setattr(runner, "run_jobs", lambda jobs, *_, **__: names.append([job.name for job in jobs]))
+    monkeypatch.setattr(runner, "flow_run", SimpleNamespace(id="parent"))
+    monkeypatch.setattr(runner, "LiveTable", lambda *_: SimpleNamespace(show=lambda rows, at_once: None))
+    for runs in (1, 2):
+        settings = WorkersConfig(draw_images_per_run=100, least_draw_runs=runs)
+        DeploymentRunner(settings, plan.folder.store, never_stop).make([offer_pool(plan)])
+    assert names == [["pool 0-2: a to c"], ["pool 0-1: a to b", "pool 2: c"]]

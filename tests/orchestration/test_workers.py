@@ -5,22 +5,21 @@ import signal
 import live
 import pytest
 import tiny
-
-pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 to test against")
+from faulty_s3 import served_bucket
 
 PROMPTS = [f"a woman in a red top, number {i}" for i in range(6)]
 
 
 @pytest.fixture(scope="module")
 def bucket():
-    with live.s3() as environment:
-        yield environment
+    with served_bucket() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory, bucket):
     folder = tmp_path_factory.mktemp("live")
-    environment = bucket | {"XDG_CACHE_HOME": str(folder / "cache"), "HGDPO_TEST_SLOW": "0.05"}
+    environment = bucket.environment | {"XDG_CACHE_HOME": str(folder / "cache"), "HGDPO_TEST_SLOW": "0.05"}
     with live.live(folder, environment) as up:
         yield up
 
@@ -36,7 +35,7 @@ def parameters(tmp_path_factory):
         "target.dtype": "float32", "scorer.source": str(judge), "evaluation.scorers": [scorer],
         "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
         "sampler.steps": 2, "pool.images_per_prompt": 3, "pool.prompts_per_shard": 1,
-        "workers.pool_shards_per_run": 2, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2}}
+        "workers.draw_images_per_run": 6, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2}}
 
 
 def manifests(store, stage=""):
@@ -44,10 +43,8 @@ def manifests(store, stage=""):
     return {key: store.read_json(key) for key, _, _ in store.walk(stage) if key.endswith(".json") and "/shard-" in key}
 
 
-def test_retry_makes_only_the_failed_shard_and_the_run_completes(workers, parameters, bucket, monkeypatch, tmp_path):
+def test_retry_makes_only_the_failed_shard_and_the_run_completes(workers, parameters, tmp_path):
     """The later stages' results lie there already. They fit, byte for byte, only if the pool is made as it was."""
-    for name, value in bucket.items():
-        monkeypatch.setenv(name, value)
     prompts = PROMPTS[:4]
     (tmp_path / "four.txt").write_text("\n".join(prompts))
     there = parameters | {"root": "s3://bucket/retried", "prompts": str(tmp_path / "four.txt")}
@@ -77,7 +74,7 @@ def test_retry_makes_only_the_failed_shard_and_the_run_completes(workers, parame
     assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.told()
     assert ended["run_count"] == 1
     started = [(run["name"].split()[0], run["run_count"]) for run in workers.children(parent)]
-    assert sorted(started) == [("pool", 1), ("pool", 2), ("score", 1)]
+    assert sorted(started) == [("pickscore", 1), ("pool", 1), ("pool", 2)]
     assert workers.painted().count(prompts[2]) == workers.painted().count(prompts[3]) == 1
     after = manifests(store)
     kept = committed | {key: manifest for key, manifest in made.items() if key not in of_training}
@@ -88,10 +85,7 @@ def test_retry_makes_only_the_failed_shard_and_the_run_completes(workers, parame
 
 
 @pytest.mark.slow
-def test_failed_and_killed_shards_and_a_killed_parent_lead_to_the_same_rows(workers, parameters, bucket, monkeypatch,
-                                                                         tmp_path):
-    for name, value in bucket.items():
-        monkeypatch.setenv(name, value)
+def test_failed_and_killed_shards_and_a_killed_parent_lead_to_the_same_rows(workers, parameters, tmp_path):
     workers.fault("raise", 1, PROMPTS[1])  # the second shard of the first range fails, once
     workers.fault("kill", 2, PROMPTS[2])  # the second range is killed in its first shard
     there, earlier = parameters | {"root": "s3://bucket/people"}, workers.painted()
@@ -134,9 +128,22 @@ def test_failed_and_killed_shards_and_a_killed_parent_lead_to_the_same_rows(work
 
 
 @pytest.mark.slow
+def test_a_fifth_of_all_requests_failing_changes_no_row(workers, parameters, bucket, tmp_path):
+    bucket.misbehave(0.2, seed=1)
+    store = live.Store("s3://bucket/spoiled")
+    ended = workers.await_final(workers.start("hgdpo/full", parameters | {"root": store.root}))
+    assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.told()
+    spoiled = sum(bucket.spoiled.values())
+    bucket.behave()
+    assert spoiled > 100
+    undisturbed = live.walk_undisturbed(parameters | {"root": str(tmp_path / "undisturbed")})
+    assert live.row_hashes(store) == live.row_hashes(undisturbed)
+
+
+@pytest.mark.slow
 def test_a_cancelled_parent_takes_its_shard_runs_along(workers, parameters, tmp_path):
     there = parameters | {"root": str(tmp_path / "root")}
-    there["overrides"] = there["overrides"] | {"pool.images_per_prompt": 200, "workers.pool_shards_per_run": 1}
+    there["overrides"] = there["overrides"] | {"pool.images_per_prompt": 200, "workers.draw_images_per_run": 200}
     parent = workers.start("hgdpo/full", there)
     workers.until("a running shard", lambda: any(c["state_type"] == "RUNNING" for c in workers.children(parent)))
     workers.cancel(parent)
@@ -147,9 +154,7 @@ def test_a_cancelled_parent_takes_its_shard_runs_along(workers, parameters, tmp_
 
 
 @pytest.mark.slow
-def test_two_models_are_compared_on_workers(workers, parameters, bucket, monkeypatch, tmp_path):
-    for name, value in bucket.items():
-        monkeypatch.setenv(name, value)
+def test_two_models_are_compared_on_workers(workers, parameters, tmp_path):
     overrides = {name: value for name, value in parameters["overrides"].items()
                  if name.startswith(("sampler.", "target.")) or name == "pool.prompts_per_shard"}
     judge = parameters["overrides"]["scorer.source"]
