@@ -8,7 +8,7 @@ from flows.bars import terminal_bar
 
 def caption(options: argparse.Namespace) -> int:
     """Write captions by LLaVA for images that have none, as a .txt beside each."""
-    from hgdpo_core.caption import find_uncaptioned, write_captions
+    from hgdpo_core.image_sets.captions import find_uncaptioned, write_captions
     from hgdpo_core.models import default_device, resolve_dtype
 
     images, device = find_uncaptioned(options.images), default_device()
@@ -18,7 +18,7 @@ def caption(options: argparse.Namespace) -> int:
     if options.plan:
         print(f"To caption: {len(images.names):,} of {images.images:,} images")
         return 0
-    from hgdpo_core.captioner import DEFAULT_MODEL, DEFAULT_QUESTION, Captioner, find_captioner
+    from hgdpo_core.image_sets.llava import DEFAULT_MODEL, DEFAULT_QUESTION, Captioner, find_captioner
 
     captioner = Captioner(find_captioner(options.model or DEFAULT_MODEL), options.prompt or DEFAULT_QUESTION,
                           device=device, dtype=resolve_dtype(options.dtype), max_new_tokens=options.max_new_tokens)

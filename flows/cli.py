@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
     from flows.full import hgdpo
     from flows.server import some_server
-    from hgdpo_core.plan_table import RunPlan
+    from hgdpo_core.plan.table import RunPlan
 
     try:
         with some_server():
@@ -81,7 +81,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _print_plan(run_plan: Any, *, as_json: bool) -> None:
-    from hgdpo_core.plan_table import describe
+    from hgdpo_core.plan.table import describe
 
     print(run_plan.model_dump_json(indent=1) if as_json else describe(run_plan))
 

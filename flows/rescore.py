@@ -11,12 +11,12 @@ from flows.nightly import reason_to_skip
 from flows.runner import ShardRunnerName, choose_runner
 from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.errors import StoppedError
-from hgdpo_core.night import Night
-from hgdpo_core.rescore_plan import RescorePlan, Skipped
+from hgdpo_core.rescore.night import Night
+from hgdpo_core.rescore.plan import RescorePlan, Skipped
+from hgdpo_core.rescore.wanted import wanted_workers
 from hgdpo_core.run import default_root
 from hgdpo_core.runner import Runner
 from hgdpo_core.storage import Store
-from hgdpo_core.wanted import wanted_workers
 from tasks.rescore import begin, find_work, rank, report_drift, score_again
 from tasks.ui import explain_own_errors
 

@@ -19,8 +19,8 @@ from hgdpo_core.errors import ConfigError
 from hgdpo_core.progress import Progress, ShouldStop, StageProgress, silent, silent_stages
 from hgdpo_core.runner import InProcess, Runner
 from hgdpo_core.storage import Store
-from hgdpo_core.train_request import TrainRequest, find_result
-from hgdpo_core.tuning import Tuned
+from hgdpo_core.training.request import TrainRequest, find_result
+from hgdpo_core.training.tuning import Tuned
 from hgdpo_core.work import ShardRequest, Work
 from tasks.ui import LiveTable
 

@@ -13,8 +13,8 @@ from flows.bars import terminal_bar
 
 def rescore(options: argparse.Namespace) -> int:
     """Score pools again whose scores are missing or by a scorer that changed; report what moved."""
-    from hgdpo_core.night import find_unfinished, last_report
-    from hgdpo_core.rescore_plan import plan_wanted
+    from hgdpo_core.rescore.night import find_unfinished, last_report
+    from hgdpo_core.rescore.plan import plan_wanted
     from hgdpo_core.run import default_root
     from hgdpo_core.storage import Store
 
@@ -53,10 +53,10 @@ def score(options: argparse.Namespace) -> int:
 
 def _score_files(options: argparse.Namespace) -> int:
     from hgdpo_core.config import ScorerConfig
-    from hgdpo_core.rescore_plan import find_versions
+    from hgdpo_core.rescore.plan import find_versions
+    from hgdpo_core.rescore.wanted import WantedScorer, wanted_scorers
     from hgdpo_core.score_images import images_to_score, score_images
     from hgdpo_core.storage import Store
-    from hgdpo_core.wanted import WantedScorer, wanted_scorers
 
     images = images_to_score(options.images, options.prompt)
     store = Store(options.root) if options.root else None
@@ -88,7 +88,7 @@ def _score_files(options: argparse.Namespace) -> int:
 
 def _score_pools(options: argparse.Namespace) -> int:
     from hgdpo_core.rescore import score_missing, summarise_pools
-    from hgdpo_core.rescore_plan import plan_wanted
+    from hgdpo_core.rescore.plan import plan_wanted
     from hgdpo_core.run import default_root
     from hgdpo_core.storage import Store
 

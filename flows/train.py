@@ -7,7 +7,7 @@ from prefect.states import State
 
 from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.errors import StoppedError
-from hgdpo_core.train_request import TrainRequest
+from hgdpo_core.training.request import TrainRequest
 from tasks.training import make_tuned
 from tasks.ui import explain_own_errors
 

@@ -24,13 +24,13 @@ from hgdpo_core.config import (
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.models import Model, find_model
+from hgdpo_core.models.files import is_lora
 from hgdpo_core.presets import PARTI_PROMPTS, build_config
-from hgdpo_core.prompt_syntax import check_syntax
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
+from hgdpo_core.prompts.syntax import check_syntax
 from hgdpo_core.run import default_root, shell_command
 from hgdpo_core.scorers import require_scorers
 from hgdpo_core.storage import Store
-from hgdpo_core.target_files import is_lora
 
 
 @dataclass(frozen=True)

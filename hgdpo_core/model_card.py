@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hgdpo_core.config import RunConfig
+from hgdpo_core.models.files import looks_like_hub_id
 from hgdpo_core.report import SCORER_TITLES
-from hgdpo_core.target_files import looks_like_hub_id
 
 TO_FILL_IN = "TO FILL IN"
 FIELDS = {

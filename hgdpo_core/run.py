@@ -14,11 +14,11 @@ from hgdpo_core.evaluate import refuse_seen_prompts
 from hgdpo_core.image_sets import ImageSet, read_image_set
 from hgdpo_core.models import Model, default_device, find_model
 from hgdpo_core.presets import build_config
-from hgdpo_core.prompt_syntax import check_syntax
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
+from hgdpo_core.prompts.syntax import check_syntax
 from hgdpo_core.scorers import find_scorer, require_scorers
 from hgdpo_core.storage import DryStore, Store
-from hgdpo_core.trackers import check_tracker
+from hgdpo_core.training.trackers import check_tracker
 
 FIGURES_SFT_IMAGES = 512
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hgdpo_core.progress import Progress, ShouldStop, StageProgress, never_stop, silent, silent_stages
-from hgdpo_core.train_request import TrainRequest, run_train
-from hgdpo_core.tuning import Tuned
+from hgdpo_core.training.request import TrainRequest, run_train
+from hgdpo_core.training.tuning import Tuned
 from hgdpo_core.work import Work, run_shards
 
 

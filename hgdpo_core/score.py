@@ -11,7 +11,7 @@ from hgdpo_core.errors import StoppedError
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import DTYPES, default_device, device_name, recorded_syntax
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.prompt_syntax import strip_syntax
+from hgdpo_core.prompts.syntax import strip_syntax
 from hgdpo_core.scorers import Scorer, find_scorer, load_scorer
 from hgdpo_core.scorers.pictures import threads
 from hgdpo_core.shards import ShardFolder, ShardManifest

@@ -8,12 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from hgdpo_core.averaging import WeightAverage
-from hgdpo_core.checkpoints import Checkpoints
 from hgdpo_core.config import SftConfig
 from hgdpo_core.errors import InputError
 from hgdpo_core.losses import denoising_error
-from hgdpo_core.processes import is_first_process
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.schedule import add_noise, prediction_target, training_scheduler
 from hgdpo_core.training import (
@@ -30,7 +27,10 @@ from hgdpo_core.training import (
     resolve_precision,
     turn,
 )
-from hgdpo_core.training_loop import run_training
+from hgdpo_core.training.averaging import WeightAverage
+from hgdpo_core.training.checkpoints import Checkpoints
+from hgdpo_core.training.loop import run_training
+from hgdpo_core.training.processes import is_first_process
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from hgdpo_core.config import PromptSyntax
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.models import Model
-from hgdpo_core.prompt_syntax import Segment, parse_weights
+from hgdpo_core.prompts.syntax import Segment, parse_weights
 from hgdpo_core.sampler import encode_text, hidden_states
 
 COMMA_REACH = 20  # A1111's "comma padding backtrack": a full chunk is cut at a comma this near to its end

@@ -8,11 +8,10 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
-from hgdpo_core.checkpoints import Checkpoints
 from hgdpo_core.config import DpoConfig
 from hgdpo_core.errors import InputError
-from hgdpo_core.lora import add_lora, load_lora_state, lora_state, reference_mode
 from hgdpo_core.losses import denoising_error, diffusion_dpo_loss, preference_margin, statistic_matching_loss
+from hgdpo_core.models.lora import add_lora, load_lora_state, lora_state, reference_mode
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.schedule import add_noise, prediction_target, training_scheduler
 from hgdpo_core.training import (
@@ -30,7 +29,8 @@ from hgdpo_core.training import (
     resolve_precision,
     turn,
 )
-from hgdpo_core.training_loop import run_training
+from hgdpo_core.training.checkpoints import Checkpoints
+from hgdpo_core.training.loop import run_training
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from hgdpo_core.generate import PoolPlan, generate_pool, open_pool
 from hgdpo_core.latent_distances import measure_distances, missing_distances
 from hgdpo_core.latents import cache_latents, missing_latents
 from hgdpo_core.models import Lora, Model, find_model, recorded_syntax
-from hgdpo_core.places import Place
+from hgdpo_core.models.files import SD15_CONFIGS
+from hgdpo_core.models.places import Place
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.score import missing_scores, score_pool
 from hgdpo_core.scorers import find_scorer
 from hgdpo_core.shards import FORMAT_VERSION, ShardFolder, ShardManifest
 from hgdpo_core.storage import Store
-from hgdpo_core.target_files import SD15_CONFIGS
 
 Stage = Literal["pool", "score", "latents", "features", "distances"]
 OnShard = Callable[[ShardManifest], None]

@@ -7,8 +7,8 @@ from prefect.logging import get_run_logger
 
 from hgdpo_core.comparison_run import ComparisonRun, open_comparison, plan_comparison
 from hgdpo_core.plan import plan_run
-from hgdpo_core.plan_table import readable_bytes, readable_hours, readable_time
-from hgdpo_core.prompt_syntax import describe_unread
+from hgdpo_core.plan.table import readable_bytes, readable_hours, readable_time
+from hgdpo_core.prompts.syntax import describe_unread
 from hgdpo_core.run import Run, open_run
 from tasks.options import STAGE
 from tasks.ui import show_table

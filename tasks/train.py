@@ -7,9 +7,9 @@ from hgdpo_core.models import Model
 from hgdpo_core.run import Run
 from hgdpo_core.runner import IN_PROCESS, Runner
 from hgdpo_core.shards import ShardFolder
-from hgdpo_core.train_request import TrainRequest
-from hgdpo_core.tuning import Tuned
-from hgdpo_core.validation import Validation
+from hgdpo_core.training.request import TrainRequest
+from hgdpo_core.training.tuning import Tuned
+from hgdpo_core.training.validation import Validation
 from tasks.options import STAGE
 from tasks.triplets import Triplets
 from tasks.ui import show_table, stage_progress

@@ -3,9 +3,9 @@
 from prefect import task
 from prefect.logging import get_run_logger
 
-from hgdpo_core.launch import run_train_everywhere
 from hgdpo_core.progress import ShouldStop
-from hgdpo_core.train_request import TrainRequest
+from hgdpo_core.training.launch import run_train_everywhere
+from hgdpo_core.training.request import TrainRequest
 from tasks.options import STAGE
 from tasks.ui import stage_progress
 from tasks.validation import showing_validation

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 from hgdpo_core.progress import Progress
 from hgdpo_core.storage import Store
-from hgdpo_core.train_request import TrainRequest, result_id
-from hgdpo_core.validation import validation_grid, validation_steps
+from hgdpo_core.training.request import TrainRequest, result_id
+from hgdpo_core.training.validation import validation_grid, validation_steps
 from tasks.ui import show_image
 
 LOOK_SECONDS = 30.0

@@ -27,7 +27,7 @@ from hgdpo_core.runner import IN_PROCESS
 from hgdpo_core.score import score_folder
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
-from hgdpo_core.train_request import TrainRequest
+from hgdpo_core.training.request import TrainRequest
 from hgdpo_core.triplets import build_triplets, triplet_folder
 from hgdpo_core.work import offer_distances, offer_latents, offer_pool, offer_scores
 

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hgdpo_core.config import TargetConfig
-from hgdpo_core.lora import add_lora, save_lora
 from hgdpo_core.models import find_model, load_pipeline
+from hgdpo_core.models.lora import add_lora, save_lora
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
         "prediction_type": "epsilon"}

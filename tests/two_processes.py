@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from training_cases import Pairs, all_weights, config, sft_config, train, train_images, weights
 
-from hgdpo_core.checkpoints import Checkpoints
 from hgdpo_core.errors import ConfigError, StoppedError
 from hgdpo_core.storage import Store
+from hgdpo_core.training.checkpoints import Checkpoints
 
 FIRST = os.environ.get("RANK") == "0"
 

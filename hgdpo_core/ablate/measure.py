@@ -24,9 +24,9 @@ from hgdpo_core.prompts import PromptList, prompt_id, save_prompts
 from hgdpo_core.runner import IN_PROCESS, Runner
 from hgdpo_core.scorers import defect_limit, find_scorer
 from hgdpo_core.shards import ShardFolder
-from hgdpo_core.train_request import TrainRequest
+from hgdpo_core.training.request import TrainRequest
+from hgdpo_core.training.tuning import Tuned
 from hgdpo_core.triplets import build_triplets, dataset_card, triplet_folder
-from hgdpo_core.tuning import Tuned
 from hgdpo_core.work import offer_distances, offer_features, offer_latents
 
 FORMAT_VERSION = 1  # raise when the same arm would be measured otherwise

@@ -5,7 +5,7 @@ from html import escape
 
 from hgdpo_core.ablate.program import Ablation
 from hgdpo_core.ablate.tables import Table
-from hgdpo_core.plots import STYLE
+from hgdpo_core.pictures.plots import STYLE
 from hgdpo_core.report import CONTENT_POLICY
 
 WIDE = """

@@ -19,8 +19,8 @@ from hgdpo_core.runner import IN_PROCESS, Runner
 from hgdpo_core.score import score_folder
 from hgdpo_core.scorers import find_scorer
 from hgdpo_core.shards import ShardFolder
-from hgdpo_core.train_request import TrainRequest
-from hgdpo_core.tuning import find_tuned_target
+from hgdpo_core.training.request import TrainRequest
+from hgdpo_core.training.tuning import find_tuned_target
 from hgdpo_core.work import offer_pool, offer_scores
 
 PREFIX = "ablation."

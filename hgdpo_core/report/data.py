@@ -9,9 +9,9 @@ import numpy as np
 from hgdpo_core.colours import ColourChange, ColourHistograms
 from hgdpo_core.config import StageConfig
 from hgdpo_core.evaluate import Comparison
-from hgdpo_core.grids import PairSample, PoolSample
 from hgdpo_core.intervals import DefectChange, Estimate, Interval, ScoreChange
 from hgdpo_core.metrics import ColourShift, WinRate
+from hgdpo_core.pictures.grids import PairSample, PoolSample
 
 SCORER_TITLES = {"pickscore": "PickScore", "hps_v2.0": "HPS v2.0", "hps_v2.1": "HPS v2.1",
                  "imagereward": "ImageReward", "aesthetic": "LAION aesthetic", "clip": "CLIP",

@@ -6,7 +6,7 @@ from html import escape
 from hgdpo_core.colours import WEAK_RESULTANT, ColourChange, ColourHistograms
 from hgdpo_core.intervals import DefectChange, Estimate
 from hgdpo_core.metrics import ColourShift
-from hgdpo_core.plots import HISTOGRAMS, histogram, rate_bar, share_bar
+from hgdpo_core.pictures.plots import HISTOGRAMS, histogram, rate_bar, share_bar
 from hgdpo_core.report.data import SCORER_TITLES, ReportData
 from hgdpo_core.report.parts import (
     NOTHING,

@@ -6,7 +6,7 @@ from html import escape
 from PIL import Image
 
 from hgdpo_core.errors import InputError
-from hgdpo_core.plots import STYLE
+from hgdpo_core.pictures.plots import STYLE
 from hgdpo_core.report.data import SCORER_TITLES, ReportData
 from hgdpo_core.report.headline import headline, read_interval
 from hgdpo_core.report.numbers import artifacts, colours, counts, defects, timings, variety, win_rates

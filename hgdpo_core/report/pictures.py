@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from hgdpo_core.grids import PairSample, PoolSample, format_score, rank_pool
+from hgdpo_core.pictures.grids import PairSample, PoolSample, format_score, rank_pool
 from hgdpo_core.report.parts import ImageEncoder, picture, section
 
 

@@ -5,7 +5,7 @@ from html import escape
 
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.intervals import Estimate
-from hgdpo_core.plots import IntervalPoint, interval_chart
+from hgdpo_core.pictures.plots import IntervalPoint, interval_chart
 from hgdpo_core.report.data import SCORER_TITLES
 from hgdpo_core.report.parts import NOTHING, percent, rate_interval, section, signed, span, table, with_interval
 

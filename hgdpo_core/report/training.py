@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hgdpo_core.plots import ChartSpec, line_chart
+from hgdpo_core.pictures.plots import ChartSpec, line_chart
 from hgdpo_core.report.parts import count_of, section
 
 DPO_CHARTS = (

@@ -17,10 +17,10 @@ from road import tiny_parameters, walk_road
 from safetensors.torch import save_file
 
 from flows.cli import main
-from hgdpo_core import checkpoints
 from hgdpo_core.errors import StorageError
 from hgdpo_core.storage import Store, scratch
 from hgdpo_core.storage.local import LocalFiles
+from hgdpo_core.training import checkpoints
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import save_llava
 
 from flows import cli
-from hgdpo_core import captioner as captioner_module
-from hgdpo_core.caption import find_uncaptioned, write_captions
-from hgdpo_core.captioner import Captioner, find_captioner
 from hgdpo_core.errors import InputError, ModelError, StoppedError
+from hgdpo_core.image_sets import llava as captioner_module
 from hgdpo_core.image_sets import read_image_set
+from hgdpo_core.image_sets.captions import find_uncaptioned, write_captions
+from hgdpo_core.image_sets.llava import Captioner, find_captioner
 from hgdpo_core.storage import Store
 
 TEMPLATE = ("{% for message in messages %}{{ message.role }}: {% for part in message.content %}"

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from hgdpo_core.drift import ranking_drift
 from hgdpo_core.errors import InputError
+from hgdpo_core.rescore.drift import ranking_drift
 
 NAN = float("nan")
 BEFORE = np.array([[1.0, 2, 3, 4]] * 6)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from hgdpo_core.errors import InputError
-from hgdpo_core.grids import (
+from hgdpo_core.pictures.grids import (
     ACCENT,
     LOSS,
     MARGIN,

@@ -9,13 +9,13 @@ from diffusers import AutoencoderKL
 from hgdpo_core.config import DpoConfig, SftConfig, TargetConfig
 from hgdpo_core.errors import InputError
 from hgdpo_core.image_sets import read_image_set
+from hgdpo_core.image_sets.latents import LatentImages, cache_image_latents, image_latent_folder
 from hgdpo_core.images import encode_image
 from hgdpo_core.latents import CACHED_SHARDS, MIRRORED, SCHEMA, LatentPairs, cache_latents, latent_folder
 from hgdpo_core.models import find_model
-from hgdpo_core.sft_images import LatentImages, cache_image_latents, image_latent_folder
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
-from hgdpo_core.tuning import tune_lora, tune_target
+from hgdpo_core.training.tuning import tune_lora, tune_target
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (2, 3, 32, 32, 3), dtype=np.uint8)  # winners and losers of three pairs

@@ -8,15 +8,15 @@ import subprocess
 import psutil
 import pytest
 
-from hgdpo_core import launch
 from hgdpo_core.config import SftConfig, TargetConfig
 from hgdpo_core.errors import ConfigError, StoppedError
 from hgdpo_core.figures.dataset import write_image_folder
 from hgdpo_core.image_sets import read_image_set
-from hgdpo_core.launch import main, run_train_everywhere
 from hgdpo_core.models import find_model
 from hgdpo_core.storage import Store
-from hgdpo_core.train_request import TrainRequest, find_result, run_train
+from hgdpo_core.training import launch
+from hgdpo_core.training.launch import main, run_train_everywhere
+from hgdpo_core.training.request import TrainRequest, find_result, run_train
 
 SFT = SftConfig(max_steps=2, batch_size=1, learning_rate=1e-4, optimizer="adamw", mixed_precision="no")
 
@@ -63,7 +63,7 @@ def test_a_training_whose_process_dies_goes_on_from_its_checkpoint_with_one_proc
     def kill_one(done: int, total: int, unit: str) -> None:
         if done >= 4 and not killed:
             workers = [child for child in psutil.Process().children(recursive=True)
-                       if "hgdpo_core.launch" in child.cmdline() and not child.children()]
+                       if "hgdpo_core.training.launch" in child.cmdline() and not child.children()]
             killed.extend(workers[:1])
             killed[0].kill()
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_unet
 
 from hgdpo_core.errors import ModelError
-from hgdpo_core.lora import (
+from hgdpo_core.models.files import SD15_CONFIGS
+from hgdpo_core.models.lora import (
     add_lora,
     load_lora_state,
     lora_state,
@@ -21,7 +22,6 @@ from hgdpo_core.lora import (
     save_lora,
     write_kohya_lora,
 )
-from hgdpo_core.target_files import SD15_CONFIGS
 
 
 def predict(unet: UNet2DConditionModel) -> torch.Tensor:

@@ -8,9 +8,9 @@ import torch
 
 from hgdpo_core.config import TargetConfig, apply_overrides
 from hgdpo_core.errors import ConfigError, ModelError
-from hgdpo_core.lora import add_lora, save_lora
-from hgdpo_core.model_store import fetch_model, publish_model
 from hgdpo_core.models import default_device, find_model, load_pipeline, resolve_dtype
+from hgdpo_core.models.lora import add_lora, save_lora
+from hgdpo_core.models.published import fetch_model, publish_model
 from hgdpo_core.presets import figures
 from hgdpo_core.run import open_run
 from hgdpo_core.storage import Store
@@ -127,7 +127,7 @@ def test_the_device_is_the_one_asked_for_else_the_accelerator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert default_device() == "cuda"
     monkeypatch.setenv("HGDPO_DEVICE", "cpu")
-    for module in ("models", "training"):
+    for module in ("models.model", "training.parts"):
         monkeypatch.setattr(f"hgdpo_core.{module}.cpu_has_fast_bfloat16", lambda: False)
     assert default_device() == "cpu" and resolve_dtype("auto") == "float32" and resolve_dtype("float16") == "float16"
     assert resolve_precision("auto") == "no"  # training goes where the rest goes

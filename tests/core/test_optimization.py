@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hgdpo_core.config import SftConfig
-from hgdpo_core.optimization import make_optimizer, warm_up_schedule
+from hgdpo_core.training.optimization import make_optimizer, warm_up_schedule
 
 
 def config(**settings) -> SftConfig:

@@ -8,12 +8,11 @@ from faulty_s3 import served_bucket
 from road import tiny_parameters, walk_road
 from safetensors.torch import load_file, save_file
 
-from hgdpo_core import probe, rates
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
 from hgdpo_core.models import Model
-from hgdpo_core.plan import plan_run
-from hgdpo_core.plan_table import RunPlan, describe, readable_bytes, readable_time
-from hgdpo_core.rates import ModelSize, Rate
+from hgdpo_core.plan import plan_run, probe, rates
+from hgdpo_core.plan.rates import ModelSize, Rate
+from hgdpo_core.plan.table import RunPlan, describe, readable_bytes, readable_time
 from hgdpo_core.run import open_run
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import DryStore, Store

@@ -12,11 +12,11 @@ import pytest
 import torch
 from training_cases import Pairs, all_weights, config, sft_config, train, train_images, weights
 
-from hgdpo_core.checkpoints import Checkpoints
 from hgdpo_core.errors import StoppedError
-from hgdpo_core.launch import launch_command
-from hgdpo_core.processes import share_of
 from hgdpo_core.storage import Store
+from hgdpo_core.training.checkpoints import Checkpoints
+from hgdpo_core.training.launch import launch_command
+from hgdpo_core.training.processes import share_of
 
 TESTS = Path(__file__).parents[1]
 

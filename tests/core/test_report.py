@@ -15,10 +15,10 @@ from PIL import Image
 from hgdpo_core.colours import ColourChange, ColourHistograms
 from hgdpo_core.errors import InputError
 from hgdpo_core.evaluate import Comparison
-from hgdpo_core.grids import PairSample, PoolSample
 from hgdpo_core.intervals import Estimate, Interval, defect_change, score_change
 from hgdpo_core.metrics import ColourShift, WinRate, rgb_to_hsv
-from hgdpo_core.plots import (
+from hgdpo_core.pictures.grids import PairSample, PoolSample
+from hgdpo_core.pictures.plots import (
     BOTTOM,
     HISTOGRAMS,
     LEFT,

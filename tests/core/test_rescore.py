@@ -17,14 +17,14 @@ from hand_pools import HELD_OUT, PROMPTS, TABLE, Judge, draw, table_judge
 from hgdpo_core import scorers
 from hgdpo_core.config import ScorerConfig, TripletConfig
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError
-from hgdpo_core.night import close_night, last_report, open_night
 from hgdpo_core.prompts import PromptList, save_prompts
 from hgdpo_core.rescore import Ranking, rank_again, score_missing, summarise_pools
-from hgdpo_core.rescore_plan import Skipped, find_versions, plan_rescore, plan_wanted
+from hgdpo_core.rescore.night import close_night, last_report, open_night
+from hgdpo_core.rescore.plan import Skipped, find_versions, plan_rescore, plan_wanted
+from hgdpo_core.rescore.wanted import WantedScorer
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
 from hgdpo_core.triplets import build_triplets, triplet_folder
-from hgdpo_core.wanted import WantedScorer
 
 
 @pytest.fixture

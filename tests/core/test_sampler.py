@@ -15,8 +15,8 @@ from hgdpo_core.errors import ConfigError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.generate import generate_pool, plan_pool, pool_settings
 from hgdpo_core.images import decode_image
-from hgdpo_core.lora import add_lora, save_lora
 from hgdpo_core.models import find_model, load_pipeline
+from hgdpo_core.models.lora import add_lora, save_lora
 from hgdpo_core.presets import figures
 from hgdpo_core.sampler import make_scheduler, match_statistics, sample_latents
 from hgdpo_core.storage import Store

@@ -6,11 +6,11 @@ from diffusers import DDPMScheduler
 from tiny import SD15, tiny_unet
 from training_cases import EMPTY, Images, all_weights, sft_config, train_images
 
-from hgdpo_core.checkpoints import Checkpoints
 from hgdpo_core.errors import InputError, StoppedError
 from hgdpo_core.sft import drop_captions, train_sft
 from hgdpo_core.storage import Store
 from hgdpo_core.training import draw_noise, draw_timesteps, epoch_order, sample_generator
+from hgdpo_core.training.checkpoints import Checkpoints
 
 
 @pytest.mark.parametrize(("kind", "flip"), [("epsilon", False), ("v_prediction", True)])

@@ -11,16 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from hgdpo_core import image_sets, sft_images
 from hgdpo_core.config import SftConfig, TargetConfig
 from hgdpo_core.errors import InputError
+from hgdpo_core.image_sets import latents as sft_images
 from hgdpo_core.image_sets import read_image_set
+from hgdpo_core.image_sets import sets as image_sets
+from hgdpo_core.image_sets.latents import LatentImages, cache_image_latents, find_set_aside, image_latent_folder
 from hgdpo_core.images import decode_image, fit_image, to_model_range
 from hgdpo_core.models import find_model, load_pipeline
 from hgdpo_core.sampler import encode_latents
-from hgdpo_core.sft_images import LatentImages, cache_image_latents, find_set_aside, image_latent_folder
 from hgdpo_core.storage import Store
-from hgdpo_core.tuning import find_tuned_target, tune_target
+from hgdpo_core.training.tuning import find_tuned_target, tune_target
 
 
 @pytest.fixture

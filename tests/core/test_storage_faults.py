@@ -14,7 +14,7 @@ from faulty_s3 import KINDS, hurried, served_bucket
 from road import decoded_rows, tiny_parameters, walk_road
 
 from hgdpo_core.errors import CorruptShardError, StorageError
-from hgdpo_core.model_store import fetch_model, publish_model
+from hgdpo_core.models.published import fetch_model, publish_model
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import MissingKeyError, Store
 

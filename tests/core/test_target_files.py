@@ -17,9 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models import Model, find_model, load_pipeline
+from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.storage import Store
-from hgdpo_core.target_files import SD15_CONFIGS
-from hgdpo_core.tuning import Tuned, find_tuned_target
+from hgdpo_core.training.tuning import Tuned, find_tuned_target
 from hgdpo_core.work import find_offered_model, model_means
 
 
@@ -134,7 +134,7 @@ def test_another_vae_is_used_and_is_part_of_the_identity(place, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 def test_a_vae_in_a_single_file_loads_under_original_names(tmp_path, monkeypatch, place, prefix):
-    monkeypatch.setattr("hgdpo_core.models.SD15_CONFIGS", place / "configs")
+    monkeypatch.setattr("hgdpo_core.models.model.SD15_CONFIGS", place / "configs")
     other = tiny.sd15_shaped(tmp_path / "tokenizer", seed=5)
     state = {prefix + name.removeprefix("first_stage_model."): tensor.contiguous()
              for name, tensor in ldm.vae_state(other.vae).items()}

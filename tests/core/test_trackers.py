@@ -7,11 +7,11 @@ import pytest
 from accelerate.state import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hgdpo_core import trackers
 from hgdpo_core.config import SftConfig
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.storage import Store
-from hgdpo_core.trackers import check_tracker, tracked
+from hgdpo_core.training import trackers
+from hgdpo_core.training.trackers import check_tracker, tracked
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,13 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from tiny import SD15, tiny_unet
 from training_cases import Pairs, config, plain_training, train, weights
 
-from hgdpo_core import training_loop
-from hgdpo_core.checkpoints import Checkpoints
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError
-from hgdpo_core.lora import reference_mode
+from hgdpo_core.models.lora import reference_mode
 from hgdpo_core.storage import Store
 from hgdpo_core.train import PairBatch, train_dpo
 from hgdpo_core.training import epoch_order, resolve_precision, sample_generator
+from hgdpo_core.training import loop as training_loop
+from hgdpo_core.training.checkpoints import Checkpoints
 
 KEYS = ["step", "loss", "dpo_loss", "stat_loss", "margin", "implicit_accuracy", "winner_error", "loser_error",
         "reference_winner_error", "reference_loser_error", "grad_norm", "learning_rate"]

@@ -12,7 +12,7 @@ from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.models import find_model
 from hgdpo_core.runner import IN_PROCESS
 from hgdpo_core.storage import Store
-from hgdpo_core.train_request import TrainRequest, find_result, run_train
+from hgdpo_core.training.request import TrainRequest, find_result, run_train
 
 SFT = SftConfig(max_steps=1, batch_size=2, learning_rate=1e-4, optimizer="adamw", mixed_precision="no")
 

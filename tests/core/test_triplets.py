@@ -23,8 +23,8 @@ from hgdpo_core.prompts import image_seed, prompt_id
 from hgdpo_core.score import SCHEMA as SCORE_SCHEMA
 from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
+from hgdpo_core.training.tuning import tune_lora
 from hgdpo_core.triplets import REJECTED_SCHEMA, build_triplets, dataset_card, triplet_folder
-from hgdpo_core.tuning import tune_lora
 
 PROMPTS = [f"a woman in a red top, number {i}" for i in range(5)]
 SAMPLER = SamplerConfig(width=32, height=32, steps=1, guidance_scale=1.0)

@@ -7,8 +7,8 @@ import pytest
 from hgdpo_core.config import ScorerConfig, WorkersConfig
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.presets import figures
+from hgdpo_core.rescore.wanted import WantedScorer, wanted_scorers, wanted_workers
 from hgdpo_core.storage import Store
-from hgdpo_core.wanted import WantedScorer, wanted_scorers, wanted_workers
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from hgdpo_core.images import decode_image
 from hgdpo_core.latents import LatentPairs, cache_latents, latent_folder
 from hgdpo_core.losses import denoising_error
 from hgdpo_core.models import find_model, load_pipeline
-from hgdpo_core.prompt_syntax import strip_syntax
 from hgdpo_core.prompts import image_seed
+from hgdpo_core.prompts.syntax import strip_syntax
 from hgdpo_core.score import score_folder, score_pool
 from hgdpo_core.scorers import load_scorer
 from hgdpo_core.storage import Store

@@ -12,8 +12,8 @@ from hgdpo_core.features import embed_pool, feature_folder
 from hgdpo_core.generate import generate_pool, plan_pool
 from hgdpo_core.latent_distances import distance_folder, read_distances
 from hgdpo_core.latents import latent_folder
-from hgdpo_core.model_store import publish_model
 from hgdpo_core.models import find_model
+from hgdpo_core.models.published import publish_model
 from hgdpo_core.runner import IN_PROCESS
 from hgdpo_core.score import score_folder, score_pool
 from hgdpo_core.shards import ShardFolder

@@ -63,6 +63,8 @@ def test_a_parameter_left_out_reaches_its_flow_as_its_default():
 
 def test_the_core_runs_without_prefect_installed():
     code = ("import sys; sys.modules['prefect'] = None\n"
-            "import hgdpo_core.ablate.conclude\n"
-            "import hgdpo_core.run, hgdpo_core.report, hgdpo_core.tuning, hgdpo_core.showcase, hgdpo_core.gc")
+            "import importlib, pkgutil, hgdpo_core\n"
+            "for module in pkgutil.walk_packages(hgdpo_core.__path__, 'hgdpo_core.'):\n"
+            "    if not module.name.endswith('__main__'):\n"
+            "        importlib.import_module(module.name)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -20,7 +20,7 @@ from flows.rescore import hgdpo_rescore
 from hgdpo_core import scorers
 from hgdpo_core.presets import figures
 from hgdpo_core.rescore import score_missing
-from hgdpo_core.rescore_plan import plan_wanted
+from hgdpo_core.rescore.plan import plan_wanted
 from hgdpo_core.storage import Store
 from hgdpo_core.work import run_shards
 

@@ -6,8 +6,8 @@ import pytest
 from hgdpo_core.config import SamplerConfig
 from hgdpo_core.images import encode_image
 from hgdpo_core.storage import Store
-from hgdpo_core.train_request import TrainRequest
-from hgdpo_core.validation import Validation
+from hgdpo_core.training.request import TrainRequest
+from hgdpo_core.training.validation import Validation
 from tasks import validation
 
 

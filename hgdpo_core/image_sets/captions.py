@@ -1,0 +1,90 @@
+"""Captions for the images of a folder that have none: a .txt beside each, at once, so that a stop loses a batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+from PIL import Image
+
+from hgdpo_core.errors import InputError, StoppedError
+from hgdpo_core.image_sets.folders import FolderReader, caption_file, read_captions, select_images
+from hgdpo_core.image_sets.sets import list_files
+from hgdpo_core.images import decode_image
+from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.storage import Store
+
+Describe = Callable[[Sequence[Image.Image]], list[str]]
+"""RGB images in, a caption of each out; "" for none."""
+
+
+@dataclass(frozen=True)
+class Uncaptioned:
+    """The images of a folder that have no caption, or only an empty one."""
+
+    store: Store
+    names: tuple[str, ...]
+    images: int
+    """Of the whole folder."""
+
+
+@dataclass
+class Captioned:
+    """What a captioning did."""
+
+    written: int = 0
+    problems: dict[str, str] = field(default_factory=dict)
+    """Image -> why it has no caption still."""
+
+
+def find_uncaptioned(place: str) -> Uncaptioned:
+    """The images below a folder, path or URL, without a caption; InputError when there is no image at all."""
+    store, files = list_files(place)
+    keys = [file.key for file in files]
+    names = select_images(keys)
+    if not names:
+        raise InputError(f"images: {place} holds no image files, beside which captions are written: unpack .tar and "
+                         ".parquet files into a folder first")
+    captions = read_captions(store, names, keys)
+    missing = tuple(name for name in names if not captions.get(name, "").strip())
+    return Uncaptioned(store, missing, len(names))
+
+
+def write_captions(images: Uncaptioned, describe: Describe, *, batch_size: int = 8, progress: Progress = silent,
+                   should_stop: ShouldStop = never_stop) -> Captioned:
+    """Describe the images in batches and write each batch's captions. A caption that is there is never overwritten.
+
+    StoppedError after `should_stop`; a new start goes on behind the last batch.
+    """
+    result, reader = Captioned(), FolderReader(images.store)
+    for start in range(0, len(images.names), batch_size):
+        if should_stop():
+            raise StoppedError(f"stopped after {start} of {len(images.names)} images; captions written so far are "
+                               "kept")
+        names = images.names[start:start + batch_size]
+        pictures = _open(reader, names, result)
+        for name, caption in zip(pictures, describe(list(pictures.values())) if pictures else [], strict=True):
+            _write(images.store, name, caption, result)
+        progress(start + len(names), len(images.names), "images")
+    return result
+
+
+def _open(reader: FolderReader, names: Sequence[str], result: Captioned) -> dict[str, Image.Image]:
+    rows = pa.table({"name": list(names)})
+    pictures: dict[str, Image.Image] = {}
+    for name, data in zip(names, reader.read(rows), strict=True):
+        try:
+            if isinstance(data, str):
+                raise InputError(data)
+            pictures[name] = decode_image(data)
+        except InputError as error:
+            result.problems[name] = str(error)
+    return pictures
+
+
+def _write(store: Store, name: str, caption: str, result: Captioned) -> None:
+    key = caption_file(name)
+    if not caption.strip():
+        result.problems[name] = "the model had nothing to say about it"
+    elif not (store.exists(key) and store.read_bytes(key).strip()):  # somebody may have written one meanwhile
+        store.write_bytes(key, f"{caption}\n".encode())
+        result.written += 1

@@ -1,0 +1,309 @@
+"""A user's captioned images, whatever they are kept in: found, named by an id, read a few at a time.
+
+| kind    | what it is                                                                       |
+|---------|----------------------------------------------------------------------------------|
+| folder  | image files; captions in metadata.jsonl, metadata.csv or a .txt beside each      |
+| tars    | webdataset shards: 0001.jpg with 0001.txt or 0001.json                           |
+| parquet | columns image (bytes, or a struct with bytes) and text, caption or prompt        |
+
+A place is a path or an fsspec URL of a folder, a file, or a pattern such as `s3://bucket/set-{000..127}.tar`. Images
+stay where they are: memory holds an index of some hundred bytes an image.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+
+from hgdpo_core.config import content_hash
+from hgdpo_core.errors import ConfigError, InputError, StorageError
+from hgdpo_core.fingerprints import hash_files
+from hgdpo_core.image_sets.folders import METADATA, FolderReader, caption_file, read_captions, select_images
+from hgdpo_core.image_sets.tables import TableReader, index_tables
+from hgdpo_core.image_sets.tars import TarReader, index_tars
+from hgdpo_core.images import IMAGE_SUFFIXES
+from hgdpo_core.prompts.sources import LOCAL_PROTOCOLS, refuse_secret_address
+from hgdpo_core.shards import read_table, write_table
+from hgdpo_core.storage import Store, is_temporary, scratch_folder
+
+Kind = Literal["folder", "tars", "parquet"]
+IMAGES_PER_SHARD = 256
+CAPTIONING: dict[Kind, str] = {
+    "folder": "`hgdpo caption --images FOLDER` writes them; or add a metadata.jsonl, or a .txt beside each",
+    "tars": "put a .txt beside each in its tar, or unpack them into a folder, for which `hgdpo caption` writes them",
+    "parquet": "fill its column, or unpack them into a folder, for which `hgdpo caption` writes them",
+}
+INDEX = pa.schema([("name", pa.string()), ("caption", pa.string()), ("file", pa.int32()), ("start", pa.int64()),
+                   ("bytes", pa.int64())])
+"""`file` counts in ImageSet.files, `start` is a byte of a tar or a row of a table; a folder needs the name alone."""
+INDEX_FORMAT = 1
+"""Raised by hand when an index comes out differently: what a cache holds is made anew."""
+WILD = re.compile(r"[*?\[{]")
+BRACES = re.compile(r"\{([^{}]*)\}")
+SUFFIXES: dict[str, Kind] = {".tar": "tars", ".parquet": "parquet"}
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".zip")
+
+
+class _File(NamedTuple):
+    key: str
+    bytes: int
+    changed: float
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Where captioned images lie, and a row of INDEX for each. The id follows from the bytes of all of them, or at a
+    remote place from names, sizes and times of the files."""
+
+    place: str
+    id: str
+    kind: Kind
+    base: str
+    """Root of the store that holds the files."""
+    files: tuple[str, ...]
+    """Keys of all that the set is made of; of tars and tables in the order that `file` counts."""
+    index: pa.Table
+
+    def __len__(self) -> int:
+        return self.index.num_rows
+
+    @property
+    def shards(self) -> range:
+        return range((len(self) + IMAGES_PER_SHARD - 1) // IMAGES_PER_SHARD)
+
+    def shard(self, index: int) -> pa.Table:
+        """The rows of one shard's images."""
+        return self.index.slice(index * IMAGES_PER_SHARD, IMAGES_PER_SHARD)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that all files lie in; None where it is not on this machine."""
+        return Store(self.base).local_path("")
+
+    @contextmanager
+    def reader(self) -> Iterator[FolderReader | TarReader | TableReader]:
+        """Something whose `read(rows)` gives of each row the bytes, or a text that says why there are none."""
+        store = Store(self.base)
+        readers = {"folder": lambda: FolderReader(store), "tars": lambda: TarReader(store, self.files),
+                   "parquet": lambda: TableReader(store, self.files)}
+        with closing(readers[self.kind]()) as reader:
+            yield reader
+
+
+def read_image_set(place: str, *, known_id: str | None = None) -> ImageSet:
+    """Find the images and captions at a place; the id changes when a byte of either changes (see ImageSet).
+
+    With `known_id` the bytes are not read for one. InputError when there is no image, or when over half have no
+    caption: fewer are set aside later.
+    """
+    store, files = list_files(place)
+    kind = _kind_of(place, files)
+    keys = [file.key for file in files]
+    if kind == "folder":
+        names = select_images(keys)
+        needed = {*names, *map(caption_file, names)}
+        chosen = [file for file in files if file.key in needed or PurePosixPath(file.key).name in METADATA]
+    else:
+        chosen = sorted((file for file in files if SUFFIXES.get(PurePosixPath(file.key).suffix.lower()) == kind),
+                        key=lambda file: file.key.split("/"))
+    index = _remembered_index(store, kind, chosen)
+    if not index.num_rows:
+        raise InputError(f"images: the {kind} of {place} hold no image ({', '.join(IMAGE_SUFFIXES)})")
+    without = index.filter(_lacks_caption(index))
+    if 2 * without.num_rows > index.num_rows:
+        raise InputError(f"images: {without.num_rows} of {index.num_rows} images have no caption, the first is "
+                         f"{without['name'][0]} of {place}: {CAPTIONING[kind]}")
+    return ImageSet(place=place, id=known_id or _identify(store, kind, chosen, index), kind=kind, base=store.root,
+                    files=tuple(file.key for file in chosen), index=index)
+
+
+def _lacks_caption(index: pa.Table) -> pa.BooleanArray:
+    return pa.array([not (caption or "").strip() for caption in index["caption"].to_pylist()], pa.bool_())
+
+
+# -- which files
+
+
+def list_files(place: str) -> tuple[Store, list[_File]]:
+    """The files at a place, a folder's all; InputError when there is no such place. Keys are of the store given."""
+    protocol, remote, _ = place.partition("://")
+    if remote and protocol.lower() not in LOCAL_PROTOCOLS:
+        refuse_secret_address(place, "images")
+        if protocol.lower() in ("http", "https"):
+            raise InputError(f"images: {place} cannot be listed over http: download it, or give a path or the URL of a "
+                             "bucket")
+        return _list_below(place, place)
+    path = Path(place.removeprefix(f"{protocol}://") if remote else place).expanduser()
+    if not path.exists() and not WILD.search(str(path)):
+        raise InputError(f"images: {place} is not a folder; expected images with metadata.jsonl or .txt captions, or "
+                         ".tar or .parquet files")
+    return _list_below(str(path.absolute()), place, literal=path.exists())
+
+
+def _list_below(address: str, place: str, *, literal: bool = False) -> tuple[Store, list[_File]]:
+    base, pattern = address.rstrip("/"), "*"
+    if not literal and (wild := WILD.search(address)):
+        cut = address.rindex("/", 0, wild.start())
+        base, pattern = address[:cut], address[cut + 1:]
+    elif SUFFIXES.get(PurePosixPath(address).suffix.lower()) and not (literal and Path(address).is_dir()):
+        base, _, pattern = base.rpartition("/")
+        pattern = re.sub(r"([*?\[])", r"[\1]", pattern)
+    try:
+        store = Store(base or "/")
+    except ConfigError as error:
+        raise InputError(f"images: {place} is no usable address: {error}") from None
+    below = [_File(*found) for found in store.walk() if not is_temporary(found[0])]
+    return store, _matching(below, expand_braces(pattern), place)
+
+
+def _matching(files: list[_File], patterns: Sequence[str], place: str) -> list[_File]:
+    if patterns == ["*"]:
+        return files
+    matching: dict[str, _File] = {}
+    for pattern in patterns:
+        found = {file.key: file for file in files if fnmatchcase(file.key, pattern)}
+        if not found:
+            raise InputError(f"images: nothing is called {pattern} at {place}: expected .tar or .parquet files")
+        matching |= found
+    if any(PurePosixPath(key).suffix.lower() in IMAGE_SUFFIXES for key in matching):
+        raise InputError(f"images: {place} is a pattern of image files: give their folder; patterns are for .tar and "
+                         ".parquet files")
+    return list(matching.values())
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`{a,b}` and `{000..127}` written out, as a shell and webdataset do."""
+    braces = BRACES.search(pattern)
+    if braces is None:
+        return [pattern]
+    first, dots, last = braces[1].partition("..")
+    items = braces[1].split(",")
+    if dots and first.isdigit() and last.isdigit():
+        items = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    rests = expand_braces(pattern[braces.end():])
+    return [f"{pattern[:braces.start()]}{item}{rest}" for item in items for rest in rests]
+
+
+def _kind_of(place: str, files: list[_File]) -> Kind:
+    suffixes = {PurePosixPath(file.key).suffix.lower() for file in files}
+    if suffixes & set(IMAGE_SUFFIXES):
+        return "folder"
+    kinds: set[Kind] = {SUFFIXES[suffix] for suffix in suffixes & set(SUFFIXES)}
+    if len(kinds) == 1:
+        return kinds.pop()
+    if kinds:
+        raise InputError(f"images: {place} holds .tar and .parquet files: give a pattern for one of them, such as "
+                         f"{place.rstrip('/')}/*.tar")
+    packed = next((file.key for file in files if file.key.lower().endswith(COMPRESSED)), None)
+    if packed:
+        raise InputError(f"images: {packed} in {place} is compressed, which cannot be read image by image: unpack it")
+    raise InputError(f"images: {place} holds no image ({', '.join(IMAGE_SUFFIXES)}) and no .tar or .parquet file")
+
+
+# -- what is in them
+
+
+def _remembered_index(store: Store, kind: Kind, files: list[_File]) -> pa.Table:
+    """The index, from the cache while no file's size or time has changed: captions and tars are read only once."""
+    state = "\n".join(f"{file.key}|{file.bytes}|{file.changed}" for file in sorted(files))
+    key = f"{hashlib.sha256(f'{INDEX_FORMAT} {store.root} {kind} {state}'.encode()).hexdigest()[:24]}.parquet"
+    cache = Store(str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo" / "images"))
+    try:
+        index = read_table(cache, key)
+        if index.schema.equals(INDEX):
+            return index
+    except StorageError:
+        pass  # not known yet
+    index = _read_index(store, kind, [file.key for file in files])
+    with suppress(StorageError):  # a home that cannot be written costs time, not correctness
+        write_table(cache, key, index)
+    return index
+
+
+def _read_index(store: Store, kind: Kind, keys: list[str]) -> pa.Table:
+    if kind == "folder":
+        names = select_images(keys)
+        captions = read_captions(store, names, keys)
+        empty = pa.nulls(len(names))
+        columns = [pa.array(names), pa.array([captions.get(name) for name in names], pa.string()), empty, empty, empty]
+        return pa.table(columns, names=INDEX.names).cast(INDEX)
+    rows = index_tars(store, keys) if kind == "tars" else index_tables(store, keys)
+    batches = [pa.RecordBatch.from_pylist(part, schema=INDEX) for part in _parts(rows, 10_000)]
+    return pa.Table.from_batches(batches, schema=INDEX).combine_chunks()
+
+
+def _parts(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    part: list[dict[str, Any]] = []
+    for row in rows:
+        part.append(row)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _identify(store: Store, kind: Kind, files: list[_File], index: pa.Table) -> str:
+    names, captions = index["name"].to_pylist(), index["caption"].to_pylist()
+    keys = names if kind == "folder" else [file.key for file in files]
+    folder = store.local_path("")
+    if folder is None:
+        states = {file.key: [file.bytes, file.changed] for file in files}
+        parts = [[key, *states[key]] for key in keys]
+    else:
+        # a folder's images by their bare names: so its id was made when there were no other kinds
+        hashes = _hash(folder, keys)
+        parts = [[key.rpartition("/")[2], digest] for key, digest in zip(keys, hashes, strict=True)]
+    if kind == "folder":
+        parts = [[*part, caption] for part, caption in zip(parts, captions, strict=True)]
+    return f"{index.num_rows}-{content_hash(parts)}"
+
+
+def _hash(folder: Path, keys: Sequence[str]) -> list[str]:
+    try:
+        return hash_files([folder / key for key in keys])
+    except OSError as error:
+        raise InputError(f"images: {error.filename} cannot be read: {error.strerror}") from None
+
+
+# -- for workers elsewhere
+
+
+def offer_images(store: Store, images: ImageSet, *, share: bool) -> str:
+    """Where a worker finds the images: their own place, or with `share` their key in the store after a copy.
+
+    A set that has a URL of its own is never copied.
+    """
+    folder = images.folder
+    if folder is None:
+        return images.place
+    if not share:
+        return str(Path(images.place).expanduser().absolute()) if "://" not in images.place else images.place
+    key = f"images/{images.id}"
+    if not store.exists(f"{key}/complete.json"):
+        with scratch_folder() as place:
+            for name in images.files:
+                link = place / name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(folder / name)
+            store.put_folder(place, key)
+        store.write_json(f"{key}/complete.json", {"images": len(images)})
+    return key
+
+
+def open_offered_images(store: Store, place: str, images_id: str) -> ImageSet:
+    """The images that `offer_images` offered; InputError when they are no longer those of `images_id`."""
+    if place == f"images/{images_id}":
+        return read_image_set(store.url(place), known_id=images_id)
+    images = read_image_set(place)
+    if images.id != images_id:
+        raise InputError(f"the images in {place} are {images.id}, this training was planned with {images_id}: start "
+                         "the run that planned it again")
+    return images

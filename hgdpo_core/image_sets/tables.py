@@ -1,0 +1,124 @@
+"""Images in Parquet files, as the `datasets` library writes them ({"bytes", "path"}) or as plain encoded bytes.
+
+Read with pyarrow, a few rows at a time: one row group may hold a whole data set.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hgdpo_core.errors import InputError, StorageError
+from hgdpo_core.image_sets.folders import CAPTION_COLUMNS
+from hgdpo_core.storage import Store
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+ROWS_AT_A_TIME = 8
+PAGE_BYTES = 2**20
+
+
+def index_tables(store: Store, files: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A row of `sets.INDEX` for every row; InputError for a file without an image or a caption column."""
+    for number, key in enumerate(files):
+        with _open(store, key) as table:
+            url = store.url(key).removeprefix("file://")
+            _image_column(table.schema_arrow, url)
+            column = _caption_column(table.schema_arrow, url)
+            row = 0
+            for batch in table.iter_batches(columns=[column]):
+                for caption in batch.column(0).to_pylist():
+                    yield {"name": f"{key}#{row}", "caption": caption, "file": number, "start": row, "bytes": 0}
+                    row += 1
+
+
+def _open(store: Store, key: str) -> pq.ParquetFile:
+    url = store.url(key).removeprefix("file://")
+    try:
+        return pq.ParquetFile(store.open(key), buffer_size=PAGE_BYTES, pre_buffer=False)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"images: {url} is cut off or no Parquet file: {str(error).splitlines()[0]}; get it "
+                         "again") from None
+
+
+def _image_column(schema: pa.Schema, url: str) -> str:
+    for name in IMAGE_COLUMNS:
+        if name in schema.names and _holds_bytes(schema.field(name).type):
+            return name
+    raise InputError(f"images: {url} has no column of images: expected {', '.join(IMAGE_COLUMNS[:-1])} or "
+                     f"{IMAGE_COLUMNS[-1]} with encoded bytes, got "
+                     f"{', '.join(f'{field.name} ({field.type})' for field in schema)}")
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _caption_column(schema: pa.Schema, url: str) -> str:
+    for name in CAPTION_COLUMNS:
+        if name in schema.names and (pa.types.is_string(schema.field(name).type)
+                                     or pa.types.is_large_string(schema.field(name).type)):
+            return name
+    raise InputError(f"images: {url} has no column of captions: expected {' or '.join(CAPTION_COLUMNS)} as text, got "
+                     f"{', '.join(f'{field.name} ({field.type})' for field in schema)}; rename yours")
+
+
+class TableReader:
+    """The bytes of images in Parquet files; rows asked for in order are read in one go through the file."""
+
+    def __init__(self, store: Store, files: Sequence[str]):
+        self._store, self._files = store, files
+        self._file = self._next = -1
+        self._table: pq.ParquetFile | None = None
+        self._rows: Iterator[bytes | str] = iter(())
+
+    def read(self, rows: pa.Table) -> Iterator[bytes | str]:
+        """Of each row the bytes, or why there are none."""
+        for file, start in zip(rows["file"].to_pylist(), rows["start"].to_pylist(), strict=True):
+            if (file, start) != (self._file, self._next):
+                self._go_to(file, start)
+            self._next += 1
+            yield next(self._rows)
+
+    def close(self) -> None:
+        """Let go of the open file."""
+        if self._table is not None:
+            self._table.close(force=True)
+            self._table, self._rows = None, iter(())
+            self._file = self._next = -1
+
+    def _go_to(self, file: int, start: int) -> None:
+        self.close()
+        self._file, self._next = file, start
+        self._table = _open(self._store, self._files[file])
+        groups, first = [], 0
+        for group in range(self._table.num_row_groups):
+            rows = self._table.metadata.row_group(group).num_rows
+            if first + rows > start:
+                groups.append(group)
+            else:
+                first += rows
+        self._rows = self._values(self._table, groups)
+        for _ in range(start - first):
+            next(self._rows)
+
+    def _values(self, table: pq.ParquetFile, groups: list[int]) -> Iterator[bytes | str]:
+        column = _image_column(table.schema_arrow, self._files[self._file])
+        try:
+            for batch in table.iter_batches(ROWS_AT_A_TIME, row_groups=groups, columns=[column]):
+                yield from map(_bytes, batch.column(0).to_pylist())
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, StorageError):
+                raise
+            raise InputError(f"images: {self._files[self._file]} is broken: {str(error).splitlines()[0]}; get it "
+                             "again") from None
+
+
+def _bytes(value: Any) -> bytes | str:
+    if isinstance(value, dict):
+        path, value = value.get("path"), value["bytes"]
+        if value is None and path:
+            return f"its row holds no bytes, only the path {path}: embed the images in the file"
+    return "its row holds no image" if value is None else value

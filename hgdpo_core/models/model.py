@@ -1,0 +1,200 @@
+"""The target model and the tuned one: found, checked and fingerprinted without loading; loaded when work needs them."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from hgdpo_core.config import PromptSyntax, TargetConfig, content_hash
+from hgdpo_core.errors import ConfigError, ModelError
+from hgdpo_core.fingerprints import fingerprint_path
+from hgdpo_core.models.files import SD15_CONFIGS, check_channels, find_files, first_line, lora_file
+from hgdpo_core.models.weight_files import check_finite, check_text_encoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA's .safetensors file, or the diffusers folder that holds it, and the weight it is used with."""
+
+    path: Path
+    weight: float
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be loaded: where it lies, what it is, how it samples. Cheap; holds no tensors."""
+
+    path: Path
+    fingerprint: str
+    dtype: str
+    negative_prompt: str = ""
+    clip_skip: int | None = None
+    lora: Lora | None = None
+    hub_id: str | None = None
+    """Where the model was downloaded from, at the commit that is its fingerprint; None for one that lies on a disk."""
+    prompt_syntax: PromptSyntax = "plain"
+    negative_syntax: PromptSyntax = "plain"
+    vae: Path | None = None
+    """What replaces the model's own VAE: an AutoencoderKL folder or a single file; part of the fingerprint."""
+    configs: Path | None = None
+    """Component configs and tokenizer of a single file; part of the fingerprint."""
+
+    @property
+    def id(self) -> str:
+        """Readable id: the folder's or file's name and a hash of all that changes an image."""
+        name = "".join(c if c.isalnum() else "-" for c in self.path.stem)[:24].strip("-") or "model"
+        return f"{name}-{content_hash(self.identity())}"
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the images of this model: the settings a pool's id is made of."""
+        lora = {"fingerprint": self.lora.fingerprint, "weight": self.lora.weight} if self.lora else None
+        return {"fingerprint": self.fingerprint, "dtype": self.dtype, "negative_prompt": self.negative_prompt,
+                "clip_skip": self.clip_skip, "lora": lora, **self.syntax()}
+
+    def syntax(self) -> dict[str, PromptSyntax]:
+        """How prompts are written, for ids: what is plain is left out, as it was before there was a choice."""
+        found: dict[str, PromptSyntax] = {}
+        if self.prompt_syntax != "plain":
+            found["prompt_syntax"] = self.prompt_syntax
+        if self.negative_syntax != "plain" and self.negative_prompt:
+            found["negative_syntax"] = self.negative_syntax
+        return found
+
+    def reading(self, syntax: PromptSyntax) -> "Model":
+        """The same model for prompts written in another syntax; its negative prompt is read as before."""
+        return replace(self, prompt_syntax=syntax)
+
+    def with_lora(self, path: Path, weight: float) -> "Model":
+        """The same model wearing a LoRA, a folder or a .safetensors file, at a weight."""
+        return replace(self, lora=Lora(path, weight, fingerprint_path(lora_file(path))))
+
+
+def find_model(config: TargetConfig) -> Model:
+    """The model a config names, checked to be there and of the right kind. ModelError, in one line, if not.
+
+    A hub id is downloaded here (safetensors only); its fingerprint is the commit.
+    """
+    files = find_files(config)
+    return Model(path=files.path, fingerprint=files.fingerprint(), dtype=resolve_dtype(config.dtype),
+                 negative_prompt=config.negative_prompt, clip_skip=config.clip_skip, vae=files.vae,
+                 configs=files.configs, hub_id=config.source if files.commit and not files.vae else None,
+                 prompt_syntax=config.prompt_syntax, negative_syntax=config.prompt_syntax)
+
+
+def recorded_syntax(settings: Mapping[str, Any]) -> dict[str, PromptSyntax]:
+    """`prompt_syntax` and `negative_syntax` of a model whose `identity()` or `syntax()` was recorded."""
+    return {name: settings.get(name, "plain") for name in ("prompt_syntax", "negative_syntax")}
+
+
+def load_pipeline(model: Model, device: str = "cpu", *, dtype: str | None = None,
+                  vae_dtype: str | None = None) -> StableDiffusionPipeline:
+    """The model as a plain diffusers pipeline in `dtype` (default: the model's own), without a safety checker.
+
+    A LoRA is merged in float32 before the cast, so that its weight acts exactly and sampling costs nothing more.
+    """
+    wanted = DTYPES[dtype or model.dtype]
+    load_dtype = torch.float32 if model.lora else wanted
+    try:
+        pipeline = _read_pipeline(model, load_dtype)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if "meta tensor" in str(error):  # how diffusers' single-file loader meets a weight that was not in the file
+            raise ModelError(f"{model.path} lacks weights that Stable Diffusion 1.5 has: get a whole file") from None
+        raise ModelError(f"{model.path} does not load as Stable Diffusion 1.5: {first_line(error)}") from None
+    check_channels(model.path, pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels)
+    check_finite(model.path, pipeline.components)
+    check_text_encoder(model.path, pipeline.text_encoder)
+    if model.lora:
+        _merge_lora(pipeline, model.lora)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            part_dtype = DTYPES[vae_dtype] if name == "vae" and vae_dtype else wanted
+            torch.nn.Module.to(part, device=device, dtype=part_dtype).eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _read_pipeline(model: Model, dtype: torch.dtype) -> StableDiffusionPipeline:
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    with _quiet_diffusers():
+        vae = {"vae": _read_vae(model.vae, options)} if model.vae else {}
+        if model.path.is_file():
+            return StableDiffusionPipeline.from_single_file(
+                str(model.path), config=str(model.configs), safety_checker=None, **vae, **options)
+        return StableDiffusionPipeline.from_pretrained(
+            model.path, safety_checker=None, requires_safety_checker=False, **vae, **options)
+
+
+def _read_vae(path: Path, options: Mapping[str, Any]) -> AutoencoderKL:
+    if path.is_dir():
+        return AutoencoderKL.from_pretrained(path, **options)
+    return AutoencoderKL.from_single_file(str(path), config=str(SD15_CONFIGS), subfolder="vae", **options)
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Without bars, and without advice on safety checkers and on text encoders that a LoRA leaves alone."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+        diffusers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()
+
+
+def _merge_lora(pipeline: StableDiffusionPipeline, lora: Lora) -> None:
+    file = lora_file(lora.path)
+    try:
+        with _quiet_diffusers():
+            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise ModelError(f"the LoRA {lora.path} does not fit the model: {first_line(error)}") from None
+    if not any(pipeline.get_list_adapters().values()):  # diffusers passes over names that it cannot place
+        raise ModelError(f"the LoRA {lora.path} has no layer of this model: is it one for another family?")
+    pipeline.fuse_lora(lora_scale=lora.weight)
+    pipeline.unload_lora_weights()
+
+
+def resolve_dtype(dtype: str) -> str:
+    """`auto` as a named precision: bfloat16 where the machine is fast at it, else float32."""
+    if dtype != "auto":
+        return dtype
+    if default_device().startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "bfloat16" if cpu_has_fast_bfloat16() else "float32"
+
+
+def cpu_has_fast_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def default_device() -> str:
+    """$HGDPO_DEVICE (cpu or cuda), else the accelerator torch sees, else the CPU; ConfigError for one not there."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = os.environ.get("HGDPO_DEVICE") or found
+    if wanted not in ("cpu", "cuda"):
+        raise ConfigError(f"HGDPO_DEVICE is {wanted!r}: expected cpu or cuda (CUDA_VISIBLE_DEVICES says which GPU)")
+    if wanted == "cuda" != found:
+        raise ConfigError(f"HGDPO_DEVICE asks for cuda, but torch {torch.__version__} sees no GPU here: make one "
+                          "visible (driver, CUDA_VISIBLE_DEVICES, a CUDA build of torch), or use cpu")
+    return wanted
+
+
+def device_name(device: str) -> str:
+    """What a manifest records: the GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"

@@ -1,0 +1,1 @@
+"""Pictures of pictures: `showcase.py` chooses, `grids.py` lays out, `plots.py` draws charts as SVG."""

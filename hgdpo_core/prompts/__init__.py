@@ -1,0 +1,15 @@
+"""Prompts: `sources.py` reads them wherever people keep them, `lists.py` checks, numbers and keeps them, `syntax.py`
+knows AUTOMATIC1111's weights.
+"""
+
+from hgdpo_core.prompts.lists import (
+    PromptList,
+    clean_prompts,
+    image_seed,
+    load_prompts,
+    prompt_id,
+    read_prompts,
+    save_prompts,
+)
+
+__all__ = ["PromptList", "clean_prompts", "image_seed", "load_prompts", "prompt_id", "read_prompts", "save_prompts"]

@@ -1,0 +1,156 @@
+"""What a night of scoring again changed, measured on the shards it touched: pools, data sets, win rates.
+
+Each function returns JSON values for `rescores/<night>/report.json`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from hgdpo_core.distributions import score_histogram, summarise_scores
+from hgdpo_core.errors import CorruptShardError
+from hgdpo_core.metrics import WinRate, win_rate
+from hgdpo_core.prompts import prompt_id
+from hgdpo_core.rescore.drift import ranking_drift
+from hgdpo_core.rescore.plan import ScoreJob, Skipped, read_configs
+from hgdpo_core.rescore.score import Ranking
+from hgdpo_core.score import missing_scores, score_key, score_settings
+from hgdpo_core.shards import ShardFolder
+from hgdpo_core.storage import Store
+
+WORST_PROMPTS = 8
+
+Scores = dict[str, np.ndarray]
+"""Prompt id -> float64 [N], its candidates in index order."""
+
+
+def measure_pool(store: Store, job: ScoreJob, problems: list[Skipped]) -> dict[str, Any] | None:
+    """The drift of one pool by one scorer; None when none of its shards has scores."""
+    pool, scores = ShardFolder.open(store, f"pools/{job.pool_id}"), ShardFolder.open(store, job.scores)
+    now = _read_scores(scores, job.compared, problems)
+    if not now:
+        return None
+    before: Scores = {}
+    if job.before is not None:
+        old = ShardFolder.open(store, job.before)
+        outdated = missing_scores(pool, old, [index for index in job.compared if index in pool.manifests()])
+        before = _read_scores(old, [index for index in job.compared if index not in outdated], problems)
+    common = [prompt for prompt in now if prompt in before and len(before[prompt]) == len(now[prompt])]
+    made = scores.manifests()
+    return {
+        "pool_id": job.pool_id, "scorer": job.version.scorer.name, "scores": job.scores, "before": job.before,
+        "images_scored": sum(made[index].rows for index in job.missing if index in made), "prompts": len(now),
+        "prompts_compared": len(common), **_compare(pool, before, now, common)}
+
+
+def _compare(pool: ShardFolder, before: Scores, now: Scores, common: list[str]) -> dict[str, Any]:
+    values = np.concatenate([now[prompt] for prompt in common or now])
+    if not common:
+        edges, counts = score_histogram(values)
+        return {"ranking": None, "worst_prompts": [], "scores_before": None, "scores_now": asdict(
+            summarise_scores(values)), "histogram": {"edges": edges, "before": None, "now": counts[0]}}
+    old_values = np.concatenate([before[prompt] for prompt in common])
+    edges, counts = score_histogram(old_values, values)
+    ranking, worst = None, []
+    if len(now[common[0]]) > 1:
+        drift = ranking_drift(np.stack([before[prompt] for prompt in common]),
+                              np.stack([now[prompt] for prompt in common]))
+        ranking = drift.summary()
+        places = [place for place in np.argsort(drift.taus)[:WORST_PROMPTS] if drift.taus[place] < 1]
+        texts = _read_prompts(pool, [common[place] for place in places])
+        worst = [{"prompt": texts[common[place]], "tau": float(drift.taus[place]),
+                  "winner": drift.winners[place].tolist(), "loser": drift.losers[place].tolist()} for place in places]
+    return {"ranking": ranking, "worst_prompts": worst, "scores_before": asdict(summarise_scores(old_values)),
+            "scores_now": asdict(summarise_scores(values)),
+            "histogram": {"edges": edges, "before": counts[0], "now": counts[1]}}
+
+
+def _read_scores(folder: ShardFolder, indices: Sequence[int], problems: list[Skipped]) -> Scores:
+    """Scores of the shards that are there; one that is not what its manifest says is put aside and told."""
+    found: Scores = {}
+    manifests = folder.manifests()
+    for index in indices:
+        if index not in manifests:
+            continue
+        try:
+            table = folder.read(index, manifest=manifests[index])
+        except CorruptShardError as error:
+            problems.append(Skipped(what=folder.key, reason=str(error)))
+            continue
+        by_prompt: dict[str, dict[int, float]] = {}     # a prompt's candidates are all in one shard
+        for prompt, number, score in zip(*(table[name].to_pylist() for name in ("prompt_id", "index", "score")),
+                                         strict=True):
+            by_prompt.setdefault(prompt, {})[number] = score
+        for prompt, scores in by_prompt.items():
+            found[prompt] = np.array([scores[number] for number in sorted(scores)], dtype=np.float64)
+    return found
+
+
+def _read_prompts(pool: ShardFolder, ids: Sequence[str]) -> dict[str, str]:
+    """The texts of a few prompts, without fetching images."""
+    texts: dict[str, str] = {}
+    for index, manifest in pool.manifests().items():
+        if set(ids) & set(manifest.details["prompt_ids"]):
+            table = pool.read_columns(index, ["prompt_id", "prompt"], manifest=manifest)
+            texts |= zip(table["prompt_id"].to_pylist(), table["prompt"].to_pylist(), strict=True)
+    return texts
+
+
+def measure_ranking(store: Store, ranking: Ranking) -> dict[str, Any]:
+    """Counts of a data set, and how many of its prompts have the same pair in the one ranked before."""
+    now = _read_pairs(ShardFolder.open(store, ranking.key))
+    replaces = ranking.job.replaces
+    before = {} if replaces is None else _read_pairs(ShardFolder.open(store, replaces))
+    both = now.keys() & before.keys()
+    return {"triplets": ranking.key, "replaces": replaces, "scores": ranking.job.scores,
+            "rows": ranking.counts.triplets, "rejected": ranking.counts.rejected,
+            "prompts_compared": len(both), "same_pair": sum(now[prompt] == before[prompt] for prompt in both)}
+
+
+def _read_pairs(triplets: ShardFolder) -> dict[str, tuple[int, int]]:
+    """Prompt id -> indices of winner and loser."""
+    pairs: dict[str, tuple[int, int]] = {}
+    columns = ["prompt_id", "winner_index", "loser_index"]
+    for index, manifest in triplets.manifests().items():
+        for row in triplets.read_columns(index, columns, manifest=manifest).to_pylist():
+            pairs[row["prompt_id"]] = (row["winner_index"], row["loser_index"])
+    return pairs
+
+
+def measure_evaluations(store: Store, jobs: Sequence[ScoreJob]) -> Iterator[dict[str, Any]]:
+    """Win rates, then and now, of the evaluations whose images were scored anew; `evaluations/` stays as it is."""
+    scored = {(f"pools/{job.pool_id}", job.version.scorer.name) for job in jobs}
+    versions = {job.version.scorer.name: job.version for job in jobs}
+    for evaluation_id, config in read_configs(store, "evaluations").items():
+        if config is None or not {"target", "tuned", "prompts", "scores"} <= config.keys():
+            continue
+        pools = [config["target"], config["tuned"]]
+        for name, version in versions.items():
+            if not any((pool, name) in scored for pool in pools):
+                continue
+            now = [score_key(score_settings(pool.split("/")[-1], version.scorer, version.fingerprint))
+                   for pool in pools]
+            before = config["scores"].get(name)
+            rate = _win_rate(store, now, config["prompts"])
+            if rate is not None and now != before:
+                old = _win_rate(store, before, config["prompts"]) if before else None
+                yield {"evaluation_id": evaluation_id, "scorer": name,
+                       "before": None if old is None else old.as_dict(), "now": rate.as_dict()}
+
+
+def _win_rate(store: Store, folders: Sequence[str], prompts: Sequence[str]) -> WinRate | None:
+    """The tuned model over the target by their folders of scores; None where a prompt has no score."""
+    means = []
+    for key in folders:
+        if not store.exists(f"{key}/config.json"):
+            return None
+        folder = ShardFolder.open(store, key)
+        scores = _read_scores(folder, list(folder.manifests()), [])
+        if any(prompt_id(prompt) not in scores for prompt in prompts):
+            return None
+        means.append(np.array([scores[prompt_id(prompt)].mean() for prompt in prompts]))
+    if not all(np.isfinite(values).all() for values in means):
+        return None
+    return win_rate(means[1], means[0])

@@ -1,0 +1,251 @@
+"""The report of a night of scoring again, as Markdown and as one HTML page that loads nothing from elsewhere."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from hgdpo_core.pictures.grids import format_score
+from hgdpo_core.pictures.plots import STYLE, format_number
+
+CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+WIDTH, HEIGHT, BASE = 360, 150, 128
+MAX_CHARTED = 12  # pools; rankings first, every evaluation has two pools without one
+HISTOGRAM_STYLE = """
+.histogram rect { fill: var(--accent); opacity: .45; }
+.histogram path { fill: none; stroke: var(--loss); stroke-width: 2; }
+"""
+
+Report = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of plain text under a title; the first cell of a row names it."""
+
+    title: str
+    intro: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def headline(report: Report) -> str:
+    """The night in one or two sentences."""
+    images = sum(pool["images_scored"] for pool in report["pools"])
+    pools = len({pool["pool_id"] for pool in report["pools"]})
+    text = f"{_count(images, 'image')} of {_count(pools, 'pool')} scored"
+    ranked = [pool["ranking"] for pool in report["pools"] if pool["ranking"]]
+    paired = sum(ranking["pairs_compared"] for ranking in ranked)
+    if paired:
+        flipped = sum(ranking["winner_or_loser_flipped"]["prompts"] for ranking in ranked)
+        text += f"; winner or loser changed for {_share(flipped, paired, ' prompts')}"
+    text += f"; {_count(len(report['triplets']), 'data set')} of triplets ranked"
+    return f"{text}. Nothing was trained."
+
+
+def drift_rows(report: Report) -> list[dict[str, Any]]:
+    """A row of plain numbers for every pool and scorer."""
+    rows = []
+    for pool in report["pools"]:
+        ranking, before = pool["ranking"] or {}, pool["scores_before"] or {}
+        rows.append({
+            "pool": pool["pool_id"], "scorer": pool["scorer"], "images_scored": pool["images_scored"],
+            "prompts_compared": pool["prompts_compared"], "tau_mean": ranking.get("tau", {}).get("mean"),
+            "tau_min": ranking.get("tau", {}).get("min"),
+            "winner_flipped": ranking.get("winner_flipped", {}).get("share"),
+            "loser_flipped": ranking.get("loser_flipped", {}).get("share"), "mean_before": before.get("mean"),
+            "mean_now": pool["scores_now"]["mean"]})
+    return rows
+
+
+def render_markdown(report: Report) -> str:
+    """The report as GitHub and the Prefect UI show it."""
+    parts = [f"# Scored again, {report['night']}", headline(report),
+             f"Root: `{report['root']}`; started {report['started_at']}, finished {report['finished_at']}."]
+    for table in _tables(report):
+        parts.append(f"## {table.title}\n\n{table.intro}")
+        lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+        parts.append("\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def render_html(report: Report) -> str:
+    """The report with histograms of tau and of the scores; texts are shown as texts, never as markup."""
+    sections = "".join(f"<section><h2>{escape(table.title)}</h2><p class=\"intro\">{escape(table.intro)}</p>"
+                       f"{_html_table(table)}</section>\n" for table in _tables(report))
+    pools = sorted(report["pools"], key=lambda pool: pool["ranking"] is None)
+    charts = "".join(_pool_charts(pool) for pool in pools[:MAX_CHARTED])
+    if charts:
+        more = f"<p>The first {MAX_CHARTED} of {len(pools)} pools.</p>" if len(pools) > MAX_CHARTED else ""
+        charts = f'<section><h2>Distributions</h2>{more}<div class="charts">{charts}</div></section>\n'
+    title = f"Scored again, {report['night']}"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
+<title>{escape(title)}</title>
+<style>{STYLE}{HISTOGRAM_STYLE}</style>
+</head>
+<body>
+<header>
+<p class="eyebrow">HG-DPO · scoring again</p>
+<h1>{escape(title)}</h1>
+<p class="lead">{escape(headline(report))}</p>
+<p class="meta">{escape(report["started_at"])} to {escape(report["finished_at"])} ·
+<code>{escape(report["root"])}</code></p>
+</header>
+<main>
+{charts}{sections}</main>
+</body>
+</html>
+"""
+
+
+def _tables(report: Report) -> list[Table]:
+    tables = (_rankings(report), _scores(report), _worst(report), _triplets(report), _evaluations(report),
+              _scorers(report), _skipped(report))
+    return [table for table in tables if table.rows]
+
+
+def _rankings(report: Report) -> Table:
+    rows = []
+    for pool in report["pools"]:
+        if pool["ranking"] is None:
+            continue
+        ranking, tau = pool["ranking"], pool["ranking"]["tau"]
+        flips = (_share(ranking[name]["prompts"], ranking["pairs_compared"])
+                 for name in ("winner_flipped", "loser_flipped"))
+        rows.append((pool["pool_id"], pool["scorer"], f"{ranking['prompts']:,}", _tau(tau["mean"]), _tau(tau["median"]),
+                     _tau(tau["min"]), *flips, f"{ranking['pairs_lost']} / {ranking['pairs_gained']}"))
+    return Table("Rankings", "Kendall's tau of each prompt's candidates, by the scores before and now: 1 for the same "
+                 "ranking, 0 for no relation, -1 for the reversed one.",
+                 ("Pool", "Scorer", "Prompts", "Tau, mean", "Median", "Lowest", "Winner changed", "Loser changed",
+                  "Pairs lost / gained"), tuple(rows))
+
+
+def _scores(report: Report) -> Table:
+    rows = []
+    for pool in report["pools"]:
+        before, now = pool["scores_before"], pool["scores_now"]
+        rows.append((pool["pool_id"], pool["scorer"], f"{pool['images_scored']:,}",
+                     "no earlier scores" if before is None else _spread(before), _spread(now),
+                     "" if before is None else _shift(before, now), f"{now['not_finite']:,}"))
+    return Table("Scores", "Mean and standard deviation over all images that have both scores; the shift is in "
+                 "standard deviations of the scores before. Scores of different scorers need not share a scale.",
+                 ("Pool", "Scorer", "Images scored", "Before", "Now", "Shift", "Not finite"), tuple(rows))
+
+
+def _worst(report: Report) -> Table:
+    rows = tuple((worst["prompt"], pool["scorer"], _tau(worst["tau"]), " → ".join(map(str, worst["winner"])),
+                  " → ".join(map(str, worst["loser"]))) for pool in report["pools"] for worst in pool["worst_prompts"])
+    return Table("Prompts that moved most", "The lowest tau of each pool; winner and loser are places in the pool, "
+                 "counted from 0, before and now; -1: the pool has no pair.",
+                 ("Prompt", "Scorer", "Tau", "Winner", "Loser"), rows)
+
+
+def _triplets(report: Report) -> Table:
+    rows = tuple((item["triplets"], item["replaces"] or "none", f"{item['rows']:,}", f"{item['rejected']:,}",
+                  _share(item["same_pair"], item["prompts_compared"])) for item in report["triplets"])
+    return Table("Data sets of triplets", "Ranked by the scores of now. The ones before stay; nothing is trained on "
+                 "either until you start it.", ("Data set", "Before", "Triplets", "Pools without a pair", "Same pair"),
+                 rows)
+
+
+def _evaluations(report: Report) -> Table:
+    rows = tuple((item["evaluation_id"], item["scorer"], _rate(item["before"]), _rate(item["now"]))
+                 for item in report["evaluations"])
+    return Table("Win rates", "Of the tuned model over its target, on evaluation images that were scored again; "
+                 "evaluations/ keeps what it said.", ("Evaluation", "Scorer", "Before", "Now"), rows)
+
+
+def _scorers(report: Report) -> Table:
+    rows = tuple((item["name"], item["source"] or "public checkpoint", item["dtype"], item["fingerprint"][:12])
+                 for item in report["scorers"])
+    return Table("Scorers", "The version that scored, as the start of its fingerprint.",
+                 ("Scorer", "Source", "Precision", "Version"), rows)
+
+
+def _skipped(report: Report) -> Table:
+    return Table("Left alone", "What was not scored or not ranked, and why.", ("What", "Reason"),
+                 tuple((item["what"], item["reason"]) for item in report["skipped"]))
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
+    body = "".join(f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}'
+                   "</tr>" for first, *rest in table.rows)
+    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}"><table><thead>'
+            f"<tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+
+
+def _pool_charts(pool: Mapping[str, Any]) -> str:
+    name, histogram = f"{pool['scorer']}, pool {pool['pool_id']}", pool["histogram"]
+    charts = ""
+    if pool["ranking"] is not None:
+        tau = pool["ranking"]["tau"]
+        charts += _chart("Kendall's tau", f"{name}: prompts by tau; mean {_tau(tau['mean'])}", (-1, 1),
+                         tau["histogram"])
+    if histogram["edges"]:
+        ends = (histogram["edges"][0], histogram["edges"][-1])
+        said = "filled: now" + ("; line: before" if histogram["before"] else "")
+        charts += _chart("Scores", f"{name}: images by score; {said}", ends, histogram["now"], histogram["before"])
+    return charts
+
+
+def _chart(title: str, meaning: str, ends: tuple[float, float], counts: Sequence[int],
+           before: Sequence[int] | None = None) -> str:
+    top, step = max([*counts, *(before or ()), 1]), WIDTH / len(counts)
+    bars = "".join(f'<rect x="{i * step + .5:.1f}" y="{BASE - BASE * count / top:.1f}" width="{step - 1:.1f}" '
+                   f'height="{BASE * count / top:.1f}"/>' for i, count in enumerate(counts))
+    line = ""
+    if before is not None:
+        corners = "".join(f"V{BASE - (BASE - 2) * count / top:.1f}H{(i + 1) * step:.1f}"
+                          for i, count in enumerate(before))
+        line = f'<path d="M0 {BASE}{corners}V{BASE}"/>'
+    label = escape(f"{title}, {meaning}; from {format_number(ends[0])} to {format_number(ends[1])}, "
+                   f"at most {top} in a bar")
+    texts = "".join(f'<text class="tick" x="{x}" y="{BASE + 17}" text-anchor="{anchor}">{format_number(value)}</text>'
+                    for x, anchor, value in ((0, "start", ends[0]), (WIDTH / 2, "middle", sum(ends) / 2),
+                                             (WIDTH, "end", ends[1])))
+    return (f'<figure class="chart histogram"><figcaption><b>{escape(title)}</b><span></span><small>{escape(meaning)}'
+            f'</small></figcaption><svg viewBox="-1 0 {WIDTH + 2} {HEIGHT}" role="img" aria-label="{label}">'
+            f'{bars}{line}<line class="grid" x1="0" x2="{WIDTH}" y1="{BASE}" y2="{BASE}"/>{texts}</svg></figure>')
+
+
+def _cell(text: str) -> str:
+    """Text that cannot end a Markdown cell or start markup."""
+    return escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _share(part: int, whole: int, noun: str = "") -> str:
+    return f"{part:,} of {whole:,}{noun}" + (f" ({100 * part / whole:.1f} %)" if whole else "")
+
+
+def _tau(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
+
+
+def _spread(scores: Mapping[str, Any]) -> str:
+    return "no score" if scores["mean"] is None else f"{format_score(scores['mean'])} ± {format_score(scores['std'])}"
+
+
+def _shift(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if before["mean"] is None or now["mean"] is None or not before["std"]:
+        return ""
+    return f"{(now['mean'] - before['mean']) / before['std']:+.2f}"
+
+
+def _rate(rate: Mapping[str, Any] | None) -> str:
+    if rate is None:
+        return "not measured"
+    if rate["rate"] is None:
+        return f"no win, no loss ({rate['ties']} ties)"
+    return (f"{100 * rate['rate']:.1f} % ({100 * rate['ci_low']:.1f} to {100 * rate['ci_high']:.1f} %; "
+            f"{rate['wins']} wins, {rate['losses']} losses, {rate['ties']} ties)")

@@ -1,0 +1,111 @@
+"""Scoring again: what the plan misses (hgdpo_core/rescore/plan.py) is scored and ranked, nothing else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from hgdpo_core.dataset_card import card_licence
+from hgdpo_core.distributions import summarise_scores
+from hgdpo_core.errors import CorruptShardError, InputError, ModelError
+from hgdpo_core.models import default_device
+from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.prompts import load_prompts
+from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, Skipped, shards_of
+from hgdpo_core.score import load_judge, missing_scores, score_pool, score_settings
+from hgdpo_core.shards import ShardFolder
+from hgdpo_core.storage import Store
+from hgdpo_core.triplets import TripletCounts, build_triplets, dataset_card, triplet_folder
+from hgdpo_core.work import Work, offer_pool_scores
+
+
+def score_missing(store: Store, jobs: Sequence[ScoreJob], *, device: str | None = None, progress: Progress = silent,
+                  should_stop: ShouldStop = never_stop) -> list[Skipped]:
+    """Score what the jobs of ONE scorer miss, loading it once and only if something is missing.
+
+    Returns the pools that were given up: a scorer may not know such prompts, and a shard of images that is not what its
+    manifest says goes to quarantine, where only a run of that pool's prompts helps: it draws the shard again.
+    ModelError when the scorer is no longer the planned one.
+    """
+    total, done = sum(job.images for job in jobs), 0
+    if not total:
+        return []
+    device, version = device or default_device(), jobs[0].version
+    loaded = load_judge(version.scorer, device)
+    if loaded.fingerprint != version.fingerprint:
+        raise ModelError(f"scorer {version.scorer.name} changed since the plan was made (fingerprint "
+                         f"{version.fingerprint[:12]} then, {loaded.fingerprint[:12]} now): start again")
+    skipped: list[Skipped] = []
+    for job in jobs:
+        pool = ShardFolder.open(store, f"pools/{job.pool_id}")
+        scores = ShardFolder.create(store, job.scores, score_settings(job.pool_id, version.scorer, version.fingerprint))
+
+        try:
+            score_pool(store, pool, scores, version.scorer, job.missing, device=device, judge=loaded,
+                       progress=_part(progress, done, total), should_stop=should_stop)
+        except (CorruptShardError, InputError) as error:
+            skipped.append(Skipped(what=f"pool {job.pool_id} by {version.scorer.name}", reason=str(error)))
+        done += job.images
+    return skipped
+
+
+def offer_missing(store: Store, job: ScoreJob, *, share: bool = False) -> Work:
+    """One job as work for shard runs. Ranges are cut from the whole pool: a second attempt meets those of the first."""
+    pool, version = ShardFolder.open(store, f"pools/{job.pool_id}"), job.version
+    scores = ShardFolder.create(store, job.scores, score_settings(job.pool_id, version.scorer, version.fingerprint))
+    return offer_pool_scores(pool, scores, version.scorer, list(pool.manifests()), share=share)
+
+
+def _part(progress: Progress, start: int, whole: int) -> Progress:
+    """A callback for one pool's share of the work."""
+    def report(done: int, total: int, unit: str) -> None:
+        progress(start + done, whole, unit)
+
+    return report
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A data set of triplets that a job made or found, and the shards it has."""
+
+    job: RankJob
+    key: str
+    indices: tuple[int, ...]
+    counts: TripletCounts
+
+
+def rank_again(store: Store, job: RankJob, *, progress: Progress = silent,
+               should_stop: ShouldStop = never_stop) -> Ranking | Skipped:
+    """The triplets of a list of prompts by the new scores, with their data set card; Skipped where scores lack."""
+    pool, scores = ShardFolder.open(store, f"pools/{job.pool_id}"), ShardFolder.open(store, job.scores)
+    manifests = pool.manifests()
+    indices = shards_of(store, manifests, job.prompts_id)
+    what = f"triplets of prompts {job.prompts_id} from pool {job.pool_id}"
+    missing = missing_scores(pool, scores, indices, pool_manifests=manifests)
+    if missing:
+        return Skipped(what=what, reason=f"{len(missing)} of its {len(indices)} shards have no scores")
+    triplets = triplet_folder(store, pool, scores, job.prompts_id, job.config)
+    try:
+        counts = build_triplets(pool, scores, triplets, load_prompts(store, job.prompts_id).prompts, indices,
+                                job.config, progress=progress, should_stop=should_stop)
+    except CorruptShardError as error:
+        return Skipped(what=what, reason=str(error))
+    card = dataset_card(triplets, indices, counts, licence=card_licence(store, job.replaces or triplets.key))
+    store.write_bytes(f"{triplets.key}/README.md", card.encode())
+    return Ranking(job, triplets.key, tuple(indices), counts)
+
+
+def summarise_pools(store: Store, plan: RescorePlan) -> list[dict[str, Any]]:
+    """A row for every complete pool and scorer of a plan whose scores are there by now: images, mean, spread, ends."""
+    rows = []
+    for key, item in sorted({item.scores: item for item in (*plan.found, *plan.jobs)}.items()):
+        if not store.exists(f"{key}/config.json"):
+            continue        # a pool that was given up
+        scores = ShardFolder.open(store, key)
+        tables = [scores.read(index, ["score"]) for index in scores.manifests()]
+        if tables:
+            summary = summarise_scores(pa.concat_tables(tables)["score"].to_numpy())
+            rows.append({"pool": item.pool_id, "scorer": item.version.scorer.name, "images": summary.n,
+                         **{name: getattr(summary, name) for name in ("mean", "std", "min", "median", "max")}})
+    return rows

@@ -1,0 +1,240 @@
+"""The loop of both trainers: optimizer steps, log, stopping, checkpoints, and going on from them.
+
+Going on with another number of processes keeps the batch of an optimizer step as it was, and with it steps, samples,
+noise and learning rate: a process takes another share. Only the order of sums changes, so losses agree up to rounding.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+
+from hgdpo_core.config import TrainingConfig, content_hash, training_identity
+from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageError
+from hgdpo_core.training.checkpoints import Checkpoint, Checkpoints, load_latest, save_checkpoint
+from hgdpo_core.training.micro_batches import GradientMaker, Means, is_out_of_memory, memory_advice
+from hgdpo_core.training.optimization import make_optimizer, warm_up_schedule
+from hgdpo_core.training.parts import (
+    DataOrder,
+    Denoiser,
+    Hooks,
+    LogRow,
+    Objective,
+    Precision,
+    SampleSource,
+    TrainingResult,
+    use_cpu,
+)
+from hgdpo_core.training.processes import agree, first_says
+
+logger = logging.getLogger(__name__)
+
+SMALL_LATENTS = 32  # pixels a side that a UNet is made for: 1 024 tokens, whose attention scores are megabytes
+
+
+@dataclass
+class _Run:
+    """One training under way."""
+
+    objective: Objective
+    source: SampleSource[Any]
+    config: TrainingConfig
+    accelerator: Accelerator
+    optimizer: Any  # accelerate's wrapper
+    lr_schedule: torch.optim.lr_scheduler.LambdaLR
+    gradients: GradientMaker
+    step: int = 0
+    log: list[LogRow] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def total_steps(self) -> int:
+        epochs = math.ceil(self.config.epochs * len(self.source) / self.gradients.global_batch)
+        return self.config.max_steps or epochs
+
+    @property
+    def config_hash(self) -> str:
+        return content_hash({"trainer": self.objective.name, "config": training_identity(self.config),
+                             "samples": len(self.source)})
+
+
+def run_training(objective: Objective, source: SampleSource[Any], config: TrainingConfig,
+                 precision: Precision, checkpoints: Checkpoints | None, hooks: Hooks) -> TrainingResult:
+    """Train what requires gradients in `objective.unet`, from this config's latest checkpoint if there is one.
+
+    The batch of a step is batch_size * gradient_accumulation_steps * processes, the processes being those that the
+    training began with. Where memory runs out, the micro-batch halves and the training goes on with the same result.
+
+    StoppedError after `should_stop`, with a checkpoint; ConfigError when the numbers stop being finite, or when the
+    memory is too small for a single sample.
+    """
+    if len(source) == 0:
+        raise InputError("there is nothing to train on: expected at least one sample")
+    try:
+        with _fast_attention(objective.unet):
+            return _train(_open(objective, source, config, precision), checkpoints, hooks)
+    except RuntimeError as error:  # while the weights move to the GPU, or the optimizer makes its states
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(f"training ran out of memory: {memory_advice(objective, config)}") from None
+
+
+@contextmanager
+def _fast_attention(unet: UNet2DConditionModel) -> Iterator[None]:
+    """On a CPU, plain attention: the fused one's backward takes over half of a small UNet's step there.
+
+    Not for a large one: a pair of 704x1024 pixels has 8 GiB of attention scores, which the fused one never holds.
+    """
+    before, config = dict(unet.attn_processors), cast(Any, unet.config)
+    if use_cpu() and (config.sample_size or math.inf) <= SMALL_LATENTS:
+        unet.set_attn_processor(AttnProcessor())
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(before)
+
+
+def _train(run: _Run, checkpoints: Checkpoints | None, hooks: Hooks) -> TrainingResult:
+    config = run.config
+    resumed_from = _resume(run, checkpoints)
+    saved_step, before, started = run.step, run.seconds, time.monotonic()
+    if not run.accelerator.is_main_process:
+        hooks = Hooks(should_stop=hooks.should_stop)
+    hooks.progress(run.step, run.total_steps, "steps")
+    while True:
+        run.seconds = before + time.monotonic() - started
+        finished = run.step == run.total_steps
+        stopping = not finished and agree(run.accelerator, hooks.should_stop())
+        if run.step != saved_step and (finished or stopping or run.step % config.checkpoint_every == 0):
+            _save(run, checkpoints)
+            saved_step = run.step
+        _validate(run, hooks, finished)
+        if finished:
+            return TrainingResult(run.step, run.log, resumed_from, run.seconds, run.gradients.global_batch)
+        if stopping:
+            kept = f"step {saved_step} is kept" if checkpoints and saved_step else "nothing is kept"
+            raise StoppedError(f"training was asked to stop after step {run.step} of {run.total_steps}: {kept}")
+        _report(run, _optimizer_step(run), hooks)
+
+
+def _open(objective: Objective, source: SampleSource[Any], config: TrainingConfig, precision: Precision) -> _Run:
+    # Accelerate keeps the precision of the process's first training and refuses another one.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu())
+    unet = objective.unet.to(accelerator.device)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = make_optimizer((p for p in unet.parameters() if p.requires_grad), config)
+    # The schedule is not prepared: accelerate would advance it once for every process.
+    lr_schedule = warm_up_schedule(optimizer, config.warmup_steps)
+    # Precision only, no DistributedDataParallel: that would send gradients amid a backward pass, where a process out
+    # of memory leaves the others waiting. Ours are sent once a step, when all have theirs.
+    denoiser = accelerator.prepare_model(Denoiser(unet), evaluation_mode=True)
+    global_batch = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    gradients = GradientMaker(objective, source, DataOrder(source, config.seed), config, accelerator, denoiser,
+                              global_batch)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    return _Run(objective, source, config, accelerator, optimizer, lr_schedule, gradients)
+
+
+def _optimizer_step(run: _Run) -> LogRow:
+    """One step on one global batch; its log row, averaged over that batch."""
+    means = run.gradients.gradient(run.step)
+    grad_norm = run.accelerator.clip_grad_norm_(run.gradients.trained, run.config.max_grad_norm)
+    means["grad_norm"] = torch.as_tensor(grad_norm, device=run.accelerator.device).float()
+    row = _row(run, means)
+    run.optimizer.step()
+    run.lr_schedule.step()
+    run.optimizer.zero_grad()
+    if run.objective.follower is not None and run.accelerator.is_main_process:
+        run.objective.follower.step()
+    run.step += 1
+    return row
+
+
+def _row(run: _Run, means: Means) -> LogRow:
+    numbers = torch.stack(list(means.values())).tolist()
+    row = {"step": run.step + 1, **dict(zip(means, numbers, strict=True)),
+           "learning_rate": run.lr_schedule.get_last_lr()[0]}
+    # An fp16 scaler meets infinite gradients on its way and skips those steps; an infinite loss is never right.
+    must_be_finite = ["loss"] if run.accelerator.scaler is not None else ["loss", "grad_norm"]
+    for name in must_be_finite:
+        if not math.isfinite(row[name]):
+            raise ConfigError(f"training stopped at step {row['step']}, before the weights changed: {name} is "
+                              f"{row[name]}, expected a finite number. Lower {run.objective.what_to_lower}, "
+                              "use mixed_precision no, or look for latents that are not finite; the last "
+                              "checkpoint is intact")
+    return row
+
+
+def _validate(run: _Run, hooks: Hooks, finished: bool) -> None:
+    every = run.config.validation_every
+    if hooks.validate is not None and every is not None and (finished or run.step % every == 0):
+        hooks.validate(run.step)
+
+
+def _report(run: _Run, row: LogRow, hooks: Hooks) -> None:
+    if run.step % run.config.log_every == 0 or run.step == run.total_steps:
+        run.log.append(row)
+        if hooks.on_log is not None:
+            hooks.on_log(row)
+    hooks.progress(run.step, run.total_steps, "steps")
+
+
+# -- resuming
+
+
+def _save(run: _Run, checkpoints: Checkpoints | None) -> None:
+    if checkpoints is None:
+        return
+    if run.accelerator.is_main_process:
+        scaler, follower = run.accelerator.scaler, run.objective.follower
+        state = {"optimizer": run.optimizer.state_dict(), "lr_schedule": run.lr_schedule.state_dict(),
+                 "scaler": scaler.state_dict() if scaler is not None else None,
+                 "follower": follower.state_dict() if follower is not None else None,
+                 "global_batch": run.gradients.global_batch, "processes": run.accelerator.num_processes,
+                 "log": run.log, "seconds": run.seconds}
+        save_checkpoint(checkpoints, Checkpoint(run.step, run.objective.weights(), state), run.config_hash)
+    run.accelerator.wait_for_everyone()
+
+
+def _resume(run: _Run, checkpoints: Checkpoints | None) -> int | None:
+    """Continue where the latest checkpoint stands; its step, or None for a fresh start."""
+    found = load_latest(checkpoints, run.config_hash) if checkpoints else None
+    step = found.step if found else 0
+    if agree(run.accelerator, first_says(run.accelerator, step) != step):
+        raise StorageError("the processes of this training found different checkpoints: start it again")
+    if found is None:
+        return None
+    run.objective.load_weights(found.weights)
+    run.optimizer.load_state_dict(found.state["optimizer"])
+    run.lr_schedule.load_state_dict(dict(found.state["lr_schedule"]))
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(found.state["scaler"])
+    if run.objective.follower is not None and run.accelerator.is_main_process:
+        run.objective.follower.load_state_dict(found.state["follower"])
+    run.step, run.log, run.seconds = found.step, list(found.state["log"]), found.state["seconds"]
+    run.gradients.set_global_batch(found.state["global_batch"])
+    logger.info("training continues after step %d of %d", run.step, run.total_steps)
+    _say_what_changed(run, found.state["processes"])
+    return found.step
+
+
+def _say_what_changed(run: _Run, before: int) -> None:
+    now = run.accelerator.num_processes
+    if now != before:
+        logger.warning(
+            "this training goes on with %d process%s instead of %d. The batch of a step stays %d, and so do its "
+            "samples, their noise, the learning rate and the number of steps; a process takes up to %d samples a step, "
+            "%d at a time. Losses agree with those of %d up to rounding",
+            now, "" if now == 1 else "es", before, run.gradients.global_batch, -(-run.gradients.global_batch // now),
+            run.gradients.micro_batch, before)

@@ -1,0 +1,135 @@
+"""Pictures of a model in training: the same prompts from the same seeds, every so many steps, kept beside the model.
+
+    models/<model_id>/validation/step-000500/0.png ...  images.json (written last)
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from hgdpo_core.config import PromptSyntax, RunConfig, SamplerConfig, StageConfig, TrainingConfig
+from hgdpo_core.images import decode_image, encode_image
+from hgdpo_core.models import Model
+from hgdpo_core.models.lora import worn_at
+from hgdpo_core.pictures.grids import row_grid
+from hgdpo_core.prompts import image_seed
+from hgdpo_core.sampler import decode_latents, initial_noise, make_scheduler, sample_latents
+from hgdpo_core.storage import Store
+from hgdpo_core.text_encoding import TextEncoder
+from hgdpo_core.training.micro_batches import is_out_of_memory
+from hgdpo_core.training.parts import resolve_precision
+
+logger = logging.getLogger(__name__)
+
+SHOWN_STEPS = 8
+
+
+class Validation(StageConfig):
+    """What to draw. Seeds are the evaluation's, so its images of the same prompts begin from the same noise."""
+
+    prompts: tuple[str, ...]
+    prompt_syntax: PromptSyntax
+    sampler: SamplerConfig
+    seed: int
+    lora_weight: float
+
+    @classmethod
+    def of_run(cls, config: RunConfig, training: TrainingConfig, prompts: Sequence[str]) -> Self | None:
+        """Some evaluation prompts, evenly spread over their list; None where none are wanted."""
+        if training.validation_every is None or not prompts:
+            return None
+        count = min(training.validation_images, len(prompts))
+        chosen = tuple(prompts[i * len(prompts) // count] for i in range(count))
+        evaluation = config.evaluation
+        return cls(prompts=chosen, prompt_syntax=evaluation.prompt_syntax, sampler=config.sampler.plain,
+                   seed=evaluation.seed, lora_weight=evaluation.lora_weight)
+
+
+class ValidationPainter:
+    """Draws with the pipeline whose UNet is in training; called with the number of steps done.
+
+    Steps whose pictures are there are passed over. Too little memory for a picture beside the training is a warning.
+    """
+
+    def __init__(self, store: Store, model_id: str, pipeline: StableDiffusionPipeline, model: Model,
+                 validation: Validation, config: TrainingConfig):
+        self._store, self._key = store, f"models/{model_id}/validation"
+        self._pipeline, self._validation = pipeline, validation
+        self._precision = resolve_precision(config.mixed_precision)
+        self._scheduler = make_scheduler(pipeline.scheduler.config)
+        encoder = TextEncoder(pipeline, replace(model, lora=None).reading(validation.prompt_syntax))
+        self._embeds = [embed.float().cpu() for embed in encoder.encode(validation.prompts)]
+        self._negatives = [encoder.negative(len(embed)).float().cpu() for embed in self._embeds]
+
+    def __call__(self, step: int) -> None:
+        folder = f"{self._key}/step-{step:06d}"
+        if self._store.exists(f"{folder}/images.json"):
+            return
+        try:
+            with self._as_sampled():
+                pictures = [self._draw(number) for number in range(len(self._embeds))]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            pictures = None
+        if pictures is None:
+            clear_device_cache(garbage_collection=True)
+            logger.warning("no validation images of step %d: memory ran out. Training goes on", step)
+            return
+        for number, pixels in enumerate(pictures):
+            self._store.write_bytes(f"{folder}/{number}.png", encode_image(pixels, "png"))
+        self._store.write_json(f"{folder}/images.json", {"step": step, **self._validation.model_dump(mode="json")})
+
+    def _draw(self, number: int) -> np.ndarray:
+        unet, sampler = self._pipeline.unet, self._validation.sampler
+        factor = self._pipeline.vae_scale_factor
+        noise = initial_noise([image_seed(self._validation.seed, self._validation.prompts[number], 0)],
+                              unet.config.in_channels, sampler.height // factor, sampler.width // factor)
+        latents = sample_latents(unet, self._scheduler, self._embeds[number][None].to(unet.device),
+                                 self._negatives[number].to(unet.device), noise, steps=sampler.steps,
+                                 guidance_scale=sampler.guidance_scale)
+        vae = self._pipeline.vae.to(unet.device)
+        return decode_latents(vae, latents)[0]
+
+    @contextmanager
+    def _as_sampled(self) -> Iterator[None]:
+        """The UNet as the evaluation will use it: LoRA at its weight, no dropout, the precision of training."""
+        unet: Any = self._pipeline.unet
+        training, dtype = unet.training, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision)
+        unet.eval()
+        try:
+            with worn_at(unet, self._validation.lora_weight), \
+                    torch.autocast(unet.device.type, dtype=dtype, enabled=dtype is not None):
+                yield
+        finally:
+            unet.train(training)
+
+
+def validation_steps(store: Store, model_id: str) -> list[int]:
+    """The steps that have pictures, ascending."""
+    keys = (key.split("/") for key, _, _ in store.walk(f"models/{model_id}/validation"))  # one LIST
+    return sorted(int(key[-2].removeprefix("step-")) for key in keys if key[-1] == "images.json")
+
+
+def validation_grid(store: Store, model_id: str) -> Image.Image | None:
+    """A row of pictures a step, the first step and the latest ones; None while there is no picture."""
+    steps = validation_steps(store, model_id)
+    if not steps:
+        return None
+    shown = [steps[0], *steps[1:][1 - SHOWN_STEPS:]]
+    rows: list[tuple[str, list[Image.Image]]] = []
+    prompts: list[str] = []
+    for step in shown:
+        folder = f"models/{model_id}/validation/step-{step:06d}"
+        prompts = store.read_json(f"{folder}/images.json")["prompts"]
+        images = [decode_image(store.read_bytes(f"{folder}/{number}.png")) for number in range(len(prompts))]
+        rows.append((f"step {step}", images))
+    return row_grid(" | ".join(prompts), rows)
