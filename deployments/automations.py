@@ -6,6 +6,8 @@ worker died before it started the process: such a run stays as it is, and its Re
     python -m deployments.automations      # create or update both on the server that PREFECT_API_URL names
 """
 
+import argparse
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -68,5 +70,14 @@ def _missing(*, after: set[str], expect: set[str], within: float) -> EventTrigge
         for_each={"prefect.resource.id"})
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ship them with windows that suit the machines: a pod that waits for a node is Pending all the while."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--silent-seconds", type=float, default=SILENT_SECONDS, help="silent for so long: Crashed")
+    parser.add_argument("--pending-seconds", type=float, default=PENDING_SECONDS, help="Pending for so long: Crashed")
+    options = parser.parse_args(arguments)
+    ship(automations(options.silent_seconds, options.pending_seconds))
+
+
 if __name__ == "__main__":
-    ship()
+    main()

@@ -10,6 +10,7 @@ import yaml
 from prefect.states import InfrastructurePending, Pending, Submitting
 from prefect.utilities.callables import parameter_schema
 
+from deployments import automations as automation_module
 from deployments import local
 from deployments.automations import PENDING_SECONDS, SILENT_SECONDS, automations
 from deployments.local import TOML_MARK, Local, LocalError
@@ -57,6 +58,14 @@ def test_every_deployment_sends_heartbeats_often_enough_for_the_automations():
     names = {Pending().name, Submitting().name, InfrastructurePending().name}  # all are of the type Pending
     assert pending.trigger.after == {f"prefect.flow-run.{name}" for name in names}
     assert {action.state.value for automation in (silent, pending) for action in automation.actions} == {"CRASHED"}
+
+
+def test_the_windows_of_the_automations_can_be_chosen(monkeypatch):
+    shipped = []
+    monkeypatch.setattr(automation_module, "ship", shipped.extend)
+    automation_module.main(["--pending-seconds", "3600"])
+    assert [automation.trigger.within.total_seconds() for automation in shipped] == [SILENT_SECONDS, 3600]
+    assert "Pending for 3600 s" in shipped[1].actions[0].message
 
 
 def test_the_nightly_run_ships_paused_with_a_time_zone_and_never_twice():
