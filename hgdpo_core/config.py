@@ -276,12 +276,22 @@ class ComparisonConfig(StageConfig):
 def canonical_json(value: BaseModel | Mapping[str, Any] | list[Any]) -> str:
     """The one JSON text of a value: sorted keys, no spaces, UTF-8 kept."""
     data = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _to_json(data)
 
 
 def content_hash(value: BaseModel | Mapping[str, Any] | list[Any], length: int = 12) -> str:
     """First `length` hex digits of the sha256 of `canonical_json(value)`; ids end in it."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+    if not isinstance(value, list):
+        return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+    digest = hashlib.sha256(b"[")
+    for position, item in enumerate(value):  # one by one: as one text, all prompts would be in memory twice more
+        digest.update((("," if position else "") + _to_json(item)).encode())
+    digest.update(b"]")
+    return digest.hexdigest()[:length]
+
+
+def _to_json(data: Any) -> str:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def identity(config: BaseModel, *, later: Collection[str]) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def _write_plan(store: Store, key: str, shards: Sequence[PlannedShard]) -> None:
     rows = [(shard.index, prompt) for shard in shards for prompt in shard.prompts]
     table = pa.table({"shard": [index for index, _ in rows], "prompt_id": [prompt_id(p) for _, p in rows],
                       "prompt": [p for _, p in rows]}, schema=PLAN_SCHEMA)
-    name = f"{shards[0].index:05d}-{content_hash([list(row) for row in rows])}.parquet"
+    name = f"{shards[0].index:05d}-{content_hash(rows)}.parquet"
     write_table(store, f"{key}/plan/{name}", table)
 
 

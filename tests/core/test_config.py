@@ -1,8 +1,18 @@
 """Settings: the presets are complete and the paper's; a mistake is one readable line."""
 
+import hashlib
+
 import pytest
 
-from hgdpo_core.config import DpoConfig, RunConfig, SftConfig, apply_overrides, content_hash, training_identity
+from hgdpo_core.config import (
+    DpoConfig,
+    RunConfig,
+    SftConfig,
+    apply_overrides,
+    canonical_json,
+    content_hash,
+    training_identity,
+)
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.presets import build_config, figures, sd15
 
@@ -89,3 +99,8 @@ def test_trained_models_keep_their_ids():
     assert training_identity(configs[0].model_copy(update={"flip": True}))["flip"] is True
     noted = configs[0].model_copy(update={"log_every": 9, "checkpoint_every": 7})
     assert training_identity(noted) == training_identity(configs[0])
+
+
+@pytest.mark.parametrize("value", [[], ["a"], ["a", 'ü"\n'], [(1, "b"), (2, "c")], [{"b": 1, "a": [1, 2]}], {"a": 1}])
+def test_a_list_is_hashed_as_its_one_text(value):
+    assert content_hash(value, 64) == hashlib.sha256(canonical_json(value).encode()).hexdigest()
