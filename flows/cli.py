@@ -11,7 +11,7 @@ from typing import Any
 
 from flows.caption_command import add_caption_command
 from flows.score_commands import add_score_commands
-from hgdpo_core.errors import HGDPOError
+from hgdpo_core.errors import HGDPOError, StoppedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,12 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare_environment()
     try:
         return options.command(options)
+    except (StoppedError, KeyboardInterrupt) as stop:
+        how = str(stop) or "stopped"
+        print(f"hgdpo: {how}; what is finished is kept, run the same command to go on", file=sys.stderr)
+        return 130
     except HGDPOError as error:
         print(f"hgdpo: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("hgdpo: stopped; what is finished is kept, run the same command to go on", file=sys.stderr)
-        return 130
 
 
 def _prepare_environment() -> None:
@@ -44,19 +45,11 @@ def run(options: argparse.Namespace) -> int:
     """The whole method."""
     parameters = _parameters(options)
     _check(parameters, dry=options.plan)
-    from prefect.exceptions import CancelledRun
-
     from flows.full import hgdpo
-    from flows.server import some_server
+    from flows.server import call_flow
     from hgdpo_core.plan.table import RunPlan
 
-    try:
-        with some_server():
-            summary: dict[str, Any] = hgdpo(  # pyright: ignore[reportAssignmentType]
-                **parameters, plan_only=options.plan, shard_runner=options.shard_runner)
-    except CancelledRun:
-        print("hgdpo: cancelled; what is finished is kept, run the same command to go on", file=sys.stderr)
-        return 130
+    summary = call_flow(hgdpo, **parameters, plan_only=options.plan, shard_runner=options.shard_runner)
     if options.plan:
         _print_plan(RunPlan.model_validate(summary["plan"]), as_json=False)
         return 0
@@ -97,18 +90,10 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.plan:
         print(json.dumps(plan_comparison(run), indent=1))
         return 0
-    from prefect.exceptions import CancelledRun
-
     from flows.evaluate import hgdpo_evaluate
-    from flows.server import some_server
+    from flows.server import call_flow
 
-    try:
-        with some_server():
-            summary: dict[str, Any] = hgdpo_evaluate(  # pyright: ignore[reportAssignmentType]
-                **parameters, shard_runner=options.shard_runner)
-    except CancelledRun:
-        print("hgdpo: cancelled; what is finished is kept, run the same command to go on", file=sys.stderr)
-        return 130
+    summary = call_flow(hgdpo_evaluate, **parameters, shard_runner=options.shard_runner)
     report = _publish(summary, Path(options.publish)) if options.publish else summary["artifacts"]["report"]
     _print_summary(summary, report)
     return 0
@@ -129,17 +114,10 @@ def ablate(options: argparse.Namespace) -> int:
     if options.plan:
         print(json.dumps(plan_ablation(ablation), indent=1))
         return 0
-    from prefect.exceptions import CancelledRun
-
     from flows.ablate import hgdpo_ablate
-    from flows.server import some_server
+    from flows.server import call_flow
 
-    try:
-        with some_server():
-            result: Any = hgdpo_ablate(**parameters, **settings, shard_runner=options.shard_runner)
-    except CancelledRun:
-        print("hgdpo: cancelled; what is finished is kept, run the same command to go on", file=sys.stderr)
-        return 130
+    result = call_flow(hgdpo_ablate, **parameters, **settings, shard_runner=options.shard_runner)
     print()
     for claim in result["claims"]:
         print(f"{claim['world']:>6} world, {claim['text']}: {claim['verdict']} ({claim['measured']})")

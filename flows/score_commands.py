@@ -31,11 +31,10 @@ def rescore(options: argparse.Namespace) -> int:
         return 0
 
     from flows.rescore import hgdpo_rescore
-    from flows.server import some_server
+    from flows.server import call_flow
 
-    with some_server():
-        summary = hgdpo_rescore(root=store.root, scorers=options.scorer, preset=options.preset, overrides=overrides,
-                                shard_runner=options.shard_runner)
+    summary = call_flow(hgdpo_rescore, root=store.root, scorers=options.scorer, preset=options.preset,
+                        overrides=overrides, shard_runner=options.shard_runner)
     _print_night(summary)
     return 0
 

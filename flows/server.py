@@ -1,15 +1,29 @@
-"""A Prefect server for one run, where none is configured."""
+"""Flows started by a command, on a Prefect server for one run where none is configured."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from prefect import Flow
 from prefect.events.worker import EventsWorker
+from prefect.exceptions import CancelledRun
 from prefect.logging.handlers import APILogWorker
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
+from hgdpo_core.errors import StoppedError
+
 START_SECONDS = 60
 DRAIN_SECONDS = 10
+
+
+def call_flow(flow: Flow[..., Any], **parameters: Any) -> Any:
+    """What the flow returns, run in this process; StoppedError where somebody cancelled it in the UI."""
+    try:
+        with some_server():
+            return flow(**parameters)
+    except CancelledRun:
+        raise StoppedError("cancelled") from None
 
 
 @contextmanager

@@ -5,8 +5,7 @@ from html import escape
 
 from hgdpo_core.ablate.program import Ablation
 from hgdpo_core.ablate.tables import Table
-from hgdpo_core.pictures.plots import STYLE
-from hgdpo_core.report import CONTENT_POLICY
+from hgdpo_core.pictures.page import html_page
 
 WIDE = """
 .scroll table { min-width: max-content; }
@@ -23,31 +22,15 @@ def render_page(ablation: Ablation, tables: Sequence[Table], pictures: Mapping[s
     named = {table.plot for table in tables}
     rest = "".join(f'<section class="plots"><h2>{escape(title)}</h2><img src="{uri}" alt="{escape(title)}"></section>\n'
                    for name, (title, uri) in pictures.items() if name not in named)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
-<title>HG-DPO ablations, preset {escape(ablation.run.config.preset)}</title>
-<style>{STYLE}{WIDE}</style>
-</head>
-<body>
-<header>
-<p class="eyebrow">HG-DPO · ablations · preset {escape(ablation.run.config.preset)}</p>
+    preset = ablation.run.config.preset
+    header = f"""<p class="eyebrow">HG-DPO · ablations · preset {escape(preset)}</p>
 <h1>The paper's comparisons from one pool</h1>
 <p class="lead">The tables of arXiv:2405.20216v1 measured here, the paper's own numbers beside them.</p>
-<ul class="notes">{remarks}</ul>
-</header>
-<main>
-{"".join(_section(table, pictures.get(table.plot)) for table in tables)}{rest}
+<ul class="notes">{remarks}</ul>"""
+    main = f"""{"".join(_section(table, pictures.get(table.plot)) for table in tables)}{rest}
 <section><h2>How to repeat</h2><pre><code>{escape(ablation.command)}</code></pre></section>
-</main>
-<footer><p>Method: arXiv:2405.20216v1. This page holds all it shows; it loads nothing from elsewhere.</p></footer>
-</body>
-</html>
 """
+    return html_page(f"HG-DPO ablations, preset {preset}", header, main, style=WIDE)
 
 
 def _section(table: Table, picture: tuple[str, str] | None) -> str:

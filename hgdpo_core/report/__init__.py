@@ -6,8 +6,8 @@ parts.py the HTML they are made of.
 
 from hgdpo_core.report.data import SCORER_TITLES, ReportData
 from hgdpo_core.report.headline import headline, read_interval
-from hgdpo_core.report.page import CONTENT_POLICY, MAX_BYTES, render_report
+from hgdpo_core.report.page import MAX_BYTES, render_report
 from hgdpo_core.report.parts import encode_data_uri
 
-__all__ = ["CONTENT_POLICY", "MAX_BYTES", "SCORER_TITLES", "ReportData", "encode_data_uri", "headline", "read_interval",
+__all__ = ["MAX_BYTES", "SCORER_TITLES", "ReportData", "encode_data_uri", "headline", "read_interval",
            "render_report"]

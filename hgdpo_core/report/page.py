@@ -1,4 +1,4 @@
-"""The page: its frame, the order of its sections, and a size that a mail or a phone takes."""
+"""The page: the order of its sections, and a size that a mail or a phone takes."""
 
 import json
 from html import escape
@@ -6,7 +6,7 @@ from html import escape
 from PIL import Image
 
 from hgdpo_core.errors import InputError
-from hgdpo_core.pictures.plots import STYLE
+from hgdpo_core.pictures.page import html_page
 from hgdpo_core.report.data import SCORER_TITLES, ReportData
 from hgdpo_core.report.headline import headline, read_interval
 from hgdpo_core.report.numbers import artifacts, colours, counts, defects, timings, variety, win_rates
@@ -16,7 +16,6 @@ from hgdpo_core.report.sweep import lora_weights
 from hgdpo_core.report.training import DPO_CHARTS, SFT_CHARTS, charts, latent_statistics, with_rises
 
 MAX_BYTES = 10_000_000
-CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 QUALITY_LEVELS = ((640, 85), (448, 80), (320, 72), (224, 60))  # longer side in pixels, WebP quality
 
 
@@ -66,30 +65,12 @@ def _page(data: ReportData, encode: ImageEncoder) -> str:
         _repeat(data),
     )
     when = data.created_at.strftime("%Y-%m-%d %H:%M %Z").strip()
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
-<title>{escape(data.title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<p class="eyebrow">HG-DPO · preset {escape(data.preset)}</p>
+    header = f"""<p class="eyebrow">HG-DPO · preset {escape(data.preset)}</p>
 <h1>{escape(data.title)}</h1>
 <p class="lead">{sentence(headline(data))}</p>
 <p class="reading">{sentence(read_interval(data))}</p>
-<p class="meta">{when} · <code>{escape(data.root)}</code></p>
-</header>
-<main>
-{"".join(sections)}</main>
-<footer><p>Method: arXiv:2405.20216v1. This page holds all it shows; it loads nothing from elsewhere.</p></footer>
-</body>
-</html>
-"""
+<p class="meta">{when} · <code>{escape(data.root)}</code></p>"""
+    return html_page(data.title, header, "".join(sections))
 
 
 def _repeat(data: ReportData) -> str:

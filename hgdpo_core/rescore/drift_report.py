@@ -6,9 +6,9 @@ from html import escape
 from typing import Any
 
 from hgdpo_core.pictures.grids import format_score
-from hgdpo_core.pictures.plots import STYLE, format_number
+from hgdpo_core.pictures.page import html_page
+from hgdpo_core.pictures.plots import format_number
 
-CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 WIDTH, HEIGHT, BASE = 360, 150, 128
 MAX_CHARTED = 12  # pools; rankings first, every evaluation has two pools without one
 HISTOGRAM_STYLE = """
@@ -79,29 +79,12 @@ def render_html(report: Report) -> str:
         more = f"<p>The first {MAX_CHARTED} of {len(pools)} pools.</p>" if len(pools) > MAX_CHARTED else ""
         charts = f'<section><h2>Distributions</h2>{more}<div class="charts">{charts}</div></section>\n'
     title = f"Scored again, {report['night']}"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
-<title>{escape(title)}</title>
-<style>{STYLE}{HISTOGRAM_STYLE}</style>
-</head>
-<body>
-<header>
-<p class="eyebrow">HG-DPO · scoring again</p>
+    header = f"""<p class="eyebrow">HG-DPO · scoring again</p>
 <h1>{escape(title)}</h1>
 <p class="lead">{escape(headline(report))}</p>
 <p class="meta">{escape(report["started_at"])} to {escape(report["finished_at"])} ·
-<code>{escape(report["root"])}</code></p>
-</header>
-<main>
-{charts}{sections}</main>
-</body>
-</html>
-"""
+<code>{escape(report["root"])}</code></p>"""
+    return html_page(title, header, charts + sections, style=HISTOGRAM_STYLE)
 
 
 def _tables(report: Report) -> list[Table]:

@@ -18,12 +18,12 @@ from hgdpo_core.evaluate import Comparison
 from hgdpo_core.intervals import Estimate, Interval, defect_change, score_change
 from hgdpo_core.metrics import ColourShift, WinRate, rgb_to_hsv
 from hgdpo_core.pictures.grids import PairSample, PoolSample
+from hgdpo_core.pictures.page import STYLE
 from hgdpo_core.pictures.plots import (
     BOTTOM,
     HISTOGRAMS,
     LEFT,
     RIGHT,
-    STYLE,
     TOP,
     ChartSpec,
     IntervalPoint,
