@@ -164,7 +164,34 @@ def test_two_models_are_compared_on_workers(workers, parameters, tmp_path):
     parent = workers.start("hgdpo-evaluate/evaluate", there)
     ended = workers.await_final(parent)
     assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.told()
-    assert len(workers.children(parent, "pool")) == 4 and len(workers.children(parent, "score")) == 2
+    names = sorted(run["name"].partition(":")[0] for run in workers.children(parent))
+    assert names == ["pickscore, target 0-1", "pickscore, tuned 0-1", "target 0-1", "tuned 0-1"]
     store = live.Store(there["root"])
     run = next(name for name in store.list_folders("runs") if name.startswith("evaluate-"))
-    assert store.read_json(f"runs/{run}/summary.json")["win_rate"]["pickscore"]["n"] == 4
+    assert store.read_json(f"runs/{run}/summary.json")["win_rate"]["pickscore"]["n"] == 2
+
+
+@pytest.mark.slow
+def test_a_night_and_the_next(workers, parameters, tmp_path):
+    """A judge that changed: its scores alone are made, by shard runs, and the next night finds nothing to do."""
+    finished = parameters | {"root": "s3://bucket/nights"}
+    assert workers.await_final(workers.start("hgdpo/full", finished))["state_type"] == "COMPLETED", workers.told()
+    store = live.Store("s3://bucket/nights")
+    pools, painted = manifests(store, "pools"), workers.painted()
+    tonight = {"root": store.root, "scorers": [f"pickscore={tiny.save_judge(tmp_path / 'judge', seed=1)}"]}
+
+    night = workers.start("hgdpo-rescore/nightly", tonight)
+    ended = workers.await_final(night)
+    assert (ended["state_type"], ended["state_name"]) == ("COMPLETED", "Completed"), ended["state"]["message"]
+    scored = workers.children(night)
+    assert len(scored) == 3 and all(run["name"].startswith("pickscore, n") for run in scored)
+    assert manifests(store, "pools") == pools and workers.painted() == painted
+    made, = store.list_folders("rescores")
+    report = store.read_json(f"rescores/{made}/report.json")
+    assert sum(pool["images_scored"] for pool in report["pools"]) == 3 * len(PROMPTS) + 2 * 2
+    assert report["skipped"] == [] and len(report["triplets"]) == 1
+
+    again = workers.start("hgdpo-rescore/nightly", tonight)
+    ended = workers.await_final(again)
+    assert (ended["state_type"], ended["state_name"]) == ("COMPLETED", "NothingToDo")
+    assert workers.children(again) == [] and store.list_folders("rescores") == [made]
