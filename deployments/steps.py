@@ -12,3 +12,13 @@ def enter_checkout() -> dict[str, str]:
     """
     checkout = Path(__file__).resolve().parents[1]
     return {"directory": str(checkout if (checkout / "pyproject.toml").is_file() else Path(os.getcwd()))}
+
+
+def set_environment(**variables: str) -> dict[str, str]:
+    """Put these into the environment of the run's process, and of what it starts, before the flow is imported.
+
+    For secrets: Prefect keeps a pull step as it is written and resolves its `{{ prefect.blocks.secret.name }}` when a
+    run starts. Those in a deployment's `env` it resolves while deploying, and stores the secret itself.
+    """
+    os.environ.update(variables)
+    return {}

@@ -32,6 +32,7 @@ from hgdpo_core.progress import ShouldStop
 LIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 PAGE = 100  # runs a request; the server's limit is 200
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 5.0
+JOBS_A_PAUSE = 20  # so many open ones double the first pause
 NAMED_FAILURES = 5
 PATIENCE_SECONDS = 300.0
 RESTART_SECONDS = 5.0
@@ -203,7 +204,9 @@ def _await_all(client: SyncPrefectClient, jobs: Sequence[Job], workers: WorkersC
         except httpx.HTTPError:
             pass  # the runs do not need the server to work on; nor is there a limit to how long it may be away
         states = [(job.done, job.run.state.name if job.run and job.run.state else None) for job in jobs]
-        pause = FIRST_PAUSE_SECONDS if states != before else min(pause * 1.5, LONGEST_PAUSE_SECONDS)
+        # Where hundreds are open, something changes all the time, and reading them all would be the server's main work.
+        first = FIRST_PAUSE_SECONDS * (1 + sum(job.live for job in jobs) / JOBS_A_PAUSE)
+        pause = min(first if states != before else pause * 1.5, LONGEST_PAUSE_SECONDS)
         before = states
         on_change(jobs)
 

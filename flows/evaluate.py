@@ -9,7 +9,6 @@ from pydantic import Field
 
 from flows.full import cancel_shard_runs
 from flows.runner import ShardRunnerName, choose_runner
-from flows.timing import timed
 from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.comparison_run import ComparisonRun, weight_name
 from hgdpo_core.errors import StoppedError
@@ -19,6 +18,7 @@ from tasks.generate import draw_evaluation
 from tasks.prepare import prepare_comparison, show_comparison_plan
 from tasks.report import publish_comparison
 from tasks.score import score_evaluation
+from tasks.times import StageTimes
 from tasks.ui import explain_own_errors
 
 Overrides = dict[str, Any]
@@ -59,8 +59,8 @@ def hgdpo_evaluate(
         preset: its sampler, prompts and judges: figures is built in and small, sd15 is the paper's
     """
     explain_own_errors()
-    seconds: dict[str, float] = {}
-    with timed(seconds, "prepare"):
+    times = StageTimes()
+    with times.stage("prepare", makes=False):
         run = prepare_comparison(
             preset=preset, root=root, tuned=tuned, target=target, base=base, prompts=prompts, scorers=scorers,
             images_per_prompt=images_per_prompt, lora_weight=lora_weight, target_lora_weight=target_lora_weight,
@@ -69,18 +69,18 @@ def hgdpo_evaluate(
         return {"plan": show_comparison_plan(run)}
     with watch_this_run() as watch:
         try:
-            return _hold_against(run, choose_runner(shard_runner, run.config.workers, run.store, watch), seconds)
+            return _hold_against(run, choose_runner(shard_runner, run.config.workers, run.store, watch), times)
         except StoppedError as error:
             return answer_stop(watch, error)
 
 
-def _hold_against(run: ComparisonRun, runner: Runner, seconds: dict[str, float]) -> dict[str, Any]:
-    with timed(seconds, "evaluation_images"):
+def _hold_against(run: ComparisonRun, runner: Runner, times: StageTimes) -> dict[str, Any]:
+    with times.stage("evaluation_images"):
         images = draw_evaluation(run, run.models, runner)
-    with timed(seconds, "evaluation"):
+    with times.stage("evaluation"):
         scores = score_evaluation(run, images, runner)
         comparison = judge(run, images["target"], images["tuned"], scores["target"], scores["tuned"])
         others = {who: judge_weight(run, images["target"], images[who], scores["target"], scores[who])
                   for who in images if who not in ("target", "tuned")}
     sweep = [others.get(weight_name(model), comparison) for model in run.sweep]
-    return publish_comparison(run, images, comparison, sweep, seconds)
+    return publish_comparison(run, images, comparison, sweep, times)

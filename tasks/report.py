@@ -58,8 +58,9 @@ def publish(run: Run, pool: PoolPlan, scores: ShardFolder, distances: np.ndarray
 
 @task(name="comparison report", **STAGE)
 def publish_comparison(run: ComparisonRun, images: Mapping[str, PoolPlan], comparison: Comparison,
-                       sweep: list[Comparison], seconds: dict[str, float]) -> dict[str, Any]:
+                       sweep: list[Comparison], times: StageTimes) -> dict[str, Any]:
     """`summary.json` and `report.html` of two models in `runs/<run_id>/`; returns the summary."""
+    seconds = times.recorded(run)
     artifacts = {**_own_artifacts(run), "evaluation": run.store.url(f"evaluations/{comparison.evaluation_id}"),
                  "target_images": run.store.url(images["target"].folder.key),
                  "tuned_images": run.store.url(images["tuned"].folder.key)}
@@ -70,7 +71,7 @@ def publish_comparison(run: ComparisonRun, images: Mapping[str, PoolPlan], compa
         sweep=sweep, timings=seconds, artifacts=artifacts, **_comparison_data(run, images, comparison))
     weights = {"lora_weights": [point.findings() for point in sweep]} if sweep else {}
     summary = {**_comparison_summary(run, comparison), **weights, "target": run.config.target.source,
-               "tuned": run.config.tuned, "timings": seconds, "artifacts": artifacts}
+               "tuned": run.config.tuned, "timings": seconds, "found": times.found, "artifacts": artifacts}
     _write(run, data, summary)
     return summary
 

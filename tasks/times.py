@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.errors import StorageError
 from hgdpo_core.run import Run
 from tasks.ui import watch_work
@@ -27,7 +28,7 @@ class StageTimes:
         if makes and not worked:
             self.found.append(name)
 
-    def recorded(self, run: Run) -> dict[str, float]:
+    def recorded(self, run: Run | ComparisonRun) -> dict[str, float]:
         """The seconds, but for what was found those in which an earlier run of the same settings made it."""
         earlier: dict[str, float] = {}
         with suppress(StorageError):    # none yet, or not readable: this run's times are all there is

@@ -21,6 +21,7 @@ from hgdpo_core.storage import Store
 ERRORS = {"500": ("InternalError", "Internal Server Error"), "503": ("SlowDown", "Slow Down"),
           "429": ("TooManyRequests", "Too Many Requests")}
 KINDS = (*ERRORS, "close", "lose answer", "delay", "cut", "shorten", "flip answer", "flip request")
+SECRET = "a-secret-of-the-tests"
 REFUSED = ("x-amz-checksum", "x-amz-sdk-checksum", "x-amz-trailer", "content-md5")
 
 
@@ -53,7 +54,7 @@ class FaultyS3:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.environment = {"AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": "test",
-                            "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+                            "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
 
     def behave(self) -> None:
         """No faults from here on; forget what was counted."""

@@ -4,17 +4,20 @@ import contextlib
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import tiny
 import yaml
 
-from deployments.local import ROOT, Local, down, up
+from deployments.local import ROOT, Local, _environment, down, up
 from hgdpo_core.config import RunConfig
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.generate import PoolPlan, plan_pool
@@ -80,6 +83,11 @@ class Live:
     def children(self, parent: str, *tags: str) -> list[dict[str, Any]]:
         more = {"tags": {"all_": list(tags)}} if tags else {}
         return self.runs(parent_flow_run_id={"any_": [parent]}, **more)
+
+    def stored(self) -> str:
+        """What the server stores and shows of deployments, runs and their logs, as one text."""
+        kinds = ("deployments", "flow_runs", "logs")
+        return json.dumps([self.post(f"/{kind}/filter", {"limit": 200}) for kind in kinds])
 
     # -- waiting
 
@@ -154,12 +162,20 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(folder: Path, environment: dict[str, str], **settings: Any) -> Iterator[Live]:
-    """A server, pools, deployments and workers below `folder`; all gone at the end."""
+def live(folder: Path, environment: dict[str, str], *, secrets: Mapping[str, str] | None = None,
+         **settings: Any) -> Iterator[Live]:
+    """A server, pools, deployments and workers below `folder`; all gone at the end.
+
+    `secrets`: variables that runs get from Secret blocks, as docs/OPERATIONS.md says, and that workers do not have.
+    """
     deployments = folder / "prefect.yaml"
     shipped = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
     faulty = next(one for one in shipped["deployments"] if one["name"] == "shard")
     faulty["entrypoint"] = "faulty_shard:hgdpo_shard"
+    blocks = {name: name.lower().replace("_", "-") for name in secrets or {}}
+    if secrets:
+        shipped["pull"].append({"deployments.steps.set_environment": {
+            name: f"{{{{ prefect.blocks.secret.{block} }}}}" for name, block in blocks.items()}})
     deployments.write_text(yaml.safe_dump(shipped))
     faults = folder / "faults"
     faults.mkdir()
@@ -167,12 +183,33 @@ def live(folder: Path, environment: dict[str, str], **settings: Any) -> Iterator
                   environment={"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1",
                                "HGDPO_TEST_FAULTS": str(faults), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
                                "PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_API_REQUEST_TIMEOUT": "300",
-                               **environment}, **settings)
+                               **environment, **dict.fromkeys(secrets or {}, "")}, **settings)
     try:
         up(local)
+        for name, block in blocks.items():
+            _save_secret(local, block, (secrets or {})[name])
         yield Live(local, faults)
     finally:
         down(local)
+
+
+def small_run(place: Path, prompts: Sequence[str], held_out: int, **overrides: Any) -> dict[str, Any]:
+    """Parameters of `hgdpo` for tiny models and prompts that are written to `place`; a prompt is a shard of its own."""
+    (place / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(held_out)))
+    target, judge = tiny.save_target(place / "target"), tiny.save_judge(place / "judge")
+    return {"target": str(target), "prompts": str(place / "prompts.txt"), "overrides": {
+        "target.dtype": "float32", "scorer.source": str(judge),
+        "evaluation.scorers": [{"name": "pickscore", "source": str(judge)}],
+        "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
+        "sampler.steps": 2, "pool.prompts_per_shard": 1, "dpo.max_steps": 2, "dpo.batch_size": 2,
+        "dpo.learning_rate": 5e-2} | overrides}
+
+
+def _save_secret(local: Local, block: str, value: str) -> None:
+    code = f"import os; from prefect.blocks.system import Secret; Secret(value=os.environ['VALUE']).save('{block}')"
+    environment = _environment(local, local.url) | {"VALUE": value}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
 
 
 # -- the same road without Prefect, to compare with

@@ -1,4 +1,4 @@
-"""Scores by the ORIGINAL packages on random weights: what tests/core/test_scorers_golden.py holds ours against.
+"""Scores by the ORIGINAL packages on random weights: what tests/core/scorers/test_scorers_golden.py holds ours against.
 
 Run it in an environment of its own, with the originals' pins (Python 3.10):
 

@@ -19,7 +19,6 @@ import live
 import psutil
 import pytest
 import slow_writer
-import tiny
 
 from deployments import local
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
@@ -102,16 +101,9 @@ def workers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parameters(tmp_path_factory):
-    place = tmp_path_factory.mktemp("user")
-    (place / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(4)))
-    target, judge = tiny.save_target(place / "target"), tiny.save_judge(place / "judge")
-    scorer = {"name": "pickscore", "source": str(judge)}
-    return {"target": str(target), "prompts": str(place / "prompts.txt"), "overrides": {
-        "target.dtype": "float32", "scorer.source": str(judge), "evaluation.scorers": [scorer],
-        "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
-        "sampler.steps": 2, "pool.images_per_prompt": 4, "pool.prompts_per_shard": 1, "workers.max_failed_shards": 99,
-        "workers.draw_images_per_run": 12, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2}}
+    return live.small_run(tmp_path_factory.mktemp("user"), PROMPTS, 4, **{
+        "pool.images_per_prompt": 4, "workers.draw_images_per_run": 12, "workers.max_failed_shards": 99,
+        "workers.pending_seconds": 3 * SILENT_SECONDS})
 
 
 def worker_processes(workers, pool="hgdpo-gpu"):

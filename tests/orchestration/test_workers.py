@@ -5,7 +5,7 @@ import signal
 import live
 import pytest
 import tiny
-from faulty_s3 import served_bucket
+from faulty_s3 import SECRET, served_bucket
 
 PROMPTS = [f"a woman in a red top, number {i}" for i in range(6)]
 
@@ -20,22 +20,15 @@ def bucket():
 def workers(tmp_path_factory, bucket):
     folder = tmp_path_factory.mktemp("live")
     environment = bucket.environment | {"XDG_CACHE_HOME": str(folder / "cache"), "HGDPO_TEST_SLOW": "0.05"}
-    with live.live(folder, environment) as up:
+    del environment["AWS_SECRET_ACCESS_KEY"]  # without it no request is signed, let alone sent
+    with live.live(folder, environment, secrets={"AWS_SECRET_ACCESS_KEY": SECRET}) as up:
         yield up
 
 
 @pytest.fixture(scope="module")
 def parameters(tmp_path_factory):
-    place = tmp_path_factory.mktemp("user")
-    (place / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(2)))
-    target, judge = tiny.save_target(place / "target"), tiny.save_judge(place / "judge")
-    scorer = {"name": "pickscore", "source": str(judge)}
-    return {"target": str(target), "prompts": str(place / "prompts.txt"), "overrides": {
-        "target.dtype": "float32", "scorer.source": str(judge), "evaluation.scorers": [scorer],
-        "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
-        "sampler.steps": 2, "pool.images_per_prompt": 3, "pool.prompts_per_shard": 1,
-        "workers.draw_images_per_run": 6, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2}}
+    return live.small_run(tmp_path_factory.mktemp("user"), PROMPTS, 2, **{
+        "pool.images_per_prompt": 3, "workers.draw_images_per_run": 6})
 
 
 def manifests(store, stage=""):
@@ -82,6 +75,7 @@ def test_retry_makes_only_the_failed_shard_and_the_run_completes(workers, parame
     assert live.row_hashes(store) == rows
     run_id, = store.list_folders("runs")
     assert store.read_json(f"runs/{run_id}/summary.json")["pool_images"] == 12
+    assert workers.stored().count(SECRET) == 0 < workers.stored().count("prefect.blocks.secret.aws-secret-access-key")
 
 
 @pytest.mark.slow

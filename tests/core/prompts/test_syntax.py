@@ -7,7 +7,7 @@ import pytest
 from hgdpo_core.errors import InputError
 from hgdpo_core.prompts.syntax import check_syntax, describe_unread, parse_weights, strip_syntax
 
-PAPER = (Path(__file__).parents[1] / "golden" / "paper_prompts.txt").read_text().splitlines()
+PAPER = (Path(__file__).parents[2] / "golden" / "paper_prompts.txt").read_text().splitlines()
 DOWN = 1 / 1.1
 
 

@@ -16,7 +16,7 @@ from hgdpo_core.scorers.heads import linear_head
 from hgdpo_core.scorers.weights import read_tensors
 
 RELATIVE = 2e-5  # of each score; the goal is 1e-4, float32 rounding gives up to 1.2e-5 on scores near zero
-SHARED = Path(__file__).parents[3] / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 HEAD = SHARED / "data" / "sac+logos+ava1-l14-linearMSE.pth"
 ORIGINAL = {"hps_v2.0": "hps", "hps_v2.1": "hps", "imagereward": "imagereward", "aesthetic": "aesthetic",
             "clip": "clip"}

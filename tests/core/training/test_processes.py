@@ -18,7 +18,7 @@ from hgdpo_core.training.checkpoints import Checkpoints
 from hgdpo_core.training.launch import launch_command
 from hgdpo_core.training.processes import share_of
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
