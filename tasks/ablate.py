@@ -55,7 +55,8 @@ def publish_ablation(shared: Shared, rows: list[dict[str, Any]], runner: Runner 
     ablation = shared.ablation
     result = conclude(shared, stage_progress, runner)
     show_table("ablation-arms", rows, "Win rate of every arm and training")
-    show_text("ablation-tables", ablation.run.store.read_bytes(ablation.key("tables.md")).decode())
+    show_text("ablation-tables", ablation.run.store.read_bytes(ablation.key("tables.md")).decode(),
+              "The paper's tables with this run's numbers beside")
     for name in result["plots"][:SHOWN_PLOTS]:
         data = ablation.run.store.read_bytes(ablation.key(f"plots/{name}.png"))
         show_image(f"ablation-{name}", Image.open(io.BytesIO(data)), name)

@@ -18,5 +18,6 @@ def guard(run: Run, lora: Tuned, comparison: Comparison) -> list[Alarm]:
                        run.config.training_judge)
     for alarm in alarms:
         get_run_logger().warning(alarm.message)
-    show_text("warnings", "\n".join(f"- {alarm.message}" for alarm in alarms) or "No guard raised an alarm.")
+    show_text("warnings", "\n".join(f"- {alarm.message}" for alarm in alarms) or "No guard raised an alarm.",
+              "What the guards found")
     return alarms

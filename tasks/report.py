@@ -115,7 +115,7 @@ def _write(run: Run | ComparisonRun, data: ReportData, summary: Mapping[str, Any
         if samples:
             show_image(key, pair_grid(samples), f"Where the tuned model {what} most")
     places = "\n".join(f"- {name}: `{url}`" for name, url in data.artifacts.items())
-    show_text("result", f"## {headline(data)}\n\n{places}")
+    show_text("result", f"## {headline(data)}\n\n{places}", "The result in a sentence, and where report and LoRA lie")
     get_run_logger().info(headline(data))
 
 

@@ -97,7 +97,7 @@ def report_drift(store: Store, night: Night, rankings: Sequence[Ranking], skippe
     """The drift report, in `rescores/<night>/` and in the UI; returns the night's summary."""
     report = close_night(store, night, rankings, skipped)
     show_table("drift", drift_rows(report), "Rankings and scores, before and now")
-    show_text("drift-report", render_markdown(report))
+    show_text("drift-report", render_markdown(report), "What changed against the last scores of each pool")
     if report["skipped"]:
         show_table("rescore-skipped", report["skipped"], "Left alone, and why")
     get_run_logger().info("%s Report: %s", headline(report), store.url(night.key("report.html")))

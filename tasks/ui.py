@@ -105,9 +105,9 @@ class LiveTable:
             client.update_artifact(self._id, ArtifactUpdate(data=json.dumps(table)))
 
 
-def show_text(key: str, markdown: str) -> None:
+def show_text(key: str, markdown: str, description: str) -> None:
     """A markdown artifact."""
-    create_markdown_artifact(markdown=markdown, key=artifact_key(key))
+    create_markdown_artifact(markdown=markdown, key=artifact_key(key), description=description)
 
 
 def show_image(key: str, image: Image.Image, description: str) -> None:

@@ -15,11 +15,11 @@ def test_every_stage_has_a_key_that_prefect_takes(server, stage):
     with stage_progress(stage) as progress:
         progress(1, 2, "images")
         progress(2, 2, "images")
-    show_text(f"note on {stage}", "all is well")
+    show_text(f"note on {stage}", "all is well", "A note")
     with get_client(sync_client=True) as client:
         found = {artifact.key: artifact for artifact in client.read_artifacts()}
     assert found[artifact_key(f"{stage}-progress")].data == 100.0
-    assert artifact_key(f"note on {stage}") in found
+    assert found[artifact_key(f"note on {stage}")].description == "A note"
 
 
 def test_fractions_of_a_table_are_short(server):
