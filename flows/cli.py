@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 failed while working, 2 bad input."""
     options = _parser().parse_args(arguments)
     _prepare_environment()
+    import_module("hgdpo_core.libraries")
     try:
         return options.command(options)
     except (StoppedError, KeyboardInterrupt) as stop:
@@ -38,7 +39,6 @@ def _prepare_environment() -> None:
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers, not for this command
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def run(options: argparse.Namespace) -> int:
