@@ -275,6 +275,8 @@ def _environment(local: Local, url: str) -> dict[str, str]:
         "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is near, and small runs would mostly wait
         # SQLite refuses a write that waits longer for another one: on a busy machine the usual 5 s are soon over.
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60", "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
+        # Shard runs wait for a worker, which is not late; marking hundreds at once locks SQLite for minutes.
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"), MARK: str(local.home)} | local.environment
 
 

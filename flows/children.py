@@ -64,12 +64,24 @@ class Job:
     """How often this attempt of the parent started it."""
     judged: UUID | None = field(default=None, repr=False)
     """The final state that was looked into."""
+    given_up: bool = field(default=False, repr=False)
+    """It never got a run, for too many others had failed."""
     pending: tuple[UUID, float] | None = field(default=None, repr=False)
     """The state Pending that it is in, and when that was seen first, on this process's clock."""
 
     @property
+    def waits(self) -> bool:
+        """It has no run yet."""
+        return self.run is None and not self.done and not self.given_up
+
+    @property
     def live(self) -> bool:
-        return not self.done and (self.run is None or self.run.state is None or not self.run.state.is_final())
+        return self.waits or self.open
+
+    @property
+    def open(self) -> bool:
+        """Its run waits for a worker or runs."""
+        return not self.done and self.run is not None and (self.run.state is None or not self.run.state.is_final())
 
     @property
     def failed(self) -> bool:
@@ -91,18 +103,14 @@ OnChange = Callable[[Sequence[Job]], None]
 def run_jobs(jobs: Sequence[Job], workers: WorkersConfig, *, should_stop: ShouldStop, on_change: OnChange) -> None:
     """Returns when the work of every job is there.
 
-    A run's Completed is not believed: its work is looked at. All runs end before this fails with ShardRunsError; once
-    more than `workers.max_failed_shards` have failed, no further one starts. A failed run that somebody retries
+    At most `workers.open_runs` wait or run at once. A run's Completed is not believed: its work is looked at. All runs
+    end before this fails with ShardRunsError; once more than `workers.max_failed_shards` have failed, no further one
+    starts. A failed run that somebody retries
     meanwhile counts as live again, and one that stays Pending is marked Crashed. StoppedError after `should_stop`.
     """
     with get_client(sync_client=True) as client:
         _patiently(lambda: _require_deployments(client, jobs))
         _patiently(lambda: _attach(client, jobs))
-        for job in jobs:
-            if should_stop():
-                raise StoppedError("stopped while starting shard runs; those that run go on")
-            if job.run is None:
-                _patiently(functools.partial(_start, client, job))
         _await_all(client, jobs, workers, should_stop, on_change)
     failed = [job for job in jobs if job.failed]
     if failed:
@@ -182,6 +190,15 @@ def _start(client: SyncPrefectClient, job: Job) -> None:
     job.starts += 1
 
 
+def _start_more(client: SyncPrefectClient, jobs: Sequence[Job], open_runs: int, should_stop: ShouldStop) -> None:
+    """Every run that waits costs the server something at each look of a worker and of its own services."""
+    free = max(open_runs - sum(job.open for job in jobs), 0)
+    for job in [job for job in jobs if job.waits][:free]:
+        if should_stop():
+            return
+        _patiently(functools.partial(_start, client, job))
+
+
 # -- waiting
 
 
@@ -191,6 +208,7 @@ def _await_all(client: SyncPrefectClient, jobs: Sequence[Job], workers: WorkersC
     while any(job.live for job in jobs):
         if should_stop():
             raise StoppedError("stopped while waiting for shard runs")
+        _start_more(client, jobs, workers.open_runs, should_stop)
         time.sleep(pause)
         try:
             _look(client, jobs)
@@ -204,8 +222,8 @@ def _await_all(client: SyncPrefectClient, jobs: Sequence[Job], workers: WorkersC
         except httpx.HTTPError:
             pass  # the runs do not need the server to work on; nor is there a limit to how long it may be away
         states = [(job.done, job.run.state.name if job.run and job.run.state else None) for job in jobs]
-        # Where hundreds are open, something changes all the time, and reading them all would be the server's main work.
-        first = FIRST_PAUSE_SECONDS * (1 + sum(job.live for job in jobs) / JOBS_A_PAUSE)
+        # Where many are open, something changes all the time, and reading them all would be the server's main work.
+        first = FIRST_PAUSE_SECONDS * (1 + sum(job.open for job in jobs) / JOBS_A_PAUSE)
         pause = min(first if states != before else pause * 1.5, LONGEST_PAUSE_SECONDS)
         before = states
         on_change(jobs)
@@ -262,15 +280,18 @@ def _go_on_without(client: SyncPrefectClient, job: Job) -> None:
 
 def _start_no_more(client: SyncPrefectClient, jobs: Iterable[Job]) -> None:
     for job in jobs:
-        if job.live and job.run is not None and job.run.state and job.run.state.type == StateType.SCHEDULED:
+        job.given_up = job.given_up or job.waits
+        if job.open and job.run is not None and job.run.state and job.run.state.type == StateType.SCHEDULED:
             client.set_flow_run_state(job.run.id, Cancelled(message="Not started: too many others failed."))
 
 
 def _explain(failed: Sequence[Job], total: int) -> str:
     def one(job: Job) -> str:
         state = job.run.state if job.run else None
-        return f"{job.name!r} {state.name}: {(state.message or '').strip()[:200]}" if state else job.name
+        says = f"{state.name}: {(state.message or '').strip()[:200]}" if state else "not started"
+        return f"{job.name!r} {says}"
 
+    failed = sorted(failed, key=lambda job: job.run is None)
     named = "; ".join(one(job) for job in failed[:NAMED_FAILURES])
     more = f"; and {len(failed) - NAMED_FAILURES} more" if len(failed) > NAMED_FAILURES else ""
     return (f"{len(failed)} of {total} shard runs failed ({named}{more}). Finished shards are kept: press Retry on "

@@ -209,6 +209,8 @@ class WorkersConfig(StageConfig):
                                       description="images that one shard run scores or encodes, which is far quicker")
     least_draw_runs: int = Field(default=1, ge=1, description="shard runs that drawing a small set of images is spread "
                                  "over at least, so that as many GPUs share it")
+    open_runs: int = Field(default=50, ge=1, description="shard runs of a stage that wait or run at once, at least "
+                           "twice the workers; the next ones are started as these end")
     max_failed_shards: int = Field(default=10, ge=0,
                                    description="shard runs of a stage that may fail before no further one starts")
     pending_seconds: float = Field(default=1200.0, gt=0, description="a run that a worker took and did not start for "

@@ -220,6 +220,27 @@ def test_after_too_many_failures_no_further_run_starts(server):
     assert states["3"] == "Cancelled" and states["2"] == "Completed"  # what runs is not disturbed
 
 
+def test_no_more_runs_are_open_at_once_than_wanted(server):
+    most = 0
+
+    def count():
+        nonlocal most
+        most = max(most, sum(not run.state.is_final() for run in server.runs.values()))
+
+    server.on_poll = count
+    names = [str(n) for n in range(7)]
+    assert all(j.done for j in run(server, *names, open_runs=3))
+    assert server.created == names and most == 3
+
+
+def test_runs_that_never_started_for_failures_are_named_after_the_failed_ones(server):
+    server.fresh = lambda name: [Failed(message="no memory")]
+    named = "'0' Failed: no memory; '1' Failed: no memory; '2' not started; '3' not started"
+    with pytest.raises(ShardRunsError, match=rf"4 of 4 shard runs failed \({named}\)"):
+        run(server, "0", "1", "2", "3", open_runs=1, max_failed_shards=1)
+    assert server.created == ["0", "1"]
+
+
 def test_a_run_that_stays_pending_is_crashed_so_that_it_can_be_retried(server, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(children.time, "monotonic", lambda: now[0])
@@ -240,11 +261,15 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(server):
 
 
 def test_a_stop_is_heeded_while_starting_and_while_waiting(server):
-    with pytest.raises(StoppedError, match="starting"):
+    with pytest.raises(StoppedError, match="waiting"):
         run(server, "0", should_stop=lambda: True)
     assert server.created == []
     with pytest.raises(StoppedError, match="waiting"):
-        run(server, "0", should_stop=lambda: server.polls > 0)
+        run(server, "0", "1", "2", should_stop=lambda: len(server.created) == 2)
+    assert server.created == ["0", "1"]
+    with pytest.raises(StoppedError, match="waiting"):
+        run(server, "3", should_stop=lambda: "3" in server.created)
+    assert server.created == ["0", "1", "3"]
 
 
 def test_a_server_without_the_deployment_is_told_in_one_line(server):
