@@ -105,8 +105,8 @@ def run_jobs(jobs: Sequence[Job], workers: WorkersConfig, *, should_stop: Should
 
     At most `workers.open_runs` wait or run at once. A run's Completed is not believed: its work is looked at. All runs
     end before this fails with ShardRunsError; once more than `workers.max_failed_shards` have failed, no further one
-    starts. A failed run that somebody retries
-    meanwhile counts as live again, and one that stays Pending is marked Crashed. StoppedError after `should_stop`.
+    starts. A failed run that somebody retries meanwhile counts as live again, and one that stays Pending is marked
+    Crashed. StoppedError after `should_stop`.
     """
     with get_client(sync_client=True) as client:
         _patiently(lambda: _require_deployments(client, jobs))
@@ -196,7 +196,7 @@ def _start_more(client: SyncPrefectClient, jobs: Sequence[Job], open_runs: int, 
     for job in [job for job in jobs if job.waits][:free]:
         if should_stop():
             return
-        _patiently(functools.partial(_start, client, job))
+        _start(client, job)
 
 
 # -- waiting
@@ -204,11 +204,10 @@ def _start_more(client: SyncPrefectClient, jobs: Sequence[Job], open_runs: int, 
 
 def _await_all(client: SyncPrefectClient, jobs: Sequence[Job], workers: WorkersConfig, should_stop: ShouldStop,
                on_change: OnChange) -> None:
-    pause, before = FIRST_PAUSE_SECONDS, None
+    pause, before = 0.0, None
     while any(job.live for job in jobs):
         if should_stop():
             raise StoppedError("stopped while waiting for shard runs")
-        _start_more(client, jobs, workers.open_runs, should_stop)
         time.sleep(pause)
         try:
             _look(client, jobs)
@@ -216,6 +215,7 @@ def _await_all(client: SyncPrefectClient, jobs: Sequence[Job], workers: WorkersC
                 _crash_if_stuck(client, job, workers.pending_seconds)
             if sum(job.failed for job in jobs) > workers.max_failed_shards:
                 _start_no_more(client, jobs)
+            _start_more(client, jobs, workers.open_runs, should_stop)
         except httpx.HTTPStatusError as error:
             if error.response.status_code < 500:
                 raise

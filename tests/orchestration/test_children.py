@@ -260,6 +260,20 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(server):
     assert server.made == {"0"}
 
 
+def test_a_server_that_goes_away_while_runs_wait_to_be_started_is_waited_for_without_end(server, monkeypatch):
+    refusals = [httpx.ConnectError("refused")] * 20
+
+    def start(*args, **settings):
+        if server.created and refusals:
+            raise refusals.pop()
+        return server.run_deployment(*args, **settings)
+
+    monkeypatch.setattr(children, "run_deployment", start)
+    monkeypatch.setattr(children, "PATIENCE_SECONDS", 0)
+    run(server, "0", "1", open_runs=1)
+    assert server.made == {"0", "1"} and not refusals
+
+
 def test_a_stop_is_heeded_while_starting_and_while_waiting(server):
     with pytest.raises(StoppedError, match="waiting"):
         run(server, "0", should_stop=lambda: True)
