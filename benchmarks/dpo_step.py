@@ -39,14 +39,15 @@ from benchmarks.score import make_pictures
 from benchmarks.targets import add_device_options, clock_of, describe, open_target, some_prompts
 from hgdpo_core.config import DpoConfig
 from hgdpo_core.images import encode_image, to_model_range
-from hgdpo_core.latents import SCHEMA, LatentPairs, embedding_shapes
 from hgdpo_core.models import Model, load_pipeline
 from hgdpo_core.models.lora import add_lora
-from hgdpo_core.sampler import encode_latents, encode_text
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.models.sampling import encode_latents, encode_text
+from hgdpo_core.stages.latents import SCHEMA, embedding_shapes
 from hgdpo_core.storage import Store
-from hgdpo_core.train import train_dpo
+from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training import draw_noise, draw_timesteps, sample_generator
+from hgdpo_core.training.data import LatentPairs
+from hgdpo_core.training.dpo import train_dpo
 from hgdpo_core.training.optimization import make_optimizer, warm_up_schedule
 
 PRECISIONS: dict[str, Any] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}

@@ -5,19 +5,19 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from prefect import flow
 
-import hgdpo_core.libraries  # noqa: F401, first: as the flows do
+import hgdpo_core.execution.imports  # noqa: F401, first: as the flows do
 from flows.runner import DeploymentRunner
 from flows.shard import hgdpo_shard
 from flows.watch import watch_this_run
-from hgdpo_core import generate
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, WorkersConfig
-from hgdpo_core.generate import PoolPlan, plan_pool
+from hgdpo_core.execution.jobs import offer_pool
 from hgdpo_core.images import encode_image
 from hgdpo_core.models import find_model
 from hgdpo_core.progress import ShouldStop, never_stop
 from hgdpo_core.prompts import image_seed, prompt_id
+from hgdpo_core.stages import pool as generate
+from hgdpo_core.stages.pool import PoolPlan, plan_pool
 from hgdpo_core.storage import Store
-from hgdpo_core.work import offer_pool
 
 __all__ = ["hgdpo_shard", "null_parent"]
 

@@ -19,7 +19,7 @@ import yaml
 
 from benchmarks.null_shard import plan
 from deployments.local import ROOT, Local, down, up
-from hgdpo_core.work import offer_pool, run_shards
+from hgdpo_core.execution.jobs import offer_pool, run_shards
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 

@@ -24,13 +24,13 @@ from typing import Any
 
 import boto3
 
-from hgdpo_core.generate import PoolPlan, plan_pool
+from hgdpo_core.execution.jobs import offer_pool
 from hgdpo_core.plan import plan_run
 from hgdpo_core.run import Run, open_run
-from hgdpo_core.score import score_folder
-from hgdpo_core.shards import ShardFolder, ShardManifest
+from hgdpo_core.stages.pool import PoolPlan, plan_pool
+from hgdpo_core.stages.scores import score_folder
 from hgdpo_core.storage import Store
-from hgdpo_core.work import offer_pool
+from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 
 PROMPTS_PER_SHARD = 16
 DATA = b"placeholder"

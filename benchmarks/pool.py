@@ -29,10 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.targets import add_device_options, clock_of, dense_rate, describe, open_target, some_prompts
 from hgdpo_core.config import PoolConfig, RunConfig
-from hgdpo_core.generate import Painter, PoolPlan, generate_pool, plan_pool
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import DTYPES, Model
 from hgdpo_core.prompts import image_seed
+from hgdpo_core.stages.pool import Painter, PoolPlan, generate_pool, plan_pool
 from hgdpo_core.storage import Store
 
 LARGEST_IN_FLOAT32 = 1

@@ -23,14 +23,14 @@ import numpy as np
 import torch
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, TargetConfig, TripletConfig
-from hgdpo_core.generate import PoolPlan, generate_pool, plan_pool
 from hgdpo_core.images import encode_image
 from hgdpo_core.models import Model, find_model
 from hgdpo_core.progress import ShouldStop, never_stop
 from hgdpo_core.prompts import image_seed, prompt_id
-from hgdpo_core.score import missing_scores, score_folder, score_pool
+from hgdpo_core.stages.pool import PoolPlan, generate_pool, plan_pool
+from hgdpo_core.stages.scores import missing_scores, score_folder, score_pool
+from hgdpo_core.stages.triplets import build_triplets, triplet_folder
 from hgdpo_core.storage import Store
-from hgdpo_core.triplets import build_triplets, triplet_folder
 
 IMAGES_PER_PROMPT = 2
 STAGES = ("plan", "pool", "scores", "triplets", "plans again")

@@ -26,8 +26,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from hgdpo_core.models import DTYPES
+from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.scorers import pickscore
-from hgdpo_core.scorers.weights import freeze, quiet_transformers
+from hgdpo_core.scorers.weights import freeze
 
 SIZES: dict[str, dict[str, Any]] = {
     "full": {"projection_dim": 1024,

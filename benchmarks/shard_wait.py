@@ -25,9 +25,9 @@ from unittest import mock
 import torch
 
 from benchmarks.targets import add_device_options, clock_of, describe, open_target, some_prompts
-from hgdpo_core import generate
 from hgdpo_core.config import PoolConfig
-from hgdpo_core.generate import Painter, generate_pool, plan_pool
+from hgdpo_core.stages import pool as generate
+from hgdpo_core.stages.pool import Painter, generate_pool, plan_pool
 from hgdpo_core.storage import Store
 
 

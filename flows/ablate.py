@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.states import State
 from pydantic import Field
 
-import hgdpo_core.libraries  # noqa: F401, first: it brings the heavy ones quickly
+import hgdpo_core.execution.imports  # noqa: F401, first: it brings the heavy ones quickly
 from flows.full import cancel_shard_runs
 from flows.runner import ShardRunnerName, choose_runner
 from flows.watch import answer_stop, watch_this_run
@@ -14,7 +14,7 @@ from hgdpo_core.ablate.cost import plan_ablation
 from hgdpo_core.ablate.program import Ablation
 from hgdpo_core.ablate.settings import Comparison, Split, World
 from hgdpo_core.errors import StoppedError
-from hgdpo_core.runner import Runner
+from hgdpo_core.execution.runner import Runner
 from tasks.ablate import labelled_arms, measure, prepare_ablation, publish_ablation, share
 from tasks.ui import explain_own_errors
 

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 failed while working, 2 bad input."""
     options = _parser().parse_args(arguments)
     _prepare_environment()
-    import_module("hgdpo_core.libraries")
+    import_module("hgdpo_core.execution.imports")
     try:
         return options.command(options)
     except (StoppedError, KeyboardInterrupt) as stop:
@@ -128,9 +128,9 @@ def ablate(options: argparse.Namespace) -> int:
 
 def collect(options: argparse.Namespace) -> int:
     """Remove what no manifest names."""
-    from hgdpo_core.gc import collect_garbage
     from hgdpo_core.run import default_root
     from hgdpo_core.storage import Store
+    from hgdpo_core.storage.garbage import collect_garbage
 
     report = collect_garbage(Store(options.root or default_root()), dry_run=options.dry_run)
     print(f"{'would remove' if options.dry_run else 'removed'} {len(report.files)} files, {report.bytes:,} bytes")

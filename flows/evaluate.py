@@ -7,13 +7,13 @@ from prefect.runtime import flow_run
 from prefect.states import State
 from pydantic import Field
 
-import hgdpo_core.libraries  # noqa: F401, first: it brings the heavy ones quickly
+import hgdpo_core.execution.imports  # noqa: F401, first: it brings the heavy ones quickly
 from flows.full import cancel_shard_runs
 from flows.runner import ShardRunnerName, choose_runner
 from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.comparison_run import ComparisonRun, weight_name
 from hgdpo_core.errors import StoppedError
-from hgdpo_core.runner import Runner
+from hgdpo_core.execution.runner import Runner
 from tasks.evaluate import judge, judge_weight
 from tasks.generate import draw_evaluation
 from tasks.prepare import prepare_comparison, show_comparison_plan

@@ -7,13 +7,13 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import State
 from pydantic import Field
 
-import hgdpo_core.libraries  # noqa: F401, first: it brings the heavy ones quickly
+import hgdpo_core.execution.imports  # noqa: F401, first: it brings the heavy ones quickly
 from flows.children import cancel_children
 from flows.runner import ShardRunnerName, choose_runner
 from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.errors import StoppedError
+from hgdpo_core.execution.runner import Runner
 from hgdpo_core.run import Run
-from hgdpo_core.runner import Runner
 from tasks.evaluate import judge
 from tasks.generate import draw_evaluation, draw_pool
 from tasks.guard import guard

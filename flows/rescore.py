@@ -6,17 +6,17 @@ from prefect import flow
 from prefect.states import Completed, State
 from pydantic import Field
 
-import hgdpo_core.libraries  # noqa: F401, first: it brings the heavy ones quickly
+import hgdpo_core.execution.imports  # noqa: F401, first: it brings the heavy ones quickly
 from flows.full import cancel_shard_runs
 from flows.nightly import reason_to_skip
 from flows.runner import ShardRunnerName, choose_runner
 from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.errors import StoppedError
+from hgdpo_core.execution.runner import Runner
 from hgdpo_core.rescore.night import Night
 from hgdpo_core.rescore.plan import RescorePlan, Skipped
 from hgdpo_core.rescore.wanted import wanted_workers
 from hgdpo_core.run import default_root
-from hgdpo_core.runner import Runner
 from hgdpo_core.storage import Store
 from tasks.rescore import begin, find_work, rank, report_drift, score_again
 from tasks.ui import explain_own_errors

@@ -16,12 +16,12 @@ from prefect.runtime import deployment, flow_run
 from flows.children import Job, run_jobs
 from hgdpo_core.config import WorkersConfig, content_hash
 from hgdpo_core.errors import ConfigError
+from hgdpo_core.execution.jobs import ShardRequest, Work
+from hgdpo_core.execution.runner import InProcess, Runner
 from hgdpo_core.progress import Progress, ShouldStop, StageProgress, silent, silent_stages
-from hgdpo_core.runner import InProcess, Runner
 from hgdpo_core.storage import Store
 from hgdpo_core.training.request import TrainRequest, find_result
-from hgdpo_core.training.tuning import Tuned
-from hgdpo_core.work import ShardRequest, Work
+from hgdpo_core.training.tune import Tuned
 from tasks.ui import LiveTable
 
 ShardRunnerName = Literal["auto", "in_process", "deployment"]

@@ -5,10 +5,10 @@ from typing import Any
 from prefect import flow
 from prefect.states import State
 
-import hgdpo_core.libraries  # noqa: F401, first: it brings the heavy ones quickly
+import hgdpo_core.execution.imports  # noqa: F401, first: it brings the heavy ones quickly
 from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.errors import StoppedError
-from hgdpo_core.work import ShardRequest
+from hgdpo_core.execution.jobs import ShardRequest
 from tasks.shards import make_shards
 from tasks.ui import explain_own_errors
 

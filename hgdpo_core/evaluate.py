@@ -6,12 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from hgdpo_core.colours import ColourChange, ColourHistograms, PromptColours, colour_change
 from hgdpo_core.config import DrawingConfig, EvaluationConfig, PoolConfig, SamplerConfig, content_hash
 from hgdpo_core.errors import InputError
-from hgdpo_core.generate import PoolPlan, plan_pool
 from hgdpo_core.images import decode_image
-from hgdpo_core.intervals import (
+from hgdpo_core.metrics import ColourShift, WinRate, win_rate
+from hgdpo_core.models import Model
+from hgdpo_core.prompts import prompt_id
+from hgdpo_core.scorers import defect_limit
+from hgdpo_core.stages.pool import PoolPlan, plan_pool
+from hgdpo_core.statistics.colours import ColourChange, ColourHistograms, PromptColours, colour_change
+from hgdpo_core.statistics.diversity import DIMENSIONS, thumbnail, variety_change
+from hgdpo_core.statistics.intervals import (
     DefectChange,
     Estimate,
     Interval,
@@ -20,13 +25,8 @@ from hgdpo_core.intervals import (
     score_change,
     win_rate_interval,
 )
-from hgdpo_core.metrics import ColourShift, WinRate, win_rate
-from hgdpo_core.models import Model
-from hgdpo_core.prompts import prompt_id
-from hgdpo_core.scorers import defect_limit
-from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
-from hgdpo_core.variety import DIMENSIONS, thumbnail, variety_change
+from hgdpo_core.storage.shards import ShardFolder
 
 
 @dataclass(frozen=True)

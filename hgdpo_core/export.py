@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 
 from hgdpo_core.config import RunConfig, TargetConfig, validate
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StorageError
-from hgdpo_core.model_card import TO_FILL_IN, render_card
 from hgdpo_core.models import Model, find_model, load_pipeline
 from hgdpo_core.models.files import LORA_NAME, first_line
 from hgdpo_core.models.lora import write_kohya_lora
 from hgdpo_core.models.published import fetch_model, find_record
+from hgdpo_core.report.model_card import TO_FILL_IN, render_card
 from hgdpo_core.storage import Store
 
 CARD_NAME, PIPELINE_NAME = "README.md", "pipeline"

@@ -13,7 +13,7 @@ from hgdpo_core.image_sets.folders import CaptionedImage, find_captioned_images,
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import default_device
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.score import load_judge
+from hgdpo_core.scorers import load_judge
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from hgdpo_core.ablate.conclude import conclude
 from hgdpo_core.ablate.cost import plan_ablation
 from hgdpo_core.ablate.measure import run_arm
 from hgdpo_core.ablate.program import Ablation, Shared, open_ablation, prepare_shared
-from hgdpo_core.runner import IN_PROCESS, Runner
+from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from tasks.options import STAGE
 from tasks.ui import show_image, show_table, show_text, stage_progress
 

@@ -5,9 +5,9 @@ from prefect.logging import get_run_logger
 
 from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.evaluate import Comparison, compare
-from hgdpo_core.generate import PoolPlan
 from hgdpo_core.run import Run
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.stages.pool import PoolPlan
+from hgdpo_core.storage.shards import ShardFolder
 from tasks.options import STAGE
 from tasks.ui import show_table
 

@@ -7,11 +7,11 @@ from prefect.logging import get_run_logger
 
 from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.evaluate import plan_evaluation
-from hgdpo_core.generate import PoolPlan, plan_pool
+from hgdpo_core.execution.jobs import offer_pool
+from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.run import Run
-from hgdpo_core.runner import IN_PROCESS, Runner
-from hgdpo_core.work import offer_pool
+from hgdpo_core.stages.pool import PoolPlan, plan_pool
 from tasks.options import STAGE
 from tasks.ui import stage_progress
 

@@ -4,9 +4,9 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core.evaluate import Comparison
-from hgdpo_core.guards import Alarm, check_run
 from hgdpo_core.run import Run
-from hgdpo_core.training.tuning import Tuned
+from hgdpo_core.statistics.checks import Alarm, check_run
+from hgdpo_core.training.tune import Tuned
 from tasks.options import STAGE
 from tasks.ui import show_text
 

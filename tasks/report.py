@@ -11,15 +11,15 @@ from prefect.logging import get_run_logger
 from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.evaluate import Comparison
-from hgdpo_core.generate import PoolPlan
-from hgdpo_core.guards import Alarm
-from hgdpo_core.pictures.grids import PairSample, pair_grid, pool_grid
-from hgdpo_core.pictures.showcase import extreme_positions, random_positions, sample_pairs, sample_pools
+from hgdpo_core.rendering.grids import PairSample, pair_grid, pool_grid
 from hgdpo_core.report import ReportData, headline, render_report
+from hgdpo_core.report.samples import extreme_positions, random_positions, sample_pairs, sample_pools
 from hgdpo_core.run import Run
 from hgdpo_core.scorers.towers import OPENAI_CLIP
-from hgdpo_core.shards import ShardFolder
-from hgdpo_core.training.tuning import Tuned
+from hgdpo_core.stages.pool import PoolPlan
+from hgdpo_core.statistics.checks import Alarm
+from hgdpo_core.storage.shards import ShardFolder
+from hgdpo_core.training.tune import Tuned
 from tasks.options import STAGE
 from tasks.times import StageTimes
 from tasks.triplets import Triplets

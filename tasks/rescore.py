@@ -7,13 +7,13 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError, StorageError
+from hgdpo_core.execution.jobs import Work
+from hgdpo_core.execution.runner import IN_PROCESS, InProcess, Runner
 from hgdpo_core.rescore import Ranking, offer_missing, rank_again, score_missing
 from hgdpo_core.rescore.drift_report import drift_rows, headline, render_markdown
 from hgdpo_core.rescore.night import Night, close_night, open_night
 from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, ScorerVersion, Skipped, plan_wanted
-from hgdpo_core.runner import IN_PROCESS, InProcess, Runner
 from hgdpo_core.storage import Store
-from hgdpo_core.work import Work
 from tasks.options import STAGE
 from tasks.ui import show_table, show_text, stage_progress
 

@@ -7,12 +7,12 @@ from prefect.logging import get_run_logger
 
 from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.config import ScorerConfig
-from hgdpo_core.generate import PoolPlan
+from hgdpo_core.execution.jobs import Work, offer_scores
+from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.run import Run
-from hgdpo_core.runner import IN_PROCESS, Runner
-from hgdpo_core.score import score_folder
-from hgdpo_core.shards import ShardFolder
-from hgdpo_core.work import Work, offer_scores
+from hgdpo_core.stages.pool import PoolPlan
+from hgdpo_core.stages.scores import score_folder
+from hgdpo_core.storage.shards import ShardFolder
 from tasks.options import STAGE
 from tasks.ui import stage_progress
 

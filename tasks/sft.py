@@ -3,13 +3,13 @@
 from prefect import task
 from prefect.logging import get_run_logger
 
-from hgdpo_core.image_sets.latents import find_set_aside
+from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.run import Run
-from hgdpo_core.runner import IN_PROCESS, Runner
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.stages.image_latents import find_set_aside
+from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.request import TrainRequest
-from hgdpo_core.training.tuning import find_tuned_target
+from hgdpo_core.training.tune import find_tuned_target
 from hgdpo_core.training.validation import Validation
 from tasks.options import STAGE
 from tasks.ui import show_table, stage_progress

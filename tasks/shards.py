@@ -5,9 +5,9 @@ from typing import Any
 from prefect import task
 from prefect.logging import get_run_logger
 
+from hgdpo_core.execution.jobs import ShardRequest, run_shards
 from hgdpo_core.progress import ShouldStop
-from hgdpo_core.shards import ShardManifest
-from hgdpo_core.work import ShardRequest, run_shards
+from hgdpo_core.storage.shards import ShardManifest
 from tasks.options import STAGE
 from tasks.ui import show_table, stage_progress
 

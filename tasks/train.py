@@ -3,12 +3,12 @@
 from prefect import task
 from prefect.logging import get_run_logger
 
+from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.run import Run
-from hgdpo_core.runner import IN_PROCESS, Runner
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.request import TrainRequest
-from hgdpo_core.training.tuning import Tuned
+from hgdpo_core.training.tune import Tuned
 from hgdpo_core.training.validation import Validation
 from tasks.options import STAGE
 from tasks.triplets import Triplets

@@ -6,15 +6,15 @@ import numpy as np
 from prefect import task
 from prefect.logging import get_run_logger
 
-from hgdpo_core.generate import PoolPlan
-from hgdpo_core.latent_distances import distance_folder, enough_shards, read_distances
-from hgdpo_core.latents import latent_folder
+from hgdpo_core.execution.jobs import offer_distances, offer_latents
+from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.run import Run
-from hgdpo_core.runner import IN_PROCESS, Runner
-from hgdpo_core.shards import ShardFolder
-from hgdpo_core.triplets import TripletCounts, build_triplets, dataset_card, triplet_folder
-from hgdpo_core.work import offer_distances, offer_latents
+from hgdpo_core.stages.distances import distance_folder, enough_shards, read_distances
+from hgdpo_core.stages.latents import latent_folder
+from hgdpo_core.stages.pool import PoolPlan
+from hgdpo_core.stages.triplets import TripletCounts, build_triplets, dataset_card, triplet_folder
+from hgdpo_core.storage.shards import ShardFolder
 from tasks.options import STAGE
 from tasks.ui import show_table, stage_progress
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.shard import hgdpo_shard
-from hgdpo_core import generate
+from hgdpo_core.stages import pool as generate
 
 __all__ = ["hgdpo_shard"]
 

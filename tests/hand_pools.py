@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from hgdpo_core.errors import ModelError
-from hgdpo_core.generate import SCHEMA
 from hgdpo_core.prompts import prompt_id
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.stages.pool import SCHEMA
+from hgdpo_core.storage.shards import ShardFolder
 
 PROMPTS = ["a woman <b>|</b>", "a man", "a girl", "a boy"]      # two shards of two
 HELD_OUT = ["a king", "a queen", "a nun"]

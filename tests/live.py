@@ -20,19 +20,19 @@ import yaml
 from deployments.local import ROOT, Local, _environment, down, up
 from hgdpo_core.config import RunConfig
 from hgdpo_core.evaluate import plan_evaluation
-from hgdpo_core.generate import PoolPlan, plan_pool
+from hgdpo_core.execution.jobs import offer_distances, offer_latents, offer_pool, offer_scores
+from hgdpo_core.execution.runner import IN_PROCESS
 from hgdpo_core.images import decode_image
-from hgdpo_core.latent_distances import distance_folder, enough_shards
-from hgdpo_core.latents import latent_folder
 from hgdpo_core.models import Model
 from hgdpo_core.run import open_run
-from hgdpo_core.runner import IN_PROCESS
-from hgdpo_core.score import score_folder
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.stages.distances import distance_folder, enough_shards
+from hgdpo_core.stages.latents import latent_folder
+from hgdpo_core.stages.pool import PoolPlan, plan_pool
+from hgdpo_core.stages.scores import score_folder
+from hgdpo_core.stages.triplets import build_triplets, triplet_folder
 from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.request import TrainRequest
-from hgdpo_core.triplets import build_triplets, triplet_folder
-from hgdpo_core.work import offer_distances, offer_latents, offer_pool, offer_scores
 
 PATIENCE_SECONDS = 600  # without any progress: other work may share the machine, and nothing here measures time
 LIMIT_SECONDS = 3600

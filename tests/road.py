@@ -5,16 +5,16 @@ from typing import Any
 
 from hgdpo_core.evaluate import compare, plan_evaluation
 from hgdpo_core.figures.dataset import write_image_folder
-from hgdpo_core.generate import generate_pool, plan_pool
-from hgdpo_core.image_sets.latents import cache_image_latents, image_latent_folder
-from hgdpo_core.latent_distances import distance_folder, enough_shards, measure_distances
-from hgdpo_core.latents import cache_latents, latent_folder
 from hgdpo_core.run import Run, open_run
-from hgdpo_core.score import score_folder, score_pool
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.stages.distances import distance_folder, enough_shards, measure_distances
+from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
+from hgdpo_core.stages.latents import cache_latents, latent_folder
+from hgdpo_core.stages.pool import generate_pool, plan_pool
+from hgdpo_core.stages.scores import score_folder, score_pool
+from hgdpo_core.stages.triplets import build_triplets, triplet_folder
 from hgdpo_core.storage import Store
-from hgdpo_core.training.tuning import find_tuned_target, tune_lora, tune_target
-from hgdpo_core.triplets import build_triplets, triplet_folder
+from hgdpo_core.storage.shards import ShardFolder
+from hgdpo_core.training.tune import find_tuned_target, tune_lora, tune_target
 
 
 def tiny_parameters(place: Path, target: Path, judge: Path) -> dict[str, Any]:

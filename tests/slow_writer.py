@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hgdpo_core import generate
-from hgdpo_core.work import ShardRequest, run_shards
+from hgdpo_core.execution.jobs import ShardRequest, run_shards
+from hgdpo_core.stages import pool as generate
 
 SECONDS_AN_IMAGE = 0.03
 draw = generate.Painter.paint

@@ -9,7 +9,7 @@ from hgdpo_core.config import DpoConfig, TargetConfig
 from hgdpo_core.figures import caption, prompts, render
 from hgdpo_core.figures.dataset import sample_figures, to_model_range
 from hgdpo_core.models import find_model, load_pipeline
-from hgdpo_core.sampler import (
+from hgdpo_core.models.sampling import (
     decode_latents,
     encode_latents,
     encode_text,
@@ -17,8 +17,9 @@ from hgdpo_core.sampler import (
     make_scheduler,
     sample_latents,
 )
-from hgdpo_core.train import PairBatch, train_dpo
 from hgdpo_core.training import OnLog, TrainingResult, epoch_order
+from hgdpo_core.training.data import PairBatch
+from hgdpo_core.training.dpo import train_dpo
 
 
 class SmallWorld:

@@ -6,9 +6,10 @@ from tiny import SD15, tiny_unet
 
 from hgdpo_core.config import DpoConfig, SftConfig
 from hgdpo_core.models.lora import add_lora, lora_state
-from hgdpo_core.sft import ImageBatch, train_sft
-from hgdpo_core.train import PairBatch, train_dpo
 from hgdpo_core.training import draw_noise, draw_timesteps, epoch_order, sample_generator
+from hgdpo_core.training.data import ImageBatch, PairBatch
+from hgdpo_core.training.dpo import train_dpo
+from hgdpo_core.training.sft import train_sft
 
 
 class Pairs:

@@ -17,12 +17,12 @@ from hgdpo_core.ablate.program import Shared
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.ablate.tables import TITLES, WORLDS
-from hgdpo_core.generate import PoolPlan
 from hgdpo_core.images import decode_image
-from hgdpo_core.intervals import Estimate
-from hgdpo_core.pictures.grids import pool_grid, row_grid
-from hgdpo_core.pictures.showcase import sample_pools
+from hgdpo_core.rendering.grids import pool_grid, row_grid
 from hgdpo_core.report import SCORER_TITLES
+from hgdpo_core.report.samples import sample_pools
+from hgdpo_core.stages.pool import PoolPlan
+from hgdpo_core.statistics.intervals import Estimate
 
 INK, FAINT, LINE, ACCENT, SECOND = "#181a20", "#5b616d", "#dfe1e6", "#1665c0", "#b4440d"
 DPI = 150

@@ -6,7 +6,7 @@ from hgdpo_core.ablate.arms import Arm, base_arm, format_lambda
 from hgdpo_core.ablate.estimates import scaled
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
-from hgdpo_core.intervals import Estimate
+from hgdpo_core.statistics.intervals import Estimate
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from hgdpo_core.ablate.program import Ablation, Shared, prepare_shared
 from hgdpo_core.ablate.result import COLOURS, Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.ablate.tables import TITLES, WORLDS, Table, make_tables, plot_name, to_markdown
+from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.progress import StageProgress, silent_stages
-from hgdpo_core.runner import IN_PROCESS, Runner
 
 
 def run_ablation(ablation: Ablation, stages: StageProgress = silent_stages,

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hgdpo_core.intervals import PERCENTILES, Estimate
 from hgdpo_core.metrics import WinRate
+from hgdpo_core.statistics.intervals import PERCENTILES, Estimate
 
 RESAMPLES = 4_000  # a tail of 2.5 % is then known to 0.25 percentage points
 Statistic = Callable[[np.ndarray], np.ndarray]

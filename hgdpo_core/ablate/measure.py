@@ -13,21 +13,21 @@ from hgdpo_core.ablate.settings import World, feature_scorer
 from hgdpo_core.config import RunConfig, StageConfig, content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.evaluate import compare, image_scores, plan_evaluation
-from hgdpo_core.features import feature_folder, measure_spread
-from hgdpo_core.generate import PoolPlan, plan_pool
+from hgdpo_core.execution.jobs import offer_distances, offer_features, offer_latents
+from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.images import decode_image
-from hgdpo_core.latent_distances import distance_folder, enough_shards, read_distances
-from hgdpo_core.latents import latent_folder
 from hgdpo_core.metrics import channel_means
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import PromptList, prompt_id, save_prompts
-from hgdpo_core.runner import IN_PROCESS, Runner
 from hgdpo_core.scorers import defect_limit, find_scorer
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.stages.distances import distance_folder, enough_shards, read_distances
+from hgdpo_core.stages.features import feature_folder, measure_spread
+from hgdpo_core.stages.latents import latent_folder
+from hgdpo_core.stages.pool import PoolPlan, plan_pool
+from hgdpo_core.stages.triplets import build_triplets, dataset_card, triplet_folder
+from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.request import TrainRequest
-from hgdpo_core.training.tuning import Tuned
-from hgdpo_core.triplets import build_triplets, dataset_card, triplet_folder
-from hgdpo_core.work import offer_distances, offer_features, offer_latents
+from hgdpo_core.training.tune import Tuned
 
 FORMAT_VERSION = 1  # raise when the same arm would be measured otherwise
 LAST_SHARE = 0.2  # of the training log, what `training` averages over

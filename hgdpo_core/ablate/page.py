@@ -5,7 +5,7 @@ from html import escape
 
 from hgdpo_core.ablate.program import Ablation
 from hgdpo_core.ablate.tables import Table
-from hgdpo_core.pictures.page import html_page
+from hgdpo_core.rendering.html import html_page
 
 WIDE = """
 .scroll table { min-width: max-content; }

@@ -9,19 +9,19 @@ from hgdpo_core.ablate.arms import Arm, PlannedTable, all_arms, evaluation_score
 from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check
 from hgdpo_core.config import ScorerConfig, apply_overrides, content_hash
 from hgdpo_core.evaluate import plan_evaluation
-from hgdpo_core.generate import PoolPlan, plan_pool
+from hgdpo_core.execution.jobs import offer_pool, offer_scores
+from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.presets import build_config
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import save_prompts
 from hgdpo_core.run import Run, check_run, shell_command
-from hgdpo_core.runner import IN_PROCESS, Runner
-from hgdpo_core.score import score_folder
 from hgdpo_core.scorers import find_scorer
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.stages.pool import PoolPlan, plan_pool
+from hgdpo_core.stages.scores import score_folder
+from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.request import TrainRequest
-from hgdpo_core.training.tuning import find_tuned_target
-from hgdpo_core.work import offer_pool, offer_scores
+from hgdpo_core.training.tune import find_tuned_target
 
 PREFIX = "ablation."
 """Overrides that start so are settings of the ablation, the others of the run that it varies."""

@@ -10,7 +10,7 @@ from hgdpo_core.ablate.estimates import difference, estimate, first, outcomes, r
 from hgdpo_core.ablate.measure import ArmRecord, Diversity
 from hgdpo_core.ablate.program import Ablation
 from hgdpo_core.ablate.settings import World
-from hgdpo_core.intervals import Estimate
+from hgdpo_core.statistics.intervals import Estimate
 
 COLOURS = ("hue", "saturation", "value", "hue_degrees", "warmth", "distance")
 """Signed changes in percent of the target's mean; the circular mean's in degrees; red minus blue, and how far the

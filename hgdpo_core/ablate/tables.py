@@ -10,9 +10,9 @@ from hgdpo_core.ablate.claims import Claim
 from hgdpo_core.ablate.estimates import scaled
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
-from hgdpo_core.intervals import Estimate
 from hgdpo_core.report import SCORER_TITLES
 from hgdpo_core.scorers import defect_limit
+from hgdpo_core.statistics.intervals import Estimate
 
 TITLES = {"3": "Table 3: pool size, and what keeps the colours", "5": "Table 5: the loser's rank",
           "6": "Table 6: size of the data set", "2": "Table 2: colour shift", "8": "Figure 8: LoRA weight"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hgdpo_core.errors import ConfigError
 
-from .training import STAGES, Run, run_stages
+from .make.stages import STAGES, Run, run_stages
 
 
 def main(arguments: list[str] | None = None) -> list[str]:

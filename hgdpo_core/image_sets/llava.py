@@ -13,7 +13,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from hgdpo_core.errors import InputError, ModelError
 from hgdpo_core.models import DTYPES
 from hgdpo_core.models.files import first_line, looks_like_hub_id, read_config
-from hgdpo_core.scorers.weights import quiet_transformers
+from hgdpo_core.models.hub import quiet_transformers
 
 DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"
 DEFAULT_QUESTION = "Describe this image in one sentence: the people, their pose, what they wear, the place, the light."

@@ -24,14 +24,14 @@ import pyarrow as pa
 
 from hgdpo_core.config import content_hash
 from hgdpo_core.errors import ConfigError, InputError, StorageError
-from hgdpo_core.fingerprints import hash_files
 from hgdpo_core.image_sets.folders import METADATA, FolderReader, caption_file, read_captions, select_images
 from hgdpo_core.image_sets.tables import TableReader, index_tables
 from hgdpo_core.image_sets.tars import TarReader, index_tars
 from hgdpo_core.images import IMAGE_SUFFIXES
+from hgdpo_core.models.fingerprints import hash_files
 from hgdpo_core.prompts.sources import LOCAL_PROTOCOLS, refuse_secret_address
-from hgdpo_core.shards import read_table, write_table
 from hgdpo_core.storage import Store, is_temporary, scratch_folder
+from hgdpo_core.storage.shards import read_table, write_table
 
 Kind = Literal["folder", "tars", "parquet"]
 IMAGES_PER_SHARD = 256

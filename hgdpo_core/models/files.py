@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 
 from hgdpo_core.config import TargetConfig, content_hash
 from hgdpo_core.errors import ModelError
-from hgdpo_core.fingerprints import fingerprint_path
+from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.weight_files import (
     INPUT_CHANNELS,
     TEXT_WIDTHS,

@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from hgdpo_core.config import PromptSyntax, TargetConfig, content_hash
 from hgdpo_core.errors import ConfigError, ModelError
-from hgdpo_core.fingerprints import fingerprint_path
 from hgdpo_core.models.files import SD15_CONFIGS, check_channels, find_files, first_line, lora_file
+from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.weight_files import check_finite, check_text_encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

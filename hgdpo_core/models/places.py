@@ -1,14 +1,19 @@
 """Where a model lies, said so that another worker finds it: built in, on the hub, in the store, or on this disk."""
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from hgdpo_core import figures
+from hgdpo_core.config import TargetConfig
 from hgdpo_core.errors import ModelError
-from hgdpo_core.fingerprints import fingerprint_path
+from hgdpo_core.models.files import SD15_CONFIGS
+from hgdpo_core.models.fingerprints import fingerprint_path
+from hgdpo_core.models.model import Lora, Model, find_model, recorded_syntax
 from hgdpo_core.models.published import fetch_model, find_record, publish_model, stored_id
 from hgdpo_core.storage import Store
 
@@ -71,3 +76,38 @@ def _copy_into_store(store: Store, path: Path) -> str:
         (Path(folder) / path.name).symlink_to(path.resolve())
         publish_model(store, model_id, Path(folder), {"kind": "copy"})
     return model_id
+
+
+def model_means(store: Store, model: Model, *, share: bool) -> dict[str, Any]:
+    """Where the model, its LoRA, its VAE and its configs lie, for `find_offered_model`."""
+    hub = model.hub_id is not None
+    place = Place(source=model.hub_id, revision=model.fingerprint) if hub else Place.of(store, model.path, share=share)
+    lora = Place.of(store, model.lora.path, share=share).model_dump() if model.lora else None
+    vae = Place.of(store, model.vae, share=share).model_dump() if model.vae else None
+    own_configs = model.configs is not None and model.configs.resolve() != SD15_CONFIGS.resolve()
+    configs = Place.of(store, model.configs, share=share).model_dump() if model.configs and own_configs else None
+    return {"model": place.model_dump(), "lora": lora, "vae": vae, "configs": configs}
+
+
+def find_offered_model(store: Store, wanted: Mapping[str, Any], means: Mapping[str, Any]) -> Model:
+    """The model of an identity (`Model.identity`) at its offered place; ModelError when it is another one by now."""
+    place = Place.model_validate(means["model"])
+    vae, configs = (Place.model_validate(means[name]).locate(store) if means.get(name) else None
+                    for name in ("vae", "configs"))
+    model = find_model(TargetConfig(
+        source=place.locate(store), revision=place.revision, vae=vae, component_configs=configs, dtype=wanted["dtype"],
+        clip_skip=wanted["clip_skip"], negative_prompt=wanted.get("negative_prompt", "")))
+    model = replace(model, **recorded_syntax(wanted))
+    refuse_other_model("target", model.fingerprint, wanted["fingerprint"])
+    if not wanted.get("lora"):
+        return model
+    model = model.with_lora(Path(Place.model_validate(means["lora"]).locate(store)), wanted["lora"]["weight"])
+    assert isinstance(model.lora, Lora)
+    refuse_other_model("LoRA", model.lora.fingerprint, wanted["lora"]["fingerprint"])
+    return model
+
+
+def refuse_other_model(what: str, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise ModelError(f"the {what} found here has fingerprint {found[:12]}, this work was planned with "
+                         f"{wanted[:12]}: put the same weights there, or start the run that planned it again")

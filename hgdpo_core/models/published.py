@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hgdpo_core.errors import StorageError
-from hgdpo_core.fingerprints import fingerprint_path
+from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.storage import Store
 
 DOWNLOAD_TRIES = 3

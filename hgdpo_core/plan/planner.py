@@ -13,21 +13,21 @@ from typing import Any, Literal
 from hgdpo_core.config import DpoConfig, ScorerConfig, SftConfig, TrainingConfig
 from hgdpo_core.errors import StorageError
 from hgdpo_core.evaluate import plan_evaluation
-from hgdpo_core.generate import PoolPlan, plan_pool, pool_settings
-from hgdpo_core.image_sets.latents import image_latent_folder
-from hgdpo_core.latent_distances import distance_folder, first_shards
-from hgdpo_core.latents import latent_folder
 from hgdpo_core.models import Model, default_device, device_name
 from hgdpo_core.models.published import fetch_model, find_record
 from hgdpo_core.plan import probe, rates
 from hgdpo_core.plan.rates import Rate
 from hgdpo_core.plan.table import RunPlan, StagePlan
 from hgdpo_core.run import Run
-from hgdpo_core.score import score_folder
-from hgdpo_core.shards import InputShard, ShardFolder, ShardManifest
+from hgdpo_core.stages.distances import distance_folder, first_shards
+from hgdpo_core.stages.image_latents import image_latent_folder
+from hgdpo_core.stages.latents import latent_folder
+from hgdpo_core.stages.pool import PoolPlan, plan_pool, pool_settings
+from hgdpo_core.stages.scores import score_folder
+from hgdpo_core.stages.triplets import triplet_folder
 from hgdpo_core.storage import DryStore, Store
-from hgdpo_core.training.tuning import tuned_id
-from hgdpo_core.triplets import triplet_folder
+from hgdpo_core.storage.shards import InputShard, ShardFolder, ShardManifest
+from hgdpo_core.training.tune import tuned_id
 
 MAX_FOLDERS, MAX_SHARDS = 20, 8  # looked at for what past work took, where a stage's own folder tells nothing
 

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 
 from hgdpo_core.config import DpoConfig, PoolConfig, SamplerConfig, ScorerConfig, SftConfig
-from hgdpo_core.generate import Painter
-from hgdpo_core.latents import ENCODE_BATCH, embedding_shapes
 from hgdpo_core.models import DTYPES, Model, default_device, load_pipeline
-from hgdpo_core.sampler import encode_latents
+from hgdpo_core.models.sampling import encode_latents
 from hgdpo_core.scorers import load_scorer
-from hgdpo_core.sft import ImageBatch, train_sft
-from hgdpo_core.train import PairBatch, train_dpo
+from hgdpo_core.stages.latents import ENCODE_BATCH, embedding_shapes
+from hgdpo_core.stages.pool import Painter
 from hgdpo_core.training import epoch_order
+from hgdpo_core.training.data import ImageBatch, PairBatch
+from hgdpo_core.training.dpo import train_dpo
+from hgdpo_core.training.sft import train_sft
 
 MAX_SECONDS = 60.0  # of timed drawing; a machine that is slower than this gets a smaller batch
 STEPS = 3

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from hgdpo_core.config import ImageFormat
 from hgdpo_core.models.lora import ATTENTION_LINEARS
-from hgdpo_core.shards import ShardManifest
+from hgdpo_core.storage.shards import ShardManifest
 
 BYTES_PER_PIXEL: dict[ImageFormat, float] = {"png": 1.6, "webp": 1.2, "jpeg": 0.35}   # assumed, for photographs
 SCORE_BYTES = DISTANCE_BYTES = 12.0

@@ -9,8 +9,8 @@ import pyarrow as pa
 from hgdpo_core.config import PromptSource, content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.prompts.sources import read_texts
-from hgdpo_core.shards import read_table, write_table
 from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import read_table, write_table
 
 MAX_PROMPT_CHARACTERS = 10_000
 LONG_PROMPT_CHARACTERS = 2_000

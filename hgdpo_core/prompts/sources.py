@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from hgdpo_core.config import PromptSource, content_hash
 from hgdpo_core.errors import InputError, StorageError
-from hgdpo_core.shards import read_table, write_table
 from hgdpo_core.storage import MissingKeyError, Store
+from hgdpo_core.storage.shards import read_table, write_table
 
 FORMATS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 COLUMNS = ("prompt", "Prompt", "caption", "text")

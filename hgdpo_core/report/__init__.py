@@ -1,13 +1,14 @@
 """One run as one HTML file: no network, no script, light and dark, fit for a phone and a screen reader.
 
 data.py holds what the page shows, page.py puts it together; numbers.py, pictures.py and training.py are its sections,
-parts.py the HTML they are made of.
+samples.py chooses the images; model_card.py is the page of an export.
 """
 
-from hgdpo_core.report.data import SCORER_TITLES, ReportData
+from hgdpo_core.rendering.parts import encode_data_uri
+from hgdpo_core.report.data import ReportData
 from hgdpo_core.report.headline import headline, read_interval
 from hgdpo_core.report.page import MAX_BYTES, render_report
-from hgdpo_core.report.parts import encode_data_uri
+from hgdpo_core.scorers import SCORER_TITLES
 
 __all__ = ["MAX_BYTES", "SCORER_TITLES", "ReportData", "encode_data_uri", "headline", "read_interval",
            "render_report"]

@@ -6,17 +6,12 @@ from datetime import datetime
 
 import numpy as np
 
-from hgdpo_core.colours import ColourChange, ColourHistograms
 from hgdpo_core.config import StageConfig
 from hgdpo_core.evaluate import Comparison
-from hgdpo_core.intervals import DefectChange, Estimate, Interval, ScoreChange
 from hgdpo_core.metrics import ColourShift, WinRate
-from hgdpo_core.pictures.grids import PairSample, PoolSample
-
-SCORER_TITLES = {"pickscore": "PickScore", "hps_v2.0": "HPS v2.0", "hps_v2.1": "HPS v2.1",
-                 "imagereward": "ImageReward", "aesthetic": "LAION aesthetic", "clip": "CLIP",
-                 "inspector": "Inspector",
-                 "tinted": "PickScore with a fondness for warm tints (made up to study colour shift)"}
+from hgdpo_core.rendering.grids import PairSample, PoolSample
+from hgdpo_core.statistics.colours import ColourChange, ColourHistograms
+from hgdpo_core.statistics.intervals import DefectChange, Estimate, Interval, ScoreChange
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from hgdpo_core.metrics import WinRate
-from hgdpo_core.report.data import SCORER_TITLES, ReportData
-from hgdpo_core.report.parts import count_of, percent, rate_interval
+from hgdpo_core.rendering.parts import count_of, percent, rate_interval
+from hgdpo_core.report.data import ReportData
+from hgdpo_core.scorers import SCORER_TITLES
 
 
 def headline(data: ReportData) -> str:

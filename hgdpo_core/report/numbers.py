@@ -3,12 +3,9 @@
 from collections.abc import Mapping
 from html import escape
 
-from hgdpo_core.colours import WEAK_RESULTANT, ColourChange, ColourHistograms
-from hgdpo_core.intervals import DefectChange, Estimate
 from hgdpo_core.metrics import ColourShift
-from hgdpo_core.pictures.plots import HISTOGRAMS, histogram, rate_bar, share_bar
-from hgdpo_core.report.data import SCORER_TITLES, ReportData
-from hgdpo_core.report.parts import (
+from hgdpo_core.rendering.charts import HISTOGRAMS, histogram, rate_bar, share_bar
+from hgdpo_core.rendering.parts import (
     NOTHING,
     count_of,
     duration,
@@ -23,6 +20,10 @@ from hgdpo_core.report.parts import (
     with_interval,
     words,
 )
+from hgdpo_core.report.data import ReportData
+from hgdpo_core.scorers import SCORER_TITLES
+from hgdpo_core.statistics.colours import WEAK_RESULTANT, ColourChange, ColourHistograms
+from hgdpo_core.statistics.intervals import DefectChange, Estimate
 
 SCALE = '<p class="scale" aria-hidden="true"><span>0 %</span><span>50 %</span><span>100 %</span></p>'
 

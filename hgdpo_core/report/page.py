@@ -6,14 +6,15 @@ from html import escape
 from PIL import Image
 
 from hgdpo_core.errors import InputError
-from hgdpo_core.pictures.page import html_page
-from hgdpo_core.report.data import SCORER_TITLES, ReportData
+from hgdpo_core.rendering.html import html_page
+from hgdpo_core.rendering.parts import ImageEncoder, encode_data_uri, listing, section, sentence
+from hgdpo_core.report.data import ReportData
 from hgdpo_core.report.headline import headline, read_interval
 from hgdpo_core.report.numbers import artifacts, colours, counts, defects, timings, variety, win_rates
-from hgdpo_core.report.parts import ImageEncoder, encode_data_uri, listing, section, sentence
 from hgdpo_core.report.pictures import pairs, pools
 from hgdpo_core.report.sweep import lora_weights
 from hgdpo_core.report.training import DPO_CHARTS, SFT_CHARTS, charts, latent_statistics, with_rises
+from hgdpo_core.scorers import SCORER_TITLES
 
 MAX_BYTES = 10_000_000
 QUALITY_LEVELS = ((640, 85), (448, 80), (320, 72), (224, 60))  # longer side in pixels, WebP quality

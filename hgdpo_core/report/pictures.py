@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from html import escape
 
-from hgdpo_core.pictures.grids import PairSample, PoolSample, format_score, rank_pool
-from hgdpo_core.report.parts import ImageEncoder, picture, section
+from hgdpo_core.rendering.grids import PairSample, PoolSample, format_score, rank_pool
+from hgdpo_core.rendering.parts import ImageEncoder, picture, section
 
 
 def pairs(title: str, intro: str, samples: Sequence[PairSample], encode: ImageEncoder) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from html import escape
 
 from hgdpo_core.evaluate import Comparison
-from hgdpo_core.intervals import Estimate
-from hgdpo_core.pictures.plots import IntervalPoint, interval_chart
-from hgdpo_core.report.data import SCORER_TITLES
-from hgdpo_core.report.parts import NOTHING, percent, rate_interval, section, signed, span, table, with_interval
+from hgdpo_core.rendering.charts import IntervalPoint, interval_chart
+from hgdpo_core.rendering.parts import NOTHING, percent, rate_interval, section, signed, span, table, with_interval
+from hgdpo_core.scorers import SCORER_TITLES
+from hgdpo_core.statistics.intervals import Estimate
 
 
 def lora_weights(sweep: Sequence[Comparison]) -> str:

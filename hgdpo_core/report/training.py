@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hgdpo_core.pictures.plots import ChartSpec, line_chart
-from hgdpo_core.report.parts import count_of, section
+from hgdpo_core.rendering.charts import ChartSpec, line_chart
+from hgdpo_core.rendering.parts import count_of, section
 
 DPO_CHARTS = (
     ChartSpec("Loss", ("loss",), "all terms together, weighted"),

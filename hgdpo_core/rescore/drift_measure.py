@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from hgdpo_core.distributions import score_histogram, summarise_scores
 from hgdpo_core.errors import CorruptShardError
 from hgdpo_core.metrics import WinRate, win_rate
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.rescore.drift import ranking_drift
 from hgdpo_core.rescore.plan import ScoreJob, Skipped, read_configs
 from hgdpo_core.rescore.score import Ranking
-from hgdpo_core.score import missing_scores, score_key, score_settings
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.stages.scores import missing_scores, score_key, score_settings
+from hgdpo_core.statistics.distributions import score_histogram, summarise_scores
 from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import ShardFolder
 
 WORST_PROMPTS = 8
 

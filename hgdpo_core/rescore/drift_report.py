@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from hgdpo_core.pictures.grids import format_score
-from hgdpo_core.pictures.page import html_page
-from hgdpo_core.pictures.plots import format_number
+from hgdpo_core.rendering.charts import format_number
+from hgdpo_core.rendering.grids import format_score
+from hgdpo_core.rendering.html import html_page
 
 WIDTH, HEIGHT, BASE = 360, 150, 128
 MAX_CHARTED = 12  # pools; rankings first, every evaluation has two pools without one

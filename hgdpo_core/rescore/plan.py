@@ -18,10 +18,10 @@ from hgdpo_core.config import StageConfig, TripletConfig
 from hgdpo_core.errors import ConfigError, CorruptShardError, ModelError
 from hgdpo_core.prompts import load_prompts, prompt_id
 from hgdpo_core.rescore.wanted import WantedScorer, wanted_scorers
-from hgdpo_core.score import missing_scores, score_key, score_settings
 from hgdpo_core.scorers import find_scorer
-from hgdpo_core.shards import EXPECTED, ShardFolder, ShardManifest
+from hgdpo_core.stages.scores import missing_scores, score_key, score_settings
 from hgdpo_core.storage import MissingKeyError, Store
+from hgdpo_core.storage.shards import EXPECTED, ShardFolder, ShardManifest
 
 
 class ScorerVersion(WantedScorer):

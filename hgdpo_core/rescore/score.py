@@ -6,18 +6,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from hgdpo_core.dataset_card import card_licence
-from hgdpo_core.distributions import summarise_scores
 from hgdpo_core.errors import CorruptShardError, InputError, ModelError
+from hgdpo_core.execution.jobs import Work, offer_pool_scores
 from hgdpo_core.models import default_device
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import load_prompts
 from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, Skipped, shards_of
-from hgdpo_core.score import load_judge, missing_scores, score_pool, score_settings
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.scorers import load_judge
+from hgdpo_core.stages.dataset_card import card_licence
+from hgdpo_core.stages.scores import missing_scores, score_pool, score_settings
+from hgdpo_core.stages.triplets import TripletCounts, build_triplets, dataset_card, triplet_folder
+from hgdpo_core.statistics.distributions import summarise_scores
 from hgdpo_core.storage import Store
-from hgdpo_core.triplets import TripletCounts, build_triplets, dataset_card, triplet_folder
-from hgdpo_core.work import Work, offer_pool_scores
+from hgdpo_core.storage.shards import ShardFolder
 
 
 def score_missing(store: Store, jobs: Sequence[ScoreJob], *, device: str | None = None, progress: Progress = silent,

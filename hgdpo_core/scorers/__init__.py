@@ -8,6 +8,7 @@ import torch
 
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.errors import ConfigError, ModelError
+from hgdpo_core.models import DTYPES
 from hgdpo_core.scorers import aesthetic, clip, hps, imagereward, inspector, pickscore, tinted
 from hgdpo_core.scorers.pictures import Images
 
@@ -46,6 +47,11 @@ class ScorerSource(Protocol):
 SCORERS: dict[str, ScorerSource] = {"pickscore": pickscore, "hps_v2.0": hps.V20, "hps_v2.1": hps.V21,
                                     "imagereward": imagereward, "aesthetic": aesthetic, "clip": clip,
                                     "inspector": inspector, "tinted": tinted}
+
+SCORER_TITLES = {"pickscore": "PickScore", "hps_v2.0": "HPS v2.0", "hps_v2.1": "HPS v2.1",
+                 "imagereward": "ImageReward", "aesthetic": "LAION aesthetic", "clip": "CLIP",
+                 "inspector": "Inspector",
+                 "tinted": "PickScore with a fondness for warm tints (made up to study colour shift)"}
 
 
 def load_scorer(name: str, *, source: str | None = None, device: str = "cpu",
@@ -109,3 +115,8 @@ def _module(name: str) -> ScorerSource:
     if name not in SCORERS:
         raise ConfigError(f"there is no scorer {name!r}; there are {', '.join(sorted(SCORERS))}")
     return SCORERS[name]
+
+
+def load_judge(scorer: ScorerConfig, device: str) -> Scorer:
+    """The scorer that the settings name."""
+    return load_scorer(scorer.name, source=scorer.source, device=device, dtype=DTYPES[scorer.dtype])

@@ -14,19 +14,11 @@ import torch
 from transformers import CLIPVisionModelWithProjection
 
 from hgdpo_core.errors import ModelError
+from hgdpo_core.models.hub import first_line
 from hgdpo_core.scorers.heads import linear_head
 from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, normalise_pixels
 from hgdpo_core.scorers.towers import MODEL_FILES, OPENAI_CLIP, load_folder, normalise
-from hgdpo_core.scorers.weights import (
-    beside,
-    find_files,
-    find_weights,
-    fingerprint,
-    first_line,
-    first_of,
-    freeze,
-    read_tensors,
-)
+from hgdpo_core.scorers.weights import beside, find_files, find_weights, fingerprint, first_of, freeze, read_tensors
 
 STEM = "sac+logos+ava1-l14-linearMSE"
 NAMES = (f"{STEM}.safetensors", f"{STEM}.pth")

@@ -11,6 +11,7 @@ import torch
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from hgdpo_core.errors import ModelError
+from hgdpo_core.models.hub import first_line, quiet_transformers
 from hgdpo_core.scorers.heads import linear_head
 from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, normalise_pixels
 from hgdpo_core.scorers.weights import (
@@ -20,9 +21,7 @@ from hgdpo_core.scorers.weights import (
     find_files,
     find_weights,
     fingerprint,
-    first_line,
     freeze,
-    quiet_transformers,
     read_tensors,
 )
 

@@ -14,7 +14,7 @@ from PIL import Image
 from hgdpo_core.errors import InputError, ModelError
 from hgdpo_core.figures.inspector import Inspector, inspect, load_inspector
 from hgdpo_core.figures.people import Figure, parse_caption
-from hgdpo_core.fingerprints import fingerprint_path
+from hgdpo_core.models.fingerprints import fingerprint_path
 
 DEFECT_BELOW = 0.0
 """A picture that scores below is defective: wrong anatomy, smeared, or not what the caption says."""

@@ -12,11 +12,12 @@ from huggingface_hub import snapshot_download
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from hgdpo_core.errors import ModelError
-from hgdpo_core.fingerprints import fingerprint_path
+from hgdpo_core.models.fingerprints import fingerprint_path
+from hgdpo_core.models.hub import first_line, quiet_transformers
 from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, floor_half, normalise_pixels
 from hgdpo_core.scorers.texts import TextCache
 from hgdpo_core.scorers.towers import normalise
-from hgdpo_core.scorers.weights import first_line, freeze, quiet_transformers
+from hgdpo_core.scorers.weights import freeze
 
 MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

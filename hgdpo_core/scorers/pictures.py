@@ -5,21 +5,19 @@ shows), grey and palette become RGB. So a score belongs to the picture, not to i
 on opaque pictures without an EXIF rotation; they know no other.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from hgdpo_core.errors import InputError
+from hgdpo_core.parallel import threads
 
 Images = Sequence[Image.Image] | np.ndarray | torch.Tensor
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-MAX_THREADS = 16
 
 
 def to_pictures(images: Images) -> list[Image.Image]:
@@ -96,13 +94,3 @@ def _letterbox(picture: Image.Image, size: int, antialias: bool) -> np.ndarray:
     below, right = size - height, size - width
     padding = (right // 2, right - right // 2, below // 2, below - below // 2)
     return torch.nn.functional.pad(pixels / 255, padding)[0].numpy()
-
-
-def threads() -> ThreadPoolExecutor:
-    """This process's threads for work that lets go of the interpreter: decoding and scaling."""
-    return _threads_of(os.getpid())
-
-
-@cache
-def _threads_of(pid: int) -> ThreadPoolExecutor:  # threads do not survive a fork
-    return ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix=f"pictures-{pid}")

@@ -10,9 +10,10 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hgdpo_core.errors import ModelError
+from hgdpo_core.models.hub import first_line, quiet_transformers
 from hgdpo_core.scorers.pictures import normalise_pixels
 from hgdpo_core.scorers.texts import TextCache
-from hgdpo_core.scorers.weights import build, count_blocks, first_line, quiet_transformers
+from hgdpo_core.scorers.weights import build, count_blocks
 
 OPENAI_CLIP = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))

@@ -5,8 +5,7 @@ them (tokenizer, CLIP towers) is looked for in the same folder first, then on th
 """
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.utils import logging as transformers_logging
 
 from hgdpo_core.config import content_hash
 from hgdpo_core.errors import ModelError
-from hgdpo_core.fingerprints import fingerprint_path
+from hgdpo_core.models.fingerprints import fingerprint_path
+from hgdpo_core.models.hub import first_line, quiet_transformers
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "model")
@@ -162,21 +161,3 @@ def fingerprint(scorer: str, files: Iterable[Path], **numerics: Any) -> str:
     """sha256 (64 hex digits) of what decides a score: the files' contents, wherever they lie, and our own choices."""
     return content_hash({"scorer": scorer, "files": [[file.name, fingerprint_path(file)] for file in files],
                          **numerics}, length=64)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without bars and without reports on tensors: what matters of them is an error of ours."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """What another library's error says, cut to one line of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -25,7 +25,7 @@ from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.training.parts import use_cpu
 from hgdpo_core.training.processes import is_first_process
 from hgdpo_core.training.request import TrainRequest, encode_images, find_result, run_train
-from hgdpo_core.training.tuning import Tuned
+from hgdpo_core.training.tune import Tuned
 
 LOOK_SECONDS = 1.0
 END_SECONDS = 40.0  # the launcher itself grants its processes 30

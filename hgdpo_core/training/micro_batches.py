@@ -14,7 +14,8 @@ from torch import nn
 
 from hgdpo_core.config import TrainingConfig
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.training.parts import DataOrder, Objective, SampleSource, sample_generator
+from hgdpo_core.training.data import DataOrder, SampleSource, sample_generator
+from hgdpo_core.training.parts import Objective
 from hgdpo_core.training.processes import agree, share_of, sum_gradients
 
 logger = logging.getLogger(__name__)

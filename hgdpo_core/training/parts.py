@@ -4,8 +4,7 @@ Samples are counted over the whole run: the sample at global position k is the s
 timestep, for any number of processes, any split into micro-batches, and after any number of resumes.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -14,7 +13,7 @@ from accelerate.utils import parse_flag_from_env
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from hgdpo_core.errors import ConfigError, InputError
+from hgdpo_core.errors import ConfigError
 from hgdpo_core.models import cpu_has_fast_bfloat16, default_device
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 
@@ -25,25 +24,6 @@ Validate = Callable[[int], None]
 Precision = Literal["no", "bf16", "fp16"]
 Generators = list[torch.Generator]
 BatchLoss = Callable[[nn.Module, Any, Generators], dict[str, torch.Tensor]]
-
-
-class SampleSource(Protocol[BatchT_co]):
-    """Random access to the samples of a training."""
-
-    def __len__(self) -> int:
-        """Samples in one epoch, at least 1."""
-        ...
-
-    def order(self, seed: int, epoch: int) -> Sequence[int]:
-        """The `len(self)` indices of an epoch in training order; the same for the same arguments.
-
-        `epoch_order` is the plain one; a streaming source shuffles its shards, and inside them.
-        """
-        ...
-
-    def batch(self, indices: Sequence[int]) -> BatchT_co:
-        """The samples of these indices, in this order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -121,22 +101,6 @@ class Denoiser(nn.Module):
 # -- order and randomness of samples
 
 
-def _hashed_seed(*parts: int | str) -> int:
-    text = "\0".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def epoch_order(samples: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of range(samples), decided by the arguments alone."""
-    generator = torch.Generator().manual_seed(_hashed_seed("order", seed, epoch))
-    return torch.randperm(samples, generator=generator).tolist()
-
-
-def sample_generator(seed: int, position: int) -> torch.Generator:
-    """The randomness of the sample at global position `position`: a CPU generator seeded by sha256 of both."""
-    return torch.Generator().manual_seed(_hashed_seed(seed, position))
-
-
 def draw_timesteps(generators: Generators, timesteps: int) -> torch.Tensor:
     """One timestep per sample, uniform in [0, timesteps); int64 `[B]` on the CPU."""
     return torch.cat([torch.randint(timesteps, (1,), generator=generator) for generator in generators])
@@ -156,25 +120,6 @@ def draw_flips(generators: Generators) -> torch.Tensor:
 def turn(latents: torch.Tensor, mirrored: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
     """`latents` `[B,C,h,w]`, where `flips` `[B]` says so those of the mirrored image, which are not their mirror."""
     return torch.where(flips[:, None, None, None].to(latents.device), mirrored.to(latents.device), latents)
-
-
-class DataOrder:
-    """Sample indices by global position; epochs follow each other without a gap or a short batch."""
-
-    def __init__(self, source: SampleSource[Any], seed: int):
-        self._source, self._seed = source, seed
-        self._epoch, self._order = -1, []
-
-    def indices(self, positions: Sequence[int]) -> list[int]:
-        return [self._index(*divmod(position, len(self._source))) for position in positions]
-
-    def _index(self, epoch: int, place: int) -> int:
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(self._source.order(self._seed, epoch))
-            if len(self._order) != len(self._source):
-                raise InputError(f"the order of epoch {epoch} names {len(self._order)} samples: expected each "
-                                 f"of the {len(self._source)} once")
-        return self._order[place]
 
 
 # -- precision

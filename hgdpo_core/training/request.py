@@ -6,21 +6,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hgdpo_core.config import DpoConfig, SftConfig, TrainingConfig
 from hgdpo_core.image_sets import ImageSet, offer_images, open_offered_images
-from hgdpo_core.image_sets.latents import cache_image_latents, image_latent_folder
 from hgdpo_core.models import Model
+from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.shards import FORMAT_VERSION, ShardFolder
+from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
 from hgdpo_core.storage import Store
-from hgdpo_core.training.tuning import Tuned, find_tuned, tune_lora, tune_target, tuned_id
+from hgdpo_core.storage.shards import FORMAT_VERSION, ShardFolder, format_range, parse_range
+from hgdpo_core.training.tune import Tuned, find_tuned, tune_lora, tune_target, tuned_id
 from hgdpo_core.training.validation import Validation
-from hgdpo_core.work import (
-    code_version,
-    find_offered_model,
-    format_range,
-    model_means,
-    parse_range,
-    refuse_other_code,
-)
+from hgdpo_core.version import code_version, refuse_other_code
 
 
 class TrainRequest(BaseModel):

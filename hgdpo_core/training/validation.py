@@ -19,11 +19,11 @@ from hgdpo_core.config import PromptSyntax, RunConfig, SamplerConfig, StageConfi
 from hgdpo_core.images import decode_image, encode_image
 from hgdpo_core.models import Model
 from hgdpo_core.models.lora import worn_at
-from hgdpo_core.pictures.grids import row_grid
+from hgdpo_core.models.sampling import decode_latents, initial_noise, make_scheduler, sample_latents
+from hgdpo_core.models.text_encoder import TextEncoder
 from hgdpo_core.prompts import image_seed
-from hgdpo_core.sampler import decode_latents, initial_noise, make_scheduler, sample_latents
+from hgdpo_core.rendering.grids import row_grid
 from hgdpo_core.storage import Store
-from hgdpo_core.text_encoding import TextEncoder
 from hgdpo_core.training.micro_batches import is_out_of_memory
 from hgdpo_core.training.parts import resolve_precision
 

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import pool, shard_wait
 from benchmarks.targets import open_target
-from hgdpo_core.generate import Painter
+from hgdpo_core.stages.pool import Painter
 
 TINY = ["--size", "tiny", "--dtype", "float32", "--threads", "1", "--prompts", "2", "--images-per-prompt", "2"]
 

@@ -1,8 +1,8 @@
 """The scaling benchmark walks its road: every prompt gets its images, scores and triplet, and is found again."""
 
 from benchmarks import scaling
-from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import ShardFolder
 
 
 def test_every_stage_does_its_work(tmp_path):

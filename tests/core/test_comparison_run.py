@@ -12,9 +12,9 @@ from hgdpo_core.config import TargetConfig
 from hgdpo_core.errors import ConfigError, HGDPOError, InputError, ModelError
 from hgdpo_core.models import find_model, load_pipeline
 from hgdpo_core.models.files import is_lora
+from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.presets import figures
 from hgdpo_core.storage import Store
-from hgdpo_core.work import find_offered_model, model_means
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ import pytest
 from hgdpo_core.config import EvaluationConfig, PoolConfig, PromptSource, SamplerConfig, ScorerConfig, TargetConfig
 from hgdpo_core.errors import InputError
 from hgdpo_core.evaluate import compare, image_scores, look_at_images, plan_evaluation, refuse_seen_prompts
-from hgdpo_core.generate import SCHEMA, PoolPlan
 from hgdpo_core.images import encode_image
 from hgdpo_core.metrics import colour_shift
 from hgdpo_core.models import find_model
 from hgdpo_core.prompts import prompt_id
-from hgdpo_core.score import SCHEMA as SCORE_SCHEMA
 from hgdpo_core.scorers import defect_limit, pickscore
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.stages.pool import SCHEMA, PoolPlan
+from hgdpo_core.stages.scores import SCHEMA as SCORE_SCHEMA
 from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import ShardFolder
 
 PROMPTS = ["a woman in a red top", "a man in a blue top", "a girl with black hair waves"]
 CONFIG = EvaluationConfig(prompts=PromptSource(source="p.txt"), images_per_prompt=2, scorers=(ScorerConfig(),))

@@ -26,17 +26,18 @@ from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
-from hgdpo_core.generate import generate_pool, plan_pool
 from hgdpo_core.image_sets import read_image_set
-from hgdpo_core.image_sets.latents import LatentImages, cache_image_latents, image_latent_folder
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import Model, find_model, load_pipeline
 from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.presets import sd15
-from hgdpo_core.sft import train_sft
+from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
+from hgdpo_core.stages.pool import generate_pool, plan_pool
 from hgdpo_core.storage import Store
-from hgdpo_core.train import PairBatch, train_dpo
 from hgdpo_core.training import epoch_order
+from hgdpo_core.training.data import LatentImages, PairBatch
+from hgdpo_core.training.dpo import train_dpo
+from hgdpo_core.training.sft import train_sft
 
 
 def random_sd15() -> StableDiffusionPipeline:

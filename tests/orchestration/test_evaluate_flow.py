@@ -10,8 +10,8 @@ from prefect.client.orchestration import get_client
 from flows.cli import main
 from flows.evaluate import hgdpo_evaluate
 from hgdpo_core.scorers import pickscore
-from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import ShardFolder
 
 SETTINGS = {"target.dtype": "float32", "sampler.width": 32, "sampler.height": 32, "sampler.steps": 2,
             "pool.prompts_per_shard": 4}

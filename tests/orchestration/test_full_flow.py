@@ -55,8 +55,8 @@ def test_the_summary_keeps_its_contract(summary, parameters):
 
 
 def test_an_evaluation_draws_one_image_a_prompt(summary, parameters):
-    from hgdpo_core.shards import ShardFolder
     from hgdpo_core.storage import Store
+    from hgdpo_core.storage.shards import ShardFolder
 
     store = Store(parameters["root"])
     rows = {}
@@ -97,8 +97,8 @@ def test_plain_diffusers_opens_target_and_lora_and_reproduces_an_image_of_the_po
     import torch
 
     from hgdpo_core.images import decode_image
-    from hgdpo_core.shards import ShardFolder
     from hgdpo_core.storage import Store
+    from hgdpo_core.storage.shards import ShardFolder
 
     store = Store(parameters["root"])
     sft = next(name for name in store.list_folders("models") if name.startswith("sft-"))

@@ -22,11 +22,11 @@ import slow_writer
 
 from deployments import local
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
-from hgdpo_core.generate import plan_pool
+from hgdpo_core.execution.jobs import ShardRequest, offer_pool, run_shards
 from hgdpo_core.models import find_model
 from hgdpo_core.prompts import prompt_id
+from hgdpo_core.stages.pool import plan_pool
 from hgdpo_core.storage import Store
-from hgdpo_core.work import ShardRequest, offer_pool, run_shards
 
 log = logging.getLogger(__name__)
 KILLS = int(os.environ.get("HGDPO_TEST_KILLS", "20"))

@@ -18,11 +18,11 @@ from flows.children import ShardRunsError
 from flows.cli import main
 from flows.rescore import hgdpo_rescore
 from hgdpo_core import scorers
+from hgdpo_core.execution.jobs import run_shards
 from hgdpo_core.presets import figures
 from hgdpo_core.rescore import score_missing
 from hgdpo_core.rescore.plan import plan_wanted
 from hgdpo_core.storage import Store
-from hgdpo_core.work import run_shards
 
 NOW = datetime(2031, 1, 2, 15, tzinfo=UTC)
 

@@ -14,12 +14,12 @@ from flows.children import Job
 from flows.runner import DeploymentRunner, check_workers, choose_runner
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, WorkersConfig
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.generate import plan_pool
+from hgdpo_core.execution.jobs import ShardRequest, offer_pool, run_shards
+from hgdpo_core.execution.runner import InProcess
 from hgdpo_core.models import find_model
 from hgdpo_core.progress import never_stop
-from hgdpo_core.runner import InProcess
+from hgdpo_core.stages.pool import plan_pool
 from hgdpo_core.storage import Store
-from hgdpo_core.work import ShardRequest, offer_pool, run_shards
 
 HERE = socket.gethostname()
 

@@ -19,11 +19,11 @@ from hgdpo_core.ablate.measure import ArmRecord, measure_rank_distances, run_arm
 from hgdpo_core.ablate.program import open_ablation, prepare_shared
 from hgdpo_core.ablate.settings import AblationConfig
 from hgdpo_core.errors import ConfigError, StoppedError
-from hgdpo_core.intervals import Estimate
+from hgdpo_core.execution.runner import InProcess
 from hgdpo_core.presets import figures, sd15
-from hgdpo_core.runner import InProcess
 from hgdpo_core.scorers import pickscore
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.statistics.intervals import Estimate
+from hgdpo_core.storage.shards import ShardFolder
 
 SETTINGS = {"seeds": 1}
 OVERRIDES = {"ablation.pool_sizes": [2, 4], "ablation.loser_ranks": [2, 4], "ablation.dataset_shares": [0.5, 1.0],
@@ -303,7 +303,7 @@ def test_latent_distances_are_of_best_and_nth_best(finished):
     """Recomputed by hand from the pool's images for one prompt."""
     from hgdpo_core.images import decode_image
     from hgdpo_core.models import load_pipeline
-    from hgdpo_core.triplets import read_ranked_pools
+    from hgdpo_core.stages.triplets import read_ranked_pools
 
     ablation, result = finished
     shared = prepare_shared(ablation)

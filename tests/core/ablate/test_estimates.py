@@ -5,7 +5,7 @@ import pytest
 
 from hgdpo_core.ablate.estimates import difference, estimate, first, outcomes, rate, win_rate_estimate
 from hgdpo_core.ablate.result import colour_statistic
-from hgdpo_core.intervals import Estimate
+from hgdpo_core.statistics.intervals import Estimate
 
 
 def ends(estimate: Estimate) -> tuple[float, float]:

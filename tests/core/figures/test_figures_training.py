@@ -10,9 +10,9 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from hgdpo_core.figures.__main__ import main
-from hgdpo_core.figures.loop import Plan, rate_at, train
-from hgdpo_core.figures.train_judge import preference_loss
-from hgdpo_core.figures.training import PLANS, STAGES, Run, run_stages
+from hgdpo_core.figures.make.judge import preference_loss
+from hgdpo_core.figures.make.loop import Plan, rate_at, train
+from hgdpo_core.figures.make.stages import PLANS, STAGES, Run, run_stages
 
 
 @pytest.fixture(scope="module")

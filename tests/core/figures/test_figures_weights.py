@@ -10,10 +10,10 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTo
 
 from hgdpo_core.errors import InputError
 from hgdpo_core.figures import DEFECTS, judge_path, parse_caption, prompts, render, target_path
-from hgdpo_core.figures.card import write_card
 from hgdpo_core.figures.dataset import render_batch
-from hgdpo_core.figures.evaluation import Judge
-from hgdpo_core.figures.training import STAGES
+from hgdpo_core.figures.make.card import write_card
+from hgdpo_core.figures.make.evaluation import Judge
+from hgdpo_core.figures.make.stages import STAGES
 from hgdpo_core.scorers import load_scorer
 from hgdpo_core.scorers.inspector import DEFECT_BELOW
 

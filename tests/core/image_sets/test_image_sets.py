@@ -13,13 +13,13 @@ import pytest
 from faulty_s3 import served_bucket
 from PIL import Image
 
-from hgdpo_core import fingerprints
 from hgdpo_core.config import content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.image_sets import expand_braces, offer_images, open_offered_images, read_image_set
 from hgdpo_core.image_sets import folders as image_folders
 from hgdpo_core.image_sets import sets as image_sets
 from hgdpo_core.image_sets import tars as image_tars
+from hgdpo_core.models import fingerprints
 from hgdpo_core.storage import Store
 
 

@@ -18,9 +18,9 @@ from hgdpo_core.config import TargetConfig
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models import Model, find_model, load_pipeline
 from hgdpo_core.models.files import SD15_CONFIGS
+from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.storage import Store
-from hgdpo_core.training.tuning import Tuned, find_tuned_target
-from hgdpo_core.work import find_offered_model, model_means
+from hgdpo_core.training.tune import Tuned, find_tuned_target
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,7 @@ from tiny import tiny_unet
 
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.files import SD15_CONFIGS
-from hgdpo_core.models.lora import (
-    add_lora,
-    load_lora_state,
-    lora_state,
-    reference_mode,
-    save_lora,
-    write_kohya_lora,
-)
+from hgdpo_core.models.lora import add_lora, load_lora_state, lora_state, reference_mode, save_lora, write_kohya_lora
 
 
 def predict(unet: UNet2DConditionModel) -> torch.Tensor:

@@ -14,8 +14,8 @@ from hgdpo_core.plan import plan_run, probe, rates
 from hgdpo_core.plan.rates import ModelSize, Rate
 from hgdpo_core.plan.table import RunPlan, describe, readable_bytes, readable_time
 from hgdpo_core.run import open_run
-from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import DryStore, Store
+from hgdpo_core.storage.shards import ShardFolder
 
 STAGES = ["sft latents", "sft", "pool", "score", "triplets", "latents", "dpo", "latent distances",
           "evaluation images, target", "pickscore, target", "evaluation images, tuned", "pickscore, tuned"]

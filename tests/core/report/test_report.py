@@ -12,14 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hgdpo_core.colours import ColourChange, ColourHistograms
 from hgdpo_core.errors import InputError
 from hgdpo_core.evaluate import Comparison
-from hgdpo_core.intervals import Estimate, Interval, defect_change, score_change
 from hgdpo_core.metrics import ColourShift, WinRate, rgb_to_hsv
-from hgdpo_core.pictures.grids import PairSample, PoolSample
-from hgdpo_core.pictures.page import STYLE
-from hgdpo_core.pictures.plots import (
+from hgdpo_core.presets import figures, sd15
+from hgdpo_core.rendering.charts import (
     BOTTOM,
     HISTOGRAMS,
     LEFT,
@@ -36,10 +33,13 @@ from hgdpo_core.pictures.plots import (
     share_bar,
     smooth,
 )
-from hgdpo_core.presets import figures, sd15
+from hgdpo_core.rendering.grids import PairSample, PoolSample
+from hgdpo_core.rendering.html import STYLE
+from hgdpo_core.rendering.parts import p_value, signed, span
 from hgdpo_core.report import ReportData, encode_data_uri, headline, read_interval, render_report
 from hgdpo_core.report import page as report_page
-from hgdpo_core.report.parts import p_value, signed, span
+from hgdpo_core.statistics.colours import ColourChange, ColourHistograms
+from hgdpo_core.statistics.intervals import Estimate, Interval, defect_change, score_change
 
 EVIL = """a man <script>alert("x")</script> & 'friends' <img src=http://example.org/x.png>"""
 VOID = {"meta", "img", "line", "rect", "path", "polyline", "circle", "br"}

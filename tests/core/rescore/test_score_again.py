@@ -22,9 +22,9 @@ from hgdpo_core.rescore import Ranking, rank_again, score_missing, summarise_poo
 from hgdpo_core.rescore.night import close_night, last_report, open_night
 from hgdpo_core.rescore.plan import Skipped, find_versions, plan_rescore, plan_wanted
 from hgdpo_core.rescore.wanted import WantedScorer
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.stages.triplets import build_triplets, triplet_folder
 from hgdpo_core.storage import Store
-from hgdpo_core.triplets import build_triplets, triplet_folder
+from hgdpo_core.storage.shards import ShardFolder
 
 
 @pytest.fixture

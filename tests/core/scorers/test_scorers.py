@@ -9,11 +9,11 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, TargetConfig
 from hgdpo_core.errors import ConfigError, ModelError
-from hgdpo_core.generate import generate_pool, plan_pool
 from hgdpo_core.models import find_model
-from hgdpo_core.score import missing_scores, score_folder, score_pool
 from hgdpo_core.scorers import find_scorer, load_embedder, load_scorer
 from hgdpo_core.scorers.tinted import STRENGTH, warmth
+from hgdpo_core.stages.pool import generate_pool, plan_pool
+from hgdpo_core.stages.scores import missing_scores, score_folder, score_pool
 from hgdpo_core.storage import Store
 
 TOLERANCE = 1e-4  # of scores of order 1: float32 sums in another order

@@ -16,8 +16,8 @@ from road import decoded_rows, tiny_parameters, walk_road
 
 from hgdpo_core.errors import CorruptShardError, StorageError
 from hgdpo_core.models.published import fetch_model, publish_model
-from hgdpo_core.shards import ShardFolder
 from hgdpo_core.storage import MissingKeyError, Store
+from hgdpo_core.storage.shards import ShardFolder
 
 MIB = 2**20
 OPERATIONS = {
@@ -134,7 +134,7 @@ def test_a_flipped_bit_is_no_reason_to_quarantine_a_shard(store, server):
 
 
 def test_pages_that_are_wrong_are_noticed_where_only_some_columns_travel(store, monkeypatch):
-    monkeypatch.setattr("hgdpo_core.shards._SMALL_BYTES", 0)
+    monkeypatch.setattr("hgdpo_core.storage.shards._SMALL_BYTES", 0)
     folder = ShardFolder.create(store, "pools/p-1", {"seed": 0})
     manifest = folder.commit(0, pa.table({"seed": list(range(5_000)), "text": [str(i) for i in range(5_000)]}))
     key = f"pools/p-1/{manifest.file}"

@@ -8,9 +8,9 @@ from PIL import Image
 
 from hgdpo_core.config import DpoConfig, SftConfig, TargetConfig
 from hgdpo_core.errors import ConfigError, InputError
+from hgdpo_core.execution.runner import IN_PROCESS
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.models import find_model
-from hgdpo_core.runner import IN_PROCESS
 from hgdpo_core.storage import Store
 from hgdpo_core.training.request import TrainRequest, find_result, run_train
 

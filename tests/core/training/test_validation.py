@@ -7,19 +7,19 @@ import torch
 
 from hgdpo_core.config import DpoConfig, PoolConfig, SamplerConfig, SftConfig, TargetConfig
 from hgdpo_core.errors import StoppedError
-from hgdpo_core.fingerprints import fingerprint_path
-from hgdpo_core.generate import Painter
 from hgdpo_core.image_sets import read_image_set
-from hgdpo_core.image_sets.latents import cache_image_latents, image_latent_folder
 from hgdpo_core.images import decode_image, encode_image
-from hgdpo_core.latents import cache_latents, latent_folder
 from hgdpo_core.models import find_model
+from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.presets import figures
 from hgdpo_core.prompts import image_seed
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
+from hgdpo_core.stages.latents import cache_latents, latent_folder
+from hgdpo_core.stages.pool import Painter
 from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training import validation as module
-from hgdpo_core.training.tuning import tune_lora, tune_target
+from hgdpo_core.training.tune import tune_lora, tune_target
 from hgdpo_core.training.validation import Validation, validation_grid, validation_steps
 
 PROMPTS = ("a woman in a red top", "a man")

@@ -1,0 +1,123 @@
+"""Prompts to text embeddings, as a target reads them: syntax, chunks, weights, clip skip and negative prompt.
+
+A plain prompt is one chunk of the text encoder's length (77 tokens), cut there, as diffusers does it. An A1111 prompt
+is as many chunks as it needs, each with its own begin and end token. Prompts and negative prompt must be of one length
+in the UNet: the shorter is padded with chunks of the empty text. A prompt's embedding depends on the target's settings
+and on its text alone, never on its neighbours, so training can condition on exactly what the sampler used.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from hgdpo_core.config import PromptSyntax
+from hgdpo_core.errors import ConfigError
+from hgdpo_core.models import Model
+from hgdpo_core.models.sampling import encode_text, hidden_states
+from hgdpo_core.prompts.syntax import Segment, parse_weights
+
+COMMA_REACH = 20  # A1111's "comma padding backtrack": a full chunk is cut at a comma this near to its end
+NO_MEAN = 1e-4  # of the root mean square; the text encoder of SD 1.5 stands far above it
+
+Token = tuple[int, float]
+"""Id and weight."""
+
+
+class TextEncoder:
+    """The text encoder of a loaded pipeline under a target's settings."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, model: Model):
+        """ConfigError when the encoder has fewer layers than `clip_skip` skips."""
+        self.pipeline, self.model = pipeline, model
+        self._encoder: Any = pipeline.text_encoder
+        self._tokenizer: Any = pipeline.tokenizer
+        layers = self._encoder.config.num_hidden_layers
+        if model.clip_skip is not None and model.clip_skip > layers:
+            raise ConfigError(f"target.clip_skip is {model.clip_skip}, but the text encoder of {model.path.name} has "
+                              f"{layers} layers: skip fewer")
+        self.chunk_length: int = self._tokenizer.model_max_length
+        self._negative = self._encode([model.negative_prompt], model.negative_syntax)[0]
+        self._empty: torch.Tensor | None = None
+
+    def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """One embedding [K * 77, D] a prompt, in the encoder's precision; K is no less than the negative prompt's."""
+        embeds = self._encode(prompts, self.model.prompt_syntax)
+        return [self._pad(embed, len(self._negative)) for embed in embeds]
+
+    def negative(self, length: int) -> torch.Tensor:
+        """The negative prompt's embedding [1, length, D], to stand against prompts of that length."""
+        return self._pad(self._negative, length)[None]
+
+    def _encode(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[torch.Tensor]:
+        if syntax == "plain":
+            return list(encode_text(self.pipeline, prompts, self.model.clip_skip)) if prompts else []
+        return [self._encode_weighted(prompt) for prompt in prompts]
+
+    @torch.no_grad()
+    def _encode_weighted(self, prompt: str) -> torch.Tensor:
+        parts = [self._tokenize(part) for part in parse_weights(prompt)]
+        chunks = split_chunks(parts, self.chunk_length - 2, self._tokenizer.get_vocab().get(",</w>"))
+        ids, weights = zip(*(self._frame(chunk) for chunk in chunks), strict=True)
+        device = self._encoder.device
+        hidden = hidden_states(self._encoder, torch.tensor(ids, device=device), self.model.clip_skip)
+        return weigh_embedding(hidden, torch.tensor(weights, device=device)).flatten(0, 1)
+
+    def _tokenize(self, part: Sequence[Segment]) -> list[Token]:
+        ids = self._tokenizer([segment.text for segment in part], add_special_tokens=False,
+                              verbose=False).input_ids if part else []
+        return [(token, segment.weight) for segment, found in zip(part, ids, strict=True) for token in found]
+
+    def _frame(self, chunk: Sequence[Token]) -> tuple[list[int], list[float]]:
+        """Ids and weights of the encoder's length, between begin and end token, padded as the tokenizer pads."""
+        ids = [self._tokenizer.bos_token_id, *(token for token, _ in chunk), self._tokenizer.eos_token_id]
+        ids += [self._tokenizer.pad_token_id] * (self.chunk_length - len(ids))
+        weights = [1.0, *(weight for _, weight in chunk)]
+        return ids, weights + [1.0] * (self.chunk_length - len(weights))
+
+    def _pad(self, embed: torch.Tensor, length: int) -> torch.Tensor:
+        missing = (length - len(embed)) // self.chunk_length
+        if missing <= 0:
+            return embed
+        if self._empty is None:
+            self._empty = encode_text(self.pipeline, [""], self.model.clip_skip)[0]
+        return torch.cat([embed, *[self._empty] * missing])
+
+
+def split_chunks(parts: Sequence[Sequence[Token]], size: int, comma: int | None) -> list[list[Token]]:
+    """Tokens in chunks of at most `size`, as A1111 cuts them; a new part (after a BREAK) begins a new chunk.
+
+    A full chunk ends behind its last comma if that stands among its last COMMA_REACH tokens and no comma follows.
+    """
+    chunks: list[list[Token]] = []
+    for number, part in enumerate(parts):
+        chunk: list[Token] = []
+        for token in part:
+            if len(chunk) == size:
+                end = size if token[0] == comma else _end_of_chunk(chunk, comma)
+                chunks.append(chunk[:end])
+                chunk = chunk[end:]
+            chunk.append(token)
+        if chunk or not chunks or number < len(parts) - 1:
+            chunks.append(chunk)
+    return chunks
+
+
+def _end_of_chunk(chunk: Sequence[Token], comma: int | None) -> int:
+    near = range(len(chunk) - 1, max(len(chunk) - COMMA_REACH, 0) - 1, -1)
+    return next((place + 1 for place in near if chunk[place][0] == comma), len(chunk))
+
+
+def weigh_embedding(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Hidden states [K, L, D] times weights [K, L], each chunk then scaled so that its mean is what it was.
+
+    In float32, returned in the precision of `hidden`; weights of 1 change no bit. A chunk whose weighted mean is mere
+    rounding has no scale to take: an untrained encoder ends in a norm without bias, where every row's mean is zero.
+    """
+    full = hidden.float()
+    weighted = full * weights[:, :, None].float()
+    mean = weighted.mean(dim=(1, 2), keepdim=True)
+    size = weighted.square().mean(dim=(1, 2), keepdim=True).sqrt()
+    scale = torch.where(mean.abs() > NO_MEAN * size, full.mean(dim=(1, 2), keepdim=True) / mean, 1.0)
+    return (weighted * scale).to(hidden.dtype)

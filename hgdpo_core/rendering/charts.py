@@ -1,0 +1,255 @@
+"""Charts as inline SVG. They name classes that the style sheet of `page.py` colours, in light and in dark."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hgdpo_core.metrics import WinRate
+from hgdpo_core.statistics.colours import ColourHistograms
+
+WIDTH, HEIGHT = 360, 200
+LEFT, RIGHT, TOP, BOTTOM = 54, 352, 8, 176
+MAX_POINTS = 300  # per line: more cannot be told apart at this width
+SMOOTHING_SHARE = 0.05  # of all rows, the window of the moving average
+SHOWN_PERCENTILES = (1, 99)  # of the raw values; one outlier must not flatten the whole curve
+
+
+@dataclass(frozen=True)
+class ChartSpec:
+    """What one chart shows: one or two columns of rows against their `step`, and a level to compare with."""
+
+    title: str
+    columns: tuple[str, ...]
+    meaning: str
+    baseline: float | None = None
+    over: str = "the steps of training"
+
+
+@dataclass(frozen=True)
+class Line:
+    """Finite values of one column, steps ascending, and their moving average; all float64 [n]."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    smooth: np.ndarray
+
+
+def read_line(log: Sequence[Mapping[str, float]], column: str) -> Line | None:
+    """The column over `step` without rows where it is absent or not finite; None when no row remains."""
+    rows = sorted((row["step"], row[column]) for row in log
+                  if column in row and math.isfinite(row["step"]) and math.isfinite(row[column]))
+    if not rows:
+        return None
+    steps, values = np.array(rows, dtype=np.float64).T
+    return Line(steps, values, smooth(values))
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over 5 % of the values, float64 [n]; the window shrinks at both ends."""
+    half = int(len(values) * SMOOTHING_SHARE / 2)
+    window = np.ones(2 * half + 1)
+    counts = np.convolve(np.ones(len(values)), window)[half:half + len(values)]
+    return np.convolve(values, window)[half:half + len(values)] / counts
+
+
+def line_chart(spec: ChartSpec, log: Sequence[Mapping[str, float]]) -> str:
+    """A <figure> with the chart, or "" when the log has none of its columns."""
+    lines = [(name, line) for name in spec.columns if (line := read_line(log, name))]
+    if not lines:
+        return ""
+    low, high = _value_range([line for _, line in lines], spec.baseline)
+    first, last = min(line.steps[0] for _, line in lines), max(line.steps[-1] for _, line in lines)
+    step_scale, value_scale = _Scale(first, last, LEFT, RIGHT), _Scale(low, high, BOTTOM, TOP)
+    parts = [_axes(step_scale, value_scale)]
+    if spec.baseline is not None:
+        y = value_scale(spec.baseline)
+        parts.append(f'<line class="baseline" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    for style, name in (("raw", "values"), ("smooth", "smooth")):
+        for number, (_, line) in enumerate(lines):
+            points = _points(line.steps, getattr(line, name).clip(low, high), step_scale, value_scale)
+            parts.append(f'<polyline class="{style}{" second" * number}" points="{points}"/>')
+    return _figure(spec, lines, "".join(parts))
+
+
+def rate_bar(rate: WinRate) -> str:
+    """A bar from 0 to 100 % with its interval as a whisker and a line at 50 %; stretches to its container."""
+    marks = ""
+    if rate.rate is not None and rate.ci_low is not None and rate.ci_high is not None:
+        low, high = 100 * rate.ci_low, 100 * rate.ci_high
+        marks = (_bar(100 * rate.rate) +
+                 f'<path class="whisker" d="M{low:.2f} 12H{high:.2f}M{low:.2f} 7V17M{high:.2f} 7V17"/>')
+    return _bar_frame(marks + '<path class="half" d="M50 0V24"/>', "rate-bar")
+
+
+def share_bar(share: float, who: str) -> str:
+    """A plain bar from 0 to 100 %; `who` is its class."""
+    return _bar_frame(_bar(100 * share), f"rate-bar {who}")
+
+
+def _bar(value: float) -> str:
+    return f'<rect class="bar" width="{value:.2f}" height="24"/><path class="edge" d="M{value:.2f} 0V24"/>'
+
+
+def _bar_frame(marks: str, style: str) -> str:
+    return (f'<svg class="{style}" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true">'
+            f'<rect class="track" width="100" height="24"/>{marks}</svg>')
+
+
+@dataclass(frozen=True)
+class IntervalPoint:
+    """A labelled share of 0..1 with its interval."""
+
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+def interval_chart(title: str, meaning: str, points: Sequence[IntervalPoint], *, baseline: float) -> str:
+    """A <figure> with points side by side in their order, whiskers and a line through them; "" without points."""
+    if not points:
+        return ""
+    ends = [end for point in points for end in (point.value, point.low, point.high) if end is not None]
+    value_scale = _Scale(min(*ends, baseline), max(*ends, baseline), BOTTOM, TOP)
+    places = [LEFT + (RIGHT - LEFT) * (number + 0.5) / len(points) for number in range(len(points))]
+    y = value_scale(baseline)
+    line = " ".join(f"{x:.1f},{value_scale(point.value):.1f}" for x, point in zip(places, points, strict=True))
+    parts = [_axes(None, value_scale, percent=True),
+             f'<line class="baseline" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>',
+             f'<polyline class="raw" points="{line}"/>']
+    for x, point in zip(places, points, strict=True):
+        if point.low is not None and point.high is not None:
+            low, high = value_scale(point.low), value_scale(point.high)
+            parts.append(f'<path class="whisker" d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 5:.1f} {low:.1f}h10'
+                         f'M{x - 5:.1f} {high:.1f}h10"/>')
+        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{value_scale(point.value):.1f}" r="4"/>'
+                     f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 17}" text-anchor="middle">'
+                     f'{html.escape(point.label)}</text>')
+    told = ", ".join(f"{point.label}: {100 * point.value:.1f} %" for point in points)
+    return (f'<figure class="chart"><figcaption><b>{html.escape(title)}</b><span></span>'
+            f'<small>{html.escape(meaning)}</small></figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+            f'aria-label="{html.escape(f"{title}, {meaning}: {told}")}">{"".join(parts)}</svg></figure>')
+
+
+@dataclass(frozen=True)
+class HistogramSpec:
+    """What one histogram shows: a channel of ColourHistograms, and the labels of its axis from 0 to 1."""
+
+    title: str
+    channel: str
+    meaning: str
+    labels: tuple[str, ...]
+
+
+HISTOGRAMS = (
+    HistogramSpec("Hue", "hue", "weighted by saturation: grey has no hue", ("0°", "120°", "240°", "360°")),
+    HistogramSpec("Saturation", "saturation", "0: grey, 1: pure colour", ("0", "0.5", "1")),
+    HistogramSpec("Value", "value", "0: black, 1: bright", ("0", "0.5", "1")),
+)
+
+
+def histogram(spec: HistogramSpec, target: ColourHistograms, tuned: ColourHistograms) -> str:
+    """A <figure> with the shares of both models' pixels: the target as an area, the tuned model as a line."""
+    sides = [np.array(side.as_dict()[spec.channel]) for side in (target, tuned)]
+    top = max(float(side.max()) for side in sides) or 1.0
+    value_scale = _Scale(0.0, top, BOTTOM, TOP)
+    outlines = [_outline(side, value_scale) for side in sides]
+    drawing = (_axes(None, value_scale, percent=True) +
+               f'<path class="area" d="{outlines[0]}V{BOTTOM}H{LEFT}Z"/><path class="outline" d="{outlines[1]}"/>')
+    if spec.channel == "hue":
+        drawing += _hue_strip(len(sides[0]))
+    for number, label in enumerate(spec.labels):
+        x = LEFT + (RIGHT - LEFT) * number / (len(spec.labels) - 1)
+        anchor = "end" if number == len(spec.labels) - 1 else "middle"
+        drawing += f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 20}" text-anchor="{anchor}">{label}</text>'
+    moved = 50 * float(np.abs(sides[0] - sides[1]).sum())
+    label = html.escape(f"{spec.title} of all pixels of both models; {moved:.1f} % of the pixels lie in other bins")
+    return (f'<figure class="chart"><figcaption><b>{html.escape(spec.title)}</b><span>{moved:.1f} % moved</span>'
+            f'<small>{html.escape(spec.meaning)}. Area: target, line: tuned</small></figcaption>'
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{drawing}</svg></figure>')
+
+
+def _outline(shares: np.ndarray, value_scale: "_Scale") -> str:
+    """Path of the steps over the bins, from the left end of the axis to the right one."""
+    width = (RIGHT - LEFT) / len(shares)
+    steps = "".join(f"V{value_scale(float(share)):.1f}H{LEFT + (i + 1) * width:.1f}" for i, share in enumerate(shares))
+    return f"M{LEFT} {BOTTOM}{steps}"
+
+
+def _hue_strip(bins: int) -> str:
+    width = (RIGHT - LEFT) / bins
+    return "".join(f'<rect x="{LEFT + i * width:.1f}" y="{BOTTOM + 2}" width="{width + 0.3:.1f}" height="4" '
+                   f'fill="hsl({360 * (i + 0.5) / bins:.0f} 80% 55%)"/>' for i in range(bins))
+
+
+class _Scale:
+    """A linear map from values to pixels that remembers both ends."""
+
+    def __init__(self, low: float, high: float, from_px: float, to_px: float) -> None:
+        if low == high:
+            low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
+        self.low, self.high, self.from_px, self.to_px = low, high, from_px, to_px
+
+    def __call__(self, value: float) -> float:
+        return self.from_px + (value - self.low) / (self.high - self.low) * (self.to_px - self.from_px)
+
+    def ticks(self) -> list[float]:
+        """Three to six round values inside the range."""
+        span = self.high - self.low
+        power = 10.0 ** math.floor(math.log10(span))
+        step = next(power * m for m in (0.1, 0.2, 0.25, 0.5, 1, 2) if span / (power * m) <= 5)
+        start = math.ceil(self.low / step - 1e-9)
+        return [i * step for i in range(start, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _value_range(lines: Sequence[Line], baseline: float | None) -> tuple[float, float]:
+    raw = [np.percentile(line.values, SHOWN_PERCENTILES) for line in lines]
+    level = [np.array([baseline])] if baseline is not None else []
+    values = np.concatenate([*raw, *(line.smooth for line in lines), *level])
+    return float(values.min()), float(values.max())
+
+
+def _points(steps: np.ndarray, values: np.ndarray, step_scale: _Scale, value_scale: _Scale) -> str:
+    kept = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int))
+    if len(kept) == 1:  # a line of one point shows nothing
+        y = value_scale(float(values[0]))
+        return f"{LEFT},{y:.1f} {RIGHT},{y:.1f}"
+    kept_points = zip(steps[kept].tolist(), values[kept].tolist(), strict=True)
+    return " ".join(f"{step_scale(step):.1f},{value_scale(value):.1f}" for step, value in kept_points)
+
+
+def _axes(step_scale: _Scale | None, value_scale: _Scale, *, percent: bool = False) -> str:
+    parts = []
+    for value in value_scale.ticks():
+        y = value_scale(value)
+        label = f"{100 * value:.3g} %" if percent else format_number(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                     f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    if step_scale is None:
+        return "".join(parts)
+    for value in step_scale.ticks():
+        if value == round(value):
+            parts.append(f'<text class="tick" x="{step_scale(value):.1f}" y="{BOTTOM + 17}" '
+                         f'text-anchor="middle">{format_number(value)}</text>')
+    return "".join(parts)
+
+
+def _figure(spec: ChartSpec, lines: Sequence[tuple[str, Line]], drawing: str) -> str:
+    ends = ", ".join(f"{name.replace('_', ' ')} from {format_number(line.smooth[0])} "
+                     f"to {format_number(line.smooth[-1])}" for name, line in lines)
+    latest = " / ".join(format_number(line.smooth[-1]) for _, line in lines)
+    label = html.escape(f"{spec.title} over {spec.over}, smoothed: {ends}")
+    return (f'<figure class="chart"><figcaption><b>{html.escape(spec.title)}</b><span>{latest}</span>'
+            f'<small>{html.escape(spec.meaning)}</small></figcaption>'
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{drawing}</svg></figure>')
+
+
+def format_number(value: float) -> str:
+    """Short and readable: 0.693, 12,000, 1e-5."""
+    if value and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

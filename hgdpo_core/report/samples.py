@@ -1,0 +1,52 @@
+"""What a person should look at: pairs side by side and pools in their ranking, read from the store."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from hgdpo_core.config import TripletConfig
+from hgdpo_core.evaluate import Comparison, read_images
+from hgdpo_core.images import decode_image
+from hgdpo_core.rendering.grids import PairSample, PoolSample
+from hgdpo_core.selection import select_pair
+from hgdpo_core.stages.pool import PoolPlan
+from hgdpo_core.stages.triplets import read_ranked_pools
+from hgdpo_core.storage.shards import ShardFolder
+
+
+def sample_pairs(comparison: Comparison, target: PoolPlan, tuned: PoolPlan, scorer: str,
+                 positions: Sequence[int]) -> list[PairSample]:
+    """Both models' first image of some of the evaluation's prompts (positions in `comparison.prompts`)."""
+    prompts = [comparison.prompts[position] for position in positions]
+    target_images, tuned_images = read_images(target, prompts), read_images(tuned, prompts)
+    return [PairSample(prompt, decode_image(target_images[prompt]), decode_image(tuned_images[prompt]),
+                       comparison.target_scores[scorer][position], comparison.tuned_scores[scorer][position])
+            for prompt, position in zip(prompts, positions, strict=True)]
+
+
+def random_positions(comparison: Comparison, count: int) -> list[int]:
+    """A seeded sample of prompts, chosen before anyone looked."""
+    total = len(comparison.prompts)
+    return sorted(int(i) for i in np.random.default_rng(0).choice(total, size=min(count, total), replace=False))
+
+
+def extreme_positions(comparison: Comparison, scorer: str, count: int) -> tuple[list[int], list[int]]:
+    """Prompts of the largest gains and of the largest losses by a scorer; only real gains and real losses."""
+    gain = np.array(comparison.tuned_scores[scorer]) - np.array(comparison.target_scores[scorer])
+    order = [int(i) for i in np.argsort(gain, kind="stable")]
+    return ([i for i in reversed(order[-count:]) if gain[i] > 0], [i for i in order[:count] if gain[i] < 0])
+
+
+def sample_pools(plan: PoolPlan, scores: ShardFolder, count: int, config: TripletConfig) -> list[PoolSample]:
+    """The first few pools of the first shard, ranked (arXiv:2405.20216v1, Figure 6)."""
+    pools: list[PoolSample] = []
+    for pool in read_ranked_pools(plan.folder, scores, plan.indices[0], config.pool_size):
+        winner, loser = select_pair(torch.tensor([pool.scores]), loser_rank=config.loser_rank)
+        if int(winner) < 0:
+            continue
+        images = [decode_image(data) for data in pool.images]
+        pools.append(PoolSample(pool.prompt, images, pool.scores, int(winner), int(loser)))
+        if len(pools) == count:
+            break
+    return pools

@@ -1,0 +1,113 @@
+"""README.md of a data set of triplets: what the Hugging Face hub, `datasets` and people read first."""
+
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+
+from hgdpo_core import __version__
+from hgdpo_core.config import UNKNOWN_LICENCE, content_hash
+from hgdpo_core.statistics.distributions import summarise_scores, text_histogram
+from hgdpo_core.storage import PARALLEL_REQUESTS, Store
+from hgdpo_core.storage.shards import ShardFolder, ShardManifest
+
+
+def render_card(triplets: ShardFolder, manifests: Sequence[ShardManifest], *, rows: int, rejected: int,
+                licence: str) -> str:
+    """The card of the shards that `manifests` name: licence, files, counts, scores, config.
+
+    A card that lies there for the same shards is returned as it is: the scores are read from every one of them.
+    """
+    stamp = f"<!-- {content_hash([__version__, licence, rejected, *(manifest.file for manifest in manifests)])} -->"
+    found = _read_card(triplets.store, triplets.key)
+    if stamp in found:
+        return found
+    files = "\n".join(f"      - {manifest.file}" for manifest in manifests)
+    megabytes = sum(manifest.bytes for manifest in manifests) / 1e6
+    return f"""---
+license: {licence}
+pretty_name: Preference triplets for Diffusion-DPO
+task_categories:
+  - text-to-image
+tags:
+  - preference
+  - dpo
+size_categories:
+  - {_size_category(rows)}
+configs:
+  - config_name: default
+    data_files:
+{files}
+---
+{stamp}
+# Preference triplets for Diffusion-DPO
+
+Triplets (prompt, winner, loser), the best and the worst image of each pool. No human labelled anything: a scorer did.
+
+- triplets: {rows:,}
+- files: {len(manifests):,}, {megabytes:,.1f} MB
+- pools without a pair, in `rejected/` with the reason: {rejected:,}
+
+`jpg_0` is the winner and `jpg_1` the loser, as encoded bytes; `label_0` is 1.0 and `label_1` 0.0. These, `caption` and
+the columns up to `are_different` are named as in Pick-a-Pic v2; ours stand behind them.
+
+    datasets.load_dataset("path/or/hub-id/of/this/folder", split="train")
+
+## Scores
+{_score_section(triplets, manifests)}
+## How they were made
+Licence: {licence}; `--set licence=...` says another one. Whether images and prompts may be passed on depends on the
+model that drew them and on where the prompts come from.
+
+```json
+{_settings(triplets)}
+```
+"""
+
+
+def card_licence(store: Store, key: str) -> str:
+    """The licence in a data set's card; "unknown" without a card."""
+    found = re.search(r"^license: (\S+)$", _read_card(store, key), re.MULTILINE)
+    return found[1] if found else UNKNOWN_LICENCE
+
+
+def _read_card(store: Store, key: str) -> str:
+    return store.read_many([f"{key}/README.md"]).get(f"{key}/README.md", b"").decode(errors="replace")
+
+
+def _size_category(rows: int) -> str:
+    """As the hub sorts data sets."""
+    limits = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+    return next((name for limit, name in limits if rows < limit), "n>1M")
+
+
+def _score_section(triplets: ShardFolder, manifests: Sequence[ShardManifest]) -> str:
+    """Table and histograms of the winners' and losers' scores and of their difference."""
+    def read(manifest: ShardManifest) -> pa.Table:
+        return triplets.read_columns(manifest.index, ["winner_score", "loser_score"], manifest=manifest)
+
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        tables = list(pool.map(read, manifests))
+    if not any(table.num_rows for table in tables):
+        return "There is no triplet.\n"
+    winners, losers = (np.concatenate([table[name].to_numpy() for table in tables])
+                       for name in ("winner_score", "loser_score"))
+    columns = {"winner": winners, "loser": losers, "winner - loser": winners - losers}
+    lines = ["| | mean | std | min | median | max |", "|---|---|---|---|---|---|"]
+    for name, values in columns.items():
+        summary = summarise_scores(values)
+        numbers = (summary.mean, summary.std, summary.min, summary.median, summary.max)
+        lines.append(f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
+    both, difference = ({name: columns[name] for name in names} for names in (("winner", "loser"), ("winner - loser",)))
+    return "\n".join([*lines, "", "```", text_histogram(both), "", text_histogram(difference), "```", ""])
+
+
+def _settings(triplets: ShardFolder) -> str:
+    """The configs of the data set, its pool and its scores as JSON."""
+    keys = {"triplets": triplets.key, **{name: triplets.config[name] for name in ("pool", "scores")}}
+    texts = triplets.store.read_many(f"{key}/config.json" for key in keys.values())
+    configs = {name: json.loads(texts[f"{key}/config.json"]) for name, key in keys.items()}
+    return json.dumps(configs, indent=1, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""Statistics of images and scores: intervals, colours, diversity, distributions, and checks of a tuning by them."""

@@ -1,0 +1,58 @@
+"""How much a model's images differ from each other, at a glance: by small thumbnails, without a network. Pure.
+
+Preference tuning can win by painting everything alike. Feature distances of a prompt's images say it best, but need
+several images a prompt and a network; thumbnails cost nothing and show the coarse kind of loss.
+"""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hgdpo_core.errors import InputError
+from hgdpo_core.statistics.intervals import Estimate, percentile_interval, resample_sums
+
+SIDE_PX = 8  # composition and palette, no detail
+DIMENSIONS = 3 * SIDE_PX**2
+
+
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """float32 [192] in 0..1: the area means of an image uint8 [H, W, 3] on an 8 x 8 grid."""
+    small: Any = Image.fromarray(image).resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float32).reshape(-1) / 255
+
+
+def variety_change(tuned: np.ndarray, target: np.ndarray) -> Estimate:
+    """Percent by which the tuned model's thumbnails [P, K, D] spread more than the target's, with a 95 % interval.
+
+    The spread is the root mean square distance from the prompt's mean image where there are several images a prompt
+    (K >= 2), and from the mean of all images where there is one. Prompts are resampled, both models in pairs. None
+    where the target's images do not differ at all; InputError for shapes that do not match.
+    """
+    if tuned.ndim != 3 or tuned.shape != target.shape or not tuned.size:
+        raise InputError(f"variety_change needs thumbnails [P, K, D] of the same prompts by both models, got "
+                         f"{list(tuned.shape)} and {list(target.shape)}")
+    sums = np.concatenate([_sums(side.astype(np.float64)) for side in (tuned, target)], axis=1)
+    value = float(_change(sums.sum(axis=0)[None], len(sums))[0])
+    if np.isnan(value):
+        return Estimate(None, None, None)
+    draws = _change(resample_sums(sums), len(sums)) if len(sums) > 1 else None
+    return Estimate.of(value, None if draws is None else percentile_interval(draws))
+
+
+def _sums(side: np.ndarray) -> np.ndarray:
+    """What a prompt adds to the spread [P, S]: its inner spread, or with one image the sums that a variance needs."""
+    if side.shape[1] > 1:
+        return side.var(axis=1).sum(axis=1, keepdims=True)
+    images = side[:, 0]
+    return np.concatenate([np.square(images).sum(axis=1, keepdims=True), images], axis=1)
+
+
+def _change(sums: np.ndarray, prompts: int) -> np.ndarray:
+    """Percent [R] of sums [R, 2 S] over prompts; not a number where the target's images are all alike."""
+    tuned, target = (np.sqrt(_variance(side / prompts)) for side in np.split(sums, 2, axis=1))
+    return np.divide(100 * (tuned - target), target, out=np.full(len(sums), np.nan), where=target > 1e-6)
+
+
+def _variance(means: np.ndarray) -> np.ndarray:
+    return np.maximum(means[:, 0] - np.square(means[:, 1:]).sum(axis=1), 0.0)

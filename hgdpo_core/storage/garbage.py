@@ -1,0 +1,114 @@
+"""Clean-up of what no manifest names: data files of writers that yielded or died, and their leftovers."""
+
+import json
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+from hgdpo_core.errors import StorageError
+from hgdpo_core.storage import Store, is_temporary
+from hgdpo_core.storage.shards import DATA_NAME, MANIFEST_NAME
+
+DAY_SECONDS = 86_400
+
+
+@dataclass(frozen=True)
+class GarbageReport:
+    """What was removed, or with `dry_run` what would be.
+
+    `files`: keys; `bytes`: their sum; `uploads`: keys of unfinished multipart uploads; `kept_folders`:
+    folders left alone, since a manifest in them cannot be read and nobody knows what it names; `problems`:
+    one line each.
+    """
+
+    files: tuple[str, ...]
+    bytes: int
+    uploads: tuple[str, ...]
+    kept_folders: tuple[str, ...]
+    problems: tuple[str, ...]
+    dry_run: bool
+
+
+def collect_garbage(store: Store, *, older_than_seconds: float = DAY_SECONDS,
+                    dry_run: bool = False) -> GarbageReport:
+    """Remove unnamed shard data, temporary files and unfinished uploads older than `older_than_seconds`.
+
+    The age spares running writers, whose data file comes before its manifest. Manifests, `quarantine/`,
+    `rejected/` and whatever else is not a shard's data file are never touched. StorageError when the root
+    cannot be listed.
+    """
+    before = time.time() - older_than_seconds
+    sizes: dict[str, int] = {}
+    old: set[str] = set()
+    for key, size, changed in store.walk():
+        sizes[key] = size
+        if changed < before:
+            old.add(key)
+    named, kept_folders = _named_files(store, sizes)
+    garbage = [key for key in sorted(old) if is_temporary(key) or (
+        _is_data(key) and _folder(key) not in kept_folders and key not in named)]
+    if not dry_run:
+        garbage = [key for key in garbage if _remove(store, key)]
+    uploads, problems = _end_uploads(store, before, dry_run)
+    return GarbageReport(tuple(garbage), sum(sizes[key] for key in garbage), tuple(uploads),
+                         tuple(sorted(kept_folders)), tuple(problems), dry_run)
+
+
+def _named_files(store: Store, keys: dict[str, int]) -> tuple[set[str], set[str]]:
+    """Data files that a manifest names, and the folders where one cannot be read."""
+    manifests: dict[str, list[str]] = defaultdict(list)
+    for key in keys:
+        if MANIFEST_NAME.fullmatch(key.rpartition("/")[2]):
+            manifests[_folder(key)].append(key)
+    named: set[str] = set()
+    unreadable: set[str] = set()
+    for folder, found in manifests.items():
+        for data in store.read_many(found).values():
+            file = _named_in(data)
+            if file is None:
+                unreadable.add(folder)
+            else:
+                named.add(f"{folder}/{file}" if folder else file)
+    return named, unreadable
+
+
+def _named_in(manifest: bytes) -> str | None:
+    """Any JSON object with a file name counts: a newer version's manifest must protect its data from us."""
+    try:
+        file = json.loads(manifest)["file"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return file if isinstance(file, str) else None
+
+
+def _remove(store: Store, key: str) -> bool:
+    match = DATA_NAME.fullmatch(key.rpartition("/")[2])
+    if match is not None:
+        # Look again just before: a writer of the same content may have named this file since we listed.
+        manifest_key = f"{_folder(key)}/shard-{match[1]}.json".lstrip("/")
+        manifest = store.read_many([manifest_key]).get(manifest_key)
+        if manifest is not None and _named_in(manifest) in (None, key.rpartition("/")[2]):
+            return False
+    store.delete(key)
+    return True
+
+
+def _end_uploads(store: Store, before: float, dry_run: bool) -> tuple[list[str], list[str]]:
+    ended: list[str] = []
+    try:
+        for key, upload_id, started in list(store.unfinished_uploads()):
+            if started < before:
+                if not dry_run:
+                    store.abort_upload(key, upload_id)
+                ended.append(key)
+    except StorageError as error:       # some servers and credentials may not list uploads; the rest is done
+        return ended, [f"unfinished uploads were not all ended: {error}"]
+    return ended, []
+
+
+def _folder(key: str) -> str:
+    return key.rpartition("/")[0]
+
+
+def _is_data(key: str) -> bool:
+    return DATA_NAME.fullmatch(key.rpartition("/")[2]) is not None

@@ -1,0 +1,130 @@
+"""Diffusion-DPO with the statistic matching loss on a LoRA (arXiv:2405.20216v1, Eq. 9)."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import nn
+
+from hgdpo_core.config import DpoConfig
+from hgdpo_core.errors import InputError
+from hgdpo_core.losses import denoising_error, diffusion_dpo_loss, preference_margin, statistic_matching_loss
+from hgdpo_core.models.lora import add_lora, load_lora_state, lora_state, reference_mode
+from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.schedule import add_noise, prediction_target, training_scheduler
+from hgdpo_core.training import (
+    Generators,
+    Hooks,
+    Objective,
+    OnLog,
+    SampleSource,
+    TrainingResult,
+    Validate,
+    cast_frozen,
+    draw_flips,
+    draw_noise,
+    draw_timesteps,
+    resolve_precision,
+    turn,
+)
+from hgdpo_core.training.checkpoints import Checkpoints
+from hgdpo_core.training.data import PairBatch
+from hgdpo_core.training.loop import run_training
+
+
+class PairSource(SampleSource[PairBatch], Protocol):
+    """Random access to the triplets of a data set as pairs of cached latents."""
+
+
+def train_dpo(unet: UNet2DConditionModel, scheduler_config: Mapping[str, Any], pairs: PairSource,
+              config: DpoConfig, *, checkpoints: Checkpoints | None, progress: Progress = silent,
+              should_stop: ShouldStop = never_stop, on_log: OnLog | None = None,
+              validate: Validate | None = None) -> TrainingResult:
+    """Put a LoRA on `unet` and train it, in place; `save_lora(unet, folder)` then writes it.
+
+    `scheduler_config` is the target's, of any scheduler. The UNet stays on the training device, and under
+    mixed precision its frozen weights stay in that precision: load the target anew to sample from it. With
+    `checkpoints`, an earlier attempt with the same config continues exactly where it stood.
+
+    Log rows: `step`, `loss`, `dpo_loss`, `stat_loss` (unweighted), `margin` (negative is good),
+    `implicit_accuracy` (share of pairs with a negative margin; zero counts half), `winner_error`,
+    `loser_error`, `reference_winner_error`, `reference_loser_error`, `grad_norm` (before clipping) and
+    `learning_rate`. Errors: see `run_training`; ModelError for a UNet or schedule that cannot be trained.
+    """
+    scheduler = training_scheduler(scheduler_config)
+    precision = resolve_precision(config.mixed_precision)
+    add_lora(unet, config.lora_rank, config.seed)
+    cast_frozen(unet, precision)
+    unet.eval()  # dropout, where a UNet has some, would tell the policy from an equal reference
+
+    def batch_loss(denoiser: nn.Module, batch: PairBatch, generators: Generators) -> dict[str, torch.Tensor]:
+        _check(batch, len(generators), config.flip)
+        winner = batch.winner_latents.to(unet.device)
+        loser = batch.loser_latents.to(unet.device)
+        timesteps = draw_timesteps(generators, len(scheduler))
+        winner_noise = draw_noise(generators, winner)
+        loser_noise = winner_noise if config.share_noise else draw_noise(generators, loser)
+        if batch.winner_mirrored is not None and batch.loser_mirrored is not None and config.flip:
+            flips = draw_flips(generators)  # last: timesteps and noise are those of a training without flips
+            winner, loser = turn(winner, batch.winner_mirrored, flips), turn(loser, batch.loser_mirrored, flips)
+
+        latents = torch.cat([winner, loser])
+        noise = torch.cat([winner_noise, loser_noise])
+        both_timesteps = torch.cat([timesteps, timesteps]).to(unet.device)
+        noisy = add_noise(scheduler, latents, noise, both_timesteps)
+        target = prediction_target(scheduler, latents, noise, both_timesteps)
+        embeds = torch.cat([batch.prompt_embeds, batch.prompt_embeds]).to(unet.device)
+        mask = None if batch.prompt_mask is None else batch.prompt_mask.repeat(2, 1).to(unet.device)
+        with reference_mode(unet):
+            reference = denoiser(noisy, both_timesteps, embeds, mask)
+        policy = denoiser(noisy, both_timesteps, embeds, mask)
+        return pair_losses(policy, reference, target, timesteps, scheduler, config)
+
+    objective = Objective("dpo", unet, batch_loss, weights=lambda: lora_state(unet),
+                          load_weights=lambda state: load_lora_state(unet, state),
+                          what_to_lower=f"learning_rate (now {config.learning_rate:g}) or beta (now {config.beta:g})")
+    hooks = Hooks(progress, should_stop, on_log, validate)
+    return run_training(objective, pairs, config, precision, checkpoints, hooks)
+
+
+def pair_losses(policy: torch.Tensor, reference: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor,
+                scheduler: DDPMScheduler, config: DpoConfig) -> dict[str, torch.Tensor]:
+    """Eq. 9 and its parts for B pairs, float32 `[B]` by log name.
+
+    `policy`, `reference` and `target` are `[2B,C,H,W]`, winners first; `timesteps` `[B]` are shared by a pair.
+    """
+    errors = [error for tensor in (policy, reference) for error in denoising_error(tensor, target).chunk(2)]
+    dpo_loss = diffusion_dpo_loss(*errors, beta=config.beta)
+    stat_loss = torch.zeros_like(dpo_loss)
+    if config.lambda_stat > 0:
+        stat_loss = statistic_matching_loss(policy.chunk(2)[0], reference.chunk(2)[0], timesteps, scheduler)
+    margin = preference_margin(*errors)
+    return {
+        "loss": dpo_loss + config.lambda_stat * stat_loss,
+        "dpo_loss": dpo_loss,
+        "stat_loss": stat_loss,
+        "margin": margin,
+        "implicit_accuracy": (1 - margin.sign()) / 2,
+        "winner_error": errors[0],
+        "loser_error": errors[1],
+        "reference_winner_error": errors[2],
+        "reference_loser_error": errors[3],
+    }
+
+
+def _check(batch: PairBatch, pairs: int, flip: bool) -> None:
+    winner, loser, embeds = batch.winner_latents, batch.loser_latents, batch.prompt_embeds
+    for mirrored in (batch.winner_mirrored, batch.loser_mirrored) if flip else ():
+        if mirrored is None or mirrored.shape != winner.shape:
+            raise InputError("flip is on, but these pairs lack the latents of mirrored images: cache them with flips")
+    fits = winner.ndim == 4 and embeds.ndim == 3 and winner.shape == loser.shape
+    if not fits or not len(winner) == len(embeds) == pairs:
+        raise InputError(f"expected {pairs} pairs of latents [B,C,h,w] of one size and embeddings [B,L,D], got winners "
+                         f"{list(winner.shape)}, losers {list(loser.shape)}, embeddings {list(embeds.shape)}")
+    if batch.prompt_mask is not None and batch.prompt_mask.shape != embeds.shape[:2]:
+        raise InputError(f"expected a mask [B,L] for embeddings {list(embeds.shape)}, got "
+                         f"{list(batch.prompt_mask.shape)}")
+    if {winner.dtype, loser.dtype, embeds.dtype} != {torch.float32}:
+        raise InputError(f"expected float32 latents and embeddings, got {winner.dtype}, {loser.dtype}, "
+                         f"{embeds.dtype}")

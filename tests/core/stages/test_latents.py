@@ -1,0 +1,116 @@
+"""Cached latents: both orientations where they are wanted, and a memory that does not grow with the data set."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from hgdpo_core.config import DpoConfig, SftConfig, TargetConfig
+from hgdpo_core.errors import InputError
+from hgdpo_core.image_sets import read_image_set
+from hgdpo_core.images import encode_image
+from hgdpo_core.models import find_model
+from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
+from hgdpo_core.stages.latents import MIRRORED, SCHEMA, cache_latents, latent_folder
+from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import ShardFolder
+from hgdpo_core.training.data import CACHED_SHARDS, LatentImages, LatentPairs
+from hgdpo_core.training.tune import tune_lora, tune_target
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (2, 3, 32, 32, 3), dtype=np.uint8)  # winners and losers of three pairs
+
+
+@pytest.fixture(scope="module")
+def model(target_folder):
+    return find_model(TargetConfig(source=str(target_folder), dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def triplets(tmp_path_factory):
+    folder = ShardFolder.create(Store(str(tmp_path_factory.mktemp("root"))), "triplets/hand", {"stage": "triplets"})
+    rows = [{"prompt_id": str(i), "caption": f"a woman {i}", "jpg_0": encode_image(PIXELS[0, i], "png"),
+             "jpg_1": encode_image(PIXELS[1, i], "png")} for i in range(3)]
+    folder.commit(0, pa.Table.from_pylist(rows))
+    return folder
+
+
+def vae_latents(model, pixels: np.ndarray) -> torch.Tensor:
+    """Plain diffusers, uint8 [B, 32, 32, 3]."""
+    vae = AutoencoderKL.from_pretrained(model.path / "vae")
+    images = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        return vae.encode(images).latent_dist.mean * vae.config.scaling_factor
+
+
+def test_flips_add_the_latents_of_the_mirrored_images_and_an_id_only_then(triplets, model):
+    plain = latent_folder(triplets.store, triplets, model, (32, 32))
+    both = latent_folder(triplets.store, triplets, model, (32, 32), flips=True)
+    assert plain.key != both.key and "flips" not in plain.config
+    for folder in (plain, both):
+        assert cache_latents(triplets, folder, model, [0], device="cpu") == 3
+    assert plain.read(0).schema.names == SCHEMA.names and both.read(0).schema.names == [*SCHEMA.names, *MIRRORED]
+    without, batch = LatentPairs(plain, [0]).batch(range(3)), LatentPairs(both, [0]).batch(range(3))
+    assert without.winner_mirrored is None and without.loser_mirrored is None
+    assert torch.equal(batch.winner_latents, without.winner_latents)
+    for pixels, straight, mirrored in ((PIXELS[0], batch.winner_latents, batch.winner_mirrored),
+                                       (PIXELS[1], batch.loser_latents, batch.loser_mirrored)):
+        torch.testing.assert_close(straight, vae_latents(model, pixels), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mirrored, vae_latents(model, pixels[:, :, ::-1]), rtol=1e-4, atol=1e-5)
+        assert (mirrored - straight.flip(-1)).abs().max() > 1e-2  # a mirrored latent would be another one
+
+    config = DpoConfig(max_steps=1, batch_size=2, learning_rate=1e-2, mixed_precision="no", flip=True,
+                       allow_foreign_triplets=True)
+    with pytest.raises(InputError, match="cache them with flips"):
+        tune_lora(triplets.store, model, triplets, plain, [0], config)
+    assert tune_lora(triplets.store, model, triplets, both, [0], config).log[-1]["step"] == 1
+
+
+def test_the_same_for_images(tmp_path, model):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(encode_image(PIXELS[0, 0], "png"))
+    (tmp_path / "images" / "a.txt").write_text("a woman")
+    store, images = Store(str(tmp_path / "root")), read_image_set(str(tmp_path / "images"))
+    plain = image_latent_folder(store, images, model, (32, 32))
+    both = image_latent_folder(store, images, model, (32, 32), flips=True)
+    assert plain.key != both.key and "flips" not in plain.config
+    cache_image_latents(images, both, model, device="cpu")
+    batch = LatentImages(both, [0]).batch([0])
+    torch.testing.assert_close(batch.latents, vae_latents(model, PIXELS[0, :1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batch.mirrored, vae_latents(model, PIXELS[0, :1, :, ::-1]), rtol=1e-4, atol=1e-5)
+    config = SftConfig(max_steps=1, batch_size=1, learning_rate=1e-4, mixed_precision="no", flip=True)
+    assert tune_target(store, model, both, config).log[-1]["step"] == 1
+
+
+class Counted(ShardFolder):
+    """Counts how often a shard is fetched."""
+
+    fetched = 0
+
+    def read(self, *args, **settings):
+        self.fetched += 1
+        return super().read(*args, **settings)
+
+
+@pytest.mark.parametrize("shards", [5, 40])
+def test_memory_holds_a_fixed_number_of_shards_and_fetches_each_once_an_epoch(tmp_path, shards):
+    folder = Counted.create(Store(str(tmp_path)), "latents/many/hand", {"stage": "latents"})
+    for index in range(shards):
+        rows = [{"prompt_id": f"{index}-{row}", "winner": np.full(4, index, np.float32).tobytes(),
+                 "loser": np.zeros(4, np.float32).tobytes(),
+                 "prompt_embeds": np.zeros(6, np.float32).tobytes()} for row in range(3)]
+        folder.commit(index, pa.Table.from_pylist(rows, schema=SCHEMA),
+                      details={"latent_shape": [1, 2, 2], "embeds_shape": [2, 3]})
+    pairs = LatentPairs(folder, range(shards))
+    seen, held = [], 0
+    for epoch in (0, 1):
+        order = pairs.order(seed=0, epoch=epoch)
+        assert sorted(order) == list(range(3 * shards))
+        for start in range(0, len(order), 4):
+            batch = pairs.batch(order[start:start + 4])
+            seen.append(batch.winner_latents[:, 0, 0, 0])
+            held = max(held, len(pairs._cache))
+    assert held == min(shards, CACHED_SHARDS)
+    assert torch.cat(seen).long().bincount().tolist() == [6] * shards
+    assert folder.fetched <= (shards if shards <= CACHED_SHARDS else 2 * shards)
