@@ -15,29 +15,29 @@ from hgdpo_core.images import encode_image
 from hgdpo_core.models import find_model
 from hgdpo_core.progress import ShouldStop, never_stop
 from hgdpo_core.prompts import image_seed, prompt_id
-from hgdpo_core.stages import pool as generate
+from hgdpo_core.stages import pool as pool_stage
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
 from hgdpo_core.storage import Store
 
 __all__ = ["hgdpo_shard", "null_parent"]
 
 
-class NullPainter:
-    """Stands in for `Painter`: no model, one grey pixel an image."""
+class NullGenerator:
+    """Stands in for `ImageGenerator`: no model, one grey pixel an image."""
 
     device = "cpu"
 
     def __init__(self, *_: object):
         self.image = encode_image(np.full((1, 1, 3), 128, np.uint8), "png")
 
-    def paint(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
+    def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
         for prompt in prompts:
             should_stop()
             yield {"prompt_id": prompt_id(prompt), "prompt": prompt, "index": 0, "seed": image_seed(0, prompt, 0),
                    "image": self.image, "width": 1, "height": 1}
 
 
-generate.Painter = NullPainter  # pyright: ignore[reportAttributeAccessIssue]
+pool_stage.ImageGenerator = NullGenerator  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def plan(root: str, shards: int) -> PoolPlan:

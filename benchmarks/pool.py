@@ -31,8 +31,9 @@ from benchmarks.targets import add_device_options, clock_of, dense_rate, describ
 from hgdpo_core.config import PoolConfig, RunConfig
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import DTYPES, Model
+from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.prompts import image_seed
-from hgdpo_core.stages.pool import Painter, PoolPlan, generate_pool, plan_pool
+from hgdpo_core.stages.pool import PoolPlan, generate_pool, plan_pool
 from hgdpo_core.storage import Store
 
 LARGEST_IN_FLOAT32 = 1
@@ -81,36 +82,36 @@ class Loop:
 
 
 class Ours:
-    """`generate_pool` with a painter that stays loaded."""
+    """`generate_pool` with a generator that stays loaded."""
 
     def __init__(self, model: Model, config: RunConfig, device: str):
         self.config = config
-        self.painter = Painter(model, config.sampler, config.pool, device)
+        self.generator = ImageGenerator(model, config.sampler, config.pool, device)
 
     def draw(self, prompts: Sequence[str], batch: int, folder: Path | None) -> Images:
         """As the shards hold them; torch.OutOfMemoryError where the batch had to be halved."""
         if folder is None:
             raise ValueError("a pool needs a folder")
         pool = self.config.pool.model_copy(update={"batch_size": batch})
-        plan = plan_pool(Store(str(folder)), self.painter.model, self.config.sampler, pool, prompts)
-        self.painter.pool = pool
-        generate_pool(plan, painter=self.painter)
-        if self.painter.pool.batch_size < batch:
+        plan = plan_pool(Store(str(folder)), self.generator.model, self.config.sampler, pool, prompts)
+        self.generator.pool = pool
+        generate_pool(plan, generator=self.generator)
+        if self.generator.pool.batch_size < batch:
             raise torch.OutOfMemoryError(f"a batch of {batch} was halved")
         return lambda: _read_images(plan, prompts)
 
     def trial(self, name: str) -> "Ours":
         """The same with one change of TRIALS that the product does not make."""
         other = copy.copy(self)
-        other.painter = copy.copy(self.painter)
-        other.painter.pipeline = copy.copy(self.painter.pipeline)
-        unet, vae = copy.deepcopy(self.painter.pipeline.unet), copy.deepcopy(self.painter.pipeline.vae)
+        other.generator = copy.copy(self.generator)
+        other.generator.pipeline = copy.copy(self.generator.pipeline)
+        unet, vae = copy.deepcopy(self.generator.pipeline.unet), copy.deepcopy(self.generator.pipeline.vae)
         if name == "channels_last":
             unet.to(memory_format=torch.channels_last)
             vae.to(memory_format=torch.channels_last)
         else:
             unet.compile()
-        other.painter.pipeline.unet, other.painter.pipeline.vae = unet, vae
+        other.generator.pipeline.unet, other.generator.pipeline.vae = unet, vae
         return other
 
 
@@ -121,12 +122,12 @@ def _read_images(plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:
     return np.stack([np.asarray(decode_image(row["image"])) for row in rows])
 
 
-def flops_an_image(painter: Painter) -> int:
+def flops_an_image(generator: ImageGenerator) -> int:
     """Floating point operations of one image's denoising and decoding, counted on shapes alone."""
-    sampler, factor = painter.sampler, painter.pipeline.vae_scale_factor
-    unet, vae = (copy.deepcopy(part).to("meta") for part in (painter.pipeline.unet, painter.pipeline.vae))
+    sampler, factor = generator.sampler, generator.pipeline.vae_scale_factor
+    unet, vae = (copy.deepcopy(part).to("meta") for part in (generator.pipeline.unet, generator.pipeline.vae))
     branches = 2 if sampler.guidance_scale > 1 else 1
-    embeds = painter.text_encoder.negative(painter.text_encoder.chunk_length).to("meta").expand(branches, -1, -1)
+    embeds = generator.text_encoder.negative(generator.text_encoder.chunk_length).to("meta").expand(branches, -1, -1)
     shape = (unet.config.in_channels, sampler.height // factor, sampler.width // factor)
     latents = torch.empty((branches, *shape), device="meta", dtype=embeds.dtype)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attention of CPUs is not counted
@@ -202,7 +203,7 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[list[Row], float
     rows.append(measure(ours.draw, prompts, options.batches, options, now, "ours, shards committed"))
     for name in options.trials:
         rows.append(measure(ours.trial(name).draw, prompts, [rows[2].batch], options, now, f"trial: ours, {name}"))
-    return rows, flops_an_image(ours.painter), dense
+    return rows, flops_an_image(ours.generator), dense
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,14 +37,14 @@ STAGES = ("plan", "pool", "scores", "triplets", "plans again")
 SAMPLER = SamplerConfig(width=64, height=64, steps=1)
 
 
-class NullPainter:
-    """Stands in for `Painter`: no model, one grey pixel an image."""
+class NullGenerator:
+    """Stands in for `ImageGenerator`: no model, one grey pixel an image."""
 
     device = "cpu"
     image = encode_image(np.full((1, 1, 3), 128, np.uint8), "png")
 
-    def paint(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
-        """Rows as `Painter` gives them."""
+    def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
+        """Rows as `ImageGenerator` gives them."""
         for prompt in prompts:
             should_stop()
             for index in range(IMAGES_PER_PROMPT):
@@ -90,8 +90,8 @@ def walk(root: str, count: int, prompts_per_shard: int) -> Row:
 
     prompts = [f"a person, number {i}" for i in range(count)]
     plan: PoolPlan = timed("plan", lambda: plan_pool(store, model, SAMPLER, pool, prompts))
-    painter, judge = NullPainter(), NullJudge()
-    timed("pool", lambda: generate_pool(plan, painter=painter))  # pyright: ignore[reportArgumentType]
+    generator, judge = NullGenerator(), NullJudge()
+    timed("pool", lambda: generate_pool(plan, generator=generator))  # pyright: ignore[reportArgumentType]
     scores = score_folder(store, plan.pool_id, scorer)
     timed("scores", lambda: score_pool(store, plan.folder, scores, scorer, plan.indices, device="cpu",
                                        judge=judge))  # pyright: ignore[reportArgumentType]

@@ -26,8 +26,10 @@ import torch
 
 from benchmarks.targets import add_device_options, clock_of, describe, open_target, some_prompts
 from hgdpo_core.config import PoolConfig
-from hgdpo_core.stages import pool as generate
-from hgdpo_core.stages.pool import Painter, generate_pool, plan_pool
+from hgdpo_core.models import image_generator
+from hgdpo_core.models.image_generator import ImageGenerator
+from hgdpo_core.stages import pool as pool_stage
+from hgdpo_core.stages.pool import generate_pool, plan_pool
 from hgdpo_core.storage import Store
 
 
@@ -69,7 +71,7 @@ class Row:
         return self.waiting / (self.drawing + self.waiting)
 
 
-class InlineWriter(generate.Writer):
+class InlineWriter(pool_stage.Writer):
     """Writes where it is asked to, before the next shard is drawn."""
 
     def start(self, job: Callable[[], Any]) -> None:
@@ -89,23 +91,23 @@ class SlowStore(Store):
 @contextmanager
 def watching(watch: Watch, *, inline: bool) -> Iterator[None]:
     """The program's solver and VAE watched."""
-    changes: dict[str, Any] = {"sample_latents": watch.around(generate.sample_latents),
-                               "decode_latents": watch.around(generate.decode_latents)}
-    if inline:
-        changes["Writer"] = InlineWriter
-    with mock.patch.multiple(generate, **changes):
+    changes: dict[str, Any] = {"sample_latents": watch.around(image_generator.sample_latents),
+                               "decode_latents": watch.around(image_generator.decode_latents)}
+    writer: dict[str, Any] = {"Writer": InlineWriter} if inline else {}
+    with mock.patch.multiple(image_generator, **changes), mock.patch.multiple(pool_stage, **writer):
         yield
 
 
-def run(what: str, painter: Painter, options: argparse.Namespace, folder: Path, slow: float, *, inline: bool) -> Row:
+def run(what: str, generator: ImageGenerator, options: argparse.Namespace, folder: Path, slow: float, *,
+        inline: bool) -> Row:
     """Draw a pool anew and say where its time went."""
     store = SlowStore(str(folder))
-    plan = plan_pool(store, painter.model, painter.sampler, painter.pool, some_prompts(options.prompts))
+    plan = plan_pool(store, generator.model, generator.sampler, generator.pool, some_prompts(options.prompts))
     store.seconds = slow
     watch = Watch(options.device)
     with watching(watch, inline=inline):
         start = time.perf_counter()
-        generate_pool(plan, painter=painter)
+        generate_pool(plan, generator=generator)
         end = time.perf_counter()
     drawing = sum(b - a for a, b in watch.busy)
     first, last = watch.busy[0][0], watch.busy[-1][1]
@@ -126,12 +128,12 @@ def compare(options: argparse.Namespace, folder: Path) -> list[Row]:
     model, config = open_target(options.size, folder, options.dtype)
     pool = PoolConfig(images_per_prompt=options.images_per_prompt, prompts_per_shard=options.prompts_per_shard,
                       batch_size=options.batch or config.pool.batch_size)
-    painter = Painter(model, config.sampler, pool, options.device)
-    run("", painter, options, folder / "warm", 0.0, inline=False)
+    generator = ImageGenerator(model, config.sampler, pool, options.device)
+    run("", generator, options, folder / "warm", 0.0, inline=False)
     slow = f"{options.slow:g} s a write"
-    return [run("local disk", painter, options, folder / "local", 0.0, inline=False),
-            run(slow, painter, options, folder / "slow", options.slow, inline=False),
-            run(f"{slow}, written in line", painter, options, folder / "inline", options.slow, inline=True)]
+    return [run("local disk", generator, options, folder / "local", 0.0, inline=False),
+            run(slow, generator, options, folder / "slow", options.slow, inline=False),
+            run(f"{slow}, written in line", generator, options, folder / "inline", options.slow, inline=True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,19 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.shard import hgdpo_shard
-from hgdpo_core.stages import pool as generate
+from hgdpo_core.models.image_generator import ImageGenerator
 
 __all__ = ["hgdpo_shard"]
 
 FAULTS = Path(os.environ["HGDPO_TEST_FAULTS"])
 SECONDS_AN_IMAGE = float(os.environ.get("HGDPO_TEST_SLOW", "0"))
-draw = generate.Painter.paint
+generate = ImageGenerator.generate
 
 
-def paint(self, prompts, *arguments) -> Iterator[dict]:
+def generate_with_faults(self, prompts, *arguments) -> Iterator[dict]:
     with (FAULTS / "painted.log").open("a") as log:
         log.write(f"{time.time()} {prompts[0]}\n")
-    for number, row in enumerate(draw(self, prompts, *arguments)):
+    for number, row in enumerate(generate(self, prompts, *arguments)):
         time.sleep(SECONDS_AN_IMAGE)
         while _is_told(FAULTS / f"hold-{number}", prompts[0]):
             time.sleep(0.2)
@@ -42,4 +42,4 @@ def _is_told(file: Path, prompt: str) -> bool:
     return file.is_file() and file.read_text() == prompt
 
 
-generate.Painter.paint = paint
+ImageGenerator.generate = generate_with_faults

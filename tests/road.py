@@ -54,8 +54,8 @@ def walk_road(root: str, parameters: dict[str, Any]) -> Run:
     distances, measured = distance_folder(pool.folder, scores, model), enough_shards(pool)
     measure_distances(pool.folder, scores, distances, model, measured)
     images, judged = [], []
-    for painter in (model, model.with_lora(lora.path, config.evaluation.lora_weight)):
-        plan = plan_evaluation(store, painter, config.sampler, config.pool, config.evaluation,
+    for generator in (model, model.with_lora(lora.path, config.evaluation.lora_weight)):
+        plan = plan_evaluation(store, generator, config.sampler, config.pool, config.evaluation,
                                run.evaluation_prompts.prompts)
         generate_pool(plan)
         folder = score_folder(store, plan.pool_id, config.evaluation.scorers[0])

@@ -10,10 +10,10 @@ import torch
 
 from hgdpo_core.config import DpoConfig, PoolConfig, SamplerConfig, ScorerConfig, SftConfig
 from hgdpo_core.models import DTYPES, Model, default_device, load_pipeline
+from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.models.sampling import encode_latents
 from hgdpo_core.scorers import load_scorer
 from hgdpo_core.stages.latents import ENCODE_BATCH, embedding_shapes
-from hgdpo_core.stages.pool import Painter
 from hgdpo_core.training import epoch_order
 from hgdpo_core.training.data import ImageBatch, PairBatch
 from hgdpo_core.training.dpo import train_dpo
@@ -33,12 +33,12 @@ class Drawing(NamedTuple):
 def draw(model: Model, sampler: SamplerConfig, pool: PoolConfig, prompt: str) -> Drawing:
     """A batch in 1 and in 3 sampling steps, reckoned up to all steps; and one image in all of them, if time allows."""
     _free()
-    painter = Painter(model, sampler, pool, default_device())
+    generator = ImageGenerator(model, sampler, pool, default_device())
 
     def drawn(images: int, steps: int) -> list[dict]:
-        painter.sampler = sampler.model_copy(update={"steps": steps})
-        painter.pool = pool.model_copy(update={"images_per_prompt": images, "batch_size": images})
-        return list(painter.paint([prompt]))
+        generator.sampler = sampler.model_copy(update={"steps": steps})
+        generator.pool = pool.model_copy(update={"images_per_prompt": images, "batch_size": images})
+        return list(generator.generate([prompt]))
 
     def timed(images: int, steps: int) -> float:
         return _timed(lambda: drawn(images, steps))

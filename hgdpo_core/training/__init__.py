@@ -1,9 +1,9 @@
 """Training: SFT (`sft.py`), Diffusion-DPO with SML (`dpo.py`), and what they have in common.
 
 `request.py` is a training as data, `tune.py` carries it out from latents to a kept model, `launch.py` on many GPUs.
-`loop.py` is the loop; `data.py` its samples and their order, `parts.py` draws, objectives, precision. `micro_batches.py` fits
-steps into memory, `processes.py` joins them, `optimization.py` and `checkpoints.py` say so themselves. On the way:
-`validation.py` draws pictures, `trackers.py` curves, `averaging.py` keeps mean weights.
+`loop.py` is the loop; `data.py` its samples and their order, `parts.py` draws, objectives, precision.
+`micro_batches.py` fits steps into memory, `processes.py` joins them, `optimization.py` and `checkpoints.py` say so
+themselves. On the way: `validation.py` draws pictures, `trackers.py` curves, `averaging.py` keeps mean weights.
 """
 
 from hgdpo_core.training.data import SampleSource, epoch_order, sample_generator

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import pool, shard_wait
 from benchmarks.targets import open_target
-from hgdpo_core.stages.pool import Painter
+from hgdpo_core.models.image_generator import ImageGenerator
 
 TINY = ["--size", "tiny", "--dtype", "float32", "--threads", "1", "--prompts", "2", "--images-per-prompt", "2"]
 
@@ -20,14 +20,14 @@ def table(text):
 
 def test_both_sides_draw_the_same_images(capsys, monkeypatch):
     """A batch of four does not fit here; the trial is compared too."""
-    draw = Painter.draw
+    draw = ImageGenerator.sample
 
     def small_memory(self, prompt_embeds, seeds):
         if len(seeds) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return draw(self, prompt_embeds, seeds)
 
-    monkeypatch.setattr(Painter, "draw", small_memory)
+    monkeypatch.setattr(ImageGenerator, "sample", small_memory)
     options = [*TINY, "--batches", "4", "3", "--loop-batches", "2", "--repeats", "1", "--clock", "cpu"]
     assert pool.main([*options, "--trials", "channels_last"]) == 0
     printed = capsys.readouterr()
@@ -48,13 +48,13 @@ def test_operations_are_counted_on_shapes(tmp_path):
     counts = {}
     for steps, scale in ((1, 5.0), (2, 5.0), (3, 5.0), (2, 1.0)):
         sampler = config.sampler.model_copy(update={"steps": steps, "guidance_scale": scale})
-        painter = Painter(model, sampler, config.pool, "cpu")
-        counts[steps, scale] = pool.flops_an_image(painter)
+        generator = ImageGenerator(model, sampler, config.pool, "cpu")
+        counts[steps, scale] = pool.flops_an_image(generator)
     step = counts[2, 5.0] - counts[1, 5.0]
     decoding = counts[1, 5.0] - step
     assert counts[3, 5.0] == decoding + 3 * step
     assert counts[2, 1.0] == decoding + step
-    linear = painter.pipeline.unet.mid_block.attentions[0].transformer_blocks[0].ff.net[2]
+    linear = generator.pipeline.unet.mid_block.attentions[0].transformer_blocks[0].ff.net[2]
     assert step > 2 * linear.weight.numel() and decoding > 0
 
 

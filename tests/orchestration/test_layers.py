@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "deployments": {"hgdpo_core", "tasks", "flows", "deployments", "prefect"},
 }
 GUARDED = set(MAY_IMPORT) | {"prefect", "tests"}
-PURE = ["losses", "selection", "metrics", "schedule", "statistics/intervals", "statistics/colours", "statistics/diversity"]
+PURE = ["losses", "selection", "metrics", "schedule", "statistics/intervals", "statistics/colours",
+        "statistics/diversity"]
 
 
 def imports(path: Path) -> set[str]:

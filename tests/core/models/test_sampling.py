@@ -116,7 +116,7 @@ def test_half_precision_stays_half(policy):
     torch.testing.assert_close(statistics(matched.float()), statistics(other.float()), rtol=0.02, atol=0.02)
 
 
-# -- through the painter
+# -- through the generator
 
 
 @pytest.fixture(scope="module")

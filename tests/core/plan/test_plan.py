@@ -186,11 +186,11 @@ def test_drawing_is_reckoned_from_few_steps_to_all(monkeypatch):
         def __init__(self, model, sampler, pool, device):
             pass
 
-        def paint(self, prompts):
+        def generate(self, prompts):
             self.drawn.append((self.pool.images_per_prompt, self.sampler.steps))
             return [{"image": b"x" * self.sampler.steps}]
 
-    monkeypatch.setattr(probe, "Painter", Clocked)
+    monkeypatch.setattr(probe, "ImageGenerator", Clocked)
     monkeypatch.setattr(probe, "_timed", lambda work: (work(), 0.5 + 2.0 * Clocked.drawn[-1][1])[1])
     sampler, pool = SamplerConfig(steps=50), PoolConfig(batch_size=4)
     model = Model(None, "0", "float32")

@@ -11,11 +11,11 @@ from diffusers.image_processor import VaeImageProcessor
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
 from hgdpo_core.errors import ConfigError, StoppedError, StorageError
 from hgdpo_core.images import decode_image
-from hgdpo_core.models import find_model
+from hgdpo_core.models import find_model, image_generator
+from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.models.sampling import decode_latents
 from hgdpo_core.prompts import image_seed
-from hgdpo_core.stages import pool as generate
-from hgdpo_core.stages.pool import Painter, generate_pool, plan_pool
+from hgdpo_core.stages.pool import generate_pool, plan_pool
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -52,7 +52,7 @@ def test_the_same_plan_gives_the_same_bits(tmp_path, model):
 
 def test_batches_side_by_side_give_the_same_bits(tmp_path, model, monkeypatch):
     one, _ = draw(tmp_path / "a", model, batch_size=2)
-    monkeypatch.setattr(generate, "count_lanes", lambda *_: 3)
+    monkeypatch.setattr(image_generator, "count_lanes", lambda *_: 3)
     several, _ = draw(tmp_path / "b", model, batch_size=2)
     assert difference(one, several) == 0 and one.keys() == several.keys()
 
@@ -61,8 +61,8 @@ def test_batches_side_by_side_give_the_same_bits(tmp_path, model, monkeypatch):
 def test_a_shard_of_few_batches_gives_each_all_cores(tmp_path, model, monkeypatch, batch_size, lanes):
     """Six images a shard: three batches fill three cores, two or one do not."""
     asked = []
-    monkeypatch.setattr(generate, "count_lanes", lambda *_: 3)
-    monkeypatch.setattr(generate, "side_by_side", lambda jobs, count: asked.append(count) or (job() for job in jobs))
+    monkeypatch.setattr(image_generator, "count_lanes", lambda *_: 3)
+    monkeypatch.setattr(image_generator, "side_by_side", lambda jobs, count: asked.append(count) or (job() for job in jobs))
     draw(tmp_path, model, prompts=PROMPTS[:2], batch_size=batch_size)
     assert asked == [lanes]
 
@@ -176,7 +176,7 @@ def test_guidance_one_runs_the_conditional_branch_alone(tmp_path, model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pixels_are_rounded_on_the_device_as_diffusers_rounds_them(model, dtype):
-    vae = Painter(model, SAMPLER, PoolConfig(), "cpu").pipeline.vae.to(dtype)
+    vae = ImageGenerator(model, SAMPLER, PoolConfig(), "cpu").pipeline.vae.to(dtype)
     latents = torch.randn((3, 4, 6, 4), generator=torch.Generator().manual_seed(0)).to(dtype) * 5
     with torch.no_grad():
         decoded = vae.decode(latents / vae.config.scaling_factor).sample
@@ -197,7 +197,7 @@ def test_no_step_asks_the_device_where_it_stands(tmp_path, model, monkeypatch):
 
 def no_more_than(limit, monkeypatch):
     """Batches of more images do not fit into the memory; returns the sizes tried."""
-    sizes, draw_batch = [], Painter.draw
+    sizes, draw_batch = [], ImageGenerator.sample
 
     def draw_if_it_fits(self, prompt_embeds, seeds):
         sizes.append(len(seeds))
@@ -205,7 +205,7 @@ def no_more_than(limit, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return draw_batch(self, prompt_embeds, seeds)
 
-    monkeypatch.setattr(Painter, "draw", draw_if_it_fits)
+    monkeypatch.setattr(ImageGenerator, "sample", draw_if_it_fits)
     return sizes
 
 
@@ -225,7 +225,7 @@ def test_a_batch_that_does_not_fit_is_halved_for_its_whole_shard_and_all_later_o
 def test_a_shard_that_stops_fitting_on_its_way_starts_again(tmp_path, model, monkeypatch):
     """One batch plan a shard: what was drawn with larger batches is drawn again."""
     expected, _ = draw(tmp_path / "a", model, prompts=PROMPTS[:2], batch_size=2)
-    draw_batch, calls, seen = Painter.draw, [], []
+    draw_batch, calls, seen = ImageGenerator.sample, [], []
 
     def full_at_the_second(self, prompt_embeds, seeds):
         calls.append(len(seeds))
@@ -233,7 +233,7 @@ def test_a_shard_that_stops_fitting_on_its_way_starts_again(tmp_path, model, mon
             raise torch.OutOfMemoryError("CUDA out of memory")
         return draw_batch(self, prompt_embeds, seeds)
 
-    monkeypatch.setattr(Painter, "draw", full_at_the_second)
+    monkeypatch.setattr(ImageGenerator, "sample", full_at_the_second)
     pool = PoolConfig(images_per_prompt=3, prompts_per_shard=2, batch_size=4)
     plan = plan_pool(Store(str(tmp_path / "b")), model, SAMPLER, pool, PROMPTS[:2])
     assert generate_pool(plan, device="cpu", progress=lambda *state: seen.append(state)) == 6
@@ -255,7 +255,7 @@ def test_one_image_that_does_not_fit_is_one_clear_line(tmp_path, model, monkeypa
 
 def test_a_shard_is_written_while_the_next_is_drawn(tmp_path, model, monkeypatch):
     """The first commit waits until the second shard's images are drawn: were it not beside them, it would for ever."""
-    second_drawn, commit, batches, draw_batch = threading.Event(), ShardFolder.commit, [], Painter.draw
+    second_drawn, commit, batches, draw_batch = threading.Event(), ShardFolder.commit, [], ImageGenerator.sample
 
     def commit_late(self, index, *arguments, **settings):
         assert index > 0 or second_drawn.wait(60)
@@ -268,13 +268,13 @@ def test_a_shard_is_written_while_the_next_is_drawn(tmp_path, model, monkeypatch
         return draw_batch(self, prompt_embeds, seeds)
 
     monkeypatch.setattr(ShardFolder, "commit", commit_late)
-    monkeypatch.setattr(Painter, "draw", count)
+    monkeypatch.setattr(ImageGenerator, "sample", count)
     images, plan = draw(tmp_path, model)
     assert len(images) == 9 and list(plan.folder.manifests()) == [0, 1]
 
 
 def test_a_shard_that_cannot_be_written_ends_the_work(tmp_path, model, monkeypatch):
-    drawn, draw_batch = [], Painter.draw
+    drawn, draw_batch = [], ImageGenerator.sample
 
     def refuse(*_, **__):
         raise StorageError("the disk is full")
@@ -284,7 +284,7 @@ def test_a_shard_that_cannot_be_written_ends_the_work(tmp_path, model, monkeypat
         return draw_batch(self, prompt_embeds, seeds)
 
     monkeypatch.setattr(ShardFolder, "commit", refuse)
-    monkeypatch.setattr(Painter, "draw", count)
+    monkeypatch.setattr(ImageGenerator, "sample", count)
     with pytest.raises(StorageError, match="the disk is full"):
         draw(tmp_path, model, prompts_per_shard=1, batch_size=3)
     assert len(drawn) == 2  # the second shard was under way; no third began

@@ -11,11 +11,11 @@ from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.images import decode_image, encode_image
 from hgdpo_core.models import find_model
 from hgdpo_core.models.fingerprints import fingerprint_path
+from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.presets import figures
 from hgdpo_core.prompts import image_seed
 from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
 from hgdpo_core.stages.latents import cache_latents, latent_folder
-from hgdpo_core.stages.pool import Painter
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training import validation as module
@@ -76,9 +76,9 @@ def test_a_training_with_pictures_is_the_one_without_bit_by_bit(store, tmp_path,
 
     # the first are the target's, the last those of the LoRA at its weight, as the evaluation would draw them
     for step, shown in ((0, model), (4, model.with_lora(tuned.path, 0.5))):
-        painter = Painter(shown, VALIDATION.sampler, PoolConfig(), "cpu")
+        generator = ImageGenerator(shown, VALIDATION.sampler, PoolConfig(), "cpu")
         for prompt, picture in zip(PROMPTS, pictures(store, tuned.model_id, step), strict=True):
-            drawn = painter.draw(painter.text_encoder.encode([prompt])[0][None], [image_seed(5, prompt, 0)])[0]
+            drawn = generator.sample(generator.text_encoder.encode([prompt])[0][None], [image_seed(5, prompt, 0)])[0]
             assert np.abs(drawn.astype(int) - picture.astype(int)).max() <= 1
     grid = validation_grid(store, tuned.model_id)
     assert grid is not None and grid.height > grid.width // 2
@@ -107,9 +107,9 @@ def test_a_fine_tuning_shows_its_average(store, tmp_path, model):
     config = SftConfig(max_steps=3, batch_size=1, learning_rate=1e-2, mixed_precision="no", validation_every=3,
                        ema_decay=0.9)
     tuned = tune_target(store, model, latents, config, validation=VALIDATION)
-    painter = Painter(find_model(TargetConfig(source=str(tuned.path), dtype="float32")), VALIDATION.sampler,
+    generator = ImageGenerator(find_model(TargetConfig(source=str(tuned.path), dtype="float32")), VALIDATION.sampler,
                       PoolConfig(), "cpu")
-    drawn = painter.draw(painter.text_encoder.encode([PROMPTS[0]])[0][None], [image_seed(5, PROMPTS[0], 0)])[0]
+    drawn = generator.sample(generator.text_encoder.encode([PROMPTS[0]])[0][None], [image_seed(5, PROMPTS[0], 0)])[0]
     last = pictures(store, tuned.model_id, 3)[0]
     assert np.abs(drawn.astype(int) - last.astype(int)).max() <= 1
     assert not np.array_equal(last, pictures(store, tuned.model_id, 0)[0])

@@ -1,0 +1,124 @@
+"""A loaded model that generates images: text embeddings, batches across prompts, sampling, decoding, encoding."""
+
+import copy
+import functools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from itertools import groupby
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from hgdpo_core.config import PoolConfig, SamplerConfig
+from hgdpo_core.errors import ConfigError, ModelError, StoppedError
+from hgdpo_core.images import encode_image
+from hgdpo_core.models.model import Model, device_name, load_pipeline
+from hgdpo_core.models.sampling import decode_latents, initial_noise, make_scheduler, sample_latents
+from hgdpo_core.models.text_encoder import TextEncoder
+from hgdpo_core.parallel import count_lanes, side_by_side
+from hgdpo_core.progress import ShouldStop, never_stop
+from hgdpo_core.prompts import image_seed, prompt_id
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ENCODER_THREADS = 2
+
+
+class ImageGenerator:
+    """A loaded model that draws candidates; one per process."""
+
+    def __init__(self, model: Model, sampler: SamplerConfig, pool: PoolConfig, device: str):
+        self.device, self.model, self.sampler, self.pool = device, model, sampler, pool
+        self.pipeline = load_pipeline(model, device)
+        self.reference = load_pipeline(replace(model, lora=None), device).unet if sampler.latent_normalisation else None
+        self.scheduler = make_scheduler(self.pipeline.scheduler.config)
+        self.text_encoder = TextEncoder(self.pipeline, model)
+        self.lanes = count_lanes(self.pipeline.unet, device)
+
+    def halve_batch(self) -> int:
+        """Draw half as many images together from now on, and say so; returns how many.
+
+        ConfigError when that would be less than one.
+        """
+        size, pixels = self.pool.batch_size, f"{self.sampler.width}x{self.sampler.height}"
+        if size == 1:
+            raise ConfigError(f"one image of {pixels} does not fit into the memory of {device_name(self.device)}: give "
+                              "it a device that nobody else uses, set target.dtype to bfloat16 or float16, or lower "
+                              "sampler.width and sampler.height")
+        self.pool = self.pool.model_copy(update={"batch_size": size // 2})
+        logger.warning("%d images of %s do not fit into the memory of %s together: drawing %d at a time; set "
+                       "pool.batch_size to %d to spare the try", size, pixels, device_name(self.device), size // 2,
+                       size // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return size // 2
+
+    def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
+        """Rows of SCHEMA for every candidate of the prompts: in order, but prompts with longer embeddings last.
+
+        Batches cross prompts of equally long embeddings and are cut at fixed places, so the same shard gives the same
+        bits. Encoding of one batch runs beside the sampling of the next; on a CPU a small model draws a batch a core.
+        """
+        embeds = self.text_encoder.encode(prompts)
+        batches = list(_cut_batches([len(embed) for embed in embeds], self.pool.images_per_prompt,
+                                    self.pool.batch_size))
+        lanes = self.lanes if len(batches) >= self.lanes else 1  # too few to fill the cores: each takes them all
+        jobs = (functools.partial(self._sample_batch, prompts, embeds, batch)
+                for batch in _until_stopped(batches, should_stop))
+        waiting: list[Future[dict]] = []
+        with ThreadPoolExecutor(ENCODER_THREADS) as executor:
+            for batch, seeds, pixels in side_by_side(jobs, lanes):
+                yield from (future.result() for future in waiting)
+                waiting = [executor.submit(self._row, prompts[number], index, seed, image)
+                           for (number, index), seed, image in zip(batch, seeds, pixels, strict=True)]
+            yield from (future.result() for future in waiting)
+
+    def _sample_batch(self, prompts: Sequence[str], embeds: Sequence[torch.Tensor],
+                    batch: Sequence[tuple[int, int]]) -> tuple[Sequence[tuple[int, int]], list[int], np.ndarray]:
+        """The batch, its seeds and its pixels."""
+        seeds = [image_seed(self.pool.seed, prompts[number], index) for number, index in batch]
+        return batch, seeds, self.sample(torch.stack([embeds[number] for number, _ in batch]), seeds)
+
+    def sample(self, prompt_embeds: torch.Tensor, seeds: Sequence[int]) -> np.ndarray:
+        """uint8 [B, H, W, 3] for text embeddings [B, L, D] and one seed an image."""
+        unet, vae = self.pipeline.unet, self.pipeline.vae
+        factor = self.pipeline.vae_scale_factor
+        height, width = self.sampler.height // factor, self.sampler.width // factor
+        noise = initial_noise(seeds, unet.config.in_channels, height, width)
+        negative_embeds = self.text_encoder.negative(prompt_embeds.shape[1])
+        scheduler = copy.deepcopy(self.scheduler)  # it remembers steps, and other batches may be drawn beside this one
+        latents = sample_latents(unet, scheduler, prompt_embeds, negative_embeds, noise,
+                                 steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale,
+                                 reference=self.reference)
+        if not bool(torch.isfinite(latents).all()):
+            raise ModelError(f"{self.model.path} draws images that are not finite in {self.model.dtype}: check its "
+                             "weights, or set target.dtype to float32")
+        return decode_latents(vae, latents)
+
+    def _row(self, prompt: str, index: int, seed: int, pixels) -> dict:
+        return {"prompt_id": prompt_id(prompt), "prompt": prompt, "index": index, "seed": seed,
+                "image": encode_image(pixels, self.pool.image_format),
+                "width": self.sampler.width, "height": self.sampler.height}
+
+
+def _until_stopped(batches: Iterable[T], should_stop: ShouldStop) -> Iterator[T]:
+    for batch in batches:
+        if should_stop():
+            raise StoppedError("stopped while drawing a pool; finished shards are kept")
+        yield batch
+
+
+def _cut_batches(lengths: Sequence[int], images: int, size: int) -> Iterator[Sequence[tuple[int, int]]]:
+    """(prompt number, image index) of every image in batches of at most `size`, each of one embedding length."""
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    for _, numbers in groupby(order, key=lambda number: lengths[number]):
+        yield from chunks([(number, index) for number in numbers for index in range(images)], size)
+
+
+def chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
+    return (items[start:start + size] for start in range(0, len(items), size))
