@@ -10,7 +10,6 @@ from flows.runner import DeploymentRunner
 from flows.shard import hgdpo_shard
 from flows.watch import watch_this_run
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, WorkersConfig
-from hgdpo_core.execution.jobs import offer_pool
 from hgdpo_core.images import encode_image
 from hgdpo_core.models import find_model
 from hgdpo_core.progress import ShouldStop, never_stop
@@ -25,7 +24,7 @@ __all__ = ["hgdpo_shard", "null_parent"]
 class NullGenerator:
     """Stands in for `ImageGenerator`: no model, one grey pixel an image."""
 
-    device = "cpu"
+    device, pool = "cpu", PoolConfig()
 
     def __init__(self, *_: object):
         self.image = encode_image(np.full((1, 1, 3), 128, np.uint8), "png")
@@ -53,4 +52,4 @@ def null_parent(root: str, shards: int, per_run: int) -> None:
     with watch_this_run() as watch:
         pool = plan(root, shards)
         workers = WorkersConfig(draw_images_per_run=per_run)  # an image a shard
-        DeploymentRunner(workers, pool.folder.store, watch).make([offer_pool(pool)])
+        DeploymentRunner(workers, pool.folder.store, watch).make([pool])

@@ -19,7 +19,7 @@ import yaml
 
 from benchmarks.null_shard import plan
 from deployments.local import ROOT, Local, down, up
-from hgdpo_core.execution.jobs import offer_pool, run_shards
+from hgdpo_core.execution.jobs import ShardRequest, cut, run_shards, write_recipe
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
@@ -52,13 +52,19 @@ def _local(folder: Path, workers: int) -> Local:
                  shard_workers=workers, environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
+def _request(root: str, shards: int) -> ShardRequest:
+    pool = plan(root, shards)
+    write_recipe(pool)
+    return cut(pool, pool.indices)[0]
+
+
 def _many_shards(local: Local, root: str, shards: int) -> None:
-    run_shards(offer_pool(plan(f"{root}/first", 1)).cut()[0])   # pays what is paid once
-    plain = offer_pool(plan(f"{root}/plain", shards)).cut()[0]
+    run_shards(_request(f"{root}/first", 1))   # pays what is paid once
+    plain = _request(f"{root}/plain", shards)
     wall, cpu = time.monotonic(), time.process_time()
     run_shards(plain)
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
-    request = offer_pool(plan(f"{root}/one-run", shards)).cut()[0]
+    request = _request(f"{root}/one-run", shards)
     run = _await(local, _start(local, "hgdpo-shard/shard", {"request": request.model_dump(mode="json")}))
     seconds = run["total_run_time"]
     print(f"{shards} shards in one run: {seconds:.1f} s of the run, {wall:.1f} s ({cpu:.1f} s of CPU) without Prefect: "

@@ -24,7 +24,7 @@ from typing import Any
 
 import boto3
 
-from hgdpo_core.execution.jobs import offer_pool
+from hgdpo_core.execution.jobs import cut
 from hgdpo_core.plan import plan_run
 from hgdpo_core.run import Run, open_run
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
@@ -64,7 +64,7 @@ def _plan_new(count: int) -> None:
         wall, cpu = time.monotonic(), time.process_time()
         run = _open(f"{folder}/root", prompts)
         pool = _plan_pool(run)
-        requests = offer_pool(pool).cut(run.config.workers.draw_images_per_run)
+        requests = cut(pool, pool.indices, run.config.workers.draw_images_per_run)
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
         print(f"{count:,} new prompts: {len(pool.shards):,} shards in {len(requests):,} shard runs after {wall:.1f} s "
               f"({cpu:.1f} s of CPU); memory at most {_peak_megabytes():.0f} MiB, {started:.0f} before", flush=True)

@@ -40,7 +40,7 @@ SAMPLER = SamplerConfig(width=64, height=64, steps=1)
 class NullGenerator:
     """Stands in for `ImageGenerator`: no model, one grey pixel an image."""
 
-    device = "cpu"
+    device, pool = "cpu", PoolConfig()
     image = encode_image(np.full((1, 1, 3), 128, np.uint8), "png")
 
     def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:

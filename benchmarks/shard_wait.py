@@ -28,7 +28,7 @@ from benchmarks.targets import add_device_options, clock_of, describe, open_targ
 from hgdpo_core.config import PoolConfig
 from hgdpo_core.models import image_generator
 from hgdpo_core.models.image_generator import ImageGenerator
-from hgdpo_core.stages import pool as pool_stage
+from hgdpo_core.stages import base
 from hgdpo_core.stages.pool import generate_pool, plan_pool
 from hgdpo_core.storage import Store
 
@@ -71,7 +71,7 @@ class Row:
         return self.waiting / (self.drawing + self.waiting)
 
 
-class InlineWriter(pool_stage.Writer):
+class InlineWriter(base.Writer):
     """Writes where it is asked to, before the next shard is drawn."""
 
     def start(self, job: Callable[[], Any]) -> None:
@@ -93,8 +93,8 @@ def watching(watch: Watch, *, inline: bool) -> Iterator[None]:
     """The program's solver and VAE watched."""
     changes: dict[str, Any] = {"sample_latents": watch.around(image_generator.sample_latents),
                                "decode_latents": watch.around(image_generator.decode_latents)}
-    writer: dict[str, Any] = {"Writer": InlineWriter} if inline else {}
-    with mock.patch.multiple(image_generator, **changes), mock.patch.multiple(pool_stage, **writer):
+    writer = InlineWriter if inline else base.Writer
+    with mock.patch.multiple(image_generator, **changes), mock.patch.object(base, "Writer", writer):
         yield
 
 

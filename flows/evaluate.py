@@ -14,8 +14,8 @@ from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.comparison_run import ComparisonRun, weight_name
 from hgdpo_core.errors import StoppedError
 from hgdpo_core.execution.runner import Runner
-from tasks.evaluate import judge, judge_weight
-from tasks.generate import draw_evaluation
+from tasks.evaluate import compare_models, compare_weight
+from tasks.generate import generate_evaluation
 from tasks.prepare import prepare_comparison, show_comparison_plan
 from tasks.report import publish_comparison
 from tasks.score import score_evaluation
@@ -70,18 +70,17 @@ def hgdpo_evaluate(
         return {"plan": show_comparison_plan(run)}
     with watch_this_run() as watch:
         try:
-            return _hold_against(run, choose_runner(shard_runner, run.config.workers, run.store, watch), times)
+            return _compare(run, choose_runner(shard_runner, run.config.workers, run.store, watch), times)
         except StoppedError as error:
             return answer_stop(watch, error)
 
 
-def _hold_against(run: ComparisonRun, runner: Runner, times: StageTimes) -> dict[str, Any]:
+def _compare(run: ComparisonRun, runner: Runner, times: StageTimes) -> dict[str, Any]:
     with times.stage("evaluation_images"):
-        images = draw_evaluation(run, run.models, runner)
+        images = generate_evaluation(run, run.models, runner)
     with times.stage("evaluation"):
         scores = score_evaluation(run, images, runner)
-        comparison = judge(run, images["target"], images["tuned"], scores["target"], scores["tuned"])
-        others = {who: judge_weight(run, images["target"], images[who], scores["target"], scores[who])
-                  for who in images if who not in ("target", "tuned")}
+        comparison = compare_models(run, images, scores)
+        others = {who: compare_weight(run, images, scores, who) for who in images if who not in ("target", "tuned")}
     sweep = [others.get(weight_name(model), comparison) for model in run.sweep]
     return publish_comparison(run, images, comparison, sweep, times)

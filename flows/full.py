@@ -14,16 +14,16 @@ from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.errors import StoppedError
 from hgdpo_core.execution.runner import Runner
 from hgdpo_core.run import Run
-from tasks.evaluate import judge
-from tasks.generate import draw_evaluation, draw_pool
-from tasks.guard import guard
+from tasks.checks import check_tuning
+from tasks.evaluate import compare_models
+from tasks.generate import generate_evaluation, make_pool
 from tasks.prepare import prepare, show_plan
 from tasks.report import publish
-from tasks.score import score, score_evaluation
-from tasks.sft import fine_tune
+from tasks.score import score_evaluation, score_pool
+from tasks.sft import tune_target
 from tasks.times import StageTimes
-from tasks.train import train
-from tasks.triplets import encode, measure_latents, rank
+from tasks.train import train_lora
+from tasks.triplets import encode_triplets, make_triplets, measure_distances
 from tasks.ui import explain_own_errors
 
 Overrides = dict[str, Any]
@@ -61,31 +61,33 @@ def hgdpo(
         return {"plan": show_plan(run, probe)}
     with watch_this_run() as watch:
         try:
-            return _take_the_road(run, choose_runner(shard_runner, run.config.workers, run.store, watch), times)
+            return _run(run, choose_runner(shard_runner, run.config.workers, run.store, watch), times)
         except StoppedError as error:
             return answer_stop(watch, error)
 
 
-def _take_the_road(run: Run, runner: Runner, times: StageTimes) -> dict[str, Any]:
+def _run(run: Run, runner: Runner, times: StageTimes) -> dict[str, Any]:
+    """The steps of `hgdpo_core.pipeline.run_all`, one task each."""
     with times.stage("sft", makes=run.images is not None):
-        model, sft_log = fine_tune(run, runner)
+        target, sft_log = tune_target(run, runner)
     with times.stage("pool"):
-        pool = draw_pool(run, model, runner)
+        pool = make_pool(run, target, runner)
     with times.stage("score"):
-        scores = score(run, pool, run.config.scorer, runner)
+        scores = score_pool(run, pool, runner)
     with times.stage("triplets"):
-        triplets = rank(run, pool, scores)
+        triplets = make_triplets(run, pool, scores, runner)
     with times.stage("latents"):
-        latents = encode(run, triplets, model, runner)
+        latents = encode_triplets(run, triplets, target, runner)
     with times.stage("dpo"):
-        lora = train(run, model, triplets, latents, runner)
+        lora = train_lora(run, target, triplets, latents, runner)
+    with times.stage("distances"):
+        distances = measure_distances(run, pool, scores, target, runner)
 
-    tuned_model = model.with_lora(lora.path, run.config.evaluation.lora_weight)
+    models = {"target": target, "tuned": lora.applied_to(target, run.config.evaluation.lora_weight)}
     with times.stage("evaluation_images"):
-        images = draw_evaluation(run, {"target": model, "tuned": tuned_model}, runner)
+        images = generate_evaluation(run, models, runner)
     with times.stage("evaluation"):
-        judged = score_evaluation(run, images, runner)
-        comparison = judge(run, images["target"], images["tuned"], judged["target"], judged["tuned"])
-        alarms = guard(run, lora, comparison)
-        distances = measure_latents(run, pool, scores, model, runner)
-    return publish(run, pool, scores, distances, triplets, lora, sft_log, images, comparison, alarms, times)
+        image_scores = score_evaluation(run, images, runner)
+        comparison = compare_models(run, images, image_scores)
+        warnings = check_tuning(run, lora, comparison)
+    return publish(run, pool, scores, distances, triplets, lora, sft_log, images, comparison, warnings, times)

@@ -16,9 +16,10 @@ from prefect.runtime import deployment, flow_run
 from flows.children import Job, run_jobs
 from hgdpo_core.config import WorkersConfig, content_hash
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.execution.jobs import ShardRequest, Work
-from hgdpo_core.execution.runner import InProcess, Runner
+from hgdpo_core.execution.jobs import ShardRequest, cut, run_name, write_recipe
+from hgdpo_core.execution.runner import InProcess, Runner, make_here
 from hgdpo_core.progress import Progress, ShouldStop, StageProgress, silent, silent_stages
+from hgdpo_core.stages import Stage
 from hgdpo_core.storage import Store
 from hgdpo_core.training.request import TrainRequest, find_result
 from hgdpo_core.training.tune import Tuned
@@ -42,24 +43,36 @@ class DeploymentRunner:
 
     def __init__(self, workers: WorkersConfig, store: Store, should_stop: ShouldStop):
         self.workers, self._should_stop = workers, should_stop
-        self.share = store.local_path("") is None
+        self.copy_to_store = store.local_path("") is None
         check_workers(store)
 
-    def make(self, works: Sequence[Work], stages: StageProgress = silent_stages) -> None:
-        """Cut the works into ranges, run each as a flow run, wait for all. ShardRunsError names those that failed."""
-        works = [work for work in works if work.missing]
-        if not works:
+    def make(self, stages: Sequence[Stage], on: StageProgress = silent_stages) -> list[int]:
+        """Cut the stages into ranges, run each as a flow run, wait for all. ShardRunsError names those that failed.
+
+        What needs no model is made here.
+        """
+        missing = [stage.find_missing() for stage in stages]
+        here = [stage for stage in stages if not stage.runs_on_workers]
+        for stage in here:
+            make_here(stage, on, self._should_stop)
+        self._make_on_workers([(stage, lacking) for stage, lacking in zip(stages, missing, strict=True)
+                               if lacking and stage.runs_on_workers], on)
+        return [len(lacking) for lacking in missing]
+
+    def _make_on_workers(self, work: Sequence[tuple[Stage, list[int]]], on: StageProgress) -> None:
+        if not work:
             return
         jobs: list[Job] = []
-        for work in works:
-            requests = self._cut(work)
-            jobs += [_job(work, request) for request in requests]
-            get_run_logger().info("%s: %d missing shards of %s in %d shard runs", work.title, len(work.missing),
-                                  work.folder.key, len(requests))
-        folders = ", ".join(work.folder.key for work in works)
-        table = LiveTable(f"{works[0].stage}-shard-runs", f"Shard runs of {folders}")
+        for stage, missing in work:
+            write_recipe(stage, copy_to_store=self.copy_to_store)
+            requests = self._cut(stage, missing)
+            jobs += [_job(stage, request) for request in requests]
+            get_run_logger().info("%s: %d missing shards of %s in %d shard runs", stage.title, len(missing),
+                                  stage.folder.key, len(requests))
+        folders = ", ".join(stage.folder.key for stage, _ in work)
+        table = LiveTable(f"{work[0][0].name}-shard-runs", f"Shard runs of {folders}")
         with ExitStack() as stack:
-            counters = [_Counter(work, stack.enter_context(stages(work.title))) for work in works]
+            counters = [_Counter(stage, missing, stack.enter_context(on(stage.title))) for stage, missing in work]
 
             def show(jobs: Sequence[Job]) -> None:
                 table.show([job.row() for job in jobs])
@@ -69,10 +82,9 @@ class DeploymentRunner:
             run_jobs(jobs, self.workers, should_stop=self._should_stop, on_change=show)
         table.show([job.row() for job in jobs], at_once=True)
 
-    def _cut(self, work: Work) -> list[ShardRequest]:
-        if work.stage == "pool":
-            return work.cut(self.workers.draw_images_per_run, least_runs=self.workers.least_draw_runs)
-        return work.cut(self.workers.score_images_per_run)
+    def _cut(self, stage: Stage, missing: Sequence[int]) -> list[ShardRequest]:
+        least = getattr(self.workers, stage.least_runs) if stage.least_runs else 1
+        return cut(stage, missing, getattr(self.workers, stage.images_per_run), least_runs=least)
 
     def train(self, request: TrainRequest, progress: Progress, encode_progress: Progress = silent) -> Tuned:
         """Train as a flow run of `hgdpo-train/train`; its steps are shown by that run."""
@@ -94,25 +106,24 @@ class DeploymentRunner:
         return replace(tuned, found=False)
 
 
-def _job(work: Work, request: ShardRequest) -> Job:
+def _job(stage: Stage, request: ShardRequest) -> Job:
     parameters = request.model_dump(mode="json")
     # The hash keeps a parent that was started again by newer code from getting its old runs back.
     key = f"{flow_run.id}:{request.folder_id}:{request.indices[0]}:{content_hash(parameters, 8)}"
-    return Job(name=work.name(request), deployment=SHARD_DEPLOYMENT, request=parameters, tags=[request.stage],
-               tag=request.tag, key=key, is_done=lambda: not work.find_missing(request.indices))
+    return Job(name=run_name(stage, request), deployment=SHARD_DEPLOYMENT, request=parameters, tags=[request.stage],
+               tag=request.tag, key=key, is_done=lambda: not stage.find_missing(request.indices))
 
 
 class _Counter:
     """Progress of others, by counting manifests in the folder now and then."""
 
-    def __init__(self, work: Work, progress: Progress):
-        self._work, self._progress, self._counted_at = work, progress, 0.0
+    def __init__(self, stage: Stage, missing: Sequence[int], progress: Progress):
+        self._folder, self._missing, self._progress, self._counted_at = stage.folder, set(missing), progress, 0.0
 
     def count(self, *, final: bool) -> None:
         if final or time.monotonic() - self._counted_at > COUNT_SECONDS:
             self._counted_at = time.monotonic()
-            missing = self._work.missing
-            self._progress(len(missing & self._work.folder.listed()), len(missing), "shards")
+            self._progress(len(self._missing & self._folder.listed()), len(self._missing), "shards")
 
 
 def check_workers(store: Store) -> None:

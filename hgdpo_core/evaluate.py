@@ -14,6 +14,7 @@ from hgdpo_core.models import Model
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.scorers import defect_limit
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
+from hgdpo_core.stages.scores import read_scores
 from hgdpo_core.statistics.colours import ColourChange, ColourHistograms, PromptColours, colour_change
 from hgdpo_core.statistics.diversity import DIMENSIONS, thumbnail, variety_change
 from hgdpo_core.statistics.intervals import (
@@ -124,10 +125,7 @@ def image_scores(scores: ShardFolder, plan: PoolPlan, prompts: Sequence[str]) ->
     """Scores of all images, float64 [P, K]: row i is `prompts[i]`, column j the image of index j."""
     values: dict[str, dict[int, float]] = {}
     for index in plan.indices:
-        table = scores.read(index)
-        columns = (table[name].to_pylist() for name in ("prompt_id", "index", "score"))
-        for key, image, score in zip(*columns, strict=True):
-            values.setdefault(key, {})[image] = score
+        values |= read_scores(scores.read(index))
     images = range(plan.pool.images_per_prompt)
     return np.array([[values[prompt_id(prompt)][image] for image in images] for prompt in prompts], dtype=np.float64)
 

@@ -1,34 +1,33 @@
 """Compare the two models on the held-out prompts."""
 
+from collections.abc import Mapping
+
 from prefect import task
 from prefect.logging import get_run_logger
 
+from hgdpo_core import pipeline
 from hgdpo_core.comparison_run import ComparisonRun
-from hgdpo_core.evaluate import Comparison, compare
+from hgdpo_core.evaluate import Comparison
 from hgdpo_core.run import Run
 from hgdpo_core.stages.pool import PoolPlan
-from hgdpo_core.storage.shards import ShardFolder
 from tasks.options import STAGE
 from tasks.ui import show_table
 
 
 @task(name="evaluate a weight", **STAGE)
-def judge_weight(run: ComparisonRun, target: PoolPlan, tuned: PoolPlan, target_scores: dict[str, ShardFolder],
-                 tuned_scores: dict[str, ShardFolder]) -> Comparison:
+def compare_weight(run: ComparisonRun, images: Mapping[str, PoolPlan], scores: pipeline.Scores,
+                   who: str) -> Comparison:
     """The tuned LoRA at one weight of a sweep; the comparison at the chosen weight alone is shown at length."""
-    result = compare(run.store, target, tuned, target_scores, tuned_scores, run.evaluation_prompts.prompts,
-                     run.config.evaluation)
+    result = pipeline.compare_models(run, images, scores, who)
     rates = {name: rate.rate for name, rate in result.win_rates.items()}
     get_run_logger().info("LoRA weight %s: win rates %s", result.lora_weight, rates)
     return result
 
 
 @task(name="evaluate", **STAGE)
-def judge(run: Run | ComparisonRun, target: PoolPlan, tuned: PoolPlan, target_scores: dict[str, ShardFolder],
-          tuned_scores: dict[str, ShardFolder]) -> Comparison:
+def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], scores: pipeline.Scores) -> Comparison:
     """Win rates, score changes, defects and colours, with intervals; kept in `evaluations/`."""
-    result = compare(run.store, target, tuned, target_scores, tuned_scores, run.evaluation_prompts.prompts,
-                     run.config.evaluation)
+    result = pipeline.compare_models(run, images, scores)
     found = result.findings()
     changes = {name: {"change": row["mean"], "change_low": row["ci_low"], "change_high": row["ci_high"],
                       "sign_test_p": row["sign_test_p"]} for name, row in found["score_change"].items()}

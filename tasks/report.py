@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 from prefect import task
 from prefect.logging import get_run_logger
 
@@ -16,40 +15,41 @@ from hgdpo_core.report import ReportData, headline, render_report
 from hgdpo_core.report.samples import extreme_positions, random_positions, sample_pairs, sample_pools
 from hgdpo_core.run import Run
 from hgdpo_core.scorers.towers import OPENAI_CLIP
+from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.pool import PoolPlan
+from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.statistics.checks import Alarm
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.tune import Tuned
 from tasks.options import STAGE
 from tasks.times import StageTimes
-from tasks.triplets import Triplets
 from tasks.ui import show_image, show_text
 
 PAIRS, EXTREMES, POOLS = 24, 6, 4
 
 
 @task(name="report", **STAGE)
-def publish(run: Run, pool: PoolPlan, scores: ShardFolder, distances: np.ndarray, triplets: Triplets, lora: Tuned,
-            sft_log: list[dict[str, float]], images: Mapping[str, PoolPlan], comparison: Comparison,
+def publish(run: Run, pool: PoolPlan, scores: ShardFolder, distances: DistanceStage, triplets: TripletStage,
+            lora: Tuned, sft_log: list[dict[str, float]], images: Mapping[str, PoolPlan], comparison: Comparison,
             alarms: list[Alarm], times: StageTimes) -> dict[str, Any]:
     """`summary.json` and `report.html` in `runs/<run_id>/`; returns the summary.
 
     `images`: those of the evaluation, of "target" and "tuned".
     """
-    seconds = times.recorded(run)
+    seconds, counts = times.recorded(run), triplets.counts()
     pools = sample_pools(pool, scores, POOLS, run.config.triplets)
     artifacts = {**_own_artifacts(run), "lora": run.store.url(f"models/{lora.model_id}"),
                  "triplets": run.store.url(triplets.folder.key), "pool": run.store.url(pool.folder.key)}
     data = ReportData(
         title=f"HG-DPO on {run.config.target.source}", training_judge=run.config.training_judge,
-        counts={"prompts": len(run.prompts.prompts), "pool_images": pool.images, "triplets": triplets.counts.triplets,
-                "rejected": triplets.counts.rejected, "evaluation_prompts": len(comparison.prompts)},
-        pools=pools, rank_distances=distances, training_log=lora.log, sft_log=sft_log,
+        counts={"prompts": len(run.prompts.prompts), "pool_images": pool.images, "triplets": counts.triplets,
+                "rejected": counts.rejected, "evaluation_prompts": len(comparison.prompts)},
+        pools=pools, rank_distances=distances.read(), training_log=lora.log, sft_log=sft_log,
         warnings=[alarm.message for alarm in alarms], timings=seconds, artifacts=artifacts,
         **_comparison_data(run, images, comparison))
     summary = {
         **_comparison_summary(run, comparison), "warnings": [alarm.as_dict() for alarm in alarms],
-        "triplets": triplets.counts.triplets, "rejected": triplets.counts.rejected, "pool_images": pool.images,
+        "triplets": counts.triplets, "rejected": counts.rejected, "pool_images": pool.images,
         "timings": seconds, "found": times.found, "artifacts": artifacts}
     _write(run, data, summary)
     show_image("pool-ranking", pool_grid(pools), "Pools in their ranking, winner and loser outlined")

@@ -7,12 +7,12 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError, StorageError
-from hgdpo_core.execution.jobs import Work
 from hgdpo_core.execution.runner import IN_PROCESS, InProcess, Runner
-from hgdpo_core.rescore import Ranking, offer_missing, rank_again, score_missing
+from hgdpo_core.rescore import Ranking, rank_again, score_missing, score_stage
 from hgdpo_core.rescore.drift_report import drift_rows, headline, render_markdown
 from hgdpo_core.rescore.night import Night, close_night, open_night
 from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, ScorerVersion, Skipped, plan_wanted
+from hgdpo_core.stages import Stage
 from hgdpo_core.storage import Store
 from tasks.options import STAGE
 from tasks.ui import show_table, show_text, stage_progress
@@ -61,20 +61,20 @@ def score_again(store: Store, version: ScorerVersion, jobs: Sequence[ScoreJob],
 
 def _score_elsewhere(store: Store, jobs: Sequence[ScoreJob], runner: Runner) -> list[Skipped]:
     """The pools' shards by workers; returns the pools of which some failed, for the others go on."""
-    works = [offer_missing(store, job, share=runner.share) for job in jobs]
+    stages = [score_stage(store, job) for job in jobs]
     try:
-        runner.make(works, stage_progress)
+        runner.make(stages, stage_progress)
     except (StoppedError, ConfigError):
         raise
     except HGDPOError as error:
         return [Skipped(what=f"pool {job.pool_id} by {job.version.scorer.name}", reason=str(error))
-                for job, work in zip(jobs, works, strict=True) if not _is_done(work)]
+                for job, stage in zip(jobs, stages, strict=True) if not _is_done(stage)]
     return []
 
 
-def _is_done(work: Work) -> bool:
+def _is_done(stage: Stage) -> bool:
     try:
-        return not work.find_missing(work.wanted)
+        return not stage.find_missing()
     except StorageError:  # a shard of images that is gone, or was found broken and moved to quarantine
         return False
 

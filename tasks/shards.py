@@ -7,6 +7,7 @@ from prefect.logging import get_run_logger
 
 from hgdpo_core.execution.jobs import ShardRequest, run_shards
 from hgdpo_core.progress import ShouldStop
+from hgdpo_core.stages import STAGES
 from hgdpo_core.storage.shards import ShardManifest
 from tasks.options import STAGE
 from tasks.ui import show_table, stage_progress
@@ -27,7 +28,7 @@ def make_shards(request: ShardRequest, should_stop: ShouldStop) -> list[dict[str
     with stage_progress(request.stage) as progress:
         done = run_shards(request, progress=progress, should_stop=should_stop, on_shard=tell)
     logger.info("%s %s of %s: %d of %d shards made now, %d %s", request.stage, request.shards, request.folder,
-                len(rows), len(request.indices), done, "pairs" if request.stage == "latents" else "images")
+                len(rows), len(request.indices), done, STAGES[request.stage].unit)
     if rows:
         show_table("shards", rows, f"{request.folder}: shards made by this run")
     return rows

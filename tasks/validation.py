@@ -8,7 +8,7 @@ from hgdpo_core.progress import Progress
 from hgdpo_core.storage import Store
 from hgdpo_core.training.request import TrainRequest, result_id
 from hgdpo_core.training.validation import validation_grid, validation_steps
-from tasks.ui import show_image
+from tasks.ui import show_image, stage_progress
 
 LOOK_SECONDS = 30.0
 
@@ -42,3 +42,10 @@ def showing_validation(request: TrainRequest, progress: Progress) -> Iterator[Pr
 
     yield tell
     look()
+
+
+@contextmanager
+def training_progress(request: TrainRequest) -> Iterator[Progress]:
+    """A training's bar and artifact, and the images that it generates on its way."""
+    with stage_progress(request.kind.upper()) as bar, showing_validation(request, bar) as progress:
+        yield progress

@@ -18,21 +18,11 @@ import tiny
 import yaml
 
 from deployments.local import ROOT, Local, _environment, down, up
-from hgdpo_core.config import RunConfig
-from hgdpo_core.evaluate import plan_evaluation
-from hgdpo_core.execution.jobs import offer_distances, offer_latents, offer_pool, offer_scores
-from hgdpo_core.execution.runner import IN_PROCESS
 from hgdpo_core.images import decode_image
-from hgdpo_core.models import Model
+from hgdpo_core.pipeline import run_all
 from hgdpo_core.run import open_run
-from hgdpo_core.stages.distances import distance_folder, enough_shards
-from hgdpo_core.stages.latents import latent_folder
-from hgdpo_core.stages.pool import PoolPlan, plan_pool
-from hgdpo_core.stages.scores import score_folder
-from hgdpo_core.stages.triplets import build_triplets, triplet_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training.request import TrainRequest
 
 PATIENCE_SECONDS = 600  # without any progress: other work may share the machine, and nothing here measures time
 LIMIT_SECONDS = 3600
@@ -212,37 +202,15 @@ def _save_secret(local: Local, block: str, value: str) -> None:
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
 
 
-# -- the same road without Prefect, to compare with
+# -- the same run without Prefect, to compare with
 
 
-def walk_undisturbed(parameters: dict[str, Any]) -> Store:
+def run_undisturbed(parameters: dict[str, Any]) -> Store:
     """The whole method in this process, without Prefect; returns its store."""
     run = open_run("figures", parameters["root"], prompts=parameters["prompts"], target=parameters["target"],
                    overrides=parameters["overrides"])
-    config, store, prompts = run.config, run.store, run.prompts.prompts
-    pool = plan_pool(store, run.target, config.sampler, config.pool, prompts)
-    scores = _draw_and_score(pool, config)
-    triplets = triplet_folder(store, pool.folder, scores, run.prompts.id, config.triplets)
-    build_triplets(pool.folder, scores, triplets, prompts, pool.indices, config.triplets)
-    latents = latent_folder(store, triplets, run.target, (config.sampler.width, config.sampler.height))
-    IN_PROCESS.make([offer_latents(triplets, latents, run.target, pool.indices)])
-    tuned = IN_PROCESS.train(TrainRequest.for_dpo(store, run.target, triplets, latents, pool.indices, config.dpo))
-    distances = distance_folder(pool.folder, scores, run.target)
-    IN_PROCESS.make([offer_distances(pool.folder, scores, distances, run.target, enough_shards(pool))])
-    for model in (run.target, run.target.with_lora(tuned.path, config.evaluation.lora_weight)):
-        _draw_and_score(_plan_evaluation(store, model, config, run.evaluation_prompts.prompts), config)
-    return store
-
-
-def _plan_evaluation(store: Store, model: Model, config: RunConfig, prompts: tuple[str, ...]) -> PoolPlan:
-    return plan_evaluation(store, model, config.sampler, config.pool, config.evaluation, prompts)
-
-
-def _draw_and_score(pool: PoolPlan, config: RunConfig) -> ShardFolder:
-    IN_PROCESS.make([offer_pool(pool)])
-    scores = score_folder(pool.folder.store, pool.pool_id, config.scorer)
-    IN_PROCESS.make([offer_scores(pool, scores, config.scorer)])
-    return scores
+    run_all(run)
+    return run.store
 
 
 def row_hashes(store: Store) -> dict[str, str]:

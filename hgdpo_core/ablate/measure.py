@@ -1,32 +1,30 @@
 """One arm with one training seed: triplets, LoRA, images, scores, numbers. What is finished is found again."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
+from hgdpo_core import pipeline
 from hgdpo_core.ablate.arms import Arm, arm_config, evaluation_scorers
-from hgdpo_core.ablate.program import Shared, draw, score
+from hgdpo_core.ablate.program import Shared
 from hgdpo_core.ablate.settings import World, feature_scorer
 from hgdpo_core.config import RunConfig, StageConfig, content_hash
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.evaluate import compare, image_scores, plan_evaluation
-from hgdpo_core.execution.jobs import offer_distances, offer_features, offer_latents
+from hgdpo_core.evaluate import image_scores, plan_evaluation
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import channel_means
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import PromptList, prompt_id, save_prompts
+from hgdpo_core.run import Run
 from hgdpo_core.scorers import defect_limit, find_scorer
-from hgdpo_core.stages.distances import distance_folder, enough_shards, read_distances
-from hgdpo_core.stages.features import feature_folder, measure_spread
-from hgdpo_core.stages.latents import latent_folder
+from hgdpo_core.stages.distances import DistanceStage
+from hgdpo_core.stages.features import FeatureStage, measure_spread
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
-from hgdpo_core.stages.triplets import build_triplets, dataset_card, triplet_folder
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training.request import TrainRequest
 from hgdpo_core.training.tune import Tuned
 
 FORMAT_VERSION = 1  # raise when the same arm would be measured otherwise
@@ -68,19 +66,19 @@ def run_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_
     A record of the same settings, model, prompts and judges is returned as it is. Each step that is finished is found
     again, so a stopped arm goes on where it stood.
     """
-    store, config = shared.ablation.run.store, arm_config(shared.ablation.run.config, arm, seed)
+    run = _arm_run(shared, arm, seed)
+    store, config = run.store, run.config
     key = f"ablations/arms/{_arm_id(shared, config, arm)}.json"
     found = _read_record(shared, key)
     if found is not None:
         return found
     tuned, triplets = train_arm(shared, arm, seed, stages, runner)
-    prompts = shared.ablation.run.evaluation_prompts.prompts
-    model = shared.model.with_lora(tuned.path, arm.lora_weight)
-    images = plan_evaluation(store, model, config.sampler, config.pool, config.evaluation, prompts)
-    draw(images, "images", stages, runner)
-    scores = score(shared.ablation.run, images, config.evaluation.scorers, stages, runner)
+    prompts, model = run.evaluation_prompts.prompts, tuned.applied_to(shared.model, arm.lora_weight)
+    images = pipeline.generate_evaluation(run, {"tuned": model}, runner, stages)["tuned"]
+    scores = pipeline.score_evaluation(run, {"tuned": images}, runner, stages)["tuned"]
     target_scores = {name: shared.target_scores[name] for name in scores}
-    result = compare(store, shared.target_images, images, target_scores, scores, prompts, config.evaluation)
+    result = pipeline.compare_models(run, {"target": shared.target_images, "tuned": images},
+                                     {"target": target_scores, "tuned": scores})
     record = ArmRecord(
         arm=asdict(arm), seed=seed, triplets=triplets, model_id=tuned.model_id, evaluation_id=result.evaluation_id,
         win_rate={name: rate.as_dict() for name, rate in result.win_rates.items()},
@@ -102,25 +100,22 @@ def _defect_difference(shared: Shared, scorer: str, images: PoolPlan, scores: Sh
     return (tuned - target).tolist()
 
 
+def _arm_run(shared: Shared, arm: Arm, seed: int) -> Run:
+    """The ablation's run with the arm's settings and prompts."""
+    run = shared.ablation.run
+    return replace(run, config=arm_config(run.config, arm, seed), prompts=PromptList(run.prompts.prompts[:arm.prompts]))
+
+
 def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_stages,
               runner: Runner = IN_PROCESS) -> tuple[Tuned, int]:
     """The arm's LoRA, and the number of triplets it was trained on."""
-    run, config = shared.ablation.run, arm_config(shared.ablation.run.config, arm, seed)
-    prompts = PromptList(run.prompts.prompts[:arm.prompts])
-    save_prompts(run.store, prompts)
-    scores = shared.scores[arm.world]
-    indices = plan_pool(run.store, shared.model, config.sampler.plain, config.pool, prompts.prompts).indices
-    folder = triplet_folder(run.store, shared.pool.folder, scores, prompts.id, config.triplets)
-    with stages("triplets") as progress:
-        counts = build_triplets(shared.pool.folder, scores, folder, prompts.prompts, indices, config.triplets,
-                                progress=progress)
-    run.store.write_bytes(f"{folder.key}/README.md", dataset_card(folder, indices, counts).encode())
-    latents = latent_folder(run.store, folder, shared.model, (config.sampler.width, config.sampler.height),
-                            flips=config.dpo.flip)
-    runner.make([offer_latents(folder, latents, shared.model, indices, share=runner.share)], stages)
-    request = TrainRequest.for_dpo(run.store, shared.model, folder, latents, indices, config.dpo, share=runner.share)
-    with stages("dpo") as progress:
-        return runner.train(request, progress), counts.triplets
+    run = _arm_run(shared, arm, seed)
+    save_prompts(run.store, run.prompts)
+    pool = plan_pool(run.store, shared.model, run.config.sampler.plain, run.config.pool, run.prompts.prompts)
+    triplets = pipeline.make_triplets(run, pool, shared.scores[arm.world], runner, stages)
+    latents = pipeline.encode_triplets(run, triplets, shared.model, runner, stages)
+    lora = pipeline.train_lora(run, shared.model, triplets, latents, runner, stages, validate=False)
+    return lora, triplets.counts().triplets
 
 
 def measure_diversity(shared: Shared, arm: Arm | None, seed: int, stages: StageProgress = silent_stages,
@@ -133,15 +128,14 @@ def measure_diversity(shared: Shared, arm: Arm | None, seed: int, stages: StageP
     config, model = run.config, shared.model
     if arm is not None:
         config = arm_config(run.config, arm, seed)
-        model = shared.model.with_lora(train_arm(shared, arm, seed, stages, runner)[0].path, arm.lora_weight)
+        model = train_arm(shared, arm, seed, stages, runner)[0].applied_to(shared.model, arm.lora_weight)
     evaluation = config.evaluation.model_copy(update={"images_per_prompt": settings.diversity_images})
     prompts = run.evaluation_prompts.prompts[:settings.diversity_prompts]
-    pool = plan_evaluation(run.store, model, config.sampler, config.pool, evaluation, prompts)
-    draw(pool, "images", stages, runner)
-    scorer = feature_scorer(run.config)
-    features = feature_folder(run.store, pool.pool_id, scorer)
-    runner.make([offer_features(pool, features, scorer, share=runner.share)], stages)
-    return Diversity(pool, measure_spread(features, pool.indices, prompts))
+    pool = plan_evaluation(run.store, model, config.sampler, config.pool, evaluation, prompts).titled("images")
+    features = FeatureStage.of(pool, feature_scorer(run.config), title="features")
+    for stage in (pool, features):
+        runner.make([stage], stages)
+    return Diversity(pool, measure_spread(features.folder, pool.indices, prompts))
 
 
 def measure_rank_distances(shared: Shared, world: World, stages: StageProgress = silent_stages,
@@ -150,11 +144,10 @@ def measure_rank_distances(shared: Shared, world: World, stages: StageProgress =
 
     Whole shards of the pool are measured, at least `distance_pools` pools where there are as many.
     """
-    pool, scores = shared.pool, shared.scores[world]
-    folder = distance_folder(pool.folder, scores, shared.model)
-    indices = enough_shards(pool, shared.ablation.settings.distance_pools)
-    runner.make([offer_distances(pool.folder, scores, folder, shared.model, indices, share=runner.share)], stages)
-    return read_distances(folder, indices, pool.pool.images_per_prompt)
+    stage = DistanceStage.of(shared.pool, shared.scores[world], shared.model,
+                             shared.ablation.settings.distance_pools)
+    runner.make([stage], stages)
+    return stage.read()
 
 
 def prompt_colours(plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:

@@ -1,15 +1,13 @@
 """An ablation opened, and what all its arms share: one fine-tuned target, one pool, its scores, the target's images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hgdpo_core import __version__
+from hgdpo_core import __version__, pipeline
 from hgdpo_core.ablate.arms import Arm, PlannedTable, all_arms, evaluation_scorers, plan_tables, ranking_scorer
 from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check
 from hgdpo_core.config import ScorerConfig, apply_overrides, content_hash
-from hgdpo_core.evaluate import plan_evaluation
-from hgdpo_core.execution.jobs import offer_pool, offer_scores
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.presets import build_config
@@ -17,11 +15,8 @@ from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import save_prompts
 from hgdpo_core.run import Run, check_run, shell_command
 from hgdpo_core.scorers import find_scorer
-from hgdpo_core.stages.pool import PoolPlan, plan_pool
-from hgdpo_core.stages.scores import score_folder
+from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training.request import TrainRequest
-from hgdpo_core.training.tune import find_tuned_target
 
 PREFIX = "ablation."
 """Overrides that start so are settings of the ablation, the others of the run that it varies."""
@@ -101,39 +96,15 @@ class Shared:
 
 
 def prepare_shared(ablation: Ablation, stages: StageProgress = silent_stages, runner: Runner = IN_PROCESS) -> Shared:
-    """SFT, the pool, its scores in every world, the target's evaluation images and their scores; found where made."""
+    """SFT, the pool, its scores in every world, the target's evaluation images and their scores; made where missing."""
     run, config = ablation.run, ablation.run.config
-    model = _fine_tune(run, stages, runner)
-    pool = plan_pool(run.store, model, config.sampler.plain, config.pool, run.prompts.prompts)
-    draw(pool, "pool", stages, runner)
-    images = plan_evaluation(run.store, model, config.sampler, config.pool, config.evaluation,
-                             run.evaluation_prompts.prompts)
-    draw(images, "target", stages, runner)
+    model, _ = pipeline.tune_target(run, runner, stages, validate=False)
+    pool = pipeline.make_pool(run, model, runner, stages)
+    images = pipeline.generate_evaluation(run, {"target": model}, runner, stages)
     worlds: tuple[World, ...] = ablation.settings.worlds
     scorers = {scorer.name: scorer for world in worlds for scorer in evaluation_scorers(config, world)}
     ranking: dict[World, ScorerConfig] = {world: ranking_scorer(config, world) for world in worlds}
-    pool_scores = score(run, pool, list(ranking.values()), stages, runner)
+    pool_scores = pipeline.score_images_by(list(ranking.values()), {"pool": pool}, runner, stages)["pool"]
+    target_scores = pipeline.score_images_by(list(scorers.values()), images, runner, stages)["target"]
     return Shared(ablation, model, pool, {world: pool_scores[scorer.name] for world, scorer in ranking.items()},
-                  images, score(run, images, list(scorers.values()), stages, runner))
-
-
-def draw(plan: PoolPlan, title: str, stages: StageProgress, runner: Runner) -> None:
-    """Make what is missing of a pool."""
-    runner.make([offer_pool(plan, title=title, share=runner.share)], stages)
-
-
-def score(run: Run, pool: PoolPlan, scorers: Sequence[ScorerConfig], stages: StageProgress,
-          runner: Runner) -> dict[str, ShardFolder]:
-    """A pool's scores by scorer name, those missing made."""
-    folders = {scorer.name: score_folder(run.store, pool.pool_id, scorer) for scorer in scorers}
-    runner.make([offer_scores(pool, folders[scorer.name], scorer, share=runner.share) for scorer in scorers], stages)
-    return folders
-
-
-def _fine_tune(run: Run, stages: StageProgress, runner: Runner) -> Model:
-    if run.images is None:
-        return run.target
-    size = (run.config.sampler.width, run.config.sampler.height)
-    request = TrainRequest.for_sft(run.store, run.images, run.target, size, run.config.sft, share=runner.share)
-    with stages("encode") as encoding, stages("sft") as progress:
-        return find_tuned_target(run.target, runner.train(request, progress, encoding))
+                  images["target"], target_scores)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from hgdpo_core.config import PoolConfig, SamplerConfig
-from hgdpo_core.errors import ConfigError, ModelError, StoppedError
+from hgdpo_core.errors import ModelError, StoppedError
 from hgdpo_core.images import encode_image
-from hgdpo_core.models.model import Model, device_name, load_pipeline
+from hgdpo_core.models.model import Model, load_pipeline
 from hgdpo_core.models.sampling import decode_latents, initial_noise, make_scheduler, sample_latents
 from hgdpo_core.models.text_encoder import TextEncoder
 from hgdpo_core.parallel import count_lanes, side_by_side
@@ -39,24 +39,6 @@ class ImageGenerator:
         self.scheduler = make_scheduler(self.pipeline.scheduler.config)
         self.text_encoder = TextEncoder(self.pipeline, model)
         self.lanes = count_lanes(self.pipeline.unet, device)
-
-    def halve_batch(self) -> int:
-        """Draw half as many images together from now on, and say so; returns how many.
-
-        ConfigError when that would be less than one.
-        """
-        size, pixels = self.pool.batch_size, f"{self.sampler.width}x{self.sampler.height}"
-        if size == 1:
-            raise ConfigError(f"one image of {pixels} does not fit into the memory of {device_name(self.device)}: give "
-                              "it a device that nobody else uses, set target.dtype to bfloat16 or float16, or lower "
-                              "sampler.width and sampler.height")
-        self.pool = self.pool.model_copy(update={"batch_size": size // 2})
-        logger.warning("%d images of %s do not fit into the memory of %s together: drawing %d at a time; set "
-                       "pool.batch_size to %d to spare the try", size, pixels, device_name(self.device), size // 2,
-                       size // 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return size // 2
 
     def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
         """Rows of SCHEMA for every candidate of the prompts: in order, but prompts with longer embeddings last.

@@ -44,6 +44,14 @@ class Place(BaseModel):
             return cls(source=str(path.resolve()))
         return cls(model_id=_copy_into_store(store, path), file=path.name if path.is_file() else None)
 
+    @classmethod
+    def of_source(cls, store: Store, source: str | None, *, share: bool) -> Self:
+        """The place of a scorer's source: a path of this machine, or a name (hub id, built in) as it is."""
+        path = Path(source).expanduser() if source not in (None, FIGURES) else None
+        if path is None or not path.exists():
+            return cls(source=source)
+        return cls.of(store, path, share=share)
+
     def locate(self, store: Store) -> str:
         """What a TargetConfig or a scorer takes as `source` on this machine; a model of the store is fetched.
 

@@ -4,24 +4,15 @@ Times are never guessed: a device that nobody measured has none. Sizes follow fr
 size, but for the compression of images, which is assumed.
 """
 
-import json
-import math
-import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hgdpo_core.config import ImageFormat
-from hgdpo_core.models.lora import ATTENTION_LINEARS
 from hgdpo_core.storage.shards import ShardManifest
 
 BYTES_PER_PIXEL: dict[ImageFormat, float] = {"png": 1.6, "webp": 1.2, "jpeg": 0.35}   # assumed, for photographs
-SCORE_BYTES = DISTANCE_BYTES = 12.0
-TRIPLET_BYTES = 400.0           # a triplet's texts and numbers, beside its two images
 SHARD_BYTES = 8_000             # of a shard without its rows: Parquet's own, and the manifest
 CHECKPOINTS = 2                 # a training keeps so many
-FLOAT_BYTES = 4
 OPTIMIZER_FLOATS = 3            # a trained number and its two moments
 
 
@@ -30,27 +21,6 @@ class Rate(NamedTuple):
 
     seconds: float
     basis: str
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Numbers of a Stable Diffusion model. The defaults are SD 1.5's, for what a folder does not tell."""
-
-    unet: int = 860_000_000
-    vae: int = 84_000_000
-    text_encoder: int = 123_000_000
-    attention: int = 1_000_000      # inputs and outputs of all linear layers of attention, summed: a LoRA's size a rank
-    latent_channels: int = 4
-    scale_factor: int = 8
-    text_numbers: int = 77 * 768    # of one prompt's embedding
-
-    def latent_pixels(self, size: tuple[int, int]) -> int:
-        """Of an image of (width, height) pixels."""
-        return (size[0] // self.scale_factor) * (size[1] // self.scale_factor)
-
-    def latent_bytes(self, size: tuple[int, int], images: int) -> int:
-        """Of `images` latents and one prompt's embedding."""
-        return FLOAT_BYTES * (images * self.latent_channels * self.latent_pixels(size) + self.text_numbers)
 
 
 def measured(manifests: Iterable[ShardManifest], device: str) -> Rate | None:
@@ -65,53 +35,3 @@ def measured(manifests: Iterable[ShardManifest], device: str) -> Rate | None:
 
 
 # -- the size of a model, read from the headers of its files
-
-
-def model_size(path: Path) -> ModelSize:
-    """Of a diffusers folder or a single .safetensors file, without loading it; SD 1.5's for other files."""
-    known: dict[str, Any] = {}
-    if path.is_file() and path.suffix != ".safetensors":
-        return ModelSize()
-    if path.is_file():
-        tensors = _tensors([path])
-        parts = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-        found = {part: {name: shape for name, shape in tensors.items() if name.startswith(prefix)}
-                 for part, prefix in parts.items()}
-    else:
-        found = {part: _tensors(sorted((path / part).glob("*.safetensors")))
-                 for part in ("unet", "vae", "text_encoder")}
-        known = _from_configs(path)
-    known |= {part: _numbers(tensors) for part, tensors in found.items() if tensors}
-    attention = [shape for name, shape in found["unet"].items()
-                 if name.endswith(tuple(f".{layer}.weight" for layer in ATTENTION_LINEARS))]
-    if attention:
-        known["attention"] = sum(map(sum, attention))
-    return ModelSize(**known)
-
-
-def _from_configs(folder: Path) -> dict[str, Any]:
-    vae, text = _json(folder / "vae/config.json"), _json(folder / "text_encoder/config.json")
-    known: dict[str, Any] = {}
-    if "latent_channels" in vae and "block_out_channels" in vae:
-        known |= {"latent_channels": vae["latent_channels"], "scale_factor": 2 ** (len(vae["block_out_channels"]) - 1)}
-    if "hidden_size" in text and "max_position_embeddings" in text:
-        known["text_numbers"] = text["max_position_embeddings"] * text["hidden_size"]
-    return known
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes()) if path.is_file() else {}
-
-
-def _tensors(files: Iterable[Path]) -> dict[str, list[int]]:
-    """Name -> shape of every tensor; a name in two files (two precisions of one model) counts once."""
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        with file.open("rb") as data:
-            header = json.loads(data.read(struct.unpack("<Q", data.read(8))[0]))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return shapes
-
-
-def _numbers(tensors: dict[str, list[int]]) -> int:
-    return sum(math.prod(shape) for shape in tensors.values())

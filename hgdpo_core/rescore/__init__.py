@@ -4,6 +4,6 @@
 is the arithmetic of what changed, `drift_measure.py` takes it from the store, `drift_report.py` writes it.
 """
 
-from hgdpo_core.rescore.score import Ranking, offer_missing, rank_again, score_missing, summarise_pools
+from hgdpo_core.rescore.score import Ranking, rank_again, score_missing, score_stage, summarise_pools
 
-__all__ = ["Ranking", "offer_missing", "rank_again", "score_missing", "summarise_pools"]
+__all__ = ["Ranking", "score_stage", "rank_again", "score_missing", "summarise_pools"]

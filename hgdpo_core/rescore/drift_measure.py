@@ -15,7 +15,7 @@ from hgdpo_core.prompts import prompt_id
 from hgdpo_core.rescore.drift import ranking_drift
 from hgdpo_core.rescore.plan import ScoreJob, Skipped, read_configs
 from hgdpo_core.rescore.score import Ranking
-from hgdpo_core.stages.scores import missing_scores, score_key, score_settings
+from hgdpo_core.stages.scores import missing_scores, read_scores, score_key, score_settings
 from hgdpo_core.statistics.distributions import score_histogram, summarise_scores
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
@@ -79,11 +79,7 @@ def _read_scores(folder: ShardFolder, indices: Sequence[int], problems: list[Ski
         except CorruptShardError as error:
             problems.append(Skipped(what=folder.key, reason=str(error)))
             continue
-        by_prompt: dict[str, dict[int, float]] = {}     # a prompt's candidates are all in one shard
-        for prompt, number, score in zip(*(table[name].to_pylist() for name in ("prompt_id", "index", "score")),
-                                         strict=True):
-            by_prompt.setdefault(prompt, {})[number] = score
-        for prompt, scores in by_prompt.items():
+        for prompt, scores in read_scores(table).items():
             found[prompt] = np.array([scores[number] for number in sorted(scores)], dtype=np.float64)
     return found
 

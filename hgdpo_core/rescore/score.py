@@ -7,15 +7,15 @@ from typing import Any
 import pyarrow as pa
 
 from hgdpo_core.errors import CorruptShardError, InputError, ModelError
-from hgdpo_core.execution.jobs import Work, offer_pool_scores
 from hgdpo_core.models import default_device
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.prompts import load_prompts
+from hgdpo_core.prompts import load_prompts, prompt_id
 from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, Skipped, shards_of
 from hgdpo_core.scorers import load_judge
+from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.dataset_card import card_licence
-from hgdpo_core.stages.scores import missing_scores, score_pool, score_settings
-from hgdpo_core.stages.triplets import TripletCounts, build_triplets, dataset_card, triplet_folder
+from hgdpo_core.stages.scores import ScoreStage, missing_scores, score_pool, score_settings
+from hgdpo_core.stages.triplets import TripletCounts, TripletStage, triplet_folder, write_dataset_card
 from hgdpo_core.statistics.distributions import summarise_scores
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
@@ -51,11 +51,12 @@ def score_missing(store: Store, jobs: Sequence[ScoreJob], *, device: str | None 
     return skipped
 
 
-def offer_missing(store: Store, job: ScoreJob, *, share: bool = False) -> Work:
-    """One job as work for shard runs. Ranges are cut from the whole pool: a second attempt meets those of the first."""
+def score_stage(store: Store, job: ScoreJob) -> ScoreStage:
+    """One job as a stage of the whole pool, so that a second attempt cuts the same ranges as the first."""
     pool, version = ShardFolder.open(store, f"pools/{job.pool_id}"), job.version
     scores = ShardFolder.create(store, job.scores, score_settings(job.pool_id, version.scorer, version.fingerprint))
-    return offer_pool_scores(pool, scores, version.scorer, list(pool.manifests()), share=share)
+    return ScoreStage(pool, scores, version.scorer, tuple(pool.manifests()),
+                      f"{version.scorer.name}, {job.pool_id}")
 
 
 def _part(progress: Progress, start: int, whole: int) -> Progress:
@@ -86,15 +87,15 @@ def rank_again(store: Store, job: RankJob, *, progress: Progress = silent,
     missing = missing_scores(pool, scores, indices, pool_manifests=manifests)
     if missing:
         return Skipped(what=what, reason=f"{len(missing)} of its {len(indices)} shards have no scores")
-    triplets = triplet_folder(store, pool, scores, job.prompts_id, job.config)
+    prompts = load_prompts(store, job.prompts_id)
+    stage = TripletStage(pool, scores, triplet_folder(store, pool, scores, job.prompts_id, job.config),
+                         frozenset(map(prompt_id, prompts.prompts)), job.config, tuple(indices))
     try:
-        counts = build_triplets(pool, scores, triplets, load_prompts(store, job.prompts_id).prompts, indices,
-                                job.config, progress=progress, should_stop=should_stop)
+        stage.make(Worker("cpu", progress, should_stop))
     except CorruptShardError as error:
         return Skipped(what=what, reason=str(error))
-    card = dataset_card(triplets, indices, counts, licence=card_licence(store, job.replaces or triplets.key))
-    store.write_bytes(f"{triplets.key}/README.md", card.encode())
-    return Ranking(job, triplets.key, tuple(indices), counts)
+    write_dataset_card(stage, card_licence(store, job.replaces or stage.folder.key))
+    return Ranking(job, stage.folder.key, tuple(indices), stage.counts())
 
 
 def summarise_pools(store: Store, plan: RescorePlan) -> list[dict[str, Any]]:

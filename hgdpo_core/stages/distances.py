@@ -1,7 +1,9 @@
 """How far the latents of a pool's n-th best image are from its best one, in their channel statistics (Figure 5b)."""
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -9,18 +11,21 @@ import torch
 from diffusers import AutoencoderKL
 
 from hgdpo_core.config import content_hash
-from hgdpo_core.errors import StoppedError
 from hgdpo_core.images import decode_image, to_model_range
 from hgdpo_core.metrics import latent_distance
-from hgdpo_core.models import Model, default_device, device_name, load_pipeline
+from hgdpo_core.models import Model, load_pipeline
+from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.models.sampling import encode_latents
-from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.stages.pool import PoolPlan
-from hgdpo_core.stages.triplets import RankedPool, read_ranked_pools
-from hgdpo_core.storage.shards import InputShard, ShardFolder
+from hgdpo_core.models.sizes import ModelSize
+from hgdpo_core.parallel import threads
+from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker
+from hgdpo_core.stages.pool import PoolPlan, images_per_shard
+from hgdpo_core.stages.probes import ENCODE_BATCH, probe_encoding
+from hgdpo_core.stages.triplets import RankedPool, join_scores
+from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 
+DISTANCE_BYTES = 12.0
 MEASURED_POOLS = 32  # for the curve of the report; more only make it smoother
-ENCODE_BATCH = 16
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("rank", pa.int32()), ("mean_distance", pa.float32()),
                     ("deviation_distance", pa.float32())])
 
@@ -48,52 +53,107 @@ def first_shards(prompts: Mapping[int, int], pools: int = MEASURED_POOLS) -> lis
     return chosen
 
 
-def missing_distances(pool: ShardFolder, scores: ShardFolder, distances: ShardFolder,
-                      indices: Sequence[int]) -> list[int]:
-    """The shards of `indices` that are not there, or were made of other images or scores than today's."""
-    return [index for index in indices if distances.find(index, _inputs(pool, scores, index)) is None]
+@dataclass(frozen=True)
+class DistanceStage(Stage):
+    """Latent distances within some of a pool's shards; pools with a score that is not finite are left out."""
+
+    name: ClassVar[str] = "distances"
+    doing: ClassVar[str] = "measuring latent distances"
+
+    pool: ShardFolder
+    scores: ShardFolder
+    folder: ShardFolder
+    model: Model
+    requested: tuple[int, ...]
+    title: str = "latent distances"
+    images: Mapping[int, int] = field(default_factory=dict, repr=False)
+    """Images that each shard of the pool holds, where a plan knows it."""
+
+    @classmethod
+    def of(cls, plan: PoolPlan, scores: ShardFolder, model: Model, pools: int = MEASURED_POOLS) -> Self:
+        """The distances within the first shards of a planned pool that hold `pools` pools together."""
+        indices = enough_shards(plan, pools)
+        return cls(plan.folder, scores, distance_folder(plan.folder, scores, model), model, tuple(indices),
+                   images=plan.units(indices))
+
+    @property
+    def indices(self) -> list[int]:
+        return list(self.requested)
+
+    @property
+    def sources(self) -> tuple[ShardFolder, ...]:
+        return (self.pool, self.scores)
+
+    def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
+        size = self.pool.config["images_per_prompt"]
+        rows = {index: sources[0][index].rows if index in sources[0] else self.images.get(index, 0)
+                for index in indices}
+        return {index: images * (size - 1) // size for index, images in rows.items()}  # all but the best of each pool
+
+    def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
+        return model_means(self.folder.store, self.model, share=copy_to_store)
+
+    @classmethod
+    def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
+        pool, scores = (ShardFolder.open(folder.store, folder.config[name]) for name in ("pool", "scores"))
+        return cls(pool, scores, folder, find_offered_model(folder.store, folder.config["model"], recipe),
+                   tuple(indices))
+
+    @contextmanager
+    def load(self, worker: Worker) -> Iterator[Computer]:
+        yield _Measuring(load_pipeline(self.model, worker.device, vae_dtype="float32").vae)
+
+    @property
+    def images_per_shard(self) -> int:
+        return images_per_shard(self.pool)
+
+    @property
+    def work(self) -> str:
+        return "encode"
+
+    def probe(self) -> Probe | None:
+        sampler = self.pool.config["sampler"]
+        return probe_encoding(self.model, (sampler["width"], sampler["height"]))
+
+    def unit_bytes(self, size: ModelSize, image_bytes: float) -> float:
+        return DISTANCE_BYTES
+
+    def read(self) -> np.ndarray:
+        """What was measured, float64 [pools, N - 1, 2]; see `read_distances`."""
+        return read_distances(self.folder, self.requested, self.pool.config["images_per_prompt"])
 
 
-def _inputs(pool: ShardFolder, scores: ShardFolder, index: int) -> tuple[InputShard, InputShard]:
-    return pool.input_shard(index), scores.input_shard(index)
+class _Measuring:
+    """A VAE that encodes ranked pools."""
 
+    def __init__(self, vae: AutoencoderKL):
+        self._vae = vae
+        self.batch_size: int | None = ENCODE_BATCH
 
-def measure_distances(pool: ShardFolder, scores: ShardFolder, distances: ShardFolder, model: Model,
-                      missing: Sequence[int], *, device: str | None = None, progress: Progress = silent,
-                      should_stop: ShouldStop = never_stop) -> int:
-    """Measure the `missing` shards; returns the number of pools. Those with a score that is not finite are left out."""
-    if not missing:
-        return 0
-    device = device or default_device()
-    vae = load_pipeline(model, device, vae_dtype="float32").vae
-    measured = 0
-    for done, index in enumerate(missing, start=1):
-        start, rows = time.monotonic(), []
-        for ranked in read_ranked_pools(pool, scores, index):
-            if should_stop():
-                raise StoppedError("stopped while measuring latent distances; finished shards are kept")
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
+                advance: Callable[[int], None]) -> ShardRows:
+        rows: list[dict[str, Any]] = []
+        for ranked in join_scores(*tables):
+            worker.check_stop(DistanceStage.doing)
             if np.isfinite(ranked.scores).all():
-                rows += _rows(vae, ranked)
-                measured += 1
-        distances.commit(index, pa.Table.from_pylist(rows, schema=SCHEMA), inputs=_inputs(pool, scores, index),
-                         device=device_name(device), batch_size=ENCODE_BATCH, seconds=time.monotonic() - start)
-        progress(done, len(missing), "shards")
-    return measured
+                rows += self._rows(ranked)
+            advance(len(ranked.images) - 1)
+        return ShardRows(pa.Table.from_pylist(rows, schema=SCHEMA))
 
+    def _rows(self, pool: RankedPool) -> list[dict[str, Any]]:
+        order = np.argsort(-np.array(pool.scores), kind="stable")
+        latents = self._encode([pool.images[i] for i in order])
+        means, deviations = latent_distance(latents[:1].expand(len(order) - 1, -1, -1, -1), latents[1:])
+        return [{"prompt_id": pool.prompt_id, "rank": rank, "mean_distance": mean, "deviation_distance": deviation}
+                for rank, (mean, deviation) in enumerate(zip(means.tolist(), deviations.tolist(), strict=True),
+                                                         start=2)]
 
-def _rows(vae: AutoencoderKL, pool: RankedPool) -> list[dict]:
-    order = np.argsort(-np.array(pool.scores), kind="stable")
-    latents = _encode(vae, [pool.images[i] for i in order])
-    means, deviations = latent_distance(latents[:1].expand(len(order) - 1, -1, -1, -1), latents[1:])
-    return [{"prompt_id": pool.prompt_id, "rank": rank, "mean_distance": mean, "deviation_distance": deviation}
-            for rank, (mean, deviation) in enumerate(zip(means.tolist(), deviations.tolist(), strict=True), start=2)]
-
-
-def _encode(vae: AutoencoderKL, images: Sequence[bytes]) -> torch.Tensor:
-    """Scaled latents float32 [B, C, h, w] of encoded images."""
-    pixels = [to_model_range(decode_image(data)) for data in images]
-    return torch.cat([encode_latents(vae, torch.from_numpy(np.stack(pixels[start:start + ENCODE_BATCH])))
-                      for start in range(0, len(pixels), ENCODE_BATCH)])
+    def _encode(self, images: Sequence[bytes]) -> torch.Tensor:
+        """Scaled latents float32 [B, C, h, w] of encoded images."""
+        assert self.batch_size is not None
+        pixels = [to_model_range(picture) for picture in threads().map(decode_image, images)]
+        return torch.cat([encode_latents(self._vae, torch.from_numpy(np.stack(pixels[start:start + self.batch_size])))
+                          for start in range(0, len(pixels), self.batch_size)])
 
 
 def read_distances(distances: ShardFolder, indices: Sequence[int], images_per_prompt: int) -> np.ndarray:

@@ -1,20 +1,24 @@
-"""Image features of a pool by a judge's own image tower: how much the images of one prompt differ (paper Figure 8)."""
+"""Image features of a pool by a scorer's own image tower: how much the images of one prompt differ (Figure 8)."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from hgdpo_core.config import ScorerConfig, content_hash
-from hgdpo_core.errors import StoppedError
 from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import mean_pairwise_distance
-from hgdpo_core.models import DTYPES, default_device, device_name
+from hgdpo_core.models import DTYPES, default_device
+from hgdpo_core.parallel import threads
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import prompt_id
-from hgdpo_core.scorers import find_scorer, load_embedder
+from hgdpo_core.scorers import ImageEmbedder, find_scorer, load_embedder
+from hgdpo_core.stages.base import Computer, ShardRows, Worker
+from hgdpo_core.stages.scores import ScoreStage
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -28,28 +32,48 @@ def feature_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFol
     return ShardFolder.create(store, f"features/{pool_id}/{scorer.name}-{content_hash(settings)}", settings)
 
 
-def embed_pool(pool: ShardFolder, features: ShardFolder, scorer: ScorerConfig, missing: Sequence[int], *,
+@dataclass(frozen=True)
+class FeatureStage(ScoreStage):
+    """Features of a pool's images: made from the same shards as scores, by the same networks."""
+
+    name: ClassVar[str] = "features"
+    doing: ClassVar[str] = "embedding images"
+
+    @staticmethod
+    def _create_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFolder:
+        return feature_folder(store, pool_id, scorer)
+
+    @contextmanager
+    def load(self, worker: Worker) -> Iterator[Computer]:
+        embedder = worker.network or load_embedder(self.scorer.name, source=self.scorer.source, device=worker.device,
+                                                   dtype=DTYPES[self.scorer.dtype])
+        yield _Embedding(embedder, self.scorer.batch_size)
+
+
+class _Embedding:
+    def __init__(self, embedder: ImageEmbedder, batch_size: int):
+        self._embedder = embedder
+        self.batch_size: int | None = batch_size
+
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
+                advance: Callable[[int], None]) -> ShardRows:
+        (images,), vectors = tables, []
+        assert self.batch_size is not None
+        for first in range(0, images.num_rows, self.batch_size):
+            worker.check_stop(FeatureStage.doing)
+            data = images["image"].slice(first, self.batch_size).to_pylist()
+            features = self._embedder.embed_images(list(threads().map(decode_image, data)))
+            vectors += [vector.numpy().tobytes() for vector in features.float().cpu()]
+            advance(len(data))
+        return ShardRows(pa.table({"prompt_id": images["prompt_id"], "index": images["index"], "feature": vectors},
+                                  schema=SCHEMA))
+
+
+def embed_pool(pool: ShardFolder, features: ShardFolder, scorer: ScorerConfig, indices: Sequence[int], *,
                device: str | None = None, progress: Progress = silent, should_stop: ShouldStop = never_stop) -> int:
-    """Embed the `missing` shards, one shard of features a shard of images; returns the images embedded."""
-    if not missing:
-        return 0
-    device = device or default_device()
-    embedder = load_embedder(scorer.name, source=scorer.source, device=device, dtype=DTYPES[scorer.dtype])
-    total, done = sum(manifest.rows for manifest in pool.manifests(missing).values()), 0
-    for index in missing:
-        start, images, vectors = time.monotonic(), pool.read(index), []
-        for first in range(0, images.num_rows, scorer.batch_size):
-            if should_stop():
-                raise StoppedError("stopped while embedding images; finished shards are kept")
-            part = [decode_image(data) for data in images["image"].slice(first, scorer.batch_size).to_pylist()]
-            vectors += [vector.numpy().tobytes() for vector in embedder.embed_images(part).float().cpu()]
-            progress(done + len(vectors), total, "images")
-        done += len(vectors)
-        table = pa.table({"prompt_id": images["prompt_id"], "index": images["index"], "feature": vectors},
-                         schema=SCHEMA)
-        features.commit(index, table, inputs=(pool.input_shard(index),), device=device_name(device),
-                        batch_size=scorer.batch_size, seconds=time.monotonic() - start)
-    return done
+    """Embed the missing shards among `indices` here; returns the images embedded."""
+    stage = FeatureStage(pool, features, scorer, tuple(indices), "features")
+    return stage.make(Worker(device or default_device(), progress, should_stop))
 
 
 def measure_spread(features: ShardFolder, indices: Sequence[int], prompts: Sequence[str]) -> list[float]:

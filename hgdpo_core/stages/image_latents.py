@@ -1,27 +1,32 @@
 """The user's own images for SFT: checked, encoded once, kept in shards; the unusable set aside with its reason."""
 
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from hgdpo_core.config import content_hash
-from hgdpo_core.errors import InputError, StoppedError
+from hgdpo_core.errors import InputError
+from hgdpo_core.image_sets import offer_images, open_offered_images
 from hgdpo_core.image_sets.sets import CAPTIONING, ImageSet, Kind
 from hgdpo_core.images import decode_image, fit_image, to_model_range
-from hgdpo_core.models import Model, default_device, device_name, load_pipeline
+from hgdpo_core.models import Model, default_device, load_pipeline
+from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.models.sampling import encode_latents, encode_text
+from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.parallel import threads
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.stages.latents import ENCODE_BATCH, embedding_shapes
+from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker
+from hgdpo_core.stages.latents import embedding_shapes
+from hgdpo_core.stages.probes import ENCODE_BATCH, probe_encoding
 from hgdpo_core.storage import Store
-from hgdpo_core.storage.shards import ShardFolder, read_table
+from hgdpo_core.storage.shards import ShardFolder, ShardManifest, read_table
 
 SMALLEST_SCALE = 0.5
 SCHEMA = pa.schema([("file_name", pa.string()), ("caption", pa.string()), ("latents", pa.binary()),
@@ -43,39 +48,109 @@ def image_latent_folder(store: Store, images: ImageSet, model: Model, size: tupl
     return ShardFolder.create(store, f"latents/images-{images.id}/{content_hash(settings)}", settings)
 
 
+@dataclass(frozen=True)
+class ImageLatentStage(Stage):
+    """Latents and text embeddings of a user's captioned images; what cannot be used is rejected with the reason."""
+
+    name: ClassVar[str] = "image_latents"
+    doing: ClassVar[str] = "encoding images"
+
+    images: ImageSet
+    folder: ShardFolder
+    model: Model
+    title: str = "sft latents"
+    requested: tuple[int, ...] | None = None
+    """None for all shards that the images fill."""
+
+    @property
+    def indices(self) -> list[int]:
+        return list(self.images.shards) if self.requested is None else list(self.requested)
+
+    def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
+        return {index: len(self.images.shard(index)) for index in indices}
+
+    def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
+        store = self.folder.store
+        return {"images": offer_images(store, self.images, share=copy_to_store), "images_id": self.images.id,
+                **model_means(store, self.model, share=copy_to_store)}
+
+    @classmethod
+    def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
+        store = folder.store
+        return cls(open_offered_images(store, recipe["images"], recipe["images_id"]), folder,
+                   find_offered_model(store, folder.config, recipe), requested=tuple(indices))
+
+    @contextmanager
+    def load(self, worker: Worker) -> Iterator[Computer]:
+        pipeline = load_pipeline(self.model, worker.device, vae_dtype="float32")
+        with self.images.reader() as reader:
+            yield _Encoding(self, pipeline, reader)
+
+    @property
+    def images_per_shard(self) -> int:
+        return max((len(self.images.shard(index)) for index in list(self.images.shards)[:1]), default=1)
+
+    @property
+    def work(self) -> str:
+        return "encode"
+
+    @property
+    def images_per_unit(self) -> int:
+        return 2 if self.folder.config.get("flips") else 1
+
+    def probe(self) -> Probe | None:
+        return probe_encoding(self.model, self.size)
+
+    def unit_bytes(self, size: ModelSize, image_bytes: float) -> float:
+        return size.latent_bytes(self.size, self.images_per_unit)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.folder.config["width"], self.folder.config["height"]
+
+    def refuse_if_empty(self) -> None:
+        """InputError when all shards are there and hold no image."""
+        made = self.existing()
+        if len(made) == len(self.indices) and not any(manifest.rows for manifest in made.values()):
+            raise InputError(f"none of the {len(self.images)} images can be used; the reasons are in "
+                             f"{self.folder.store.url(self.folder.key)}/rejected")
+
+
+class _Encoding:
+    """A VAE and a text encoder that read the user's images; memory holds one batch of them."""
+
+    def __init__(self, stage: ImageLatentStage, pipeline: Any, reader: Any):
+        self._stage, self._pipeline, self._reader = stage, pipeline, reader
+        self._shapes = embedding_shapes(pipeline, stage.size)
+        self.batch_size: int | None = ENCODE_BATCH
+
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
+                advance: Callable[[int], None]) -> ShardRows:
+        stage, rows = self._stage, self._stage.images.shard(index)
+        assert self.batch_size is not None
+        rejected: list[dict[str, str]] = []
+        usable = _usable(stage.images.kind, rows, self._reader.read(rows), stage.size, rejected, self.batch_size)
+        table, cut = _encode(self._pipeline, stage.model, _until_stopped(usable, worker),
+                             stage.folder.config.get("flips", False))
+        advance(len(rows))
+        return ShardRows(table, pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA),
+                         {**self._shapes, "rejected": len(rejected), "cut_captions": cut})
+
+
+def _until_stopped(batches: Iterator[list["_Picture"]], worker: Worker) -> Iterator[list["_Picture"]]:
+    for batch in batches:
+        worker.check_stop(ImageLatentStage.doing)
+        yield batch
+
+
 def cache_image_latents(images: ImageSet, latents: ShardFolder, model: Model, *, device: str | None = None,
                         progress: Progress = silent, should_stop: ShouldStop = never_stop) -> int:
-    """Encode the missing shards; returns how many images were read. What cannot be used is listed in `rejected/`.
-
-    Memory holds one batch of pictures and one shard of latents. InputError when no image at all can be used.
-    """
-    found = latents.manifests()
-    missing = [index for index in images.shards if index not in found]
-    total, done = sum(len(images.shard(index)) for index in missing), 0
-    device = device or default_device()
-    if missing:
-        pipeline = load_pipeline(model, device, vae_dtype="float32")
-        size = (latents.config["width"], latents.config["height"])
-        shapes = embedding_shapes(pipeline, size)
-    with images.reader() as reader:
-        for index in missing:
-            if should_stop():
-                raise StoppedError("stopped while encoding images; finished shards are kept")
-            start, rows = time.monotonic(), images.shard(index)
-            rejected: list[dict[str, str]] = []
-            usable = _usable(images.kind, rows, reader.read(rows), size, rejected)
-            table, cut = _encode(pipeline, model, usable, latents.config.get("flips", False))
-            if rejected:
-                latents.reject(f"shard-{index:05d}", pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA))
-            latents.commit(index, table, device=device_name(device), batch_size=ENCODE_BATCH,
-                           seconds=time.monotonic() - start,
-                           details={**shapes, "rejected": len(rejected), "cut_captions": cut})
-            done += len(rows)
-            progress(done, total, "images")
-    if not sum(manifest.rows for manifest in latents.manifests().values()):
-        raise InputError(f"none of the {len(images)} images can be used; the reasons are in "
-                         f"{latents.store.url(latents.key)}/rejected")
-    return done
+    """Encode the missing shards here; returns how many images were read. InputError when none can be used."""
+    stage = ImageLatentStage(images, latents, model)
+    read = stage.make(Worker(device or default_device(), progress, should_stop))
+    stage.refuse_if_empty()
+    return read
 
 
 @dataclass(frozen=True)
@@ -87,12 +162,12 @@ class _Picture:
 
 
 def _usable(kind: Kind, rows: pa.Table, contents: Iterator[bytes | str], size: tuple[int, int],
-            rejected: list[dict[str, str]]) -> Iterator[list[_Picture]]:
-    """The usable pictures in batches of ENCODE_BATCH; the others go to `rejected`."""
+            rejected: list[dict[str, str]], batch_size: int) -> Iterator[list[_Picture]]:
+    """The usable images in batches of `batch_size`; the others go to `rejected`."""
     batch: list[_Picture] = []
     names, captions = rows["name"].to_pylist(), rows["caption"].to_pylist()
-    for start in range(0, len(names), ENCODE_BATCH):
-        part = slice(start, start + ENCODE_BATCH)
+    for start in range(0, len(names), batch_size):
+        part = slice(start, start + batch_size)
         data = [next(contents) for _ in names[part]]
         opened = threads().map(partial(_open, kind, size), names[part], captions[part], data)
         for name, picture in zip(names[part], opened, strict=True):
@@ -100,9 +175,9 @@ def _usable(kind: Kind, rows: pa.Table, contents: Iterator[bytes | str], size: t
                 rejected.append({"file_name": name, "reason": picture})
             else:
                 batch.append(picture)
-        if len(batch) >= ENCODE_BATCH:
-            yield batch[:ENCODE_BATCH]
-            batch = batch[ENCODE_BATCH:]
+        if len(batch) >= batch_size:
+            yield batch[:batch_size]
+            batch = batch[batch_size:]
     if batch:
         yield batch
 

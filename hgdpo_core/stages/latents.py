@@ -6,8 +6,10 @@ sampler used: from the same text encoder in the same precision, of the same leng
 than others, so a row's length says how many chunks it holds, and a batch of several lengths is padded and masked.
 """
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,16 +17,20 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from hgdpo_core.config import content_hash
-from hgdpo_core.errors import InputError, StoppedError
+from hgdpo_core.errors import InputError
 from hgdpo_core.images import decode_image, to_model_range
-from hgdpo_core.models import Model, default_device, device_name, load_pipeline
+from hgdpo_core.models import Model, default_device, load_pipeline
+from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.models.sampling import encode_latents
+from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.models.text_encoder import TextEncoder
+from hgdpo_core.parallel import threads
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker
+from hgdpo_core.stages.probes import ENCODE_BATCH, probe_encoding
 from hgdpo_core.storage import Store
-from hgdpo_core.storage.shards import ShardFolder
+from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 
-ENCODE_BATCH = 16
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("winner", pa.binary()), ("loser", pa.binary()),
                     ("prompt_embeds", pa.binary())])
 MIRRORED = ("winner_mirrored", "loser_mirrored")  # columns of a folder with flips
@@ -46,67 +52,112 @@ def latent_folder(store: Store, triplets: ShardFolder, model: Model, size: tuple
     return ShardFolder.create(store, f"latents/{dataset}/{content_hash(settings)}", settings)
 
 
-def missing_latents(triplets: ShardFolder, latents: ShardFolder, indices: Sequence[int]) -> list[int]:
-    """The triplet shards of `indices` whose latents are not there, or are of other bytes than the triplets' today."""
-    manifests, found = triplets.manifests(indices), latents.manifests(indices)
-    return [i for i in indices
-            if i not in found or found[i].inputs != (triplets.input_shard(i, manifest=manifests.get(i)),)]
+@dataclass(frozen=True)
+class LatentStage(Stage):
+    """Latents and text embeddings of a data set's shards."""
+
+    name: ClassVar[str] = "latents"
+    unit: ClassVar[str] = "pairs"
+    doing: ClassVar[str] = "encoding latents"
+
+    triplets: ShardFolder
+    folder: ShardFolder
+    model: Model
+    requested: tuple[int, ...]
+    title: str = "latents"
+    pairs: Mapping[int, int] = field(default_factory=dict, repr=False)
+    """The most pairs that each shard will hold, where a plan knows it."""
+
+    @property
+    def indices(self) -> list[int]:
+        return list(self.requested)
+
+    @property
+    def sources(self) -> tuple[ShardFolder, ...]:
+        return (self.triplets,)
+
+    def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
+        return {index: sources[0][index].rows if index in sources[0] else self.pairs.get(index, 0)
+                for index in indices}
+
+    def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
+        return model_means(self.folder.store, self.model, share=copy_to_store)
+
+    @classmethod
+    def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
+        return cls(ShardFolder.open(folder.store, folder.config["triplets"]), folder,
+                   find_offered_model(folder.store, folder.config, recipe), tuple(indices))
+
+    @contextmanager
+    def load(self, worker: Worker) -> Iterator[Computer]:
+        config = self.folder.config
+        yield _Encoding(load_pipeline(self.model, worker.device, vae_dtype="float32"), self.model,
+                        (config["width"], config["height"]), config.get("flips", False))
+
+    @property
+    def images_per_shard(self) -> int:
+        first = self.triplets.find(self.requested[0]) if self.requested else None
+        return 2 * first.rows if first and first.rows else 1
+
+    @property
+    def work(self) -> str:
+        return "encode"
+
+    @property
+    def images_per_unit(self) -> int:
+        return 4 if self.folder.config.get("flips") else 2
+
+    def probe(self) -> Probe | None:
+        return probe_encoding(self.model, (self.folder.config["width"], self.folder.config["height"]))
+
+    def unit_bytes(self, size: ModelSize, image_bytes: float) -> float:
+        return size.latent_bytes((self.folder.config["width"], self.folder.config["height"]), self.images_per_unit)
+
+
+class _Encoding:
+    """A VAE and a text encoder that fill shards."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, model: Model, size: tuple[int, int], flips: bool):
+        self._pipeline, self._size, self._flips = pipeline, size, flips
+        self._text_encoder = TextEncoder(pipeline, model)
+        self.batch_size: int | None = ENCODE_BATCH
+
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
+                advance: Callable[[int], None]) -> ShardRows:
+        (rows,) = tables
+        embeds = self._text_encoder.encode(rows["caption"].to_pylist())
+        table = pa.table({
+            "prompt_id": rows["prompt_id"], "winner": self._encode(rows["jpg_0"].to_pylist(), worker),
+            "loser": self._encode(rows["jpg_1"].to_pylist(), worker),
+            "prompt_embeds": [row.float().cpu().numpy().tobytes() for row in embeds]}, schema=SCHEMA)
+        for name, images in zip(MIRRORED, ("jpg_0", "jpg_1"), strict=True) if self._flips else ():
+            mirrored = self._encode(rows[images].to_pylist(), worker, mirror=True)
+            table = table.append_column(pa.field(name, pa.binary()), [mirrored])
+        advance(rows.num_rows)
+        return ShardRows(table, details=embedding_shapes(self._pipeline, self._size))
+
+    def _encode(self, images: list[bytes], worker: Worker, *, mirror: bool = False) -> list[bytes]:
+        assert self.batch_size is not None
+        encoded: list[bytes] = []
+        for start in range(0, len(images), self.batch_size):
+            worker.check_stop(LatentStage.doing)
+            pictures = list(threads().map(decode_image, images[start:start + self.batch_size]))
+            wrong = next((picture.size for picture in pictures if picture.size != self._size), None)
+            if wrong:
+                raise InputError(f"a triplet's image is {wrong[0]}x{wrong[1]} pixels, expected "
+                                 f"{self._size[0]}x{self._size[1]}")
+            pixels = torch.from_numpy(np.stack([to_model_range(picture) for picture in pictures]))
+            latents = encode_latents(self._pipeline.vae, pixels.flip(-1) if mirror else pixels)
+            encoded += [row.numpy().tobytes() for row in latents]
+        return encoded
 
 
 def cache_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, indices: Sequence[int], *,
                   device: str | None = None, progress: Progress = silent,
                   should_stop: ShouldStop = never_stop) -> int:
-    """Encode the missing shards among `indices`; returns the number of pairs encoded."""
-    missing = missing_latents(triplets, latents, indices)
-    if not missing:
-        return 0
-    manifests = triplets.manifests(missing)
-    device = device or default_device()
-    pipeline = load_pipeline(model, device, vae_dtype="float32")
-    text_encoder = TextEncoder(pipeline, model)
-    size = (latents.config["width"], latents.config["height"])
-    total, done = sum(manifests[i].rows for i in missing), 0
-    for index in missing:
-        if should_stop():
-            raise StoppedError("stopped while encoding latents; finished shards are kept")
-        start = time.monotonic()
-        table = _encode_shard(pipeline, text_encoder, triplets.read(index), size, latents.config.get("flips", False))
-        source = triplets.input_shard(index, manifest=manifests[index])
-        latents.commit(index, table, inputs=(source,), device=device_name(device), batch_size=ENCODE_BATCH,
-                       seconds=time.monotonic() - start, details=embedding_shapes(pipeline, size))
-        done += table.num_rows
-        progress(done, total, "pairs")
-    return done
-
-
-def _encode_shard(pipeline: StableDiffusionPipeline, text_encoder: TextEncoder, rows: pa.Table,
-                  size: tuple[int, int], flips: bool) -> pa.Table:
-    embeds = text_encoder.encode(rows["caption"].to_pylist())
-    table = pa.table({
-        "prompt_id": rows["prompt_id"],
-        "winner": _encode_images(pipeline, rows["jpg_0"].to_pylist(), size),
-        "loser": _encode_images(pipeline, rows["jpg_1"].to_pylist(), size),
-        "prompt_embeds": [row.float().cpu().numpy().tobytes() for row in embeds],
-    }, schema=SCHEMA)
-    for name, images in zip(MIRRORED, ("jpg_0", "jpg_1"), strict=True) if flips else ():
-        mirrored = _encode_images(pipeline, rows[images].to_pylist(), size, mirror=True)
-        table = table.append_column(pa.field(name, pa.binary()), [mirrored])
-    return table
-
-
-def _encode_images(pipeline: StableDiffusionPipeline, images: list[bytes], size: tuple[int, int], *,
-                   mirror: bool = False) -> list[bytes]:
-    encoded: list[bytes] = []
-    for start in range(0, len(images), ENCODE_BATCH):
-        pictures = [decode_image(data) for data in images[start:start + ENCODE_BATCH]]
-        wrong = next((picture.size for picture in pictures if picture.size != size), None)
-        if wrong:
-            raise InputError(f"a triplet's image is {wrong[0]}x{wrong[1]} pixels, expected {size[0]}x{size[1]}")
-        pixels = torch.from_numpy(np.stack([to_model_range(picture) for picture in pictures]))
-        if mirror:
-            pixels = pixels.flip(-1)
-        encoded += [row.numpy().tobytes() for row in encode_latents(pipeline.vae, pixels)]
-    return encoded
+    """Encode the missing shards among `indices` here; returns the number of pairs encoded."""
+    stage = LatentStage(triplets, latents, model, tuple(indices))
+    return stage.make(Worker(device or default_device(), progress, should_stop))
 
 
 def embedding_shapes(pipeline: StableDiffusionPipeline, size: tuple[int, int]) -> dict[str, list[int]]:

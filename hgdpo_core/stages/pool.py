@@ -1,31 +1,28 @@
-"""Pool generation: N candidates a prompt (arXiv:2405.20216v1, Eq. 4), shard by shard.
+"""Pool generation: N candidates per prompt (arXiv:2405.20216v1, Eq. 4), shard by shard.
 
 An evaluation's images are a pool too: of another model, with fewer images a prompt.
 """
 
 import functools
-import logging
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import pyarrow as pa
-import torch
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, content_hash, identity
 from hgdpo_core.errors import ConfigError, StorageError
-from hgdpo_core.models import Model, default_device, device_name
+from hgdpo_core.models import Model, default_device
 from hgdpo_core.models.image_generator import ImageGenerator, chunks
-from hgdpo_core.parallel import Writer
+from hgdpo_core.models.places import find_offered_model, model_means
+from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import prompt_id
+from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker, shards_like
+from hgdpo_core.stages.probes import probe_generation
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest, read_table, write_table
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 FORMAT_VERSION = 1  # raise when the same settings would give other images
 SCHEMA = pa.schema([
@@ -48,8 +45,13 @@ class PlannedShard:
 
 
 @dataclass(frozen=True)
-class PoolPlan:
-    """Where a pool lies, how it is drawn, its shards that hold the wanted prompts, and which of them are missing."""
+class PoolPlan(Stage):
+    """Where a pool lies, how it is generated, its shards that hold the requested prompts, and which are missing."""
+
+    name: ClassVar[str] = "pool"
+    doing: ClassVar[str] = "generating images"
+    images_per_run: ClassVar[str] = "draw_images_per_run"
+    least_runs: ClassVar[str | None] = "least_draw_runs"
 
     pool_id: str
     folder: ShardFolder
@@ -60,6 +62,7 @@ class PoolPlan:
     missing: tuple[PlannedShard, ...]
     found: Mapping[int, ShardManifest] = field(default_factory=dict, repr=False)
     """Manifests of the planned shards that are there, where `plan_pool` planned them."""
+    title: str = "pool"
 
     @property
     def indices(self) -> list[int]:
@@ -74,10 +77,95 @@ class PoolPlan:
     def missing_images(self) -> int:
         return self.pool.images_per_prompt * sum(len(shard.prompts) for shard in self.missing)
 
-    def find_missing(self, indices: Sequence[int]) -> list[int]:
-        """Which of some planned shards are not there now."""
-        manifests, shards = self.folder.manifests(indices), {shard.index: shard for shard in self.shards}
-        return [index for index in indices if not _holds(manifests.get(index), shards[index])]
+    def titled(self, title: str) -> "PoolPlan":
+        """The same under another name for people."""
+        return replace(self, title=title)
+
+    @functools.cached_property
+    def _by_index(self) -> dict[int, PlannedShard]:
+        return {shard.index: shard for shard in self.shards}
+
+    def _is_made(self, index: int, manifest: ShardManifest, sources: Sequence[Mapping[int, ShardManifest]]) -> bool:
+        return _holds(manifest, self._by_index[index])
+
+    def was_made_meanwhile(self, index: int) -> bool:
+        return _holds(self.folder.find(index), self._by_index[index])
+
+    def is_requested(self, index: int, manifest: ShardManifest) -> bool:
+        return _holds(manifest, self._by_index[index])
+
+    def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]] = ()) -> dict[int, int]:
+        return {index: self.pool.images_per_prompt * len(self._by_index[index].prompts) for index in indices}
+
+    def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
+        return {"batch_size": self.pool.batch_size,
+                **model_means(self.folder.store, self.model, share=copy_to_store)}
+
+    @classmethod
+    def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> "PoolPlan":
+        config = folder.config
+        names = ("images_per_prompt", "seed", "image_format", "prompts_per_shard")
+        pool = PoolConfig(batch_size=recipe["batch_size"], **{name: config[name] for name in names})
+        model = find_offered_model(folder.store, config["model"], recipe)
+        return open_pool(folder, model, SamplerConfig.model_validate(config["sampler"]), pool, indices)
+
+    @contextmanager
+    def load(self, worker: Worker) -> Iterator[Computer]:
+        generator = worker.network or ImageGenerator(self.model, self.sampler, self.pool, worker.device)
+        yield _Generating(generator, self._by_index)
+
+    @property
+    def images_per_shard(self) -> int:
+        return images_per_shard(self.folder)
+
+    def first_prompts(self, index: int) -> Sequence[str]:
+        return self._by_index[index].prompts
+
+    @property
+    def work(self) -> str:
+        return "generate"
+
+    @property
+    def images_per_unit(self) -> int:
+        return 2 if self.sampler.latent_normalisation else 1  # two models sample side by side
+
+    def comparable(self) -> Iterator[ShardManifest]:
+        sampler = pool_settings(self.model, self.sampler.plain, self.pool)["sampler"]
+        return shards_like(self.folder.store, "pools", sampler=sampler)
+
+    def probe(self) -> Probe:
+        return probe_generation(self.model, self.sampler.plain, self.pool, self.shards[0].prompts[0])
+
+    def unit_bytes(self, size: ModelSize, image_bytes: float) -> float:
+        return image_bytes
+
+
+def images_per_shard(pool: ShardFolder) -> int:
+    """Images of a full shard of a pool."""
+    return pool.config["images_per_prompt"] * pool.config["prompts_per_shard"]
+
+
+class _Generating:
+    """An image generator that fills shards."""
+
+    def __init__(self, generator: ImageGenerator, shards: Mapping[int, PlannedShard]):
+        self.generator, self._shards = generator, shards
+
+    @property
+    def batch_size(self) -> int | None:
+        return self.generator.pool.batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int | None) -> None:
+        self.generator.pool = self.generator.pool.model_copy(update={"batch_size": size})
+
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
+                advance: Callable[[int], None]) -> ShardRows:
+        shard, rows = self._shards[index], []
+        for row in self.generator.generate(shard.prompts, worker.should_stop):
+            rows.append(row)
+            advance(1)
+        return ShardRows(pa.Table.from_pylist(rows, schema=SCHEMA), details={"prompt_ids": shard.prompt_ids})
 
 
 def pool_settings(model: Model, sampler: SamplerConfig, pool: PoolConfig) -> dict:
@@ -162,51 +250,5 @@ def _write_plan(store: Store, key: str, shards: Sequence[PlannedShard]) -> None:
 
 def generate_pool(plan: PoolPlan, *, device: str | None = None, generator: ImageGenerator | None = None,
                   progress: Progress = silent, should_stop: ShouldStop = never_stop) -> int:
-    """Make the plan's missing shards and commit each as it finishes; returns the number of images made.
-
-    `generator`: the plan's model, already loaded. Without one it loads here, and only if something is missing.
-    A shard is written while the next is drawn. Stopping loses at most the shard being drawn, dying also the one being
-    written. Where a batch does not fit into memory, its shard starts again with half of it; ConfigError at one image.
-    """
-    if not plan.missing:
-        return 0
-    generator = generator or ImageGenerator(plan.model, plan.sampler, plan.pool, device or default_device())
-    total, done, batch_size = plan.missing_images, 0, plan.pool.batch_size
-    with Writer() as writer:
-        for shard in plan.missing:
-            if _holds(plan.folder.find(shard.index), shard):  # another worker was faster
-                done += len(shard.prompts) * plan.pool.images_per_prompt
-                progress(done, total, "images")
-                continue
-            start, rows = time.monotonic(), None
-            while rows is None:
-                rows = _draw_shard(generator, shard, done, total, progress, should_stop)
-                if rows is None:
-                    batch_size = generator.halve_batch()
-            done += len(rows)
-            writer.start(functools.partial(_commit_shard, plan, shard, rows, device=device_name(generator.device),
-                                           batch_size=batch_size, seconds=time.monotonic() - start))
-    return done
-
-
-def _draw_shard(generator: ImageGenerator, shard: PlannedShard, before: int, total: int, progress: Progress,
-                should_stop: ShouldStop) -> list[dict] | None:
-    """The shard's rows; None when a batch does not fit into memory."""
-    rows = []
-    try:
-        for row in generator.generate(shard.prompts, should_stop):
-            rows.append(row)
-            progress(before + len(rows), total, "images")
-    except torch.OutOfMemoryError:
-        return None  # and not handled here: the error holds on to the tensors it met
-    return rows
-
-
-def _commit_shard(plan: PoolPlan, shard: PlannedShard, rows: Sequence[dict], *, device: str, batch_size: int,
-                  seconds: float) -> None:
-    manifest = plan.folder.commit(
-        shard.index, pa.Table.from_pylist(list(rows), schema=SCHEMA), device=device, batch_size=batch_size,
-        seconds=seconds, details={"prompt_ids": shard.prompt_ids})
-    if not _holds(manifest, shard):
-        raise StorageError(f"shard {shard.index} of {plan.folder.key} was taken at the same moment by a run with "
-                           "other prompts: start this run again, it will plan around it")
+    """Make the plan's missing shards here; returns the number of images made. `generator`: its model, loaded."""
+    return plan.make(Worker(device or default_device(), progress, should_stop, network=generator))

@@ -1,23 +1,29 @@
 """Scoring of pools (arXiv:2405.20216v1, Eq. 5): every score is of the decoded stored bytes, so it can be repeated."""
 
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import pyarrow as pa
 
 from hgdpo_core.config import PromptSyntax, ScorerConfig, content_hash
-from hgdpo_core.errors import StoppedError
 from hgdpo_core.images import decode_image
-from hgdpo_core.models import default_device, device_name, recorded_syntax
+from hgdpo_core.models import default_device, recorded_syntax
+from hgdpo_core.models.places import Place, refuse_other_model
+from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.parallel import threads
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts.syntax import strip_syntax
 from hgdpo_core.scorers import Scorer, find_scorer, load_judge
+from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker, is_made_from, shards_like
+from hgdpo_core.stages.pool import PoolPlan, images_per_shard
+from hgdpo_core.stages.probes import probe_scoring
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("index", pa.int32()), ("score", pa.float32())])
+SCORE_BYTES = 12.0
 
 
 def score_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFolder:
@@ -27,7 +33,7 @@ def score_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFolde
 
 
 def score_settings(pool_id: str, scorer: ScorerConfig, fingerprint: str) -> dict[str, Any]:
-    """All that decides the scores of a pool: its images, and the judge's weights and precision."""
+    """All that decides the scores of a pool: its images, and the scorer's weights and precision."""
     return {"stage": "score", "pool_id": pool_id, "scorer": scorer.name, "dtype": scorer.dtype,
             "fingerprint": fingerprint}
 
@@ -42,49 +48,134 @@ def missing_scores(pool: ShardFolder, scores: ShardFolder, indices: Sequence[int
                    score_manifests: Mapping[int, ShardManifest] | None = None) -> list[int]:
     """The pool shards of `indices` whose scores are not there, or are of other bytes than the pool's today.
 
-    Manifests that the caller has read already are not read again. StorageError for a pool shard that is not there (any
-    more): its stage makes it again.
+    Manifests that the caller has read already are not read again.
     """
-    pool_manifests = pool.manifests(indices) if pool_manifests is None else pool_manifests
-    score_manifests = scores.manifests(indices) if score_manifests is None else score_manifests
+    sources = [(pool, pool.manifests(indices) if pool_manifests is None else pool_manifests)]
+    manifests = scores.manifests(indices) if score_manifests is None else score_manifests
     return [index for index in indices
-            if index not in score_manifests
-            or score_manifests[index].inputs != (pool.input_shard(index, manifest=pool_manifests.get(index)),)]
+            if index not in manifests or not is_made_from(manifests[index], index, sources)]
+
+
+@dataclass(frozen=True)
+class ScoreStage(Stage):
+    """Scores of a pool's shards by one scorer, one shard of scores for each shard of images."""
+
+    name: ClassVar[str] = "score"
+    doing: ClassVar[str] = "scoring"
+
+    pool: ShardFolder
+    folder: ShardFolder
+    scorer: ScorerConfig
+    requested: tuple[int, ...]
+    title: str
+    prompts: Mapping[int, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    """Prompts of each shard, where a plan knows them."""
+
+    @classmethod
+    def of(cls, plan: PoolPlan, scorer: ScorerConfig, *, title: str | None = None) -> Self:
+        """The scores of a planned pool; titled as the scorer unless told otherwise."""
+        return cls(plan.folder, cls._create_folder(plan.folder.store, plan.pool_id, scorer), scorer,
+                   tuple(plan.indices), title or scorer.name, {shard.index: shard.prompts for shard in plan.shards})
+
+    @staticmethod
+    def _create_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFolder:
+        return score_folder(store, pool_id, scorer)
+
+    @property
+    def indices(self) -> list[int]:
+        return list(self.requested)
+
+    @property
+    def sources(self) -> tuple[ShardFolder, ...]:
+        return (self.pool,)
+
+    def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
+        images = self.pool.config["images_per_prompt"]
+        return {index: sources[0][index].rows if index in sources[0] else images * len(self.prompts.get(index, ()))
+                for index in indices}
+
+    def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
+        place = Place.of_source(self.folder.store, self.scorer.source, share=copy_to_store)
+        return {"scorer": self.scorer.model_dump(mode="json"), "place": place.model_dump()}
+
+    @classmethod
+    def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
+        scorer = ScorerConfig.model_validate(recipe["scorer"])
+        place = Place.model_validate(recipe["place"])
+        if place != Place():
+            scorer = scorer.model_copy(update={"source": place.locate(folder.store)})
+        found = find_scorer(scorer.name, scorer.source)
+        refuse_other_model(f"scorer {scorer.name}", found, folder.config["fingerprint"])
+        pool = ShardFolder.open(folder.store, f"pools/{folder.config['pool_id']}")
+        return cls(pool, folder, scorer, tuple(indices), scorer.name)
+
+    @contextmanager
+    def load(self, worker: Worker) -> Iterator[Computer]:
+        syntax = recorded_syntax(self.pool.config["model"])["prompt_syntax"]
+        yield _Scoring(worker.network or load_judge(self.scorer, worker.device), syntax, self.scorer.batch_size)
+
+    @property
+    def images_per_shard(self) -> int:
+        return images_per_shard(self.pool)
+
+    def first_prompts(self, index: int) -> Sequence[str]:
+        return self.prompts.get(index, ())
+
+    @property
+    def work(self) -> str:
+        return f"score by {self.scorer.name}"
+
+    def comparable(self) -> Iterator[ShardManifest]:
+        store = self.folder.store
+        for pool in store.list_folders("scores")[:20]:
+            yield from shards_like(store, f"scores/{pool}", scorer=self.scorer.name, dtype=self.scorer.dtype)
+
+    def probe(self) -> Probe | None:
+        sampler = self.pool.config["sampler"]
+        prompt = next((prompts[0] for prompts in self.prompts.values() if prompts), "a person")
+        return probe_scoring(self.scorer, (sampler["width"], sampler["height"]), prompt)
+
+    def unit_bytes(self, size: ModelSize, image_bytes: float) -> float:
+        return SCORE_BYTES
+
+
+class _Scoring:
+    """A scorer that fills shards. It reads prompts without the weights and brackets that the pool's model was given."""
+
+    def __init__(self, scorer: Scorer, syntax: PromptSyntax, batch_size: int):
+        self._scorer = scorer
+        self._syntax: PromptSyntax = syntax
+        self.batch_size: int | None = batch_size
+
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
+                advance: Callable[[int], None]) -> ShardRows:
+        (images,), values = tables, []
+        assert self.batch_size is not None
+        for first in range(0, images.num_rows, self.batch_size):
+            worker.check_stop(ScoreStage.doing)
+            rows = images.slice(first, self.batch_size)
+            pictures = list(threads().map(decode_image, rows["image"].to_pylist()))
+            prompts = [strip_syntax(prompt, self._syntax) for prompt in rows["prompt"].to_pylist()]
+            values += self._scorer.score(pictures, prompts).tolist()
+            advance(rows.num_rows)
+        return ShardRows(pa.table({"prompt_id": images["prompt_id"], "index": images["index"], "score": values},
+                                  schema=SCHEMA))
 
 
 def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: ScorerConfig, indices: Sequence[int], *,
                device: str | None = None, judge: Scorer | None = None, progress: Progress = silent,
                should_stop: ShouldStop = never_stop) -> int:
-    """Score the missing shards among `indices`, one shard of scores a shard of images; returns the images scored.
+    """Score the missing shards among `indices` here; returns the images scored.
 
     `judge`: the scorer, already on `device`, where one serves several pools.
-    The scorer reads prompts without the weights and brackets that the pool's model was given.
     """
-    missing = missing_scores(pool, scores, indices)
-    if not missing:
-        return 0
-    device = device or default_device()
-    judge = judge or load_judge(scorer, device)
-    syntax = recorded_syntax(pool.config["model"])["prompt_syntax"]
-    total = sum(manifest.rows for manifest in pool.manifests(missing).values())
-    done = 0
-    for index in missing:
-        start = time.monotonic()
-        images = pool.read(index)
-        source = pool.input_shard(index)
-        values: list[float] = []
-        for first in range(0, images.num_rows, scorer.batch_size):
-            if should_stop():
-                raise StoppedError("stopped while scoring; finished shards are kept")
-            values += _score_rows(judge, images.slice(first, scorer.batch_size), syntax)
-            progress(done + len(values), total, "images")
-        done += len(values)
-        table = pa.table({"prompt_id": images["prompt_id"], "index": images["index"], "score": values}, schema=SCHEMA)
-        scores.commit(index, table, inputs=(source,), device=device_name(device), batch_size=scorer.batch_size,
-                      seconds=time.monotonic() - start)
-    return done
+    stage = ScoreStage(pool, scores, scorer, tuple(indices), scorer.name)
+    return stage.make(Worker(device or default_device(), progress, should_stop, network=judge))
 
 
-def _score_rows(judge: Scorer, rows: pa.Table, syntax: PromptSyntax) -> list[float]:
-    images = list(threads().map(decode_image, rows["image"].to_pylist()))
-    return judge.score(images, [strip_syntax(prompt, syntax) for prompt in rows["prompt"].to_pylist()]).tolist()
+def read_scores(table: pa.Table) -> dict[str, dict[int, float]]:
+    """Prompt id -> image index -> score, of a shard of scores; all candidates of a prompt are in one shard."""
+    found: dict[str, dict[int, float]] = {}
+    for prompt, index, score in zip(*(table[name].to_pylist() for name in SCHEMA.names), strict=True):
+        found.setdefault(prompt, {})[index] = score
+    return found

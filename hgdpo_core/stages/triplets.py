@@ -3,23 +3,29 @@
 The first columns are Pick-a-Pic v2's, as the public Diffusion-DPO trainers read them; jpg_0 is the winner.
 """
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from hgdpo_core.config import UNKNOWN_LICENCE, TripletConfig, content_hash, identity
-from hgdpo_core.errors import ConfigError, StoppedError
+from hgdpo_core.errors import ConfigError
+from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.prompts import prompt_id
+from hgdpo_core.prompts import PromptList, load_prompts, prompt_id
 from hgdpo_core.selection import select_pair
+from hgdpo_core.stages.base import Computer, ShardRows, Stage, Worker, shards_like
 from hgdpo_core.stages.dataset_card import render_card
+from hgdpo_core.stages.pool import PoolPlan, images_per_shard
+from hgdpo_core.stages.scores import read_scores
 from hgdpo_core.storage import Store
-from hgdpo_core.storage.shards import ShardFolder
+from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 
+TRIPLET_BYTES = 400.0  # a triplet's texts and numbers, beside its two images
 SCHEMA = pa.schema([
     ("jpg_0", pa.binary()), ("jpg_1", pa.binary()), ("label_0", pa.float64()), ("label_1", pa.float64()),
     ("caption", pa.string()), ("best_image_uid", pa.string()), ("image_0_uid", pa.string()),
@@ -57,49 +63,125 @@ def triplet_folder(store: Store, pool: ShardFolder, scores: ShardFolder, prompts
     return ShardFolder.create(store, f"triplets/{prompts_id.split('-')[0]}-{content_hash(settings)}", settings)
 
 
+@dataclass(frozen=True)
+class TripletStage(Stage):
+    """Best and worst of each pool, for the requested prompts; pools without a pair are rejected with the reason."""
+
+    name: ClassVar[str] = "triplets"
+    unit: ClassVar[str] = "prompts"
+    doing: ClassVar[str] = "ranking pools"
+    runs_on_workers: ClassVar[bool] = False
+
+    pool: ShardFolder
+    scores: ShardFolder
+    folder: ShardFolder
+    prompts: frozenset[str]
+    """Ids of the requested prompts."""
+    config: TripletConfig
+    requested: tuple[int, ...]
+    title: str = "triplets"
+    prompts_in_shard: Mapping[int, int] = field(default_factory=dict, repr=False)
+    """How many prompts each shard of the pool holds, where a plan knows it."""
+
+    @classmethod
+    def of(cls, plan: PoolPlan, scores: ShardFolder, prompts: PromptList, config: TripletConfig) -> Self:
+        """The triplets of a planned pool's shards, or of those among them that hold these prompts."""
+        folder = triplet_folder(plan.folder.store, plan.folder, scores, prompts.id, config)
+        return cls(plan.folder, scores, folder, frozenset(map(prompt_id, prompts.prompts)), config,
+                   tuple(plan.indices), prompts_in_shard={shard.index: len(shard.prompts) for shard in plan.shards})
+
+    @property
+    def indices(self) -> list[int]:
+        return list(self.requested)
+
+    @property
+    def sources(self) -> tuple[ShardFolder, ...]:
+        return (self.pool, self.scores)
+
+    def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
+        size = self.pool.config["images_per_prompt"]
+        return {index: sources[0][index].rows // size if index in sources[0] else self.prompts_in_shard.get(index, 0)
+                for index in indices}
+
+    def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
+        return {"triplets": self.config.model_dump(mode="json")}
+
+    @classmethod
+    def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
+        store, config = folder.store, folder.config
+        prompts = load_prompts(store, config["prompts_id"])
+        return cls(ShardFolder.open(store, config["pool"]), ShardFolder.open(store, config["scores"]), folder,
+                   frozenset(map(prompt_id, prompts.prompts)), TripletConfig.model_validate(recipe["triplets"]),
+                   tuple(indices))
+
+    @contextmanager
+    def load(self, worker: Worker) -> Iterator[Computer]:
+        yield _Ranking(self)
+
+    @property
+    def images_per_shard(self) -> int:
+        return images_per_shard(self.pool)
+
+    @property
+    def work(self) -> str:
+        return "rank"
+
+    def comparable(self) -> Iterator[ShardManifest]:
+        return shards_like(self.folder.store, "triplets")
+
+    def unit_bytes(self, size: ModelSize, image_bytes: float) -> float:
+        return 2 * image_bytes + TRIPLET_BYTES
+
+    def counts(self, made: Mapping[int, ShardManifest] | None = None) -> TripletCounts:
+        """What became of the requested pools whose shards are there (`made`, if the caller has looked already)."""
+        manifests = (self.existing() if made is None else made).values()
+        return TripletCounts(sum(manifest.rows for manifest in manifests),
+                             sum(manifest.details["rejected"] for manifest in manifests))
+
+
+class _Ranking:
+    """Ranks the pools of a shard."""
+
+    batch_size: int | None = None
+
+    def __init__(self, stage: TripletStage):
+        self._stage = stage
+
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
+                advance: Callable[[int], None]) -> ShardRows:
+        worker.check_stop(TripletStage.doing)
+        images, scores = tables
+        stage, rows, rejected = self._stage, [], []
+        pools = join_scores(images, scores, stage.config.pool_size)
+        requested = [pool for pool in pools if pool.prompt_id in stage.prompts]
+        for pool, (winner, loser) in zip(requested, _select(requested, stage.config.loser_rank), strict=True):
+            if winner >= 0:
+                rows.append(_row(pool, winner, loser, stage.config, stage.pool.key, stage.pool.config,
+                                 stage.scores.config))
+                continue
+            finite = bool(np.isfinite(pool.scores).all())
+            rejected.append({"prompt_id": pool.prompt_id, "prompt": pool.prompt, "scores": pool.scores,
+                             "reason": "winner and loser score the same" if finite else "a score is not finite"})
+        advance(len(pools))
+        return ShardRows(pa.Table.from_pylist(rows, schema=SCHEMA),
+                         pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA), {"rejected": len(rejected)})
+
+
+def _select(pools: Sequence["RankedPool"], loser_rank: int | None) -> list[tuple[int, int]]:
+    """Winner and loser of each pool, all of one size; -1 for a pool without a pair."""
+    if not pools:
+        return []
+    winners, losers = select_pair(torch.tensor([pool.scores for pool in pools]), loser_rank=loser_rank)
+    return list(zip(winners.tolist(), losers.tolist(), strict=True))
+
+
 def build_triplets(pool: ShardFolder, scores: ShardFolder, triplets: ShardFolder, prompts: Sequence[str],
                    indices: Sequence[int], config: TripletConfig, *, progress: Progress = silent,
                    should_stop: ShouldStop = never_stop) -> TripletCounts:
-    """One shard of triplets a shard of the pool, for the wanted prompts in it; found ones are kept.
-
-    A pool without a pair is written to `rejected/` with its scores and the reason.
-    """
-    wanted = {prompt_id(prompt) for prompt in prompts}
-    pool_manifests, score_manifests = pool.manifests(), scores.manifests()
-    counted = triplets.manifests()
-    for done, index in enumerate(indices, start=1):
-        inputs = (pool.input_shard(index, manifest=pool_manifests[index]),
-                  scores.input_shard(index, manifest=score_manifests[index]))
-        if index not in counted or counted[index].inputs != inputs:
-            if should_stop():
-                raise StoppedError("stopped while ranking pools; finished shards are kept")
-            start = time.monotonic()
-            table, rejected = _select(pool, scores, index, wanted, config)
-            if rejected.num_rows:
-                triplets.reject(f"shard-{index:05d}", rejected)
-            counted[index] = triplets.commit(index, table, inputs=inputs, seconds=time.monotonic() - start,
-                                             details={"rejected": rejected.num_rows})
-            progress(done, len(indices), "shards")
-    return TripletCounts(sum(counted[i].rows for i in indices), sum(counted[i].details["rejected"] for i in indices))
-
-
-def _select(pool: ShardFolder, scores: ShardFolder, index: int, wanted: set[str],
-            config: TripletConfig) -> tuple[pa.Table, pa.Table]:
-    rows, rejected = [], []
-    settings = pool.config
-    for candidates in read_ranked_pools(pool, scores, index, config.pool_size):
-        if candidates.prompt_id not in wanted:
-            continue
-        winners, losers = select_pair(torch.tensor([candidates.scores]), loser_rank=config.loser_rank)
-        winner, loser = int(winners[0]), int(losers[0])
-        if winner < 0:
-            finite = bool(np.isfinite(candidates.scores).all())
-            reason = "winner and loser score the same" if finite else "a score is not finite"
-            rejected.append({"prompt_id": candidates.prompt_id, "prompt": candidates.prompt,
-                             "scores": candidates.scores, "reason": reason})
-            continue
-        rows.append(_row(candidates, winner, loser, config, pool.key, settings, scores.config))
-    return (pa.Table.from_pylist(rows, schema=SCHEMA), pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA))
+    """Make the missing shards among `indices` here, for the requested prompts in them; returns all their counts."""
+    stage = TripletStage(pool, scores, triplets, frozenset(map(prompt_id, prompts)), config, tuple(indices))
+    stage.make(Worker("cpu", progress, should_stop))
+    return stage.counts()
 
 
 @dataclass(frozen=True)
@@ -113,22 +195,28 @@ class RankedPool:
     scores: list[float]
 
 
-def read_ranked_pools(pool: ShardFolder, scores: ShardFolder, index: int,
-                      pool_size: int | None = None) -> Iterator[RankedPool]:
-    """The pools of one shard, joined with their scores by prompt and index; of each its first `pool_size` images.
+def join_scores(images: pa.Table, scores: pa.Table, pool_size: int | None = None) -> list[RankedPool]:
+    """The pools of one shard with their scores, joined by prompt and index; of each its first `pool_size` images.
 
-    Seeds do not depend on N, so these are what a run with a smaller pool would have drawn.
+    Seeds do not depend on N, so these are what a run with a smaller pool would have generated.
     """
-    images, values = pool.read(index), scores.read(index)
-    by_key = {(p, i): s for p, i, s in zip(values["prompt_id"].to_pylist(), values["index"].to_pylist(),
-                                           values["score"].to_pylist(), strict=True)}
-    grouped: dict[str, list[dict]] = {}
+    by_prompt = read_scores(scores)
+    grouped: dict[str, list[dict[str, Any]]] = {}
     for row in images.select(["prompt_id", "prompt", "index", "seed", "image"]).to_pylist():
         grouped.setdefault(row["prompt_id"], []).append(row)
+    pools = []
     for key, candidates in grouped.items():
         candidates = sorted(candidates, key=lambda row: row["index"])[:pool_size]
-        yield RankedPool(key, candidates[0]["prompt"], [row["image"] for row in candidates],
-                         [row["seed"] for row in candidates], [by_key[key, row["index"]] for row in candidates])
+        pools.append(RankedPool(key, candidates[0]["prompt"], [row["image"] for row in candidates],
+                                [row["seed"] for row in candidates],
+                                [by_prompt[key][row["index"]] for row in candidates]))
+    return pools
+
+
+def read_ranked_pools(pool: ShardFolder, scores: ShardFolder, index: int,
+                      pool_size: int | None = None) -> list[RankedPool]:
+    """`join_scores` of a shard that lies in the store."""
+    return join_scores(pool.read(index), scores.read(index), pool_size)
 
 
 def _row(pool: RankedPool, winner: int, loser: int, config: TripletConfig, pool_key: str,
@@ -160,6 +248,14 @@ def dataset_card(triplets: ShardFolder, indices: Sequence[int], counts: TripletC
 
     `licence`: an id of the Hugging Face hub, as cc-by-4.0.
     """
-    manifests = triplets.manifests()
+    manifests = triplets.manifests(indices)
     return render_card(triplets, [manifests[index] for index in sorted(indices)], rows=counts.triplets,
                        rejected=counts.rejected, licence=licence)
+
+
+def write_dataset_card(stage: TripletStage, licence: str = UNKNOWN_LICENCE) -> None:
+    """Put the card beside the shards, once all of them are there."""
+    made = stage.existing()
+    if len(made) == len(stage.requested):
+        card = dataset_card(stage.folder, stage.indices, stage.counts(made), licence=licence)
+        stage.folder.store.write_bytes(f"{stage.folder.key}/README.md", card.encode())

@@ -39,6 +39,9 @@ class RemoteObjects:
         return self._filesystem
 
     def size(self, key: str) -> int | None:
+        if self.is_s3:  # without the listing by which s3fs looks for a folder where there is no object
+            bucket, _, name = self._path(key).partition("/")
+            return self.filesystem.call_s3("head_object", Bucket=bucket, Key=name)["ContentLength"]
         info = self.filesystem.info(self._path(key))
         return None if info["type"] == "directory" else info["size"]
 

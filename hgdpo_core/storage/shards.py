@@ -104,6 +104,12 @@ class ShardFolder:
                                "shards; run the stage that makes it first")
         return cls(store, key, config)
 
+    @classmethod
+    def open_if_readable(cls, store: Store, key: str) -> Self | None:
+        """The folder, None where there is no readable `config.json`."""
+        config = _read_config(store, key)
+        return None if config is None else cls(store, key, config)
+
     # -- which shards exist
 
     def manifests(self, among: Iterable[int] | None = None) -> dict[int, ShardManifest]:
@@ -198,7 +204,7 @@ class ShardFolder:
         manifest = manifest or self._require(index)
         key = f"{self.key}/{manifest.file}"
         for _ in range(_READ_TRIES):
-            data = self.store.read_bytes(key)
+            data = self.store.read_bytes(key, size=manifest.bytes)
             if _is_intact(data, manifest):
                 return _from_parquet(pa.BufferReader(data), self.store.url(key), columns)
         raise self._quarantine(manifest)

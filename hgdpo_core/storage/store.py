@@ -60,11 +60,11 @@ class Store:
 
     # -- objects
 
-    def read_bytes(self, key: str) -> bytes:
-        """The whole object. MissingKeyError when there is none."""
+    def read_bytes(self, key: str, *, size: int | None = None) -> bytes:
+        """The whole object. MissingKeyError when there is none. `size`: where it is known, a request less."""
         if isinstance(self._objects, LocalFiles):
             return self._read(key)
-        size = self._existing_size(key)
+        size = self._existing_size(key) if size is None else size
         if size <= CHUNK_BYTES:
             return self._read_whole(key, size)
         data = bytearray(size)

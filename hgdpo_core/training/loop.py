@@ -20,9 +20,10 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from hgdpo_core.config import TrainingConfig, content_hash, training_identity
 from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageError
+from hgdpo_core.memory import is_out_of_memory
 from hgdpo_core.training.checkpoints import Checkpoint, Checkpoints, load_latest, save_checkpoint
 from hgdpo_core.training.data import DataOrder, SampleSource
-from hgdpo_core.training.micro_batches import GradientMaker, Means, is_out_of_memory, memory_advice
+from hgdpo_core.training.micro_batches import GradientMaker, Means, memory_advice
 from hgdpo_core.training.optimization import make_optimizer, warm_up_schedule
 from hgdpo_core.training.parts import Denoiser, Hooks, LogRow, Objective, Precision, TrainingResult, use_cpu
 from hgdpo_core.training.processes import agree, first_says

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from hgdpo_core.config import TrainingConfig
 from hgdpo_core.errors import ConfigError
+from hgdpo_core.memory import is_out_of_memory
 from hgdpo_core.training.data import DataOrder, SampleSource, sample_generator
 from hgdpo_core.training.parts import Objective
 from hgdpo_core.training.processes import agree, share_of, sum_gradients
@@ -102,11 +103,6 @@ class GradientMaker:
                        "batch stays %d, so the result stays the same; batch_size=%d with more "
                        "gradient_accumulation_steps would save the attempt", step + 1, self.micro_batch,
                        self.global_batch, self.micro_batch)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, of a GPU or of the machine."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def memory_advice(objective: Objective, config: TrainingConfig) -> str:

@@ -44,6 +44,14 @@ class Tuned:
     log: list[dict[str, float]]
     found: bool
 
+    def applied_to(self, model: Model, weight: float) -> Model:
+        """A LoRA's target with the LoRA at a weight."""
+        return model.with_lora(self.path, weight)
+
+    def as_target(self, model: Model) -> Model:
+        """The fine-tuned model, whose folder holds every part, with the target's own text and precision settings."""
+        return replace(model, path=self.path, fingerprint=fingerprint_path(self.path), vae=None, configs=None)
+
 
 def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftConfig, *,
                 validation: Validation | None = None, progress: Progress = silent,
@@ -161,8 +169,3 @@ def _refuse_foreign(triplets: ShardFolder, indices: list[int], model: Model) -> 
         if made_by - {wanted}:
             raise InputError(f"{triplets.key} was made by model {sorted(made_by - {wanted})[0][:12]}, the target is "
                              f"{wanted[:12]}: train the model that drew the pool, or set dpo.allow_foreign_triplets")
-
-
-def find_tuned_target(model: Model, tuned: Tuned) -> Model:
-    """The fine-tuned model, whose folder holds every part, with the target's own text and precision settings."""
-    return replace(model, path=tuned.path, fingerprint=fingerprint_path(tuned.path), vae=None, configs=None)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from road import tiny_parameters, walk_road
 from safetensors.torch import save_file
+from tiny_run import run_tiny, tiny_parameters
 
 from flows.cli import main
 from hgdpo_core.errors import StorageError
@@ -132,13 +132,13 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_half_written(tmp_path, tar
     for part in ("pools/n3", "checkpoints/step-2/weights"):
         full(part)
         with pytest.raises(StorageError, match="No space left on device; the disk is full: free some space") as error:
-            walk_road(root, parameters)
+            run_tiny(root, parameters)
         assert part in str(error.value) and "\n" not in str(error.value)
         assert not list(Path(root).rglob(".tmp-*"))
         made = {path: path.stat().st_mtime_ns for path in Path(root).rglob("shard-*")}
         monkeypatch.undo()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    walk_road(root, parameters)
+    run_tiny(root, parameters)
     assert made.items() <= {path: path.stat().st_mtime_ns for path in Path(root).rglob("shard-*")}.items()
 
 

@@ -8,8 +8,8 @@ import shutil
 import pytest
 from PIL import Image
 from prefect.artifacts import Artifact
-from road import tiny_parameters
 from safetensors.torch import load_file, save_file
+from tiny_run import tiny_parameters
 
 from flows.cli import main
 from hgdpo_core.storage.local import LocalFiles

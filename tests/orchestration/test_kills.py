@@ -22,7 +22,7 @@ import slow_writer
 
 from deployments import local
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
-from hgdpo_core.execution.jobs import ShardRequest, offer_pool, run_shards
+from hgdpo_core.execution.jobs import ShardRequest, cut, run_shards, write_recipe
 from hgdpo_core.models import find_model
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.stages.pool import plan_pool
@@ -46,14 +46,16 @@ def test_killed_writers_and_two_at_once_change_nothing(target_folder, tmp_path, 
     prompts = [f"a woman in a red top, number {i}" for i in range(10)]
     pool = PoolConfig(images_per_prompt=3, prompts_per_shard=1, batch_size=2)
 
-    def offered(root):
+    def planned(root):
         store = Store(str(tmp_path / root))
-        return store, offer_pool(plan_pool(store, model, SamplerConfig(width=32, height=32, steps=1), pool, prompts))
+        stage = plan_pool(store, model, SamplerConfig(width=32, height=32, steps=1), pool, prompts)
+        write_recipe(stage)
+        return store, stage, cut(stage, stage.find_missing())[0]
 
-    undisturbed, work = offered("undisturbed")
-    run_shards(work.cut()[0])
-    store, work = offered("killed")
-    request, begun = work.cut()[0].model_dump(mode="json"), tmp_path / "begun.log"
+    undisturbed, _, request = planned("undisturbed")
+    run_shards(request)
+    store, stage, request = planned("killed")
+    request, begun = request.model_dump(mode="json"), tmp_path / "begun.log"
     chance, kills, seen = random.Random(SEED), 0, {}
     # Imported once, in a process without threads that forks the writers; it knows no path but the environment's.
     monkeypatch.setenv("PYTHONPATH", f"{local.ROOT}{os.pathsep}{Path(live.__file__).parent}")
@@ -76,7 +78,7 @@ def test_killed_writers_and_two_at_once_change_nothing(target_folder, tmp_path, 
             writer.join()
             assert writer.exitcode in (0, -signal.SIGKILL)
         seen = check_nothing_changed(store, seen)
-        if not work.find_missing(work.wanted):
+        if not stage.find_missing():
             break
     assert kills >= 3
     assert live.row_hashes(store) == live.row_hashes(undisturbed)
@@ -209,7 +211,7 @@ def committed(store):
 @pytest.mark.slow
 def test_random_kills_change_nothing(workers, parameters, tmp_path):
     chance = random.Random(SEED)
-    wanted = live.row_hashes(live.walk_undisturbed(parameters | {"root": str(tmp_path / "undisturbed")}))
+    wanted = live.row_hashes(live.run_undisturbed(parameters | {"root": str(tmp_path / "undisturbed")}))
     kills, rounds = 0, 0
     while kills < KILLS:
         rounds += 1

@@ -14,7 +14,7 @@ from flows.children import Job
 from flows.runner import DeploymentRunner, check_workers, choose_runner
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, WorkersConfig
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.execution.jobs import ShardRequest, offer_pool, run_shards
+from hgdpo_core.execution.jobs import ShardRequest, run_shards
 from hgdpo_core.execution.runner import InProcess
 from hgdpo_core.models import find_model
 from hgdpo_core.progress import never_stop
@@ -80,8 +80,7 @@ def test_works_become_one_job_a_range_and_their_shards_are_counted(workers, monk
     def offered():
         """Three prompts, and the first of them by other settings."""
         store = Store(str(tmp_path))
-        return [offer_pool(plan_pool(store, model, SamplerConfig(width=32, height=32, steps=steps), pool, prompts),
-                           title=title)
+        return [plan_pool(store, model, SamplerConfig(width=32, height=32, steps=steps), pool, prompts).titled(title)
                 for title, steps, prompts in (("target", 1, ["a", "b", "c"]), ("tuned", 2, ["a"]))]
 
     def run_jobs(jobs, workers, *, should_stop, on_change):
@@ -127,5 +126,5 @@ def test_few_images_are_spread_over_several_runs(workers, monkeypatch, tmp_path,
     monkeypatch.setattr(runner, "LiveTable", lambda *_: SimpleNamespace(show=lambda rows, at_once: None))
     for runs in (1, 2):
         settings = WorkersConfig(draw_images_per_run=100, least_draw_runs=runs)
-        DeploymentRunner(settings, plan.folder.store, never_stop).make([offer_pool(plan)])
+        DeploymentRunner(settings, plan.folder.store, never_stop).make([plan])
     assert names == [["pool 0-2: a to c"], ["pool 0-1: a to b", "pool 2: c"]]

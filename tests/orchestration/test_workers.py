@@ -41,7 +41,7 @@ def test_retry_makes_only_the_failed_shard_and_the_run_completes(workers, parame
     prompts = PROMPTS[:4]
     (tmp_path / "four.txt").write_text("\n".join(prompts))
     there = parameters | {"root": "s3://bucket/retried", "prompts": str(tmp_path / "four.txt")}
-    store = live.walk_undisturbed(there)
+    store = live.run_undisturbed(there)
     rows, made = live.row_hashes(store), manifests(store)
     of_training = [key for key in made if "n3-" in key and key.startswith(("pools/", "scores/"))]
     assert len(of_training) == 8
@@ -117,7 +117,7 @@ def test_failed_and_killed_shards_and_a_killed_parent_lead_to_the_same_rows(work
     after = manifests(store, "pools")
     assert all(after[key] == manifest for key, manifest in committed.items())  # no committed shard is made again
 
-    undisturbed = live.walk_undisturbed(parameters | {"root": str(tmp_path / "undisturbed")})
+    undisturbed = live.run_undisturbed(parameters | {"root": str(tmp_path / "undisturbed")})
     assert live.row_hashes(store) == live.row_hashes(undisturbed)
 
 
@@ -130,7 +130,7 @@ def test_a_fifth_of_all_requests_failing_changes_no_row(workers, parameters, buc
     spoiled = sum(bucket.spoiled.values())
     bucket.behave()
     assert spoiled > 100
-    undisturbed = live.walk_undisturbed(parameters | {"root": str(tmp_path / "undisturbed")})
+    undisturbed = live.run_undisturbed(parameters | {"root": str(tmp_path / "undisturbed")})
     assert live.row_hashes(store) == live.row_hashes(undisturbed)
 
 

@@ -2,33 +2,25 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, TargetConfig, TripletConfig
 from hgdpo_core.errors import ConfigError, ModelError, StoppedError
-from hgdpo_core.execution.jobs import (
-    MAX_SHARD_RUNS,
-    ShardRequest,
-    Work,
-    offer_distances,
-    offer_features,
-    offer_latents,
-    offer_pool,
-    offer_scores,
-    run_shards,
-)
+from hgdpo_core.execution.jobs import MAX_SHARD_RUNS, ShardRequest, cut, run_name, run_shards, write_recipe
 from hgdpo_core.execution.runner import IN_PROCESS
 from hgdpo_core.models import find_model
 from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.models.published import publish_model
-from hgdpo_core.stages.distances import distance_folder, read_distances
-from hgdpo_core.stages.features import embed_pool, feature_folder
-from hgdpo_core.stages.latents import latent_folder
-from hgdpo_core.stages.pool import generate_pool, plan_pool
-from hgdpo_core.stages.scores import score_folder, score_pool
-from hgdpo_core.stages.triplets import build_triplets, triplet_folder
+from hgdpo_core.prompts import PromptList, save_prompts
+from hgdpo_core.stages.distances import DistanceStage
+from hgdpo_core.stages.features import FeatureStage, embed_pool, feature_folder
+from hgdpo_core.stages.latents import LatentStage, latent_folder
+from hgdpo_core.stages.pool import PlannedShard, generate_pool, plan_pool
+from hgdpo_core.stages.scores import ScoreStage, score_folder, score_pool
+from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, format_range, parse_range
 from hgdpo_core.version import code_version
@@ -54,6 +46,12 @@ def plan(root, model):
     return plan_pool(Store(str(root)), model, SAMPLER, POOL, PROMPTS)
 
 
+def requests(stage, images_per_run=None, *, copy_to_store=False):
+    """What a runner makes of a stage."""
+    write_recipe(stage, copy_to_store=copy_to_store)
+    return cut(stage, stage.find_missing(), images_per_run)
+
+
 def rows(folder: ShardFolder):
     return [folder.read(index).to_pylist() for index in folder.manifests()]
 
@@ -67,33 +65,36 @@ def test_a_request_and_the_store_are_enough_for_every_stage(tmp_path, model, jud
     undisturbed = plan(tmp_path / "a", model)
     generate_pool(undisturbed)
     there = plan(tmp_path / "b", model)
-    for request in offer_pool(there).cut(IMAGES):
+    for request in requests(there, IMAGES):
         assert run_shards(again(request)) == 2
     assert rows(there.folder) == rows(undisturbed.folder)
 
     scores = [score_folder(p.folder.store, p.pool_id, judge) for p in (undisturbed, there)]
     score_pool(undisturbed.folder.store, undisturbed.folder, scores[0], judge, undisturbed.indices)
-    assert sum(run_shards(again(r)) for r in offer_scores(there, scores[1], judge).cut(2 * IMAGES)) == 6
+    assert sum(run_shards(again(r)) for r in requests(ScoreStage.of(there, judge), 2 * IMAGES)) == 6
     assert rows(scores[0]) == rows(scores[1])
 
     features = [feature_folder(p.folder.store, p.pool_id, judge) for p in (undisturbed, there)]
     embed_pool(undisturbed.folder, features[0], judge, undisturbed.indices)
-    assert sum(run_shards(again(r)) for r in offer_features(there, features[1], judge).cut(2 * IMAGES)) == 6
+    assert sum(run_shards(again(r)) for r in requests(FeatureStage.of(there, judge), 2 * IMAGES)) == 6
     assert rows(features[0]) == rows(features[1])
-    assert offer_features(there, features[1], judge).cut() == []
+    assert requests(FeatureStage.of(there, judge)) == []
 
-    distances = distance_folder(there.folder, scores[1], model)
-    work = offer_distances(there.folder, scores[1], distances, model, there.indices)
-    assert sum(run_shards(again(r)) for r in work.cut(2 * IMAGES)) == len(PROMPTS)
-    assert read_distances(distances, there.indices, 2).shape == (len(PROMPTS), 1, 2)
-    assert offer_distances(there.folder, scores[1], distances, model, there.indices).cut() == []
+    distances = DistanceStage.of(there, scores[1], model)
+    assert sum(run_shards(again(r)) for r in requests(distances, 2 * IMAGES)) == len(PROMPTS)
+    assert distances.read().shape == (len(PROMPTS), 1, 2)
+    assert requests(distances) == []
 
-    triplets = triplet_folder(there.folder.store, there.folder, scores[1], "3-x", TripletConfig())
-    build_triplets(there.folder, scores[1], triplets, PROMPTS, there.indices, TripletConfig())
-    latents = latent_folder(there.folder.store, triplets, model, (32, 32))
-    IN_PROCESS.make([offer_latents(triplets, latents, model, there.indices)])
-    assert [len(table) for table in rows(latents)] == [len(table) for table in rows(triplets)]
-    assert offer_latents(triplets, latents, model, there.indices).cut() == []
+    prompts = PromptList(tuple(PROMPTS))
+    save_prompts(there.folder.store, prompts)
+    triplets = TripletStage.of(there, scores[1], prompts, TripletConfig())
+    assert sum(run_shards(again(r)) for r in requests(triplets, 2 * IMAGES)) == len(PROMPTS)
+    assert requests(triplets) == []
+
+    latents = LatentStage(triplets.folder, latent_folder(there.folder.store, triplets.folder, model, (32, 32)), model,
+                          triplets.requested)
+    assert IN_PROCESS.make([latents]) == [len(PROMPTS)] and IN_PROCESS.make([latents]) == [0]
+    assert [len(table) for table in rows(latents.folder)] == [len(table) for table in rows(triplets.folder)]
 
 
 def test_a_worker_reads_prompts_as_the_planner_does(tmp_path, target_folder):
@@ -110,9 +111,9 @@ def test_a_worker_reads_prompts_as_the_planner_does(tmp_path, target_folder):
 
 def test_only_what_is_missing_is_made_and_each_shard_is_told(tmp_path, model):
     there = plan(tmp_path, model)
-    first, *_ = offer_pool(there).cut(IMAGES)
+    first, *_ = requests(there, IMAGES)
     run_shards(first)
-    request, = offer_pool(plan(tmp_path, model)).cut(3 * IMAGES)
+    request, = requests(plan(tmp_path, model), 3 * IMAGES)
     seen = []
     assert run_shards(request, on_shard=lambda manifest: seen.append((manifest.index, manifest.rows))) == 4
     assert request.shards == "0-2" and seen == [(1, 2), (2, 2)]
@@ -120,16 +121,16 @@ def test_only_what_is_missing_is_made_and_each_shard_is_told(tmp_path, model):
 
 
 def test_a_stopped_range_keeps_its_finished_shards(tmp_path, model):
-    work = offer_pool(plan(tmp_path, model))
-    request, = work.cut()
+    stage = plan(tmp_path, model)
+    request, = requests(stage)
     answers = iter([False, True])
     with pytest.raises(StoppedError):
         run_shards(request, should_stop=lambda: next(answers))
-    assert list(work.folder.manifests()) == [0]
+    assert list(stage.folder.manifests()) == [0]
 
 
 def test_other_code_and_other_formats_are_refused_with_both_names(tmp_path, model):
-    request, = offer_pool(plan(tmp_path, model)).cut()
+    request, = requests(plan(tmp_path, model))
     with pytest.raises(ConfigError, match=r"code version .*\+[0-9a-f]{8}, the run that planned this work has 0\.0\.9"):
         run_shards(request.model_copy(update={"code_version": "0.0.9"}))
     with pytest.raises(ConfigError, match="format version 1, the run that planned this work has 7"):
@@ -139,7 +140,7 @@ def test_other_code_and_other_formats_are_refused_with_both_names(tmp_path, mode
 def test_another_model_at_the_same_place_is_refused(tmp_path, target_folder):
     place = shutil.copytree(target_folder, tmp_path / "model")
     there = plan(tmp_path / "root", find_model(TargetConfig(source=str(place), dtype="float32")))
-    request, = offer_pool(there).cut()
+    request, = requests(there)
     shutil.rmtree(place)
     with pytest.raises(ModelError, match="is not on this machine"):
         run_shards(request)
@@ -153,11 +154,10 @@ def test_a_shared_model_and_judge_are_found_in_the_store_and_not_on_the_disk(tmp
     shutil.copytree(target_folder, target)
     shutil.copytree(judge_folder, judge)
     there = plan(tmp_path / "root", find_model(TargetConfig(source=str(target), dtype="float32")))
-    request, = offer_pool(there, share=True).cut()
+    request, = requests(there, copy_to_store=True)
     run = [lambda: run_shards(request)]
-    scores = score_folder(there.folder.store, there.pool_id, ScorerConfig(source=str(judge)))
     generate_pool(there)
-    scoring, = offer_scores(there, scores, ScorerConfig(source=str(judge)), share=True).cut()
+    scoring, = requests(ScoreStage.of(there, ScorerConfig(source=str(judge))), copy_to_store=True)
     run.append(lambda: run_shards(scoring))
     for place in (target, judge):
         shutil.rmtree(place)
@@ -170,27 +170,32 @@ def test_a_model_of_the_store_is_named_by_its_id(tmp_path, target_folder):
     store = Store(str(tmp_path / "root"))
     path = publish_model(store, "sft-1", target_folder, {"kind": "pipeline"})
     there = plan(tmp_path / "root", find_model(TargetConfig(source=str(path), dtype="float32")))
-    offer_pool(there)
+    write_recipe(there)
     means = store.read_json(f"{there.folder.key}/means.json")
     assert means["model"]["model_id"] == "sft-1" and str(tmp_path) not in json.dumps(means)
 
 
-def test_ranges_are_cut_from_all_wanted_shards_so_that_a_second_attempt_meets_them(tmp_path, model):
-    there = plan(tmp_path, model)
-    work = Work(there.folder.store, there.folder, "pool", "tuned", 10, tuple(range(10)), frozenset({4, 9}),
-                {4: ("a very long prompt that nobody wants to read in a list of runs", "b"), 9: ("c",)}, list)
-    requests = work.cut(49)
+def test_ranges_are_cut_from_all_requested_shards_so_that_a_second_attempt_meets_them(tmp_path, model):
+    there = plan(tmp_path, model).titled("tuned")
+
+    def planned(count, prompts):
+        shards = tuple(PlannedShard(index, prompts.get(index, ())) for index in range(count))
+        return replace(there, pool=POOL, shards=shards, folder=there.folder)
+
+    ten = planned(10, {4: ("a very long prompt that is too long for a list of runs", "b"), 9: ("c",)})
+    requests = cut(ten, [4, 9], 9)  # 2 images per shard
     assert [request.shards for request in requests] == ["4-7", "8-9"]
     assert requests[0].tag == f"shard:{there.pool_id}:4"
-    assert work.name(requests[0]) == "tuned 4-7: a very long prompt that… to b"
-    assert work.name(requests[1]) == "tuned 8-9: c"
-    assert [request.shards for request in work.cut(1)] == ["4", "9"]    # at least a shard
-    assert [request.shards for request in work.cut()] == ["0-9"]
-    many = Work(there.folder.store, there.folder, "pool", "pool", 10, tuple(range(1000)), frozenset(range(1000)), {},
-                list)
-    assert len(many.cut(10)) <= MAX_SHARD_RUNS and many.name(many.cut(10)[0]) == "pool 0-3"
-    assert len(many.cut(10_000)) == 1 and len(many.cut(10_000, least_runs=4)) == 4
-    assert len(many.cut(1000, least_runs=4)) == 10 and len(many.cut(10, least_runs=900)) <= MAX_SHARD_RUNS
+    assert run_name(ten, requests[0]) == "tuned 4-7: a very long prompt that… to b"
+    assert run_name(ten, requests[1]) == "tuned 8-9: c"
+    assert [request.shards for request in cut(ten, [4, 9], 1)] == ["4", "9"]    # at least a shard
+    assert [request.shards for request in cut(ten, [4, 9])] == ["0-9"] and cut(ten, []) == []
+    many = planned(1000, {})
+    assert len(cut(many, many.indices, 2)) <= MAX_SHARD_RUNS
+    assert run_name(many, cut(many, many.indices, 2)[0]) == "tuned 0-3"
+    assert len(cut(many, many.indices, 2000)) == 1 and len(cut(many, many.indices, 2000, least_runs=4)) == 4
+    assert len(cut(many, many.indices, 200, least_runs=4)) == 10
+    assert len(cut(many, many.indices, 2, least_runs=900)) <= MAX_SHARD_RUNS
 
 
 def test_ranges_survive_their_text():

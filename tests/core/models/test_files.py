@@ -20,7 +20,7 @@ from hgdpo_core.models import Model, find_model, load_pipeline
 from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.storage import Store
-from hgdpo_core.training.tune import Tuned, find_tuned_target
+from hgdpo_core.training.tune import Tuned
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_another_vae_is_used_and_is_part_of_the_identity(place, tmp_path):
     assert {m.fingerprint for m in models}.isdisjoint({plain.fingerprint, single.fingerprint})
     images = [draw(model) for model in models]
     assert np.array_equal(*images) and not np.array_equal(images[0], draw(plain))
-    tuned = find_tuned_target(models[0], Tuned("sft-1", place / "folder", [], found=False))
+    tuned = Tuned("sft-1", place / "folder", [], found=False).as_target(models[0])
     assert tuned.fingerprint == plain.fingerprint and tuned.vae is None
 
 

@@ -5,20 +5,22 @@ import json
 import pytest
 import torch
 from faulty_s3 import served_bucket
-from road import tiny_parameters, walk_road
 from safetensors.torch import load_file, save_file
+from tiny_run import run_tiny, tiny_parameters
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
 from hgdpo_core.models import Model
-from hgdpo_core.plan import plan_run, probe, rates
-from hgdpo_core.plan.rates import ModelSize, Rate
+from hgdpo_core.models.sizes import ModelSize, model_size
+from hgdpo_core.plan import plan_run, rates
+from hgdpo_core.plan.rates import Rate
 from hgdpo_core.plan.table import RunPlan, describe, readable_bytes, readable_time
 from hgdpo_core.run import open_run
+from hgdpo_core.stages import probes
 from hgdpo_core.storage import DryStore, Store
 from hgdpo_core.storage.shards import ShardFolder
 
 STAGES = ["sft latents", "sft", "pool", "score", "triplets", "latents", "dpo", "latent distances",
-          "evaluation images, target", "pickscore, target", "evaluation images, tuned", "pickscore, tuned"]
+          "evaluation images, target", "evaluation images, tuned", "pickscore, target", "pickscore, tuned"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def parameters(tmp_path_factory, target_folder, judge_folder):
 @pytest.fixture(scope="module")
 def finished(parameters, tmp_path_factory):
     root = tmp_path_factory.mktemp("finished") / "root"
-    walk_road(str(root), parameters)
+    run_tiny(str(root), parameters)
     return root
 
 
@@ -60,7 +62,7 @@ def test_an_empty_root_is_planned_and_stays_empty(parameters, tmp_path):
     assert all(stage.bytes_missing > 0 for stage in made.stages)
     assert {name for name, stage in stages.items() if stage.seconds is None} == set(stages) - {"triplets"}
     assert made.hours is None and any("not known" in note for note in made.notes)
-    assert any("bytes of images are assumed, 1.6 a pixel in png" in note for note in made.notes)
+    assert any("bytes of images are assumed, 1.6 per pixel in png" in note for note in made.notes)
 
 
 def test_behind_sft_nothing_is_known_but_the_counts(parameters, tmp_path):
@@ -76,7 +78,8 @@ def test_latent_normalisation_counts_twice(parameters, tmp_path):
     overrides = parameters["overrides"] | {"sampler.latent_normalisation": True}
     stages = by_name(plan(tmp_path / "root", parameters | {"images": None, "overrides": overrides}, with_probe=True))
     target, tuned = stages["evaluation images, target"], stages["evaluation images, tuned"]
-    assert tuned.seconds == pytest.approx(2 * target.seconds) and target.seconds / 8 == stages["pool"].seconds / 18
+    assert tuned.seconds == pytest.approx(2 * target.seconds)
+    assert target.seconds / 8 == pytest.approx(stages["pool"].seconds / 18)
 
 
 def test_a_finished_run_is_found_whole(parameters, finished):
@@ -148,7 +151,7 @@ def test_a_dry_store_reads_and_writes_nothing(tmp_path):
 
 
 def test_a_model_is_measured_by_its_headers(target_folder, tmp_path):
-    size = rates.model_size(target_folder)
+    size = model_size(target_folder)
     unet = load_file(target_folder / "unet/diffusion_pytorch_model.safetensors")
     assert size.unet == sum(tensor.numel() for tensor in unet.values())
     layers = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
@@ -158,12 +161,12 @@ def test_a_model_is_measured_by_its_headers(target_folder, tmp_path):
     assert size.latent_bytes((32, 32), 2) == 4 * (2 * 4 * 4 * 4 + 24 * 32)
     save_file({"model.diffusion_model.a": torch.zeros(3, 5), "first_stage_model.b": torch.zeros(7),
                "cond_stage_model.c": torch.zeros(2, 2)}, tmp_path / "one.safetensors")
-    single = rates.model_size(tmp_path / "one.safetensors")
+    single = model_size(tmp_path / "one.safetensors")
     assert (single.unet, single.vae, single.text_encoder) == (15, 7, 4)
     assert single.latent_channels == 4 and single.text_numbers == 77 * 768
     (tmp_path / "bare").mkdir()
     (tmp_path / "one.ckpt").write_bytes(b"pickled")
-    assert rates.model_size(tmp_path / "bare") == rates.model_size(tmp_path / "one.ckpt") == ModelSize()
+    assert model_size(tmp_path / "bare") == model_size(tmp_path / "one.ckpt") == ModelSize()
 
 
 def test_shards_of_this_device_tell_before_those_of_others(tmp_path):
@@ -190,24 +193,24 @@ def test_drawing_is_reckoned_from_few_steps_to_all(monkeypatch):
             self.drawn.append((self.pool.images_per_prompt, self.sampler.steps))
             return [{"image": b"x" * self.sampler.steps}]
 
-    monkeypatch.setattr(probe, "ImageGenerator", Clocked)
-    monkeypatch.setattr(probe, "_timed", lambda work: (work(), 0.5 + 2.0 * Clocked.drawn[-1][1])[1])
+    monkeypatch.setattr(probes, "ImageGenerator", Clocked)
+    monkeypatch.setattr(probes, "_timed", lambda work: (work(), 0.5 + 2.0 * Clocked.drawn[-1][1])[1])
     sampler, pool = SamplerConfig(steps=50), PoolConfig(batch_size=4)
     model = Model(None, "0", "float32")
-    drawing = probe.draw(model, sampler, pool, "a man")
+    drawing = probes.probe_generation(model, sampler, pool, "a man")
     assert drawing.seconds == pytest.approx((0.5 + 2.0 * 50) / 4) and drawing.bytes is None
     assert Clocked.drawn == [(1, 1), (1, 1), (4, 1), (4, 3)]    # a whole image would take 125 of 60 seconds
     Clocked.drawn.clear()
-    monkeypatch.setattr(probe, "MAX_SECONDS", 25.0)     # of which a batch of 4 would take more
-    probe.draw(model, sampler, pool, "a man")
+    monkeypatch.setattr(probes, "MAX_SECONDS", 25.0)     # of which a batch of 4 would take more
+    probes.probe_generation(model, sampler, pool, "a man")
     assert Clocked.drawn[-1] == (2, 3)
-    assert probe.draw(model, sampler.model_copy(update={"steps": 10}), pool, "a man").bytes == 10
+    assert probes.probe_generation(model, sampler.model_copy(update={"steps": 10}), pool, "a man").bytes == 10
     assert Clocked.drawn[-1] == (1, 10)
 
 
 def test_scoring_is_timed_by_the_image(judge_folder):
     scorer = ScorerConfig(source=str(judge_folder), batch_size=5)
-    assert probe.score_seconds(scorer, (32, 32), "a man") > 0
+    assert probes.probe_scoring(scorer, (32, 32), "a man").seconds > 0
 
 
 # -- for people

@@ -22,7 +22,7 @@ from hgdpo_core.stages import image_latents as sft_images
 from hgdpo_core.stages.image_latents import cache_image_latents, find_set_aside, image_latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.training.data import LatentImages
-from hgdpo_core.training.tune import find_tuned_target, tune_target
+from hgdpo_core.training.tune import tune_target
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_sft_makes_a_target_that_plain_diffusers_opens(folder, tmp_path, model):
     assert len(LatentImages(latents, [0])) == 4
     config = SftConfig(max_steps=2, batch_size=2, learning_rate=1e-3, mixed_precision="no")
     tuned = tune_target(store, model, latents, config)
-    target = find_tuned_target(model, tuned)
+    target = tuned.as_target(model)
     assert target.fingerprint != model.fingerprint
     StableDiffusionPipeline.from_pretrained(tuned.path)
     assert tune_target(store, model, latents, config).found

@@ -62,7 +62,8 @@ def test_a_shard_of_few_batches_gives_each_all_cores(tmp_path, model, monkeypatc
     """Six images a shard: three batches fill three cores, two or one do not."""
     asked = []
     monkeypatch.setattr(image_generator, "count_lanes", lambda *_: 3)
-    monkeypatch.setattr(image_generator, "side_by_side", lambda jobs, count: asked.append(count) or (job() for job in jobs))
+    monkeypatch.setattr(image_generator, "side_by_side",
+                        lambda jobs, count: asked.append(count) or (job() for job in jobs))
     draw(tmp_path, model, prompts=PROMPTS[:2], batch_size=batch_size)
     assert asked == [lanes]
 
@@ -218,8 +219,7 @@ def test_a_batch_that_does_not_fit_is_halved_for_its_whole_shard_and_all_later_o
     assert images.keys() == expected.keys() and difference(images, expected) == 0
     assert {manifest.batch_size for manifest in plan.folder.manifests().values()} == {2}
     assert [record.message for record in caplog.records] == [
-        "5 images of 32x48 do not fit into the memory of cpu together: drawing 2 at a time; set pool.batch_size to 2 "
-        "to spare the try"]
+        "pool: 5 images do not fit into the memory of cpu together: 2 at a time from here on"]
 
 
 def test_a_shard_that_stops_fitting_on_its_way_starts_again(tmp_path, model, monkeypatch):
@@ -246,7 +246,7 @@ def test_a_shard_that_stops_fitting_on_its_way_starts_again(tmp_path, model, mon
 
 def test_one_image_that_does_not_fit_is_one_clear_line(tmp_path, model, monkeypatch):
     no_more_than(0, monkeypatch)
-    with pytest.raises(ConfigError, match=r"one image of 32x48 does not fit into the memory of cpu: .*target\.dtype"):
+    with pytest.raises(ConfigError, match=r"pool: a single image does not fit into the memory of cpu: .*target\.dtype"):
         draw(tmp_path, model, batch_size=2)
 
 

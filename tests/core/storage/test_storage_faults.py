@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import EndpointConnectionError
 from faulty_s3 import KINDS, hurried, served_bucket
-from road import decoded_rows, tiny_parameters, walk_road
+from tiny_run import decoded_rows, run_tiny, tiny_parameters
 
 from hgdpo_core.errors import CorruptShardError, StorageError
 from hgdpo_core.models.published import fetch_model, publish_model
@@ -63,7 +63,7 @@ def parameters(tmp_path_factory, target_folder, judge_folder):
 @pytest.fixture(scope="module")
 def undisturbed(parameters, tmp_path_factory):
     root = str(tmp_path_factory.mktemp("undisturbed"))
-    walk_road(root, parameters)
+    run_tiny(root, parameters)
     return decoded_rows(root)
 
 
@@ -72,7 +72,7 @@ def test_a_fifth_of_all_requests_failing_changes_no_row(store, server, seed, par
     """On a server that knows neither conditional writes nor checksum headers."""
     server.strict = True
     server.misbehave(0.2, seed=seed, most={"delay": 5})
-    walk_road(store.root, parameters)
+    run_tiny(store.root, parameters)
     assert sum(server.spoiled.values()) > 50 and server.spoiled.keys() > {"delay", "close", "lose answer"}
     server.misbehave(0.0)
     assert decoded_rows(store.root) == undisturbed

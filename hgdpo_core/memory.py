@@ -1,0 +1,26 @@
+"""What counts as running out of memory, defined once, and how memory is freed."""
+
+import gc
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+                 "HIP out of memory")
+"""Parts of the messages that libraries below torch raise as plain RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU or of the machine."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    return should_reduce_batch_size(error) or any(part in str(error) for part in OUT_OF_MEMORY)
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, also to the driver of the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

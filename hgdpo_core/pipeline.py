@@ -1,0 +1,211 @@
+"""The method, step after step, once: flows, plans, ablations, tests and benchmarks are its clients.
+
+Each step makes what is missing of it through a runner and returns what later steps need; `run_all` is their order.
+From a notebook, without Prefect: docs/NOTEBOOK.md.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from hgdpo_core.comparison_run import ComparisonRun
+from hgdpo_core.config import ScorerConfig, TrainingConfig
+from hgdpo_core.evaluate import Comparison, compare, plan_evaluation
+from hgdpo_core.execution.runner import IN_PROCESS, Runner
+from hgdpo_core.models import Model
+from hgdpo_core.progress import Progress, StageProgress, silent_stages
+from hgdpo_core.run import Run
+from hgdpo_core.stages.distances import DistanceStage
+from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
+from hgdpo_core.stages.latents import LatentStage, latent_folder
+from hgdpo_core.stages.pool import PoolPlan, plan_pool
+from hgdpo_core.stages.scores import ScoreStage
+from hgdpo_core.stages.triplets import TripletStage, write_dataset_card
+from hgdpo_core.statistics.checks import Alarm, check_run
+from hgdpo_core.storage.shards import ShardFolder
+from hgdpo_core.training.parts import LogRow
+from hgdpo_core.training.request import TrainRequest
+from hgdpo_core.training.tune import Tuned
+from hgdpo_core.training.validation import Validation
+
+OnTraining = Callable[[TrainRequest], AbstractContextManager[Progress]]
+"""Opens the progress of a training."""
+Scores = Mapping[str, Mapping[str, ShardFolder]]
+"""Name of the model -> name of the scorer -> scores of its evaluation images."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """All that a run makes before its numbers are read: models, and folders of shards."""
+
+    target: Model
+    """The target of all later steps: fine-tuned where there are images."""
+    sft_log: list[LogRow]
+    pool: PoolPlan
+    scores: ShardFolder
+    triplets: TripletStage
+    lora: Tuned
+    images: dict[str, PoolPlan]
+    """Evaluation images of "target" and "tuned"."""
+    image_scores: Scores
+    distances: DistanceStage
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: what it made, the comparison of both models, and what looks wrong in it."""
+
+    made: Made
+    comparison: Comparison
+    warnings: list[Alarm]
+
+
+def run_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages) -> Result:
+    """The whole method; what exists is not made again."""
+    made = make_all(run, runner, on)
+    comparison = compare_models(run, made.images, made.image_scores)
+    return Result(made, comparison, check_tuning(run, made.lora, comparison))
+
+
+def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages) -> Made:
+    """All steps up to the scores of both models' images. A plan runs this too, with a runner that makes nothing."""
+    target, sft_log = tune_target(run, runner, on)
+    pool = make_pool(run, target, runner, on)
+    scores = score_pool(run, pool, runner, on)
+    triplets = make_triplets(run, pool, scores, runner, on)
+    latents = encode_triplets(run, triplets, target, runner, on)
+    lora = train_lora(run, target, triplets, latents, runner, on)
+    distances = measure_distances(run, pool, scores, target, runner, on)
+    models = {"target": target, "tuned": lora.applied_to(target, run.config.evaluation.lora_weight)}
+    images = generate_evaluation(run, models, runner, on)
+    image_scores = score_evaluation(run, images, runner, on)
+    return Made(target, sft_log, pool, scores, triplets, lora, images, image_scores, distances)
+
+
+# -- the steps, in their order
+
+
+def tune_target(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages,
+                on_training: OnTraining | None = None, *, validate: bool = True) -> tuple[Model, list[LogRow]]:
+    """The target for all later steps, and the training log: fine-tuned where there are images, else as it is.
+
+    `validate`: generate validation images on the way, where the settings ask for any.
+    """
+    if run.images is None:
+        return run.target, []
+    stage = image_latent_stage(run)
+    runner.make([stage], on)
+    stage.refuse_if_empty()
+    config = run.config.sft
+    request = TrainRequest.for_sft(run.store, run.images, run.target, stage.size, config, share=runner.copy_to_store,
+                                   validation=_validation(run, config) if validate else None)
+    tuned = _train(request, runner, on, on_training)
+    return tuned.as_target(run.target), tuned.log
+
+
+def image_latent_stage(run: Run) -> ImageLatentStage:
+    """The latents of the run's images, which must be there."""
+    assert run.images is not None
+    size = (run.config.sampler.width, run.config.sampler.height)
+    folder = image_latent_folder(run.store, run.images, run.target, size, flips=run.config.sft.flip)
+    return ImageLatentStage(run.images, folder, run.target)
+
+
+def make_pool(run: Run, model: Model, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages) -> PoolPlan:
+    """N candidates for every training prompt (arXiv:2405.20216v1, Eq. 4)."""
+    pool = plan_pool(run.store, model, run.config.sampler.plain, run.config.pool, run.prompts.prompts)
+    runner.make([pool], on)
+    return pool
+
+
+def score_pool(run: Run, pool: PoolPlan, runner: Runner = IN_PROCESS,
+               on: StageProgress = silent_stages) -> ShardFolder:
+    """The ranking scorer's scores of all candidates (Eq. 5)."""
+    stage = ScoreStage.of(pool, run.config.scorer, title="score")
+    runner.make([stage], on)
+    return stage.folder
+
+
+def make_triplets(run: Run, pool: PoolPlan, scores: ShardFolder, runner: Runner = IN_PROCESS,
+                  on: StageProgress = silent_stages) -> TripletStage:
+    """Best and worst of every pool (Eq. 6) as Parquet, with the card of the data set."""
+    stage = TripletStage.of(pool, scores, run.prompts, run.config.triplets)
+    runner.make([stage], on)
+    write_dataset_card(stage, run.config.licence)
+    return stage
+
+
+def encode_triplets(run: Run, triplets: TripletStage, model: Model, runner: Runner = IN_PROCESS,
+                    on: StageProgress = silent_stages) -> LatentStage:
+    """Latents of the triplets' images and the prompts' text embeddings, for training."""
+    size = (run.config.sampler.width, run.config.sampler.height)
+    folder = latent_folder(run.store, triplets.folder, model, size, flips=run.config.dpo.flip)
+    stage = LatentStage(triplets.folder, folder, model, triplets.requested, pairs=triplets.prompts_in_shard)
+    runner.make([stage], on)
+    return stage
+
+
+def train_lora(run: Run, model: Model, triplets: TripletStage, latents: LatentStage, runner: Runner = IN_PROCESS,
+               on: StageProgress = silent_stages, on_training: OnTraining | None = None, *,
+               validate: bool = True) -> Tuned:
+    """A LoRA of the target by Diffusion-DPO with the statistic matching loss (Eq. 9). `validate`: as `tune_target`."""
+    config = run.config.dpo
+    request = TrainRequest.for_dpo(run.store, model, triplets.folder, latents.folder, triplets.indices, config,
+                                   share=runner.copy_to_store,
+                                   validation=_validation(run, config) if validate else None)
+    return _train(request, runner, on, on_training)
+
+
+def measure_distances(run: Run, pool: PoolPlan, scores: ShardFolder, model: Model, runner: Runner = IN_PROCESS,
+                      on: StageProgress = silent_stages) -> DistanceStage:
+    """How far the channel statistics of worse images are from the best one's, in some pools (Figure 5b)."""
+    stage = DistanceStage.of(pool, scores, model)
+    runner.make([stage], on)
+    return stage
+
+
+def generate_evaluation(run: Run | ComparisonRun, models: Mapping[str, Model], runner: Runner = IN_PROCESS,
+                        on: StageProgress = silent_stages) -> dict[str, PoolPlan]:
+    """The held-out prompts by each model, under its name, with the seeds that every model gets."""
+    config, prompts = run.config, run.evaluation_prompts.prompts
+    plans = {who: plan_evaluation(run.store, model, config.sampler, config.pool, config.evaluation,
+                                  prompts).titled(f"evaluation images, {who}") for who, model in models.items()}
+    runner.make(list(plans.values()), on)
+    return plans
+
+
+def score_evaluation(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], runner: Runner = IN_PROCESS,
+                     on: StageProgress = silent_stages) -> dict[str, dict[str, ShardFolder]]:
+    """Each model's images by each scorer of the evaluation."""
+    return score_images_by(run.config.evaluation.scorers, images, runner, on)
+
+
+def score_images_by(scorers: Sequence[ScorerConfig], images: Mapping[str, PoolPlan], runner: Runner = IN_PROCESS,
+                    on: StageProgress = silent_stages) -> dict[str, dict[str, ShardFolder]]:
+    """Name of the pool -> name of the scorer -> scores."""
+    stages = {(who, scorer.name): ScoreStage.of(pool, scorer, title=f"{scorer.name}, {who}")
+              for scorer in scorers for who, pool in images.items()}
+    runner.make(list(stages.values()), on)
+    return {who: {scorer.name: stages[who, scorer.name].folder for scorer in scorers} for who in images}
+
+
+def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], scores: Scores,
+                   tuned: str = "tuned") -> Comparison:
+    """Win rates, score changes, defects and colours of a model against the target; kept in `evaluations/`."""
+    return compare(run.store, images["target"], images[tuned], scores["target"], scores[tuned],
+                   run.evaluation_prompts.prompts, run.config.evaluation)
+
+
+def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[Alarm]:
+    """What a good win rate or a falling loss may hide."""
+    return check_run(lora.log, comparison.win_rates, comparison.defects, comparison.variety_change,
+                     run.config.training_judge)
+
+
+def _train(request: TrainRequest, runner: Runner, on: StageProgress, on_training: OnTraining | None) -> Tuned:
+    with (on_training(request) if on_training else on(request.kind)) as progress:
+        return runner.train(request, progress)
+
+
+def _validation(run: Run, config: TrainingConfig) -> Validation | None:
+    return Validation.of_run(run.config, config, run.evaluation_prompts.prompts)

@@ -1,0 +1,298 @@
+"""A stage: a folder of shards, which of them are missing, and how to make one; and the one loop that makes them.
+
+A stage knows all that its runner, its worker and the plan of a run ask: nothing outside its file names it. A new one
+is a class with the properties below and an entry in `STAGES` (hgdpo_core/stages/__init__.py).
+"""
+
+import functools
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import pyarrow as pa
+
+from hgdpo_core.errors import ConfigError, StoppedError, StorageError
+from hgdpo_core.memory import free_memory, is_out_of_memory
+from hgdpo_core.models import default_device, device_name
+from hgdpo_core.models.sizes import ModelSize
+from hgdpo_core.parallel import Writer
+from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import ShardFolder, ShardManifest
+
+logger = logging.getLogger(__name__)
+
+OnShard = Callable[[ShardManifest], None]
+SHARDS_COMPARED, FOLDERS_COMPARED = 8, 20  # looked at for what past work took
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What makes shards: a device, how it reports, and whether it should go on."""
+
+    device: str = field(default_factory=default_device)
+    progress: Progress = silent
+    should_stop: ShouldStop = never_stop
+    on_shard: OnShard | None = None
+    """Called with each manifest just committed."""
+    network: Any = None
+    """What the stage computes with (a scorer, an image generator), already loaded, where one serves several stages."""
+
+    def check_stop(self, doing: str) -> None:
+        """StoppedError when the work should end."""
+        if self.should_stop():
+            raise StoppedError(f"stopped while {doing}; finished shards are kept")
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """One shard as it was computed. `rejected`: what no later stage may use, with its reason."""
+
+    table: pa.Table
+    rejected: pa.Table | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Probe(NamedTuple):
+    """What one image of a stage's work costs on this machine: seconds, and bytes as it is stored where known."""
+
+    seconds: float
+    bytes: int | None = None
+
+
+class Computer(Protocol):
+    """A loaded network that computes shards."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Images put through the network together; None where nothing is batched. The loop halves it."""
+        ...
+
+    @batch_size.setter
+    def batch_size(self, size: int | None) -> None: ...
+
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
+                advance: Callable[[int], None]) -> ShardRows:
+        """The rows of a shard from those of the stage's sources; `advance(n)` after every n units.
+
+        Asks `worker.check_stop` between batches.
+        """
+        ...
+
+
+class Stage(ABC):
+    """Shards of one folder, made from those of the same index in `sources`. Cheap to hold: no network, no tensors."""
+
+    name: ClassVar[str]
+    """Persisted: in the folder's `config.json` and in requests."""
+    unit: ClassVar[str] = "images"
+    """What progress and plans count, in the plural."""
+    doing: ClassVar[str]
+    """For messages: "stopped while {doing}"."""
+    runs_on_workers: ClassVar[bool] = True
+    """False for work of seconds that needs no model: a parent does it itself."""
+    images_per_run: ClassVar[str] = "score_images_per_run"
+    """The setting of `workers` that cuts its shard runs."""
+    least_runs: ClassVar[str | None] = None
+    """The setting of `workers` that says over how many runs little work is spread."""
+
+    folder: ShardFolder
+    title: str
+    """How people know it: in progress bars, run names and plans."""
+
+    # -- which shards
+
+    @property
+    @abstractmethod
+    def indices(self) -> list[int]:
+        """The requested shards, ascending."""
+
+    @property
+    def sources(self) -> tuple[ShardFolder, ...]:
+        """The folders whose shard of the same index each shard is made from."""
+        return ()
+
+    def existing(self, indices: Iterable[int] | None = None) -> dict[int, ShardManifest]:
+        """Those requested shards (or of `indices`) that are there, made from what their sources hold today."""
+        return self.look(indices)[0]
+
+    def find_missing(self, indices: Iterable[int] | None = None) -> list[int]:
+        """The requested shards (or of `indices`) that have to be made."""
+        requested = self.indices if indices is None else list(indices)
+        existing = self.existing(requested)
+        return [index for index in requested if index not in existing]
+
+    def look(self, indices: Iterable[int] | None = None
+             ) -> tuple[dict[int, ShardManifest], tuple[dict[int, ShardManifest], ...]]:
+        """The shards that are there, and the manifests of each source."""
+        requested = self.indices if indices is None else list(indices)
+        manifests = self.folder.manifests(requested)
+        sources = tuple(source.manifests(requested) for source in self.sources)
+        return {index: manifest for index, manifest in manifests.items()
+                if self._is_made(index, manifest, sources)}, sources
+
+    def _is_made(self, index: int, manifest: ShardManifest, sources: Sequence[Mapping[int, ShardManifest]]) -> bool:
+        return is_made_from(manifest, index, list(zip(self.sources, sources, strict=True)))
+
+    def was_made_meanwhile(self, index: int) -> bool:
+        """Whether another worker made the shard since the work began; asked where a shard is costly."""
+        return False
+
+    def is_requested(self, index: int, manifest: ShardManifest) -> bool:
+        """Whether a shard that was just committed, here or by another writer, is the requested one."""
+        return True
+
+    # -- making them
+
+    @abstractmethod
+    def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
+        """By what means the shards are made (where the model lies, the batch size), for `open` on another machine.
+
+        With `copy_to_store`, what lies outside the store is copied into it.
+        """
+
+    @classmethod
+    @abstractmethod
+    def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
+        """The stage as a worker finds it; ModelError when a model is not the planned one any more."""
+
+    @abstractmethod
+    def load(self, worker: Worker) -> AbstractContextManager[Computer]:
+        """The network, on the worker's device."""
+
+    @abstractmethod
+    def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
+        """Units of each shard, by the manifests of the sources; an estimate where an earlier stage is not finished."""
+
+    def make(self, worker: Worker, indices: Iterable[int] | None = None) -> int:
+        """Make what is missing of the requested shards (or of `indices`); returns the units made."""
+        return process_shards(self, worker, indices)
+
+    # -- cutting and planning
+
+    @property
+    @abstractmethod
+    def images_per_shard(self) -> int:
+        """Images that a full shard generates or reads; the same for every attempt, so that ranges are."""
+
+    def first_prompts(self, index: int) -> Sequence[str]:
+        """Prompts of a shard, for the name of its run; none where they are not known."""
+        return ()
+
+    @property
+    @abstractmethod
+    def work(self) -> str:
+        """The kind of work: stages of one kind take as long for an image."""
+
+    @property
+    def images_per_unit(self) -> int:
+        """Images that go through the network for one unit."""
+        return 1
+
+    def comparable(self) -> Iterator[ShardManifest]:
+        """Shards of other folders that took the same work, as far as the store holds any."""
+        return iter(())
+
+    def probe(self) -> Probe | None:
+        """What one image costs here, by a timed batch; None for work that needs no model."""
+        return None
+
+    @abstractmethod
+    def unit_bytes(self, size: ModelSize, image_bytes: float) -> float:
+        """About how many bytes a unit takes in the store; an image takes `image_bytes`."""
+
+
+def is_made_from(manifest: ShardManifest, index: int,
+                 sources: Sequence[tuple[ShardFolder, Mapping[int, ShardManifest]]]) -> bool:
+    """Whether a shard was made from what the sources' shards of the same index hold today."""
+    return all(index in found for _, found in sources) and manifest.inputs == tuple(
+        folder.input_shard(index, manifest=found[index]) for folder, found in sources)
+
+
+def shards_like(store: Store, parent: str, **same: Any) -> Iterator[ShardManifest]:
+    """A few shards of each folder in `parent` whose config holds these values; unreadable ones are left out."""
+    for name in store.list_folders(parent)[:FOLDERS_COMPARED]:
+        folder = ShardFolder.open_if_readable(store, f"{parent}/{name}")
+        if folder is not None and all(folder.config.get(key) == value for key, value in same.items()):
+            yield from folder.manifests(range(SHARDS_COMPARED)).values()
+
+
+def process_shards(stage: Stage, worker: Worker, indices: Iterable[int] | None = None) -> int:
+    """Make what is missing of a stage, commit each shard as it finishes; returns the units made now.
+
+    A shard is written while the next one is computed. Stopping loses at most the shard in work, dying also the one
+    being written. Where a batch does not fit into memory, its shard starts again with half of it. StoppedError after
+    `worker.should_stop`; ConfigError when a single image does not fit.
+    """
+    requested = stage.indices if indices is None else list(indices)
+    existing, sources = stage.look(requested)
+    missing = [index for index in requested if index not in existing]
+    if not missing:
+        return 0
+    units = stage.units(missing, sources)
+    total, made = sum(units.values()), 0
+    with stage.load(worker) as computer, Writer() as writer:
+        for index in missing:
+            if stage.was_made_meanwhile(index):
+                made += units[index]
+                worker.progress(made, total, stage.unit)
+                continue
+            start = time.monotonic()
+            manifests = [found.get(index) for found in sources]
+            tables = [folder.read(index, manifest=manifest)
+                      for folder, manifest in zip(stage.sources, manifests, strict=True)]
+            rows = _compute(stage, computer, index, tables, worker, made, total)
+            made += units[index]
+            inputs = [folder.input_shard(index, manifest=manifest)
+                      for folder, manifest in zip(stage.sources, manifests, strict=True)]
+            writer.start(functools.partial(
+                _commit, stage, worker, index, rows, inputs=inputs, device=device_name(worker.device),
+                batch_size=computer.batch_size, seconds=time.monotonic() - start, details=rows.details))
+    return made
+
+
+def _compute(stage: Stage, computer: Computer, index: int, tables: Sequence[pa.Table], worker: Worker, made: int,
+             total: int) -> ShardRows:
+    """The shard's rows, with smaller batches where memory runs out."""
+    while True:
+        done = 0
+
+        def advance(units: int) -> None:
+            nonlocal done
+            done += units
+            worker.progress(made + done, total, stage.unit)
+
+        try:
+            return computer.compute(index, tables, worker, advance)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or computer.batch_size is None:
+                raise
+        _halve_batch(stage, computer, worker)  # not in the handler: the error holds on to the tensors it met
+
+
+def _halve_batch(stage: Stage, computer: Computer, worker: Worker) -> None:
+    size, device = computer.batch_size, device_name(worker.device)
+    assert size is not None
+    if size == 1:
+        raise ConfigError(f"{stage.title}: a single image does not fit into the memory of {device}: use a device that "
+                          "nothing else uses, set target.dtype to bfloat16 or float16, or lower sampler.width and "
+                          "sampler.height")
+    computer.batch_size = size // 2
+    logger.warning("%s: %d images do not fit into the memory of %s together: %d at a time from here on", stage.title,
+                   size, device, size // 2)
+    free_memory()
+
+
+def _commit(stage: Stage, worker: Worker, index: int, rows: ShardRows, **facts: Any) -> None:
+    if rows.rejected is not None and rows.rejected.num_rows:
+        stage.folder.reject(f"shard-{index:05d}", rows.rejected)
+    manifest = stage.folder.commit(index, rows.table, **facts)
+    if not stage.is_requested(index, manifest):
+        raise StorageError(f"shard {index} of {stage.folder.key} was taken at the same moment by a run with "
+                           "other prompts: start this run again, it will plan around it")
+    if worker.on_shard is not None:
+        worker.on_shard(manifest)

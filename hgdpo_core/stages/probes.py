@@ -1,0 +1,67 @@
+"""Timed probes: a little of a stage's work on this machine's device, thrown away. Each loads the stage's model."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
+from hgdpo_core.memory import free_memory
+from hgdpo_core.models import Model, default_device, load_pipeline
+from hgdpo_core.models.image_generator import ImageGenerator
+from hgdpo_core.models.sampling import encode_latents
+from hgdpo_core.scorers import load_judge
+from hgdpo_core.stages.base import Probe
+
+MAX_SECONDS = 60.0  # of timed sampling; a machine that is slower than this gets a smaller batch
+STEPS = 3
+ENCODE_BATCH = 16
+
+
+def probe_generation(model: Model, sampler: SamplerConfig, pool: PoolConfig, prompt: str) -> Probe:
+    """A batch in 1 and in 3 sampling steps, reckoned up to all steps; and one image in all of them, if time allows."""
+    free_memory()
+    generator = ImageGenerator(model, sampler, pool, default_device())
+
+    def generated(images: int, steps: int) -> list[dict[str, Any]]:
+        generator.sampler = sampler.model_copy(update={"steps": steps})
+        generator.pool = pool.model_copy(update={"images_per_prompt": images, "batch_size": images})
+        return list(generator.generate([prompt]))
+
+    def timed(images: int, steps: int) -> float:
+        return _timed(lambda: generated(images, steps))
+
+    timed(1, 1)  # what loads late, compiles or is chosen by trying
+    single = timed(1, 1)
+    images = max(1, min(pool.batch_size, int(MAX_SECONDS / (4 * single))))
+    one, three = timed(images, 1), timed(images, STEPS)
+    step = max(0.0, three - one) / (STEPS - 1)
+    finished = generated(1, sampler.steps) if single * sampler.steps <= MAX_SECONDS else ()
+    return Probe(seconds=(one + (sampler.steps - 1) * step) / images,
+                 bytes=len(finished[0]["image"]) if finished else None)
+
+
+def probe_scoring(scorer: ScorerConfig, size: tuple[int, int], prompt: str) -> Probe:
+    """One batch of noise of (width, height) pixels, after one image that warms up."""
+    free_memory()
+    loaded = load_judge(scorer, default_device())
+    images = np.random.default_rng(0).integers(0, 256, (scorer.batch_size, size[1], size[0], 3), dtype=np.uint8)
+    loaded.score(images[:1], [prompt])
+    return Probe(_timed(lambda: loaded.score(images, [prompt] * len(images))) / len(images))
+
+
+def probe_encoding(model: Model, size: tuple[int, int]) -> Probe:
+    """The latents of one batch of noise, after one image that warms up."""
+    free_memory()
+    vae = load_pipeline(model, default_device(), vae_dtype="float32").vae
+    pixels = torch.rand(ENCODE_BATCH, 3, size[1], size[0], generator=torch.Generator().manual_seed(0)) * 2 - 1
+    encode_latents(vae, pixels[:1])
+    return Probe(_timed(lambda: encode_latents(vae, pixels)) / ENCODE_BATCH)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.monotonic()
+    work()
+    return time.monotonic() - start
