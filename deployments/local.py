@@ -8,6 +8,7 @@ the server is. A server that somebody else runs is never used, and the user's ow
 
 import argparse
 import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -15,7 +16,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -354,7 +354,7 @@ def _healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
             return answer.read() == b"true"
-    except (OSError, urllib.error.URLError, ValueError):
+    except (OSError, http.client.HTTPException, ValueError):  # nothing there, or a stranger that speaks otherwise
         return False
 
 

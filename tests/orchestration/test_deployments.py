@@ -3,6 +3,7 @@
 import importlib
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,14 @@ def test_a_taken_port_is_seen():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert not local._is_free(taken.getsockname()[1])
+
+
+def test_a_stranger_on_the_port_that_speaks_no_http_is_no_healthy_server():
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        speaks = threading.Thread(target=lambda: stranger.accept()[0].sendall(b"220 ready\r\n"))
+        speaks.start()
+        assert not local._healthy(f"http://127.0.0.1:{stranger.getsockname()[1]}/api")
+        speaks.join()
 
 
 def test_gpus_are_those_the_shell_may_use(monkeypatch):
