@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,11 +25,21 @@ from hgdpo_core.run import open_run
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
+FIRST_PORT = 14200  # ports that a client's own end may get (from 32768) can connect to themselves
 PATIENCE_SECONDS = 600  # without any progress: other work may share the machine, and nothing here measures time
 LIMIT_SECONDS = 3600
 WORK_SECONDS = 1.0  # of CPU that runs used: they get on, however slowly
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 LIVE = ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING"]
+RECORD = re.compile(r"^(?=(?:[\d:.]+ \| )?(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[ :])", re.MULTILINE)
+ERROR = re.compile(r"(?:[\d:.]+ \| )?(?:ERROR|CRITICAL)\b")
+KNOWN_SERVER_ERRORS = {
+    r"worker_channel.*database is locked":
+        "Workers that start at once lock SQLite for each other; a worker asks by HTTP until its channel is open.",
+    r"(worker_channel|WorkerChannel).*(WebSocketDisconnect|ClientDisconnected)":
+        "The other end of a channel was killed, or tired of waiting: workers open a new one by themselves.",
+}
+"""Errors of the server that fail no test: what the record says, and why it does no harm."""
 
 
 @dataclass
@@ -44,9 +55,15 @@ class Live:
     # -- the API, as the UI calls it
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        answer = patiently(lambda: self.http.post(path, json=body), lambda got: got.status_code < 500)
+        return self._send("POST", path, body).json()
+
+    def patch(self, path: str, body: dict[str, Any]) -> None:
+        self._send("PATCH", path, body)
+
+    def _send(self, method: str, path: str, body: dict[str, Any]) -> httpx.Response:
+        answer = patiently(lambda: self.http.request(method, path, json=body), lambda got: got.status_code < 500)
         assert answer.status_code < 300, answer.text
-        return answer.json()
+        return answer
 
     def start(self, deployment: str, parameters: dict[str, Any]) -> str:
         """The id of a new run of a deployment."""
@@ -88,6 +105,7 @@ class Live:
         while time.monotonic() < min(moved + PATIENCE_SECONDS, began + LIMIT_SECONDS):
             if value := true():
                 return value
+            self.check_server()
             now = [(run["id"], run["state_id"]) for run in self.runs()]
             used = self.seconds_worked()
             if now != states or abs(used - worked) > WORK_SECONDS:
@@ -109,6 +127,11 @@ class Live:
         return "\n".join(f"== {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:])
                          for log in sorted(self.local.home.glob("worker*.log")))
 
+    def check_server(self) -> None:
+        """AssertionError when the server's log has an error that is not one of the known ones."""
+        unknown = unknown_errors((self.local.home / "server.log").read_text(errors="replace"))
+        assert not unknown, "the server logged errors:\n" + "\n".join(unknown)
+
     # -- faults
 
     def fault(self, what: str, image: int, prompt: str) -> None:
@@ -126,6 +149,14 @@ class Live:
     def painted(self) -> list[str]:
         """First prompts of the shards that were begun, in order."""
         return [prompt for _, prompt in self.painted_at()]
+
+    def kill_with_worker(self, run_id: str) -> None:
+        """Kill a run's worker and then all its processes, so that no end of the run is ever told."""
+        process = self.process_of(run_id)
+        assert process is not None
+        next(parent for parent in process.parents() if "worker" in parent.cmdline()).kill()
+        for one in self.flow_processes(run_id):
+            one.kill()
 
     def process_of(self, run_id: str) -> psutil.Process | None:
         """The process that runs a flow, None when there is none (any more)."""
@@ -153,15 +184,18 @@ class Live:
 
 @contextlib.contextmanager
 def live(folder: Path, environment: dict[str, str], *, secrets: Mapping[str, str] | None = None,
-         **settings: Any) -> Iterator[Live]:
+         cron: str | None = None, **settings: Any) -> Iterator[Live]:
     """A server, pools, deployments and workers below `folder`; all gone at the end.
 
     `secrets`: variables that runs get from Secret blocks, as docs/OPERATIONS.md says, and that workers do not have.
+    `cron`: when the nightly run starts, once its schedule is on; else as shipped.
     """
     deployments = folder / "prefect.yaml"
     shipped = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
     faulty = next(one for one in shipped["deployments"] if one["name"] == "shard")
     faulty["entrypoint"] = "faulty_shard:hgdpo_shard"
+    if cron:
+        next(one for one in shipped["deployments"] if one["name"] == "nightly")["schedules"][0]["cron"] = cron
     blocks = {name: name.lower().replace("_", "-") for name in secrets or {}}
     if secrets:
         shipped["pull"].append({"deployments.steps.set_environment": {
@@ -169,7 +203,7 @@ def live(folder: Path, environment: dict[str, str], *, secrets: Mapping[str, str
     deployments.write_text(yaml.safe_dump(shipped))
     faults = folder / "faults"
     faults.mkdir()
-    local = Local(home=folder / "prefect", toml=folder / "prefect.toml", deployments=deployments, first_port=42100,
+    local = Local(home=folder / "prefect", toml=folder / "prefect.toml", deployments=deployments, first_port=FIRST_PORT,
                   environment={"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1",
                                "HGDPO_TEST_FAULTS": str(faults), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
                                "PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_API_REQUEST_TIMEOUT": "300",
@@ -178,9 +212,18 @@ def live(folder: Path, environment: dict[str, str], *, secrets: Mapping[str, str
         up(local)
         for name, block in blocks.items():
             _save_secret(local, block, (secrets or {})[name])
-        yield Live(local, faults)
+        running = Live(local, faults)
+        yield running
+        running.check_server()
     finally:
         down(local)
+
+
+def unknown_errors(log: str) -> list[str]:
+    """Records of a server's log from ERROR on, tracebacks included, without those of KNOWN_SERVER_ERRORS."""
+    errors = [record.strip() for record in RECORD.split(log) if ERROR.match(record)]
+    return [error for error in errors
+            if not any(re.search(known, error, re.DOTALL) for known in KNOWN_SERVER_ERRORS)]
 
 
 def small_run(place: Path, prompts: Sequence[str], held_out: int, **overrides: Any) -> dict[str, Any]:
