@@ -1,4 +1,7 @@
-"""The whole road on a real server with real workers and an S3 server: faults, retries, the same rows."""
+"""The whole road on a real server with real workers and an S3 server: faults, retries, the same rows.
+
+At the end what the server does by itself: the schedule.
+"""
 
 import signal
 
@@ -7,7 +10,12 @@ import pytest
 import tiny
 from faulty_s3 import SECRET, served_bucket
 
+from deployments import local
+
 PROMPTS = [f"a woman in a red top, number {i}" for i in range(6)]
+EVERY_TEN_SECONDS = "* * * * * */10"
+SCHEDULER = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",             # as shipped: a minute
+             "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_SCHEDULED_TIME": "PT30S"}   # else 100 runs are made in advance
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +27,10 @@ def bucket():
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory, bucket):
     folder = tmp_path_factory.mktemp("live")
-    environment = bucket.environment | {"XDG_CACHE_HOME": str(folder / "cache"), "HGDPO_TEST_SLOW": "0.05"}
+    environment = bucket.environment | {"XDG_CACHE_HOME": str(folder / "cache"), "HGDPO_TEST_SLOW": "0.05",
+                                        "HGDPO_ROOT": str(folder / "root"), **SCHEDULER}
     del environment["AWS_SECRET_ACCESS_KEY"]  # without it no request is signed, let alone sent
-    with live.live(folder, environment, secrets={"AWS_SECRET_ACCESS_KEY": SECRET}) as up:
+    with live.live(folder, environment, secrets={"AWS_SECRET_ACCESS_KEY": SECRET}, cron=EVERY_TEN_SECONDS) as up:
         yield up
 
 
@@ -189,3 +198,26 @@ def test_a_night_and_the_next(workers, parameters, tmp_path):
     ended = workers.await_final(again)
     assert (ended["state_type"], ended["state_name"]) == ("COMPLETED", "NothingToDo")
     assert workers.children(again) == [] and store.list_folders("rescores") == [made]
+
+
+# -- what the server does by itself
+
+
+def test_a_schedule_that_is_turned_on_starts_runs(workers):
+    """As `make schedule` turns it on. With SQLAlchemy 2.1 the scheduler of Prefect 3.8.8 fails and no run appears."""
+    try:
+        local.schedule(workers.local)
+        started = workers.until("a scheduled run that has started", lambda: next(
+            (run for run in workers.runs() if run["auto_scheduled"] and run["run_count"]), None))
+        ended = workers.await_final(started["id"])
+    finally:
+        turn_schedule_off(workers)
+    assert (ended["state_type"], ended["state_name"]) == ("COMPLETED", "NothingToDo"), ended["state"]["message"]
+
+
+def turn_schedule_off(workers):
+    nightly = workers.http.get("/deployments/name/hgdpo-rescore/nightly").json()
+    for schedule in nightly["schedules"]:
+        workers.patch(f"/deployments/{nightly['id']}/schedules/{schedule['id']}", {"active": False})
+    workers.until("the end of all scheduled runs", lambda: not [
+        run for run in workers.runs(state={"type": {"any_": live.LIVE}}) if run["auto_scheduled"]])
