@@ -2,7 +2,8 @@
 
 A file `<what>-<image>` holds the first prompt of a shard; when that image of the shard is drawn, the file is removed
 and `raise` raises, `kill` kills the process with SIGKILL. With `hold` the shard waits until somebody removes the file.
-`painted.log` gets the time and the first prompt of every shard begun.
+While `hold-import` is there no run gets past Pending. `painted.log` gets the time and the first prompt of every shard
+begun.
 """
 
 import os
@@ -42,4 +43,6 @@ def _is_told(file: Path, prompt: str) -> bool:
     return file.is_file() and file.read_text() == prompt
 
 
+while (FAULTS / "hold-import").exists():
+    time.sleep(0.2)
 ImageGenerator.generate = generate_with_faults

@@ -34,8 +34,9 @@ LIVE = ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING"]
 RECORD = re.compile(r"^(?=(?:[\d:.]+ \| )?(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[ :])", re.MULTILINE)
 ERROR = re.compile(r"(?:[\d:.]+ \| )?(?:ERROR|CRITICAL)\b")
 KNOWN_SERVER_ERRORS = {
-    r"worker_channel.*database is locked":
-        "Workers that start at once lock SQLite for each other; a worker asks by HTTP until its channel is open.",
+    r"sqlite3\.OperationalError\S* database is locked":
+        "SQLite refuses a write that meets another one. Clients send a request again, consumers take a message again, "
+        "services come round again; what is lost for good fails the test that waits for it.",
     r"(worker_channel|WorkerChannel).*(WebSocketDisconnect|ClientDisconnected)":
         "The other end of a channel was killed, or tired of waiting: workers open a new one by themselves.",
 }
@@ -237,6 +238,14 @@ def small_run(place: Path, prompts: Sequence[str], held_out: int, **overrides: A
         "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
         "sampler.steps": 2, "pool.prompts_per_shard": 1, "dpo.max_steps": 2, "dpo.batch_size": 2,
         "dpo.learning_rate": 5e-2} | overrides}
+
+
+def shard_requests(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """Parameters of a `hgdpo-shard` run for each shard of the pool that `hgdpo` would make with these parameters."""
+    run = open_run("figures", parameters["root"], prompts=parameters["prompts"], target=parameters["target"],
+                   overrides=parameters["overrides"])
+    pool = plan_pool(run.store, run.target, run.config.sampler, run.config.pool, run.prompts.prompts)
+    return [request.model_dump(mode="json") for request in offer_pool(pool).cut(1)]
 
 
 def _save_secret(local: Local, block: str, value: str) -> None:

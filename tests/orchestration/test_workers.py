@@ -1,9 +1,11 @@
 """The whole road on a real server with real workers and an S3 server: faults, retries, the same rows.
 
-At the end what the server does by itself: the schedule.
+At the end what the server does by itself: the schedule, the automations.
 """
 
 import signal
+import subprocess
+import sys
 
 import live
 import pytest
@@ -16,6 +18,8 @@ PROMPTS = [f"a woman in a red top, number {i}" for i in range(6)]
 EVERY_TEN_SECONDS = "* * * * * */10"
 SCHEDULER = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",             # as shipped: a minute
              "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_SCHEDULED_TIME": "PT30S"}   # else 100 runs are made in advance
+SILENT_SECONDS = 45  # heartbeats come every 30 s
+PENDING_SECONDS = 20  # a run that is well may be Pending for longer on a busy machine: it is not well that counts here
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +225,41 @@ def turn_schedule_off(workers):
         workers.patch(f"/deployments/{nightly['id']}/schedules/{schedule['id']}", {"active": False})
     workers.until("the end of all scheduled runs", lambda: not [
         run for run in workers.runs(state={"type": {"any_": live.LIVE}}) if run["auto_scheduled"]])
+
+
+def test_each_automation_fires_and_leaves_a_living_run_alone(workers, parameters, tmp_path):
+    """One run dies with its worker while it runs, one while it is Pending. As shipped each waits for 600 s."""
+    prompts = ["it lives", "it goes silent", "it stays pending"]
+    (tmp_path / "three.txt").write_text("\n".join(prompts))
+    requests = live.shard_requests(parameters | {"root": str(tmp_path / "root"),
+                                                 "prompts": str(tmp_path / "three.txt")})
+    ship(workers, f"automations(silent_seconds={SILENT_SECONDS})[:1]")
+    workers.fault("hold", 0, prompts[0])
+    workers.fault("hold", 1, prompts[1])
+    living, silent = (workers.start("hgdpo-shard/shard", {"request": request}) for request in requests[:2])
+    workers.until("both held", lambda: {*prompts[:2]} <= {*workers.painted()})
+    workers.kill_with_worker(silent)
+
+    (workers.faults / "hold-import").touch()
+    ship(workers, f"automations(pending_seconds={PENDING_SECONDS})[1:]")
+    pending = workers.start("hgdpo-shard/shard", {"request": requests[2]})
+    workers.until("a process of the pending run", lambda: workers.process_of(pending))
+    workers.kill_with_worker(pending)
+    (workers.faults / "hold-import").unlink()
+
+    ends = [workers.await_final(run) for run in (silent, pending)]
+    assert [end["state_type"] for end in ends] == ["CRASHED", "CRASHED"]
+    assert ends[0]["state"]["message"].startswith(f"No heartbeat for {SILENT_SECONDS} s:")
+    assert ends[1]["state"]["message"].startswith(f"Pending for {PENDING_SECONDS} s:")
+    assert workers.run(living)["state_type"] == "RUNNING"
+    ship(workers, "automations()")
+    workers.release("hold", 0)
+    workers.release("hold", 1)
+    assert workers.await_final(living)["state_type"] == "COMPLETED"
+
+
+def ship(workers, automations):
+    """Create or replace automations on the live server; `automations` is an expression of a list of them."""
+    code = f"from deployments.automations import automations, ship; ship({automations})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=local.ROOT,
+                   env=local._environment(workers.local, workers.local.url))
