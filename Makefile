@@ -12,11 +12,12 @@ PREFECT_ENV = env $$(env | sed -n 's/^\(PREFECT_[A-Z0-9_]*\)=.*/-u \1/p') \
 	PREFECT_HOME="$(CURDIR)/.prefect" PREFECT_PROFILES_PATH="$(CURDIR)/.prefect/profiles.toml" PREFECT_API_URL= \
 	PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
 
-.PHONY: help install demo test lint up schedule down clean
+.PHONY: help install demo test test-slow lint up schedule down clean
 
 help:
 	@echo "make demo    install, run the whole method on the built-in figures world, write output/demo/report.html"
 	@echo "make test    install, then lint, types and tests; no network after the install"
+	@echo "make test-slow  the tests that take minutes to hours, resumable by file; FRESH=1 starts over"
 	@echo "make up      a local Prefect server with UI and workers; make schedule: nightly re-scoring; make down: end all"
 	@echo "make clean   remove the demo's output"
 	@echo "Another torch build: make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo"
@@ -39,6 +40,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	@$(PREFECT_ENV) HF_HUB_OFFLINE=1 "$(BIN)/python" -m pytest
+
+# One file after another; what has passed at this commit is skipped. The summary is in output/slow/summary.txt.
+test-slow: $(INSTALLED)
+	@$(PREFECT_ENV) HF_HUB_OFFLINE=1 "$(BIN)/python" tests/slow.py $(if $(FRESH),--fresh)
 
 lint: $(INSTALLED)
 	@"$(BIN)/ruff" check .

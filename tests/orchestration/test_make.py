@@ -25,6 +25,16 @@ def test_make_drops_every_prefect_variable_of_the_user(tmp_path):
     assert not {"PREFECT_API_KEY", "PREFECT_PROFILE", "PREFECT_API_DATABASE_CONNECTION_URL"} & variables.keys()
 
 
+def test_make_starts_the_slow_tests_over_when_asked_and_runs_them_offline(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$* offline=$HF_HUB_OFFLINE key=$PREFECT_API_KEY"\n')
+    stub.chmod(0o755)
+    command = ["make", "-s", "-o", ".venv/.installed", "test-slow", f"BIN={tmp_path}"]
+    printed = [subprocess.run([*command, *more], cwd=ROOT, text=True, env=os.environ | HOSTILE, capture_output=True,
+                              check=True).stdout for more in ([], ["FRESH=1"])]
+    assert printed == ["tests/slow.py offline=1 key=\n", "tests/slow.py --fresh offline=1 key=\n"]
+
+
 def test_a_run_with_an_empty_address_has_a_server_with_events_and_ends_it(tmp_path):
     code = """
 import httpx
