@@ -34,23 +34,23 @@ from hgdpo_core.config import (
     TripletConfig,
 )
 from hgdpo_core.evaluate import plan_evaluation
-from hgdpo_core.features import feature_folder
-from hgdpo_core.fingerprints import fingerprint_path
-from hgdpo_core.generate import plan_pool
 from hgdpo_core.image_sets import ImageSet, read_image_set
-from hgdpo_core.image_sets.latents import image_latent_folder
-from hgdpo_core.latent_distances import distance_folder
-from hgdpo_core.latents import latent_folder
 from hgdpo_core.models import Lora, Model, find_model
+from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.presets import build_config, sd15
 from hgdpo_core.prompts import clean_prompts
 from hgdpo_core.run import open_run
-from hgdpo_core.score import score_folder, score_key, score_settings
 from hgdpo_core.scorers import find_scorer
-from hgdpo_core.shards import ShardFolder
+from hgdpo_core.stages.distances import distance_folder
+from hgdpo_core.stages.features import feature_folder
+from hgdpo_core.stages.image_latents import image_latent_folder
+from hgdpo_core.stages.latents import latent_folder
+from hgdpo_core.stages.pool import plan_pool
+from hgdpo_core.stages.scores import score_folder, score_key, score_settings
+from hgdpo_core.stages.triplets import model_fingerprint, triplet_folder
 from hgdpo_core.storage import Store
-from hgdpo_core.training.tuning import tuned_id
-from hgdpo_core.triplets import model_fingerprint, triplet_folder
+from hgdpo_core.storage.shards import ShardFolder
+from hgdpo_core.training.tune import tuned_id
 
 LORA = Path(__file__).parent / "store" / "models" / "dpo-e1874abbd1e9" / "pytorch_lora_weights.safetensors"
 Ids = dict[str, Any]
