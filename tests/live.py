@@ -19,9 +19,11 @@ import tiny
 import yaml
 
 from deployments.local import ROOT, Local, _environment, down, up
+from hgdpo_core.execution.jobs import cut, write_recipe
 from hgdpo_core.images import decode_image
 from hgdpo_core.pipeline import run_all
 from hgdpo_core.run import open_run
+from hgdpo_core.stages.pool import plan_pool
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -245,7 +247,8 @@ def shard_requests(parameters: dict[str, Any]) -> list[dict[str, Any]]:
     run = open_run("figures", parameters["root"], prompts=parameters["prompts"], target=parameters["target"],
                    overrides=parameters["overrides"])
     pool = plan_pool(run.store, run.target, run.config.sampler, run.config.pool, run.prompts.prompts)
-    return [request.model_dump(mode="json") for request in offer_pool(pool).cut(1)]
+    write_recipe(pool)
+    return [request.model_dump(mode="json") for request in cut(pool, pool.find_missing(), 1)]
 
 
 def _save_secret(local: Local, block: str, value: str) -> None:

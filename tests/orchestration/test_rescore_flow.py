@@ -18,7 +18,7 @@ from flows.children import ShardRunsError
 from flows.cli import main
 from flows.rescore import hgdpo_rescore
 from hgdpo_core import scorers
-from hgdpo_core.execution.jobs import run_shards
+from hgdpo_core.execution.jobs import cut, run_shards, write_recipe
 from hgdpo_core.presets import figures
 from hgdpo_core.rescore import score_missing
 from hgdpo_core.rescore.plan import plan_wanted
@@ -86,13 +86,15 @@ def test_verify_reaches_the_core(server, root):
 class Elsewhere:
     """A runner like that of the workers: it has requests, and no loaded scorer. The pool `broken` fails."""
 
-    share = False
+    copy_to_store = False
 
     def __init__(self):
         self.ranges = []
 
-    def make(self, works, stages):
-        requests = [request for work in works for request in work.cut(8)]
+    def make(self, stages, on):
+        for stage in stages:
+            write_recipe(stage)
+        requests = [request for stage in stages for request in cut(stage, stage.find_missing(), 8)]
         for request in requests:
             if "/broken/" not in request.folder:
                 self.ranges.append((request.stage, request.folder.split("/")[1], request.shards))
