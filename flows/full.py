@@ -13,6 +13,7 @@ from flows.runner import ShardRunnerName, choose_runner
 from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.errors import StoppedError
 from hgdpo_core.execution.runner import Runner
+from hgdpo_core.pipeline import Made, Result
 from hgdpo_core.run import Run
 from tasks.checks import check_tuning
 from tasks.evaluate import compare_models
@@ -90,4 +91,5 @@ def _run(run: Run, runner: Runner, times: StageTimes) -> dict[str, Any]:
         image_scores = score_evaluation(run, images, runner)
         comparison = compare_models(run, images, image_scores)
         warnings = check_tuning(run, lora, comparison)
-    return publish(run, pool, scores, distances, triplets, lora, sft_log, images, comparison, warnings, times)
+    made = Made(target, sft_log, pool, scores, triplets, lora, images, image_scores, distances)
+    return publish(run, Result(made, comparison, warnings), times)

@@ -13,7 +13,8 @@ from hgdpo_core.config import ScorerConfig, TrainingConfig
 from hgdpo_core.evaluate import Comparison, compare, plan_evaluation
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
-from hgdpo_core.progress import Progress, StageProgress, silent_stages
+from hgdpo_core.progress import Progress, StageProgress, StageTimes, silent_stages
+from hgdpo_core.report.summary import Published, write_run_report
 from hgdpo_core.run import Run
 from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
@@ -60,25 +61,38 @@ class Result:
     warnings: list[Alarm]
 
 
-def run_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages) -> Result:
-    """The whole method; what exists is not made again."""
-    made = make_all(run, runner, on)
+def run_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages,
+            times: StageTimes | None = None) -> Result:
+    """The whole method; what exists is not made again. `times` keeps what each step took, for `write_report`."""
+    made = make_all(run, runner, on, times)
     comparison = compare_models(run, made.images, made.image_scores)
     return Result(made, comparison, check_tuning(run, made.lora, comparison))
 
 
-def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages) -> Made:
+def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages,
+             times: StageTimes | None = None) -> Made:
     """All steps up to the scores of both models' images. A plan runs this too, with a runner that makes nothing."""
-    target, sft_log = tune_target(run, runner, on)
-    pool = make_pool(run, target, runner, on)
-    scores = score_pool(run, pool, runner, on)
-    triplets = make_triplets(run, pool, scores, runner, on)
-    latents = encode_triplets(run, triplets, target, runner, on)
-    lora = train_lora(run, target, triplets, latents, runner, on)
-    distances = measure_distances(run, pool, scores, target, runner, on)
+    times = times or StageTimes()
+    on = times.watch(on)
+    with times.stage("sft", makes=run.images is not None):
+        target, sft_log = tune_target(run, runner, on)
+    with times.stage("pool"):
+        pool = make_pool(run, target, runner, on)
+    with times.stage("score"):
+        scores = score_pool(run, pool, runner, on)
+    with times.stage("triplets"):
+        triplets = make_triplets(run, pool, scores, runner, on)
+    with times.stage("latents"):
+        latents = encode_triplets(run, triplets, target, runner, on)
+    with times.stage("dpo"):
+        lora = train_lora(run, target, triplets, latents, runner, on)
+    with times.stage("distances"):
+        distances = measure_distances(run, pool, scores, target, runner, on)
     models = {"target": target, "tuned": lora.applied_to(target, run.config.evaluation.lora_weight)}
-    images = generate_evaluation(run, models, runner, on)
-    image_scores = score_evaluation(run, images, runner, on)
+    with times.stage("evaluation_images"):
+        images = generate_evaluation(run, models, runner, on)
+    with times.stage("evaluation"):
+        image_scores = score_evaluation(run, images, runner, on)
     return Made(target, sft_log, pool, scores, triplets, lora, images, image_scores, distances)
 
 
@@ -200,6 +214,14 @@ def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[Alarm]:
     """What a good win rate or a falling loss may hide."""
     return check_run(lora.log, comparison.win_rates, comparison.defects, comparison.variety_change,
                      run.config.training_judge)
+
+
+def write_report(run: Run, result: Result, times: StageTimes | None = None) -> Published:
+    """`summary.json` and `report.html` in `runs/<run_id>/`."""
+    made, times = result.made, times or StageTimes()
+    return write_run_report(
+        run, made.pool, made.scores, made.distances.read(), made.triplets.folder, made.triplets.counts(), made.lora,
+        made.sft_log, made.images, result.comparison, result.warnings, seconds=times.seconds, cached=times.cached)
 
 
 def _train(request: TrainRequest, runner: Runner, on: StageProgress, on_training: OnTraining | None) -> Tuned:

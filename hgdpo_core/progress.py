@@ -1,7 +1,9 @@
 """How programs tell their caller where they are, and ask whether to go on. No program prints by itself."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -33,3 +35,35 @@ def silent_stages(stage: str) -> Iterator[Progress]:
 def never_stop() -> bool:
     """The default answer: go on."""
     return False
+
+
+@dataclass
+class StageTimes:
+    """Seconds by stage, and the names of the stages that had nothing to make."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    cached: list[str] = field(default_factory=list)
+    worked: bool = False
+    """Whether the present stage did any work."""
+
+    @contextmanager
+    def stage(self, name: str, *, makes: bool = True, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+        """Time a stage; one that `makes` something and reported no progress through `watch` counts as cached."""
+        start, self.worked = clock(), False
+        yield
+        self.seconds[name] = round(clock() - start, 2)
+        if makes and not self.worked:
+            self.cached.append(name)
+
+    def watch(self, stages: StageProgress) -> StageProgress:
+        """`stages`, whose every report also marks the present stage as one that did work."""
+        @contextmanager
+        def watched(stage: str) -> Iterator[Progress]:
+            with stages(stage) as progress:
+                def report(done: int, total: int, unit: str) -> None:
+                    self.worked = True
+                    progress(done, total, unit)
+
+                yield report
+
+        return watched

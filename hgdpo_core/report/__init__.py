@@ -1,7 +1,7 @@
 """One run as one HTML file: no network, no script, light and dark, fit for a phone and a screen reader.
 
 data.py holds what the page shows, page.py puts it together; numbers.py, pictures.py and training.py are its sections,
-samples.py chooses the images; model_card.py is the page of an export.
+samples.py chooses the images; summary.py writes the page and `summary.json`; model_card.py is the page of an export.
 """
 
 from hgdpo_core.rendering.parts import encode_data_uri

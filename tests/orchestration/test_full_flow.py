@@ -49,6 +49,7 @@ def test_the_summary_keeps_its_contract(summary, parameters):
     assert rate["n"] == 8 == rate["wins"] + rate["losses"] + rate["ties"]
     assert summary["pool_images"] == 18 and summary["triplets"] + summary["rejected"] == 6
     assert summary["artifacts"].keys() >= {"report", "lora", "triplets"}
+    assert summary["artifacts"]["lora"].endswith(f"/models/{summary['lora_id']}")
     card = Path(parameters["root"], key(summary, "triplets"), "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-4.0\n") and "| winner - loser |" in card
     assert all(seconds >= 0 for seconds in summary["timings"].values())
