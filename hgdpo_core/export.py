@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ def export_run(store: Store, folder: Path, run_id: str | None = None, *, fused: 
     run that is not there or not finished, ModelError for a target that is not the run's, StorageError for a full disk.
     """
     config, summary = _read_run(store, run_id or _only_run(store))
-    lora_id = summary["artifacts"]["lora"].rstrip("/").split("/")[-1]
+    lora_id = _lora_id(summary)
     lora = fetch_model(store, lora_id)
     if lora is None:
         raise InputError(f"{store.url(f'models/{lora_id}')} is gone: start the run again, it makes what is missing")
@@ -71,6 +72,11 @@ def _read_run(store: Store, run_id: str) -> tuple[RunConfig, dict[str, Any]]:
     config = store.read_json(f"runs/{run_id}/config.json")
     config.pop("code_version", None)
     return validate(RunConfig, config), store.read_json(f"runs/{run_id}/summary.json")
+
+
+def _lora_id(summary: Mapping[str, Any]) -> str:
+    """Summaries of earlier versions name the LoRA by its URL alone."""
+    return summary.get("lora_id") or summary["artifacts"]["lora"].rstrip("/").rpartition("/")[2]
 
 
 def _moved(config: TargetConfig, source: str | None) -> TargetConfig:

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,11 +50,12 @@ def store(tmp_path, target_folder) -> Store:
     return store
 
 
-def write_run(store: Store, run_id: str, target: Path | str) -> None:
+def write_run(store: Store, run_id: str, target: Path | str, **summary: Any) -> None:
     config = sd15(str(target), "/home/somebody/prompts.txt").model_dump(mode="json")
     config["target"]["dtype"] = "float32"
     store.write_json(f"runs/{run_id}/config.json", {"code_version": "1", **config})
-    store.write_json(f"runs/{run_id}/summary.json", {**SUMMARY, "artifacts": {"lora": store.url("models/dpo-1")}})
+    named = summary or {"lora_id": "dpo-1"}
+    store.write_json(f"runs/{run_id}/summary.json", {**SUMMARY, **named})
 
 
 def draw(pipeline: StableDiffusionPipeline) -> np.ndarray:
@@ -73,6 +75,11 @@ def test_an_export_is_a_folder_that_diffusers_and_comfyui_open(store, tmp_path, 
         images.append(draw(pipeline))
     assert np.array_equal(*images)
     assert np.abs(images[0] - draw(StableDiffusionPipeline.from_pretrained(target_folder))).max() > 5
+
+
+def test_a_summary_without_lora_id_names_the_lora_by_its_url(store, tmp_path, target_folder):
+    write_run(store, "run-1", target_folder, artifacts={"lora": store.url("models/dpo-1") + "/"})
+    assert export_run(store, tmp_path / "out")[1].name == "dpo-1-kohya.safetensors"
 
 
 def test_a_fused_pipeline_draws_what_target_and_lora_draw(store, tmp_path, target_folder):
