@@ -127,18 +127,10 @@ def _print_skipped(skipped: Sequence[dict[str, Any]]) -> None:
 
 
 def _print_table(rows: Sequence[dict[str, str]]) -> None:
-    """Columns as wide as their widest cell, numbers to the right."""
-    if not rows:
-        return
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    numbers = {name for name in widths if all(_is_number(row[name]) for row in rows)}
-    for row in ({name: name for name in widths}, *rows):
-        print("  ".join(row[name].rjust(width) if name in numbers else row[name].ljust(width)
-                        for name, width in widths.items()).rstrip())
+    from hgdpo_core.rendering.tables import Table
 
-
-def _is_number(text: str) -> bool:
-    return text == "no score" or text.replace(",", "").lstrip("-").replace(".", "", 1).isdigit()
+    if rows:
+        print(Table(list(rows[0]), [list(row.values()) for row in rows]).text())
 
 
 def _number(value: float) -> str:

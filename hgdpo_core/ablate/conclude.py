@@ -25,7 +25,7 @@ from hgdpo_core.ablate.page import render_page
 from hgdpo_core.ablate.program import Ablation, Shared, prepare_shared
 from hgdpo_core.ablate.result import COLOURS, Results
 from hgdpo_core.ablate.settings import World
-from hgdpo_core.ablate.tables import TITLES, WORLDS, Table, make_tables, plot_name, to_markdown
+from hgdpo_core.ablate.tables import TITLES, WORLDS, AblationTable, make_tables, plot_name
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.progress import StageProgress, silent_stages
 
@@ -47,8 +47,8 @@ def conclude(shared: Shared, stages: StageProgress = silent_stages, runner: Runn
         store.write_bytes(key(f"plots/{name}.png"), data)
     notes = remarks(shared.ablation)
     head = "\n".join(["# HG-DPO ablations", "", *(f"- {note}" for note in notes), ""])
-    text = f"{head}\n    {shared.ablation.command}\n\n{to_markdown(tables)}"
-    store.write_bytes(key("tables.md"), text.encode())
+    text = "\n\n".join([f"{head}\n    {shared.ablation.command}", *(table.markdown() for table in tables)])
+    store.write_bytes(key("tables.md"), f"{text}\n".encode())
     uris = {name: (title, "data:image/png;base64," + base64.b64encode(data).decode())
             for name, (title, data) in pictures.items()}
     store.write_bytes(key("index.html"), render_page(shared.ablation, tables, uris, notes).encode())
@@ -108,7 +108,7 @@ def remarks(ablation: Ablation) -> list[str]:
     return notes
 
 
-def summarise(results: Results, claims: Sequence[Claim], tables: Sequence[Table]) -> dict[str, Any]:
+def summarise(results: Results, claims: Sequence[Claim], tables: Sequence[AblationTable]) -> dict[str, Any]:
     """All numbers as plain JSON values; `tables` holds the texts of tables.md too."""
     ablation = results.ablation
     labels = arm_labels(ablation.tables)

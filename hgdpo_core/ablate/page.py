@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from hgdpo_core.ablate.program import Ablation
-from hgdpo_core.ablate.tables import Table
+from hgdpo_core.ablate.tables import AblationTable
 from hgdpo_core.rendering.html import html_page
 
 WIDE = """
@@ -15,7 +15,7 @@ section.plots img { max-width: 100%; }
 """
 
 
-def render_page(ablation: Ablation, tables: Sequence[Table], pictures: Mapping[str, tuple[str, str]],
+def render_page(ablation: Ablation, tables: Sequence[AblationTable], pictures: Mapping[str, tuple[str, str]],
                 notes: Sequence[str]) -> str:
     """The page as HTML text. `pictures`: name -> title and data URI; those of no table follow at the end."""
     remarks = "".join(f"<li>{escape(note)}</li>" for note in notes)
@@ -33,12 +33,6 @@ def render_page(ablation: Ablation, tables: Sequence[Table], pictures: Mapping[s
     return html_page(f"HG-DPO ablations, preset {preset}", header, main, style=WIDE)
 
 
-def _section(table: Table, picture: tuple[str, str] | None) -> str:
+def _section(table: AblationTable, picture: tuple[str, str] | None) -> str:
     plot = f'<p class="plots"><img src="{picture[1]}" alt="{escape(table.title)}, as a plot"></p>' if picture else ""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
-    rows = ((first, "".join(f"<td>{escape(cell)}</td>" for cell in rest)) for first, *rest in table.rows)
-    body = "".join(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>' for first, cells in rows)
-    notes = "".join(f'<p class="intro">{escape(note)}</p>' for note in table.notes)
-    return (f'<section><h2>{escape(table.title)}</h2>{notes}{plot}<div class="scroll" tabindex="0" role="region" '
-            f'aria-label="{escape(table.title)}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-            "</section>\n")
+    return table.section(plot)

@@ -1,6 +1,6 @@
 """The paper's table shapes with our numbers, intervals and seeds in them and the paper's beside."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from hgdpo_core.ablate.claims import Claim
 from hgdpo_core.ablate.estimates import scaled
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
+from hgdpo_core.rendering.tables import Table
 from hgdpo_core.report import SCORER_TITLES
 from hgdpo_core.scorers import defect_limit
 from hgdpo_core.statistics.intervals import Estimate
@@ -26,15 +27,11 @@ COLOUR_ROWS = (("Hue, %", "hue", 0), ("Saturation, %", "saturation", 1), ("Value
 
 
 @dataclass(frozen=True)
-class Table:
-    """Plain texts; the first column names the row."""
+class AblationTable(Table):
+    """A table of plain strings, and its plot."""
 
-    title: str
-    notes: tuple[str, ...]
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
     plot: str = ""
-    """Name of the picture of the same numbers, where there is one."""
+    """Name of the image of the same numbers, where there is one."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values under the field names."""
@@ -47,7 +44,7 @@ def plot_name(number: str, world: World) -> str:
     return f"{'figure' if number in ('5b', '8') else 'table'}-{number}-{world}"
 
 
-def make_tables(results: Results, claims: Sequence[Claim]) -> list[Table]:
+def make_tables(results: Results, claims: Sequence[Claim]) -> list[AblationTable]:
     """All tables of an ablation, the verdicts on the paper's trends first."""
     tables = [_claims_table(claims)] if claims else []
     for planned in results.ablation.tables:
@@ -60,17 +57,17 @@ def make_tables(results: Results, claims: Sequence[Claim]) -> list[Table]:
     return [*tables, *(_distance_table(results, world) for world in results.distances), _training_table(results)]
 
 
-def _claims_table(claims: Sequence[Claim]) -> Table:
-    rows = tuple((claim.text, _short(claim.world), claim.verdict, _interval(claim.estimate, 2, signed=True), claim.unit,
-                  claim.measured) for claim in claims)
+def _claims_table(claims: Sequence[Claim]) -> AblationTable:
+    rows = [(claim.text, _short(claim.world), claim.verdict, _interval(claim.estimate, 2, signed=True), claim.unit,
+             claim.measured) for claim in claims]
     notes = ('"holds": the 95 % interval lies on the paper\'s side of 0; "opposite": on the other side; "not shown": '
              "it contains 0. Rows are not corrected for their number: of twenty with nothing behind them one would "
              "hold or be opposite by chance.",)
-    return Table("Which of the paper's trends hold here", notes,
-                 ("Trend", "World", "Verdict", "Difference (95 %)", "Unit", "Measured"), rows)
+    return AblationTable(("Trend", "World", "Verdict", "Difference (95 %)", "Unit", "Measured"), rows,
+                         "Which of the paper's trends hold here", notes)
 
 
-def _win_rate_table(results: Results, planned: PlannedTable) -> Table:
+def _win_rate_table(results: Results, planned: PlannedTable) -> AblationTable:
     whole = base_arm(results.ablation.run.config, len(results.ablation.run.prompts.prompts), planned.world)
     scorers = list(results.records[planned.rows[0].arm][0].win_rate)
     columns = ["Configuration", "paper: PickScore / HPS / ImageReward / Aesthetic / CLIP"]
@@ -93,7 +90,7 @@ def _win_rate_table(results: Results, planned: PlannedTable) -> Table:
     if planned.number == "6":
         notes.append("The paper's rows are 2 %, 50 % and 100 % of 100 000 triplets; all rows here train for the same "
                      "number of steps where dpo.max_steps is set.")
-    return Table(_title(planned), tuple(notes), tuple(columns), tuple(rows), plot_name(planned.number, planned.world))
+    return AblationTable(columns, rows, _title(planned), notes, plot=plot_name(planned.number, planned.world))
 
 
 def _win_rate_cells(results: Results, arm: Arm, whole: Arm, scorer: str) -> list[str]:
@@ -109,7 +106,7 @@ def _win_rate_cells(results: Results, arm: Arm, whole: Arm, scorer: str) -> list
     return cells if defects is None else [*cells, _interval(scaled(defects, 100), 2, signed=True)]
 
 
-def _colour_table(results: Results, planned: PlannedTable) -> Table:
+def _colour_table(results: Results, planned: PlannedTable) -> AblationTable:
     rows: list[tuple[str, ...]] = []
     for title, name, channel in COLOUR_ROWS:
         rows.append((title, *(_interval(results.colour(row.arm, name), 2, signed=name != "distance")
@@ -123,11 +120,11 @@ def _colour_table(results: Results, planned: PlannedTable) -> Table:
              "Hue is an angle: read the degrees, which are of the saturation-weighted circular mean; where the "
              "pictures hold all hues alike that mean has hardly a direction, its interval is wide, and red minus blue "
              "tells more. The distance in RGB has no sign, so noise alone puts it above 0.")
-    return Table(_title(planned), notes, ("Channel", *(row.label for row in planned.rows)), tuple(rows),
-                 plot_name("2", planned.world))
+    return AblationTable(("Channel", *(row.label for row in planned.rows)), rows, _title(planned), notes,
+                         plot=plot_name("2", planned.world))
 
 
-def _weight_table(results: Results, planned: PlannedTable) -> Table:
+def _weight_table(results: Results, planned: PlannedTable) -> AblationTable:
     scorers = list(results.records[planned.rows[0].arm][0].win_rate)
     target = results.diversity_of(None)
     rows: list[tuple[str, ...]] = [("weight 0 (target)", *("–" for _ in range(2 * len(scorers))), _or_dash(target, 4))]
@@ -145,22 +142,22 @@ def _weight_table(results: Results, planned: PlannedTable) -> Table:
              "Diversity: mean of 1 - cosine between the image features of every two of "
              f"{settings.diversity_images} images of a prompt, over {settings.diversity_prompts} prompts. The paper "
              "shows pictures and chooses weight 0.5.")
-    return Table(_title(planned), notes, (*columns, "diversity"), tuple(rows), plot_name("8", planned.world))
+    return AblationTable((*columns, "diversity"), rows, _title(planned), notes, plot=plot_name("8", planned.world))
 
 
-def _distance_table(results: Results, world: World) -> Table:
+def _distance_table(results: Results, world: World) -> AblationTable:
     pools, ranks, _ = results.distances[world].shape
     means = results.distances[world].mean(axis=0)
     error = results.distances[world].std(axis=0, ddof=1) / pools**0.5 if pools > 1 else 0 * means
-    rows = tuple((str(n + 2), *(f"{means[n, i]:.4f} ± {1.96 * error[n, i]:.4f}" for i in range(2)))
-                 for n in range(ranks))
+    rows = [(str(n + 2), *(f"{means[n, i]:.4f} ± {1.96 * error[n, i]:.4f}" for i in range(2))) for n in range(ranks)]
     notes = (f"Cosine distance to the best image's channels, mean over {pools} pools with 1.96 standard errors. The "
              "paper prints a curve, no numbers: its means drift apart with the rank, its deviations stay close.",)
-    return Table(f"Figure 5b: latent statistics against rank{'' if world == 'plain' else ', TINTED WORLD'}", notes,
-                 ("Rank n", "channel means", "channel standard deviations"), rows, plot_name("5b", world))
+    return AblationTable(("Rank n", "channel means", "channel standard deviations"), rows,
+                         f"Figure 5b: latent statistics against rank{'' if world == 'plain' else ', TINTED WORLD'}",
+                         notes, plot=plot_name("5b", world))
 
 
-def _training_table(results: Results) -> Table:
+def _training_table(results: Results) -> AblationTable:
     labels, rows = arm_labels(results.ablation.tables), []
     for arm, records in results.records.items():
         means = {name: sum(record.training[name] for record in records) / len(records)
@@ -169,8 +166,8 @@ def _training_table(results: Results) -> Table:
                      f"{arm.lambda_stat * means['stat_loss']:.4f}", f"{means['implicit_accuracy']:.3f}"))
     notes = ("Means over the last fifth of the log and over the seeds. An arm that only samples otherwise (LAN, LoRA "
              "weight) shows its training's row.",)
-    return Table("How the trainings ended", notes,
-                 ("Arm", "triplets", "DPO loss", "lambda * statistic loss", "implicit accuracy"), tuple(rows))
+    return AblationTable(("Arm", "triplets", "DPO loss", "lambda * statistic loss", "implicit accuracy"), rows,
+                         "How the trainings ended", notes)
 
 
 def _how(results: Results, world: World) -> str:
@@ -212,17 +209,3 @@ def _interval(value: Estimate, digits: int, *, signed: bool = False) -> str:
         return "–"
     sign = "+" if signed else ""
     return f"{value.value:{sign}.{digits}f} ({value.ci_low:{sign}.{digits}f} to {value.ci_high:{sign}.{digits}f})"
-
-
-def to_markdown(tables: Iterable[Table]) -> str:
-    """The tables as GitHub Markdown."""
-    blocks = []
-    for table in tables:
-        lines = [f"## {table.title}", "", *(line for note in table.notes for line in (note, "")),
-                 _row(table.columns), _row(["---"] * len(table.columns)), *(_row(row) for row in table.rows)]
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
+from hgdpo_core.rendering.tables import Table
+
 
 class StagePlan(BaseModel):
     """What one stage would do. Units are images, prompts, pairs or steps; `folder` is "" where no id is known yet."""
@@ -57,17 +59,17 @@ class RunPlan(BaseModel):
 
 def describe(plan: RunPlan) -> str:
     """The plan as a table for people."""
-    rows = [["stage", "to make", "found", "shards to make", "to store", "time", "estimated from"]]
+    columns = ("stage", "to make", "found", "shards to make", "to store", "time", "estimated from")
+    rows = []
     for stage in plan.stages:
         found = f"{stage.total - stage.missing:,}" if stage.folder else "?"
         rows.append([stage.stage, f"{stage.missing:,} {stage.unit}", found,
                      f"{stage.missing_shards:,} of {stage.shards:,}" if stage.shards else "",
                      readable_bytes(stage.bytes_missing), readable_time(stage.seconds), stage.basis])
     rows.append(["all", "", "", "", readable_bytes(plan.bytes_missing), readable_hours(plan), f"on {plan.device}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     notes = [f"- {note}" for note in (*plan.notes, *dict.fromkeys(stage.note for stage in plan.stages if stage.note))]
-    return "\n".join([f"Plan of {plan.run_id} in {plan.root} (nothing was made)", "", *lines, "", *notes])
+    head = f"Plan of {plan.run_id} in {plan.root} (nothing was made)"
+    return "\n".join([head, "", Table(columns, rows).text(), "", *notes])
 
 
 def readable_hours(plan: RunPlan) -> str:

@@ -34,16 +34,6 @@ def listing(title: str, sentences: Sequence[str], style: str) -> str:
     return section(title, "", f'<ul class="{style}">{items}</ul>') if sentences else ""
 
 
-def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of HTML cells, the first of each row its heading; a wide table scrolls by itself, by keyboard too."""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    body = "".join(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-                   for first, *rest in rows)
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
-            f"<table><caption><span>{sentence(caption)}</span></caption><thead><tr>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table></div>")
-
-
 def picture(image: Image.Image, alt: str, encode: ImageEncoder) -> str:
     """An <img> that holds its own bytes."""
     tiny = ' class="tiny"' if max(image.size) <= TINY_PX else ""
@@ -89,11 +79,6 @@ def span(low: float | None, high: float | None, write: Callable[[float], str]) -
         return NOTHING
     ends = (write(low), write(high))
     return (" to " if any(end[0] in "+−" for end in ends) else "–").join(ends)
-
-
-def with_interval(value: str, interval: str) -> str:
-    """A cell that holds a value and, in small print below it, its interval."""
-    return f"{value}<small>{interval}</small>" if interval != NOTHING else value
 
 
 def signed(value: float, digits: int) -> str:

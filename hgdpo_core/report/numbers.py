@@ -16,10 +16,9 @@ from hgdpo_core.rendering.parts import (
     sentence,
     signed,
     span,
-    table,
-    with_interval,
     words,
 )
+from hgdpo_core.rendering.tables import Cell, Table, with_interval
 from hgdpo_core.report.data import ReportData
 from hgdpo_core.scorers import SCORER_TITLES
 from hgdpo_core.statistics.colours import WEAK_RESULTANT, ColourChange, ColourHistograms
@@ -45,9 +44,8 @@ def win_rates(data: ReportData) -> str:
 def _paper_table(data: ReportData) -> str:
     """One row of the paper's Table 1, with the interval that it leaves out."""
     cells = [with_interval(percent(rate.rate), rate_interval(rate)) for rate in data.win_rates.values()]
-    return table("As the paper's Table 1 prints it: win rate by each scorer, the 95 % interval below.",
-                 ("Tuned model", *(SCORER_TITLES.get(name, name) for name in data.win_rates)),
-                 [("vs. target", *cells)])
+    return Table(("Tuned model", *(SCORER_TITLES.get(name, name) for name in data.win_rates)), [("vs. target", *cells)],
+                 caption="As the paper's Table 1 prints it: win rate by each scorer, the 95 % interval below.").html()
 
 
 def _tally(data: ReportData) -> str:
@@ -60,40 +58,41 @@ def _tally(data: ReportData) -> str:
         if several:
             low, high = data.win_rate_intervals.get(name) or (None, None)
             cells.append(span(low, high, lambda end: f"{100 * end:.1f}") + ("" if low is None else " %"))
-        rows.append((escape(SCORER_TITLES.get(name, name)), *cells))
+        rows.append((SCORER_TITLES.get(name, name), *cells))
     columns = ["Scorer", "Wins", "Losses", "Ties", "Prompts", "p"]
     caption = ("Win rate = wins / (wins + losses), Clopper-Pearson interval; ties count apart. p: two-sided exact sign "
                "test.")
     if several:
         columns.append("Bootstrap over prompts")
         caption += " The bootstrap resamples whole prompts."
-    return table(caption, columns, rows)
+    return Table(columns, rows, caption=caption).html()
 
 
 def _score_table(data: ReportData) -> str:
     if not data.score_changes:
         return ""
-    rows = [(escape(SCORER_TITLES.get(name, name)), f"{change.mean_b:.3f}", f"{change.mean_a:.3f}",
+    rows = [(SCORER_TITLES.get(name, name), f"{change.mean_b:.3f}", f"{change.mean_a:.3f}",
              with_interval(signed(change.mean, 3), span(change.ci_low, change.ci_high, lambda end: signed(end, 3))))
             for name, change in data.score_changes.items()]
-    return table("Mean scores in each scorer's own units; below the change its paired 95 % interval over prompts.",
-                 ("Scorer", "Target", "Tuned", "Change"), rows)
+    return Table(("Scorer", "Target", "Tuned", "Change"), rows, caption="Mean scores in each scorer's own units; below "
+                 "the change its paired 95 % interval over prompts.").html()
 
 
 def defects(changes: Mapping[str, DefectChange]) -> str:
     """Share of defective images before and after."""
     bars, rows = [], []
     for name, change in changes.items():
-        title = escape(SCORER_TITLES.get(name, name))
+        title = SCORER_TITLES.get(name, name)
         for who, share in (("target", change.target), ("tuned", change.tuned)):
-            bars.append(f"<li><span>{title}: {who}</span><b>{percent(share)}</b>{share_bar(share, who)}</li>")
+            bars.append(f"<li><span>{escape(title)}: {who}</span><b>{percent(share)}</b>{share_bar(share, who)}</li>")
         interval = span(change.ci_low, change.ci_high, lambda end: signed(100 * end, 1))
         rows.append((title, f"{change.below:g}", percent(change.target), percent(change.tuned),
                      with_interval(f"{signed(100 * change.difference, 1)} points", interval)))
     intro = "An image that scores below the scorer's own limit counts as defective. Less is better."
-    figures = table("The difference is tuned minus target, in percentage points; below it its 95 % bootstrap interval "
-                    "over prompts.", ("Scorer", "Limit", "Target", "Tuned", "Difference"), rows)
-    return section("Defective images", intro, f'<ul class="bars">{"".join(bars)}</ul>{SCALE}{figures}') if rows else ""
+    table = Table(("Scorer", "Limit", "Target", "Tuned", "Difference"), rows, caption="The difference is tuned minus "
+                  "target, in percentage points; below it its 95 % bootstrap interval over prompts.")
+    return (section("Defective images", intro, f'<ul class="bars">{"".join(bars)}</ul>{SCALE}{table.html()}')
+            if rows else "")
 
 
 def colours(shift: ColourShift | None, change: ColourChange | None,
@@ -107,9 +106,9 @@ def colours(shift: ColourShift | None, change: ColourChange | None,
     sizes = (None, shift.hue, shift.saturation, shift.value)
     rows = [(name, *_colour_cells(name, shift, size, estimate))
             for name, size, estimate in zip(names, sizes, estimates, strict=True)]
-    shown = table("Tuned against target over all pixels of the evaluation images; below each change its 95 % bootstrap "
-                  "interval over prompts. The last column compares with the paper's Table 2.",
-                  ("Channel", "Change", "As in the paper"), rows)
+    shown = Table(("Channel", "Change", "As in the paper"), rows, caption="Tuned against target over all pixels of the "
+                  "evaluation images; below each change its 95 % bootstrap interval over prompts. The last column "
+                  "compares with the paper's Table 2.").html()
     intro = ("No shift is 0. Hue is an angle, so its first row counts: a mean weighted by saturation, + from red "
              "towards yellow. The other rows are plain means over pixels; the paper prints their size without a sign.")
     note = f'<p class="intro">{escape(_weak_hue(change))}</p>' if change is not None and change.hue_is_weak else ""
@@ -118,7 +117,8 @@ def colours(shift: ColourShift | None, change: ColourChange | None,
     return section("Colours", intro, shown + note + charts)
 
 
-def _colour_cells(name: str, shift: ColourShift, size: float | None, estimate: Estimate | None) -> tuple[str, ...]:
+def _colour_cells(name: str, shift: ColourShift, size: float | None,
+                  estimate: Estimate | None) -> tuple[str | Cell, str]:
     undefined = "not defined"
     if name == "Hue as an angle":
         value = undefined if shift.hue_degrees is None else f"{signed(shift.hue_degrees, 2)}°"
@@ -149,23 +149,18 @@ def counts(numbers: Mapping[str, int]) -> str:
 def timings(seconds: Mapping[str, float]) -> str:
     """Time by stage; what was found again took none."""
     total = sum(seconds.values())
-    rows = [(escape(words(stage)), duration(value), f"{100 * value / total if total else 0:.0f} %")
+    rows = [(words(stage), duration(value), f"{100 * value / total if total else 0:.0f} %")
             for stage, value in seconds.items()]
     rows.append(("Total", duration(total), ""))
-    return section("Timings", "", table("Time by stage; what was found again took none.", ("Stage", "Time", "Share"),
-                                        rows)) if seconds else ""
+    table = Table(("Stage", "Time", "Share"), rows, caption="Time by stage; what was found again took none.")
+    return section("Timings", "", table.html()) if seconds else ""
 
 
 def artifacts(places: Mapping[str, str]) -> str:
     """What the run left, and where."""
-    rows = []
-    for name, place in places.items():
-        shown = f"<code>{escape(place)}</code>"
-        if place.startswith(("https://", "http://")):
-            shown = f'<a href="{escape(place)}" rel="noreferrer">{shown}</a>'
-        rows.append((escape(words(name)), shown))
-    return section("Artifacts", "", table(f"{count_of(len(rows), 'place')} in the object store.",
-                                          ("Artifact", "Place"), rows)) if rows else ""
+    rows = [(words(name), Cell(place, code=True)) for name, place in places.items()]
+    table = Table(("Artifact", "Place"), rows, caption=f"{count_of(len(rows), 'place')} in the object store.")
+    return section("Artifacts", "", table.html()) if rows else ""
 
 
 def variety(change: Estimate | None) -> str:

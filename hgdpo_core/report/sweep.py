@@ -1,11 +1,11 @@
 """The section on LoRA weights: what more of the LoRA gains, and what it costs (paper Figure 8)."""
 
 from collections.abc import Sequence
-from html import escape
 
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.rendering.charts import IntervalPoint, interval_chart
-from hgdpo_core.rendering.parts import NOTHING, percent, rate_interval, section, signed, span, table, with_interval
+from hgdpo_core.rendering.parts import NOTHING, percent, rate_interval, section, signed, span
+from hgdpo_core.rendering.tables import Cell, Table, with_interval
 from hgdpo_core.scorers import SCORER_TITLES
 from hgdpo_core.statistics.intervals import Estimate
 
@@ -32,17 +32,17 @@ def _table(sweep: Sequence[Comparison]) -> str:
     titles = {name: SCORER_TITLES.get(name, name) for name in scorers}
     columns = ["Weight", *titles.values(), *(f"Defective by {titles[name]}" for name in inspectors), "Saturation",
                "Value", "Variety"]
-    rows = [(escape(_weight(point)),
+    rows = [(_weight(point),
              *(with_interval(percent(rate.rate), rate_interval(rate)) for rate in point.win_rates.values()),
              *(percent(point.defects[name].tuned) for name in inspectors),
              *(_change(estimate) for estimate in (point.colour_change.saturation_percent,
                                                   point.colour_change.value_percent, point.variety_change)))
             for point in sweep]
-    return table("Win rates with their 95 % intervals; saturation, value and the variety of the images as changes "
-                 "against the target.", columns, rows)
+    return Table(columns, rows, caption="Win rates with their 95 % intervals; saturation, value and the variety of the "
+                 "images as changes against the target.").html()
 
 
-def _change(estimate: Estimate) -> str:
+def _change(estimate: Estimate) -> str | Cell:
     if estimate.value is None:
         return NOTHING
     interval = span(estimate.ci_low, estimate.ci_high, lambda end: f"{signed(end, 1)} %")

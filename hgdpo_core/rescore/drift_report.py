@@ -1,13 +1,14 @@
 """The report of a night of scoring again, as Markdown and as one HTML page that loads nothing from elsewhere."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from hgdpo_core.rendering.charts import format_number
 from hgdpo_core.rendering.grids import format_score
 from hgdpo_core.rendering.html import html_page
+from hgdpo_core.rendering.parts import count_of
+from hgdpo_core.rendering.tables import Table
 
 WIDTH, HEIGHT, BASE = 360, 150, 128
 MAX_CHARTED = 12  # pools; rankings first, every evaluation has two pools without one
@@ -19,27 +20,17 @@ HISTOGRAM_STYLE = """
 Report = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of plain text under a title; the first cell of a row names it."""
-
-    title: str
-    intro: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
 def headline(report: Report) -> str:
     """The night in one or two sentences."""
     images = sum(pool["images_scored"] for pool in report["pools"])
     pools = len({pool["pool_id"] for pool in report["pools"]})
-    text = f"{_count(images, 'image')} of {_count(pools, 'pool')} scored"
+    text = f"{count_of(images, 'image')} of {count_of(pools, 'pool')} scored"
     ranked = [pool["ranking"] for pool in report["pools"] if pool["ranking"]]
     paired = sum(ranking["pairs_compared"] for ranking in ranked)
     if paired:
         flipped = sum(ranking["winner_or_loser_flipped"]["prompts"] for ranking in ranked)
         text += f"; winner or loser changed for {_share(flipped, paired, ' prompts')}"
-    text += f"; {_count(len(report['triplets']), 'data set')} of triplets ranked"
+    text += f"; {count_of(len(report['triplets']), 'data set')} of triplets ranked"
     return f"{text}. Nothing was trained."
 
 
@@ -62,17 +53,12 @@ def render_markdown(report: Report) -> str:
     """The report as GitHub and the Prefect UI show it."""
     parts = [f"# Scored again, {report['night']}", headline(report),
              f"Root: `{report['root']}`; started {report['started_at']}, finished {report['finished_at']}."]
-    for table in _tables(report):
-        parts.append(f"## {table.title}\n\n{table.intro}")
-        lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-        parts.append("\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *(table.markdown() for table in _tables(report))]) + "\n"
 
 
 def render_html(report: Report) -> str:
     """The report with histograms of tau and of the scores; texts are shown as texts, never as markup."""
-    sections = "".join(f"<section><h2>{escape(table.title)}</h2><p class=\"intro\">{escape(table.intro)}</p>"
-                       f"{_html_table(table)}</section>\n" for table in _tables(report))
+    sections = "".join(table.section() for table in _tables(report))
     pools = sorted(report["pools"], key=lambda pool: pool["ranking"] is None)
     charts = "".join(_pool_charts(pool) for pool in pools[:MAX_CHARTED])
     if charts:
@@ -103,10 +89,10 @@ def _rankings(report: Report) -> Table:
                  for name in ("winner_flipped", "loser_flipped"))
         rows.append((pool["pool_id"], pool["scorer"], f"{ranking['prompts']:,}", _tau(tau["mean"]), _tau(tau["median"]),
                      _tau(tau["min"]), *flips, f"{ranking['pairs_lost']} / {ranking['pairs_gained']}"))
-    return Table("Rankings", "Kendall's tau of each prompt's candidates, by the scores before and now: 1 for the same "
-                 "ranking, 0 for no relation, -1 for the reversed one.",
-                 ("Pool", "Scorer", "Prompts", "Tau, mean", "Median", "Lowest", "Winner changed", "Loser changed",
-                  "Pairs lost / gained"), tuple(rows))
+    return Table(("Pool", "Scorer", "Prompts", "Tau, mean", "Median", "Lowest", "Winner changed", "Loser changed",
+                  "Pairs lost / gained"), rows, "Rankings",
+                 ["Kendall's tau of each prompt's candidates, by the scores before and now: 1 for the same ranking, 0 "
+                  "for no relation, -1 for the reversed one."])
 
 
 def _scores(report: Report) -> Table:
@@ -116,52 +102,45 @@ def _scores(report: Report) -> Table:
         rows.append((pool["pool_id"], pool["scorer"], f"{pool['images_scored']:,}",
                      "no earlier scores" if before is None else _spread(before), _spread(now),
                      "" if before is None else _shift(before, now), f"{now['not_finite']:,}"))
-    return Table("Scores", "Mean and standard deviation over all images that have both scores; the shift is in "
-                 "standard deviations of the scores before. Scores of different scorers need not share a scale.",
-                 ("Pool", "Scorer", "Images scored", "Before", "Now", "Shift", "Not finite"), tuple(rows))
+    return Table(("Pool", "Scorer", "Images scored", "Before", "Now", "Shift", "Not finite"), rows, "Scores",
+                 ["Mean and standard deviation over all images that have both scores; the shift is in standard "
+                  "deviations of the scores before. Scores of different scorers need not share a scale."])
 
 
 def _worst(report: Report) -> Table:
-    rows = tuple((worst["prompt"], pool["scorer"], _tau(worst["tau"]), " → ".join(map(str, worst["winner"])),
-                  " → ".join(map(str, worst["loser"]))) for pool in report["pools"] for worst in pool["worst_prompts"])
-    return Table("Prompts that moved most", "The lowest tau of each pool; winner and loser are places in the pool, "
-                 "counted from 0, before and now; -1: the pool has no pair.",
-                 ("Prompt", "Scorer", "Tau", "Winner", "Loser"), rows)
+    rows = [(worst["prompt"], pool["scorer"], _tau(worst["tau"]), " → ".join(map(str, worst["winner"])),
+             " → ".join(map(str, worst["loser"]))) for pool in report["pools"] for worst in pool["worst_prompts"]]
+    return Table(("Prompt", "Scorer", "Tau", "Winner", "Loser"), rows, "Prompts that moved most",
+                 ["The lowest tau of each pool; winner and loser are places in the pool, counted from 0, before and "
+                  "now; -1: the pool has no pair."])
 
 
 def _triplets(report: Report) -> Table:
-    rows = tuple((item["triplets"], item["replaces"] or "none", f"{item['rows']:,}", f"{item['rejected']:,}",
-                  _share(item["same_pair"], item["prompts_compared"])) for item in report["triplets"])
-    return Table("Data sets of triplets", "Ranked by the scores of now. The ones before stay; nothing is trained on "
-                 "either until you start it.", ("Data set", "Before", "Triplets", "Pools without a pair", "Same pair"),
-                 rows)
+    rows = [(item["triplets"], item["replaces"] or "none", f"{item['rows']:,}", f"{item['rejected']:,}",
+             _share(item["same_pair"], item["prompts_compared"])) for item in report["triplets"]]
+    return Table(("Data set", "Before", "Triplets", "Pools without a pair", "Same pair"), rows, "Data sets of triplets",
+                 ["Ranked by the scores of now. The ones before stay; nothing is trained on either until you start "
+                  "it."])
 
 
 def _evaluations(report: Report) -> Table:
-    rows = tuple((item["evaluation_id"], item["scorer"], _rate(item["before"]), _rate(item["now"]))
-                 for item in report["evaluations"])
-    return Table("Win rates", "Of the tuned model over its target, on evaluation images that were scored again; "
-                 "evaluations/ keeps what it said.", ("Evaluation", "Scorer", "Before", "Now"), rows)
+    rows = [(item["evaluation_id"], item["scorer"], _rate(item["before"]), _rate(item["now"]))
+            for item in report["evaluations"]]
+    return Table(("Evaluation", "Scorer", "Before", "Now"), rows, "Win rates",
+                 ["Of the tuned model over its target, on evaluation images that were scored again; evaluations/ keeps "
+                  "what it said."])
 
 
 def _scorers(report: Report) -> Table:
-    rows = tuple((item["name"], item["source"] or "public checkpoint", item["dtype"], item["fingerprint"][:12])
-                 for item in report["scorers"])
-    return Table("Scorers", "The version that scored, as the start of its fingerprint.",
-                 ("Scorer", "Source", "Precision", "Version"), rows)
+    rows = [(item["name"], item["source"] or "public checkpoint", item["dtype"], item["fingerprint"][:12])
+            for item in report["scorers"]]
+    return Table(("Scorer", "Source", "Precision", "Version"), rows, "Scorers",
+                 ["The version that scored, as the start of its fingerprint."])
 
 
 def _skipped(report: Report) -> Table:
-    return Table("Left alone", "What was not scored or not ranked, and why.", ("What", "Reason"),
-                 tuple((item["what"], item["reason"]) for item in report["skipped"]))
-
-
-def _html_table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
-    body = "".join(f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}'
-                   "</tr>" for first, *rest in table.rows)
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}"><table><thead>'
-            f"<tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+    return Table(("What", "Reason"), [(item["what"], item["reason"]) for item in report["skipped"]], "Left alone",
+                 ["What was not scored or not ranked, and why."])
 
 
 def _pool_charts(pool: Mapping[str, Any]) -> str:
@@ -196,15 +175,6 @@ def _chart(title: str, meaning: str, ends: tuple[float, float], counts: Sequence
     return (f'<figure class="chart histogram"><figcaption><b>{escape(title)}</b><span></span><small>{escape(meaning)}'
             f'</small></figcaption><svg viewBox="-1 0 {WIDTH + 2} {HEIGHT}" role="img" aria-label="{label}">'
             f'{bars}{line}<line class="grid" x1="0" x2="{WIDTH}" y1="{BASE}" y2="{BASE}"/>{texts}</svg></figure>')
-
-
-def _cell(text: str) -> str:
-    """Text that cannot end a Markdown cell or start markup."""
-    return escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def _share(part: int, whole: int, noun: str = "") -> str:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from hgdpo_core import __version__
 from hgdpo_core.config import UNKNOWN_LICENCE, content_hash
+from hgdpo_core.rendering.tables import Table
 from hgdpo_core.statistics.distributions import summarise_scores, text_histogram
 from hgdpo_core.storage import PARALLEL_REQUESTS, Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
@@ -95,14 +96,12 @@ def _score_section(triplets: ShardFolder, manifests: Sequence[ShardManifest]) ->
         return "There is no triplet.\n"
     winners, losers = (np.concatenate([table[name].to_numpy() for table in tables])
                        for name in ("winner_score", "loser_score"))
-    columns = {"winner": winners, "loser": losers, "winner - loser": winners - losers}
-    lines = ["| | mean | std | min | median | max |", "|---|---|---|---|---|---|"]
-    for name, values in columns.items():
-        summary = summarise_scores(values)
-        numbers = (summary.mean, summary.std, summary.min, summary.median, summary.max)
-        lines.append(f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
-    both, difference = ({name: columns[name] for name in names} for names in (("winner", "loser"), ("winner - loser",)))
-    return "\n".join([*lines, "", "```", text_histogram(both), "", text_histogram(difference), "```", ""])
+    both, difference = {"winner": winners, "loser": losers}, {"winner - loser": winners - losers}
+    names = ("mean", "std", "min", "median", "max")
+    rows = [(name, *(f"{getattr(summarise_scores(values), number):.3f}" for number in names))
+            for name, values in {**both, **difference}.items()]
+    return "\n".join([Table(("", *names), rows).markdown(), "", "```", text_histogram(both), "",
+                      text_histogram(difference), "```", ""])
 
 
 def _settings(triplets: ShardFolder) -> str:
