@@ -84,7 +84,7 @@ def show_table(key: str, rows: Sequence[Mapping[str, Any]], description: str) ->
 
 
 class LiveTable:
-    """One table artifact that follows the work, written anew at most every few seconds."""
+    """One table artifact that follows the work, written again at most every few seconds."""
 
     def __init__(self, key: str, description: str):
         self._key, self._description = key, description

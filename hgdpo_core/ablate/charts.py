@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,49 +25,47 @@ from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.statistics.intervals import Estimate
 
 INK, FAINT, LINE, ACCENT, SECOND = "#181a20", "#5b616d", "#dfe1e6", "#1665c0", "#b4440d"
+COLOURS = (ACCENT, SECOND, FAINT, INK)
 DPI = 150
 CHARACTERS_PER_INCH = 12  # of a title
 SHORT_TITLES = {**SCORER_TITLES, "tinted": "PickScore, tinted"}  # the chart's own title says what tinted means
 
 
 def win_rate_chart(results: Results, planned: PlannedTable) -> bytes:
-    """A row an arm: the win rate by every judge with its interval, the single trainings as small dots."""
-    scorers = list(results.records[planned.rows[0].arm][0].win_rate)
-    figure, axes = _figure(6.8, 1.1 + 0.42 * len(planned.rows))
-    colours = [ACCENT, SECOND, FAINT, INK]
-    for number, scorer in enumerate(scorers):
-        shift = 0.22 * (number - (len(scorers) - 1) / 2)
-        for place, row in enumerate(planned.rows):
-            seeds = [record.win_rate[scorer]["rate"] for record in results.records[row.arm]]
-            axes.plot([100 * rate for rate in seeds if rate is not None],
-                      [place + shift] * sum(rate is not None for rate in seeds), ".", color=colours[number % 4],
-                      alpha=0.35, markersize=5)
-            _whisker(axes, scaled(results.win_rate(row.arm, scorer), 100), place + shift, colours[number % 4],
-                     SHORT_TITLES.get(scorer, scorer) if place == 0 else None)
-    axes.axvline(50, color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
-    axes.set_yticks(range(len(planned.rows)), [row.label for row in planned.rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("prompts won against the target, % (small dots: single trainings)")
-    if len(scorers) > 1:
-        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(scorers))
-    return _save(figure, axes, TITLES[planned.number], planned.world)
+    """A row an arm: the win rate by every scorer with its interval, the single trainings as small dots."""
+    series = {}
+    for scorer in results.records[planned.rows[0].arm][0].win_rate:
+        rates = [scaled(results.win_rate(row.arm, scorer), 100) for row in planned.rows]
+        seeds = [[record.win_rate[scorer]["rate"] for record in results.records[row.arm]] for row in planned.rows]
+        dots = [[100 * rate for rate in row if rate is not None] for row in seeds]
+        series[SHORT_TITLES.get(scorer, scorer)] = list(zip(rates, dots, strict=True))
+    return _row_chart(planned, series, 50, "prompts won against the target, % (small dots: single trainings)")
 
 
 def colour_chart(results: Results, planned: PlannedTable) -> bytes:
     """A row an arm: how far red minus blue, saturation and value moved."""
-    figure, axes = _figure(6.8, 1.1 + 0.5 * len(planned.rows))
-    kinds = (("warmth", "red minus blue, levels of 255", SECOND), ("saturation", "saturation, %", ACCENT),
-             ("value", "value, %", FAINT))
-    for number, (name, title, colour) in enumerate(kinds):
-        for place, row in enumerate(planned.rows):
-            _whisker(axes, results.colour(row.arm, name), place + 0.2 * (number - 1), colour,
-                     title if place == 0 else None)
-    axes.axvline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
+    series = {title: [(results.colour(row.arm, name), []) for row in planned.rows]
+              for name, title in (("saturation", "saturation, %"), ("warmth", "red minus blue, levels of 255"),
+                                  ("value", "value, %"))}
+    return _row_chart(planned, series, 0, "tuned minus target, with 95 % intervals")
+
+
+def _row_chart(planned: PlannedTable, series: Mapping[str, Sequence[tuple[Estimate, list[float]]]], level: float,
+               meaning: str) -> bytes:
+    """Estimates with their intervals and dots, a row an arm and a colour for each series."""
+    figure, axes = _figure(6.8, 1.1 + 0.46 * len(planned.rows))
+    for number, (title, values) in enumerate(series.items()):
+        colour, shift = COLOURS[number % 4], 0.21 * (number - (len(series) - 1) / 2)
+        for place, (value, dots) in enumerate(values):
+            axes.plot(dots, [place + shift] * len(dots), ".", color=colour, alpha=0.35, markersize=5)
+            _whisker(axes, value, place + shift, colour, title if place == 0 else None)
+    axes.axvline(level, color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
     axes.set_yticks(range(len(planned.rows)), [row.label for row in planned.rows])
     axes.invert_yaxis()
-    axes.set_xlabel("tuned minus target, with 95 % intervals")
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
-    return _save(figure, axes, TITLES["2"], planned.world)
+    axes.set_xlabel(meaning)
+    if len(series) > 1:
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(series))
+    return _save(figure, axes, TITLES[planned.number], planned.world)
 
 
 def distance_chart(results: Results, world: World) -> bytes:
@@ -98,7 +96,7 @@ def weight_chart(results: Results, planned: PlannedTable) -> bytes:
     left, right = figure.subplots(1, 2)
     for number, scorer in enumerate(scorers):
         _curve(left, weights, [scaled(results.win_rate(row.arm, scorer), 100) for row in rows],
-               [ACCENT, SECOND, FAINT, INK][number % 4], SHORT_TITLES.get(scorer, scorer))
+               COLOURS[number % 4], SHORT_TITLES.get(scorer, scorer))
     left.axhline(50, color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
     left.set_ylabel("prompts won against the target, %")
     if len(scorers) > 1:

@@ -1,4 +1,4 @@
-"""Charts as inline SVG. They name classes that the style sheet of `page.py` colours, in light and in dark."""
+"""Charts as inline SVG. They name classes that the style sheet of `html.py` colours, in light and in dark."""
 
 import html
 import math
@@ -63,15 +63,15 @@ def line_chart(spec: ChartSpec, log: Sequence[Mapping[str, float]]) -> str:
     low, high = _value_range([line for _, line in lines], spec.baseline)
     first, last = min(line.steps[0] for _, line in lines), max(line.steps[-1] for _, line in lines)
     step_scale, value_scale = _Scale(first, last, LEFT, RIGHT), _Scale(low, high, BOTTOM, TOP)
-    parts = [_axes(step_scale, value_scale)]
-    if spec.baseline is not None:
-        y = value_scale(spec.baseline)
-        parts.append(f'<line class="baseline" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    parts = [_axes(step_scale, value_scale), _baseline(spec.baseline, value_scale)]
     for style, name in (("raw", "values"), ("smooth", "smooth")):
         for number, (_, line) in enumerate(lines):
             points = _points(line.steps, getattr(line, name).clip(low, high), step_scale, value_scale)
             parts.append(f'<polyline class="{style}{" second" * number}" points="{points}"/>')
-    return _figure(spec, lines, "".join(parts))
+    ends = ", ".join(f"{name.replace('_', ' ')} from {format_number(line.smooth[0])} "
+                     f"to {format_number(line.smooth[-1])}" for name, line in lines)
+    latest = " / ".join(format_number(line.smooth[-1]) for _, line in lines)
+    return _figure(spec.title, latest, spec.meaning, f"{spec.title} over {spec.over}, smoothed: {ends}", parts)
 
 
 def rate_bar(rate: WinRate) -> str:
@@ -115,10 +115,8 @@ def interval_chart(title: str, meaning: str, points: Sequence[IntervalPoint], *,
     ends = [end for point in points for end in (point.value, point.low, point.high) if end is not None]
     value_scale = _Scale(min(*ends, baseline), max(*ends, baseline), BOTTOM, TOP)
     places = [LEFT + (RIGHT - LEFT) * (number + 0.5) / len(points) for number in range(len(points))]
-    y = value_scale(baseline)
     line = " ".join(f"{x:.1f},{value_scale(point.value):.1f}" for x, point in zip(places, points, strict=True))
-    parts = [_axes(None, value_scale, percent=True),
-             f'<line class="baseline" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>',
+    parts = [_axes(None, value_scale, percent=True), _baseline(baseline, value_scale),
              f'<polyline class="raw" points="{line}"/>']
     for x, point in zip(places, points, strict=True):
         if point.low is not None and point.high is not None:
@@ -129,9 +127,7 @@ def interval_chart(title: str, meaning: str, points: Sequence[IntervalPoint], *,
                      f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 17}" text-anchor="middle">'
                      f'{html.escape(point.label)}</text>')
     told = ", ".join(f"{point.label}: {100 * point.value:.1f} %" for point in points)
-    return (f'<figure class="chart"><figcaption><b>{html.escape(title)}</b><span></span>'
-            f'<small>{html.escape(meaning)}</small></figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-            f'aria-label="{html.escape(f"{title}, {meaning}: {told}")}">{"".join(parts)}</svg></figure>')
+    return _figure(title, "", meaning, f"{title}, {meaning}: {told}", parts)
 
 
 @dataclass(frozen=True)
@@ -154,28 +150,38 @@ HISTOGRAMS = (
 def histogram(spec: HistogramSpec, target: ColourHistograms, tuned: ColourHistograms) -> str:
     """A <figure> with the shares of both models' pixels: the target as an area, the tuned model as a line."""
     sides = [np.array(side.as_dict()[spec.channel]) for side in (target, tuned)]
-    top = max(float(side.max()) for side in sides) or 1.0
-    value_scale = _Scale(0.0, top, BOTTOM, TOP)
-    outlines = [_outline(side, value_scale) for side in sides]
-    drawing = (_axes(None, value_scale, percent=True) +
-               f'<path class="area" d="{outlines[0]}V{BOTTOM}H{LEFT}Z"/><path class="outline" d="{outlines[1]}"/>')
-    if spec.channel == "hue":
-        drawing += _hue_strip(len(sides[0]))
-    for number, label in enumerate(spec.labels):
-        x = LEFT + (RIGHT - LEFT) * number / (len(spec.labels) - 1)
-        anchor = "end" if number == len(spec.labels) - 1 else "middle"
-        drawing += f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 20}" text-anchor="{anchor}">{label}</text>'
+    parts = _steps(spec.labels, *sides, percent=True, below=_hue_strip(len(sides[0])) if spec.channel == "hue" else "")
     moved = 50 * float(np.abs(sides[0] - sides[1]).sum())
-    label = html.escape(f"{spec.title} of all pixels of both models; {moved:.1f} % of the pixels lie in other bins")
-    return (f'<figure class="chart"><figcaption><b>{html.escape(spec.title)}</b><span>{moved:.1f} % moved</span>'
-            f'<small>{html.escape(spec.meaning)}. Area: target, line: tuned</small></figcaption>'
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{drawing}</svg></figure>')
+    return _figure(spec.title, f"{moved:.1f} % moved", f"{spec.meaning}. Area: target, line: tuned",
+                   f"{spec.title} of all pixels of both models; {moved:.1f} % of the pixels lie in other bins", parts)
 
 
-def _outline(shares: np.ndarray, value_scale: "_Scale") -> str:
+def count_chart(title: str, meaning: str, ends: tuple[float, float], *sides: Sequence[int]) -> str:
+    """A <figure> with counts in equal bins between two ends: the first side as an area, a second as a line."""
+    low, high = map(format_number, ends)
+    parts = _steps((low, format_number(sum(ends) / 2), high), *map(np.array, sides))
+    most = max(map(max, sides))
+    return _figure(title, "", meaning, f"{title}, {meaning}; from {low} to {high}, at most {most} in a bin", parts)
+
+
+def _steps(labels: Sequence[str], *sides: np.ndarray, percent: bool = False, below: str = "") -> list[str]:
+    """Axes with labels from end to end, and a value a bin: of the first side as an area, of a second as a line."""
+    value_scale = _Scale(0.0, max(float(side.max()) for side in sides) or 1.0, BOTTOM, TOP)
+    area, *outline = (_outline(side, value_scale) for side in sides)
+    parts = [_axes(None, value_scale, percent=percent, whole=not percent),
+             f'<path class="area" d="{area}V{BOTTOM}H{LEFT}Z"/>',
+             *(f'<path class="outline" d="{path}"/>' for path in outline), below]
+    for number, label in enumerate(labels):
+        x = LEFT + (RIGHT - LEFT) * number / (len(labels) - 1)
+        anchor = "end" if number == len(labels) - 1 else "middle"
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 20}" text-anchor="{anchor}">{label}</text>')
+    return parts
+
+
+def _outline(values: np.ndarray, value_scale: "_Scale") -> str:
     """Path of the steps over the bins, from the left end of the axis to the right one."""
-    width = (RIGHT - LEFT) / len(shares)
-    steps = "".join(f"V{value_scale(float(share)):.1f}H{LEFT + (i + 1) * width:.1f}" for i, share in enumerate(shares))
+    width = (RIGHT - LEFT) / len(values)
+    steps = "".join(f"V{value_scale(float(value)):.1f}H{LEFT + (i + 1) * width:.1f}" for i, value in enumerate(values))
     return f"M{LEFT} {BOTTOM}{steps}"
 
 
@@ -221,9 +227,11 @@ def _points(steps: np.ndarray, values: np.ndarray, step_scale: _Scale, value_sca
     return " ".join(f"{step_scale(step):.1f},{value_scale(value):.1f}" for step, value in kept_points)
 
 
-def _axes(step_scale: _Scale | None, value_scale: _Scale, *, percent: bool = False) -> str:
+def _axes(step_scale: _Scale | None, value_scale: _Scale, *, percent: bool = False, whole: bool = False) -> str:
     parts = []
     for value in value_scale.ticks():
+        if whole and value != round(value):
+            continue
         y = value_scale(value)
         label = f"{100 * value:.3g} %" if percent else format_number(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -237,14 +245,18 @@ def _axes(step_scale: _Scale | None, value_scale: _Scale, *, percent: bool = Fal
     return "".join(parts)
 
 
-def _figure(spec: ChartSpec, lines: Sequence[tuple[str, Line]], drawing: str) -> str:
-    ends = ", ".join(f"{name.replace('_', ' ')} from {format_number(line.smooth[0])} "
-                     f"to {format_number(line.smooth[-1])}" for name, line in lines)
-    latest = " / ".join(format_number(line.smooth[-1]) for _, line in lines)
-    label = html.escape(f"{spec.title} over {spec.over}, smoothed: {ends}")
-    return (f'<figure class="chart"><figcaption><b>{html.escape(spec.title)}</b><span>{latest}</span>'
-            f'<small>{html.escape(spec.meaning)}</small></figcaption>'
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{drawing}</svg></figure>')
+def _baseline(level: float | None, value_scale: _Scale) -> str:
+    if level is None:
+        return ""
+    y = value_scale(level)
+    return f'<line class="baseline" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+
+def _figure(title: str, shown: str, meaning: str, label: str, parts: Sequence[str]) -> str:
+    """The frame of every chart; `shown` stands beside the title, `label` is read to who cannot see it."""
+    return (f'<figure class="chart"><figcaption><b>{html.escape(title)}</b><span>{shown}</span>'
+            f'<small>{html.escape(meaning)}</small></figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+            f'aria-label="{html.escape(label)}">{"".join(parts)}</svg></figure>')
 
 
 def format_number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Everything the report shows, as plain values: whoever has them can make a page."""
+"""Everything the report shows, as plain values: anything that has them can make a page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

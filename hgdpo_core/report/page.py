@@ -78,5 +78,5 @@ def _repeat(data: ReportData) -> str:
     settings = json.dumps(data.config.model_dump(mode="json"), indent=2, ensure_ascii=False)
     body = (f"<pre><code>{escape(data.command)}</code></pre><details><summary>All settings of this run</summary>"
             f"<pre><code>{escape(settings)}</code></pre></details>")
-    intro = "The same root reuses what is finished; another root makes everything anew."
+    intro = "The same root reuses what is finished; another root makes everything again."
     return section("How to repeat", intro, body)

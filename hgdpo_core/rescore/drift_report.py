@@ -1,21 +1,16 @@
 """The report of a night of scoring again, as Markdown and as one HTML page that loads nothing from elsewhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from hgdpo_core.rendering.charts import format_number
+from hgdpo_core.rendering.charts import count_chart
 from hgdpo_core.rendering.grids import format_score
 from hgdpo_core.rendering.html import html_page
 from hgdpo_core.rendering.parts import count_of
 from hgdpo_core.rendering.tables import Table
 
-WIDTH, HEIGHT, BASE = 360, 150, 128
 MAX_CHARTED = 12  # pools; rankings first, every evaluation has two pools without one
-HISTOGRAM_STYLE = """
-.histogram rect { fill: var(--accent); opacity: .45; }
-.histogram path { fill: none; stroke: var(--loss); stroke-width: 2; }
-"""
 
 Report = Mapping[str, Any]
 
@@ -70,7 +65,7 @@ def render_html(report: Report) -> str:
 <p class="lead">{escape(headline(report))}</p>
 <p class="meta">{escape(report["started_at"])} to {escape(report["finished_at"])} ·
 <code>{escape(report["root"])}</code></p>"""
-    return html_page(title, header, charts + sections, style=HISTOGRAM_STYLE)
+    return html_page(title, header, charts + sections)
 
 
 def _tables(report: Report) -> list[Table]:
@@ -148,33 +143,14 @@ def _pool_charts(pool: Mapping[str, Any]) -> str:
     charts = ""
     if pool["ranking"] is not None:
         tau = pool["ranking"]["tau"]
-        charts += _chart("Kendall's tau", f"{name}: prompts by tau; mean {_tau(tau['mean'])}", (-1, 1),
-                         tau["histogram"])
+        charts += count_chart("Kendall's tau", f"{name}: prompts by tau; mean {_tau(tau['mean'])}", (-1, 1),
+                              tau["histogram"])
     if histogram["edges"]:
         ends = (histogram["edges"][0], histogram["edges"][-1])
-        said = "filled: now" + ("; line: before" if histogram["before"] else "")
-        charts += _chart("Scores", f"{name}: images by score; {said}", ends, histogram["now"], histogram["before"])
+        before, now = histogram["before"], histogram["now"]
+        meaning = f"{name}: images by score" + (". Area: before, line: now" if before else "")
+        charts += count_chart("Scores", meaning, ends, *((before, now) if before else (now,)))
     return charts
-
-
-def _chart(title: str, meaning: str, ends: tuple[float, float], counts: Sequence[int],
-           before: Sequence[int] | None = None) -> str:
-    top, step = max([*counts, *(before or ()), 1]), WIDTH / len(counts)
-    bars = "".join(f'<rect x="{i * step + .5:.1f}" y="{BASE - BASE * count / top:.1f}" width="{step - 1:.1f}" '
-                   f'height="{BASE * count / top:.1f}"/>' for i, count in enumerate(counts))
-    line = ""
-    if before is not None:
-        corners = "".join(f"V{BASE - (BASE - 2) * count / top:.1f}H{(i + 1) * step:.1f}"
-                          for i, count in enumerate(before))
-        line = f'<path d="M0 {BASE}{corners}V{BASE}"/>'
-    label = escape(f"{title}, {meaning}; from {format_number(ends[0])} to {format_number(ends[1])}, "
-                   f"at most {top} in a bar")
-    texts = "".join(f'<text class="tick" x="{x}" y="{BASE + 17}" text-anchor="{anchor}">{format_number(value)}</text>'
-                    for x, anchor, value in ((0, "start", ends[0]), (WIDTH / 2, "middle", sum(ends) / 2),
-                                             (WIDTH, "end", ends[1])))
-    return (f'<figure class="chart histogram"><figcaption><b>{escape(title)}</b><span></span><small>{escape(meaning)}'
-            f'</small></figcaption><svg viewBox="-1 0 {WIDTH + 2} {HEIGHT}" role="img" aria-label="{label}">'
-            f'{bars}{line}<line class="grid" x1="0" x2="{WIDTH}" y1="{BASE}" y2="{BASE}"/>{texts}</svg></figure>')
 
 
 def _share(part: int, whole: int, noun: str = "") -> str:

@@ -24,6 +24,7 @@ from hgdpo_core.rendering.charts import (
     TOP,
     ChartSpec,
     IntervalPoint,
+    count_chart,
     format_number,
     histogram,
     interval_chart,
@@ -387,6 +388,19 @@ def test_histogram_says_how_many_pixels_moved():
         colours.update(*rgb_to_hsv(np.full((2, 2, 3), rgb, dtype=np.uint8)))
     assert "100.0 % moved" in histogram(HISTOGRAMS[0], red, blue)
     assert "0.0 % moved" in histogram(HISTOGRAMS[2], red, blue)
+
+
+def test_counts_before_are_an_area_and_now_a_line():
+    drawn = Page(count_chart("Scores", "by <score>", (-1, 1), [0, 3], [2, 1]))
+    top, third = TOP, BOTTOM + (TOP - BOTTOM) / 3
+    area, line = (attributes["d"] for attributes in drawn.all("path"))
+    middle = (LEFT + RIGHT) / 2
+    assert area == f"M{LEFT} {BOTTOM}V{BOTTOM:.1f}H{middle:.1f}V{top:.1f}H{RIGHT:.1f}V{BOTTOM}H{LEFT}Z"
+    assert line == f"M{LEFT} {BOTTOM}V{2 * third - BOTTOM:.1f}H{middle:.1f}V{third:.1f}H{RIGHT:.1f}"
+    assert "by <score>" in drawn.text and "at most 3 in a bin" in str(drawn.all("svg")[0]["aria-label"])
+    single = Page(count_chart("Kendall's tau", "", (-1, 1), [0, 1]))
+    assert [attributes["class"] for attributes in single.all("path")] == ["area"]
+    assert "0.5" not in single.text and single.text.endswith("-101")  # values 0 and 1 alone, then the ends and 0
 
 
 def test_numbers_keep_their_sign_and_intervals_do_not_look_like_one():

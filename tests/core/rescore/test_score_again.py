@@ -392,6 +392,7 @@ def test_the_page_stands_alone_and_shows_texts_as_texts(store):
     report = work(store, "two")
     page = store.read_bytes(f"rescores/{report['night']}/report.html").decode()
     assert "a woman &lt;b&gt;|&lt;/b&gt;" in page and "<b>|</b>" not in page
+    assert "Area: before, line: now" in page and "Kendall&#x27;s tau" in page
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     text = store.read_bytes(f"rescores/{report['night']}/report.md").decode()
     assert r"a woman &lt;b&gt;\|&lt;/b&gt;" in text and "2 of 3 (66.7 %)" in text
