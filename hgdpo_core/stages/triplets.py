@@ -258,4 +258,6 @@ def write_dataset_card(stage: TripletStage, licence: str = UNKNOWN_LICENCE) -> N
     made = stage.existing()
     if len(made) == len(stage.requested):
         card = dataset_card(stage.folder, stage.indices, stage.counts(made), licence=licence)
-        stage.folder.store.write_bytes(f"{stage.folder.key}/README.md", card.encode())
+        key, store = f"{stage.folder.key}/README.md", stage.folder.store
+        if store.read_many([key]).get(key) != card.encode():
+            store.write_bytes(key, card.encode())
