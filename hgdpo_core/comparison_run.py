@@ -18,7 +18,6 @@ from hgdpo_core.config import (
     ScorerConfig,
     apply_overrides,
     content_hash,
-    identity,
     validate,
 )
 from hgdpo_core.errors import ConfigError, InputError
@@ -100,9 +99,7 @@ def open_comparison(preset: str = "figures", root: str | None = None, *, tuned: 
                "scorers": ",".join(scorers) if scorers else None}
     given = {name: str(value) for name, value in options.items() if value is not None}
     command = shell_command("evaluate", given, overrides or {})
-    deciding = identity(config, later={"lora_weights"})
-    del deciding["workers"]  # how work is cut changes no result
-    run = ComparisonRun(config, store, f"evaluate-{content_hash(deciding)}", *models,
+    run = ComparisonRun(config, store, f"evaluate-{content_hash(config.identity('run'))}", *models,
                         _sweep(models[1], config.lora_weights), evaluation_prompts, command)
     save_prompts(store, evaluation_prompts)
     store.write_json(run.key("config.json"), {"code_version": __version__, **config.model_dump(mode="json")})

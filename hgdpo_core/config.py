@@ -5,7 +5,8 @@ Where a setting is the paper's, its docstring cites arXiv:2405.20216v1; METHOD-l
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,12 +23,64 @@ TrackerName = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlf
 FIGURES_SPLITS = ("train", "validation", "test")
 ConfigT = TypeVar("ConfigT", bound="StageConfig")
 UNKNOWN_LICENCE = "unknown"
+When = Literal["always", "changed", "never"]
+IdOf = Literal["result", "run"]
+
+
+@dataclass(frozen=True)
+class InIds:
+    """Metadata of a setting: when it enters ids. "changed": only where it differs from its default."""
+
+    result: When = "always"
+    """Of what is made by these settings: pools, scores, triplets, trained models."""
+    run: When = "always"
+    """Of runs, comparisons and ablations, whose ids name all that was asked for."""
+
+
+ADDED = InIds(result="changed", run="changed")
+"""For a setting added with a default: ids of earlier runs stay."""
+OWN_TO_RUNS = InIds(result="never")
+"""For what changes no result, as how it is computed or what is shown on the way."""
+NO_ID = InIds(result="never", run="never")
+"""For how work is cut."""
 
 
 class StageConfig(BaseModel):
-    """Base of all settings: immutable, no unknown names, JSON round trip."""
+    """Base of all settings: immutable, no unknown names, JSON round trip.
+
+    A setting enters every id, unless its definition says otherwise: `name: Annotated[int, ADDED] = 3`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def identity(self, of: IdOf = "result") -> dict[str, Any]:
+        """Plain data for an id: the settings that enter it by their definitions, nested ones by theirs."""
+        names = [name for name in type(self).model_fields if self._enters(name, of)]
+        data = self.model_dump(mode="json", include=set(names))
+        return {name: _identity_of(getattr(self, name), data[name], of) for name in names}
+
+    @classmethod
+    def from_identity(cls, record: Mapping[str, Any], **others: Any) -> Self:
+        """The settings whose result identity stands in `record`, among other data; `others` are in no identity."""
+        names = [name for name in cls.model_fields if name in record and cls._when(name, "result") != "never"]
+        return cls.model_validate({**{name: record[name] for name in names}, **others})
+
+    def _enters(self, name: str, of: IdOf) -> bool:
+        when, default = self._when(name, of), type(self).model_fields[name].get_default(call_default_factory=True)
+        return when == "always" or when == "changed" and getattr(self, name) != default
+
+    @classmethod
+    def _when(cls, name: str, of: IdOf) -> When:
+        marks = [item for item in cls.model_fields[name].metadata if isinstance(item, InIds)]
+        return getattr(marks[-1] if marks else InIds(), of)
+
+
+def _identity_of(value: Any, data: Any, of: IdOf) -> Any:
+    if isinstance(value, StageConfig):
+        return value.identity(of)
+    if isinstance(value, tuple):
+        return [_identity_of(item, plain, of) for item, plain in zip(value, data, strict=True)]
+    return data
 
 
 class PromptSource(StageConfig):
@@ -77,8 +130,9 @@ class SamplerConfig(StageConfig):
     height: int = Field(default=1024, ge=8, multiple_of=8, description="pixels")
     steps: int = Field(default=50, ge=1)
     guidance_scale: float = Field(default=5.0, ge=1.0)
-    latent_normalisation: bool = Field(default=False, description="LAN (paper Eq. 7): a tuned model's latents keep the "
-                                       "target's channel statistics; twice the cost of sampling")
+    latent_normalisation: Annotated[bool, InIds(result="changed")] = Field(
+        default=False, description="LAN (paper Eq. 7): a tuned model's latents keep the target's channel statistics; "
+        "twice the cost of sampling")
 
     @property
     def plain(self) -> "SamplerConfig":
@@ -91,7 +145,8 @@ class DrawingConfig(StageConfig):
 
     image_format: ImageFormat = "png"
     prompts_per_shard: int = Field(default=32, ge=1, description="prompts in the unit of commit")
-    batch_size: int = Field(default=8, ge=1, description="images sampled together; never changes which images are made")
+    batch_size: Annotated[int, OWN_TO_RUNS] = Field(
+        default=8, ge=1, description="images sampled together; never changes which images are made")
 
 
 class PoolConfig(DrawingConfig):
@@ -105,9 +160,9 @@ class ScorerConfig(StageConfig):
     """A judge of images."""
 
     name: ScorerName = "pickscore"
-    source: str | None = Field(default=None,
-                               description="hub id, folder or weights file; default: the public weights of that name")
-    batch_size: int = Field(default=32, ge=1)
+    source: Annotated[str | None, OWN_TO_RUNS] = Field(  # the fingerprint of what lies there enters
+        default=None, description="hub id, folder or weights file; default: the public weights of that name")
+    batch_size: Annotated[int, OWN_TO_RUNS] = Field(default=32, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
@@ -116,8 +171,8 @@ class TripletConfig(StageConfig):
 
     loser_rank: int | None = Field(default=None, ge=2,
                                    description="l of N-20-L-l: 1-based rank of the loser; default: last")
-    pool_size: int | None = Field(default=None, ge=2,
-                                  description="N of N-2, N-5, ...: rank only a pool's first N images; default: all")
+    pool_size: Annotated[int | None, InIds(result="changed")] = Field(
+        default=None, ge=2, description="N of N-2, N-5, ...: rank only a pool's first N images; default: all")
 
 
 class TrainingConfig(StageConfig):
@@ -135,16 +190,20 @@ class TrainingConfig(StageConfig):
     optimizer: Optimizer = "adamw"
     mixed_precision: MixedPrecision = "auto"
     gradient_checkpointing: bool = False
-    flip: bool = Field(default=False, description="mirror half of the samples, drawn anew each time; winner and loser "
-                                                  "of a pair together. Doubles the cached latents")
+    flip: Annotated[bool, InIds(result="changed")] = Field(
+        default=False, description="mirror half of the samples, drawn anew each time; winner and loser of a pair "
+        "together. Doubles the cached latents")
     seed: int = Field(default=0, ge=0)
-    checkpoint_every: int = Field(default=500, ge=1, description="optimizer steps between resume points")
-    log_every: int = Field(default=1, ge=1, description="optimizer steps between log rows")
-    validation_every: int | None = Field(default=None, ge=1, description="optimizer steps between validation images: "
-                                         "some evaluation prompts from fixed seeds; default: none")
-    validation_images: int = Field(default=4, ge=1, description="how many of them")
-    tracker: TrackerName | None = Field(default=None, description="where training curves go besides the store's "
-                                        "log.json; tensorboard writes its files beside it")
+    checkpoint_every: Annotated[int, OWN_TO_RUNS] = Field(
+        default=500, ge=1, description="optimizer steps between resume points")
+    log_every: Annotated[int, OWN_TO_RUNS] = Field(default=1, ge=1, description="optimizer steps between log rows")
+    validation_every: Annotated[int | None, OWN_TO_RUNS] = Field(
+        default=None, ge=1, description="optimizer steps between validation images: some evaluation prompts from fixed "
+        "seeds; default: none")
+    validation_images: Annotated[int, OWN_TO_RUNS] = Field(default=4, ge=1, description="how many of them")
+    tracker: Annotated[TrackerName | None, OWN_TO_RUNS] = Field(
+        default=None, description="where training curves go besides the store's log.json; tensorboard writes its files "
+        "beside it")
 
 
 class SftConfig(TrainingConfig):
@@ -152,8 +211,9 @@ class SftConfig(TrainingConfig):
 
     caption_dropout: float = Field(default=0.1, ge=0, lt=1,
                                    description="share of captions replaced by the empty text (ours)")
-    ema_decay: float | None = Field(default=None, gt=0, lt=1, description="the tuned model gets the moving average of "
-                                    "its weights, as 0.9999; default: its last weights (ours)")
+    ema_decay: Annotated[float | None, InIds(result="changed")] = Field(
+        default=None, gt=0, lt=1, description="the tuned model gets the moving average of its weights, as 0.9999; "
+        "default: its last weights (ours)")
 
 
 class DpoConfig(TrainingConfig):
@@ -234,7 +294,7 @@ class RunConfig(StageConfig):
     triplets: TripletConfig
     dpo: DpoConfig
     evaluation: EvaluationConfig
-    workers: WorkersConfig = WorkersConfig()
+    workers: Annotated[WorkersConfig, NO_ID] = WorkersConfig()
 
     @property
     def training_judge(self) -> str | None:
@@ -267,12 +327,12 @@ class ComparisonConfig(StageConfig):
     base: str | None = Field(default=None, description="the model that wears the LoRAs; default: the target")
     target_lora_weight: float | None = Field(default=None, gt=0, description="where the target is a LoRA; default: "
                                              "evaluation.lora_weight, the tuned one's")
-    lora_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+    lora_weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], ADDED] = Field(
         default=(), description="weights to try the tuned LoRA at, beside evaluation.lora_weight (paper Figure 8)")
     sampler: SamplerConfig
     pool: DrawingConfig
     evaluation: EvaluationConfig
-    workers: WorkersConfig = WorkersConfig()
+    workers: Annotated[WorkersConfig, NO_ID] = WorkersConfig()
 
 
 def canonical_json(value: BaseModel | Mapping[str, Any] | list[Any]) -> str:
@@ -294,23 +354,6 @@ def content_hash(value: BaseModel | Mapping[str, Any] | list[Any], length: int =
 
 def _to_json(data: Any) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-def identity(config: BaseModel, *, later: Collection[str]) -> dict[str, Any]:
-    """Plain data for an id. Settings named in `later` came after the first ids: at their default they are left out."""
-    defaults = {name for name in later if getattr(config, name) == type(config).model_fields[name].default}
-    return config.model_dump(mode="json", exclude=defaults)
-
-
-BOOKKEEPING = frozenset({"checkpoint_every", "log_every", "validation_every", "validation_images", "tracker"})
-"""Settings of a training that change no weight."""
-LATER_IN_TRAINING = frozenset({"flip", "ema_decay"})
-
-
-def training_identity(config: TrainingConfig) -> dict[str, Any]:
-    """Plain data for the id of a trained model and for its checkpoints: what decides the weights."""
-    data = identity(config, later=LATER_IN_TRAINING & type(config).model_fields.keys())
-    return {name: value for name, value in data.items() if name not in BOOKKEEPING}
 
 
 def apply_overrides(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:

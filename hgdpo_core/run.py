@@ -88,7 +88,7 @@ def check_run(preset: str = "figures", root: str | None = None, *, prompts: str 
         check_tracker(config.sft.tracker)
     options = {"preset": preset, "root": store.root, "prompts": prompts, "target": target, "images": images}
     command = shell_command("run", options, overrides or {})
-    run_id = f"{preset}-{content_hash(config.model_dump(mode='json', exclude={'workers'}))}"
+    run_id = f"{preset}-{content_hash(config.identity('run'))}"
     return Run(config, store, run_id, model, training, evaluation, image_set, command)
 
 

@@ -167,7 +167,7 @@ def _arm_id(shared: Shared, config: RunConfig, arm: Arm) -> str:
     run = shared.ablation.run
     return content_hash({
         "format_version": FORMAT_VERSION, "arm": asdict(arm),
-        "config": config.model_dump(mode="json", exclude={"workers"}),
+        "config": config.identity("run"),
         "model": shared.model.identity(), "prompts": run.prompts.id, "evaluation_prompts": run.evaluation_prompts.id,
         "scores": shared.scores[arm.world].key,
         "judges": [find_scorer(scorer.name, scorer.source) for scorer in evaluation_scorers(run.config, arm.world)]})

@@ -65,8 +65,7 @@ def open_ablation(preset: str = "figures", root: str | None = None, *, prompts: 
     run = check_run(preset, root, prompts=prompts, target=target, images=images, overrides=given)
     scorer = ranking_scorer(run.config, config.worlds[-1])
     find_scorer(scorer.name, scorer.source)
-    deciding = run.config.model_dump(mode="json", exclude={"workers"})  # how work is cut changes no result
-    identity = {"run": deciding, "ablation": config.model_dump(mode="json")}
+    identity = {"run": run.config.identity("run"), "ablation": config.identity("run")}
     changed = {name: value for name, value in config.model_dump(mode="json").items()
                if value != AblationConfig().model_dump(mode="json")[name]}
     command = shell_command("ablate", {"preset": preset, "root": run.store.root, "prompts": prompts, "target": target,

@@ -253,8 +253,7 @@ class _Planner:
         groups: dict[tuple[str, TripletConfig], dict[str, str]] = {}
         for key, config in self.triplets.items():
             if config["pool"] == pool.key and _scorer_name(config["scores"]) == _scorer_name(scores.key):
-                settings = {name: config[name] for name in TripletConfig.model_fields if name in config}
-                group = (config["prompts_id"], TripletConfig.model_validate(settings))
+                group = (config["prompts_id"], TripletConfig.from_identity(config))
                 groups.setdefault(group, {})[key] = config["scores"]
         for (prompts_id, config), found in groups.items():
             try:

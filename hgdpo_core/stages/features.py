@@ -18,7 +18,7 @@ from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.scorers import ImageEmbedder, find_scorer, load_embedder
 from hgdpo_core.stages.base import Computer, ShardRows, Worker
-from hgdpo_core.stages.scores import ScoreStage
+from hgdpo_core.stages.scores import ScoreStage, score_settings
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -27,8 +27,7 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("index", pa.int32()), ("feature
 
 def feature_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFolder:
     """Where the features of a pool by a scorer's image tower lie: float32 vectors as bytes."""
-    settings = {"stage": "features", "pool_id": pool_id, "scorer": scorer.name, "dtype": scorer.dtype,
-                "fingerprint": find_scorer(scorer.name, scorer.source)}
+    settings = {**score_settings(pool_id, scorer, find_scorer(scorer.name, scorer.source)), "stage": "features"}
     return ShardFolder.create(store, f"features/{pool_id}/{scorer.name}-{content_hash(settings)}", settings)
 
 

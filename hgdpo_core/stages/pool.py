@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from hgdpo_core.config import PoolConfig, SamplerConfig, content_hash, identity
+from hgdpo_core.config import PoolConfig, SamplerConfig, content_hash
 from hgdpo_core.errors import ConfigError, StorageError
 from hgdpo_core.models import Model, default_device
 from hgdpo_core.models.image_generator import ImageGenerator, chunks
@@ -104,8 +104,7 @@ class PoolPlan(Stage):
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> "PoolPlan":
         config = folder.config
-        names = ("images_per_prompt", "seed", "image_format", "prompts_per_shard")
-        pool = PoolConfig(batch_size=recipe["batch_size"], **{name: config[name] for name in names})
+        pool = PoolConfig.from_identity(config, batch_size=recipe["batch_size"])
         model = find_offered_model(folder.store, config["model"], recipe)
         return open_pool(folder, model, SamplerConfig.model_validate(config["sampler"]), pool, indices)
 
@@ -171,9 +170,7 @@ class _Generating:
 def pool_settings(model: Model, sampler: SamplerConfig, pool: PoolConfig) -> dict:
     """All that decides a pool's images, and nothing else: not the prompts, the batch or the device."""
     return {"stage": "pool", "format_version": FORMAT_VERSION, "model": model.identity(),
-            "sampler": identity(sampler, later={"latent_normalisation"}),
-            "images_per_prompt": pool.images_per_prompt,
-            "seed": pool.seed, "image_format": pool.image_format, "prompts_per_shard": pool.prompts_per_shard}
+            "sampler": sampler.identity(), **pool.identity()}
 
 
 def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConfig,

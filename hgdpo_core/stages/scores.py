@@ -34,7 +34,8 @@ def score_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFolde
 
 def score_settings(pool_id: str, scorer: ScorerConfig, fingerprint: str) -> dict[str, Any]:
     """All that decides the scores of a pool: its images, and the scorer's weights and precision."""
-    return {"stage": "score", "pool_id": pool_id, "scorer": scorer.name, "dtype": scorer.dtype,
+    settings = scorer.identity()
+    return {"stage": "score", "pool_id": pool_id, "scorer": settings.pop("name"), **settings,
             "fingerprint": fingerprint}
 
 

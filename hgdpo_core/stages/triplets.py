@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hgdpo_core.config import UNKNOWN_LICENCE, TripletConfig, content_hash, identity
+from hgdpo_core.config import UNKNOWN_LICENCE, TripletConfig, content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
@@ -59,7 +59,7 @@ def triplet_folder(store: Store, pool: ShardFolder, scores: ShardFolder, prompts
         raise ConfigError(f"pool_size is {config.pool_size}, but {pool.key} holds {held} images a prompt: "
                           f"choose a size from 2 to {held}")
     settings = {"stage": "triplets", "pool": pool.key, "scores": scores.key, "prompts_id": prompts_id,
-                **identity(config, later={"pool_size"})}
+                **config.identity()}
     return ShardFolder.create(store, f"triplets/{prompts_id.split('-')[0]}-{content_hash(settings)}", settings)
 
 

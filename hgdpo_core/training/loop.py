@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
-from hgdpo_core.config import TrainingConfig, content_hash, training_identity
+from hgdpo_core.config import TrainingConfig, content_hash
 from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageError
 from hgdpo_core.memory import is_out_of_memory
 from hgdpo_core.training.checkpoints import Checkpoint, Checkpoints, load_latest, save_checkpoint
@@ -55,7 +55,7 @@ class _Run:
 
     @property
     def config_hash(self) -> str:
-        return content_hash({"trainer": self.objective.name, "config": training_identity(self.config),
+        return content_hash({"trainer": self.objective.name, "config": self.config.identity(),
                              "samples": len(self.source)})
 
 

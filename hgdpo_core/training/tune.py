@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers import StableDiffusionPipeline
 
-from hgdpo_core.config import DpoConfig, SftConfig, TrainingConfig, content_hash, training_identity
+from hgdpo_core.config import DpoConfig, SftConfig, TrainingConfig, content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.models import Model, default_device, device_name, load_pipeline
 from hgdpo_core.models.files import LORA_NAME
@@ -136,7 +136,7 @@ def tuned_id(kind: str, identity: Mapping[str, Any], latents: ShardFolder, indic
     """The id a tuned model will have: another model, other settings or other bytes to train on make another one."""
     manifests = latents.manifests() if manifests is None else manifests
     settings = {"model": identity, "latents": [manifests[index].sha256 for index in indices],
-                "config": training_identity(config)}
+                "config": config.identity()}
     return f"{kind}-{content_hash(settings)}"
 
 

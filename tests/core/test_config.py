@@ -1,17 +1,20 @@
 """Settings: the presets are complete and the paper's; a mistake is one readable line."""
 
 import hashlib
+from typing import Annotated
 
 import pytest
 
 from hgdpo_core.config import (
+    ADDED,
     DpoConfig,
+    PoolConfig,
     RunConfig,
     SftConfig,
+    WorkersConfig,
     apply_overrides,
     canonical_json,
     content_hash,
-    training_identity,
 )
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.presets import build_config, figures, sd15
@@ -95,10 +98,43 @@ def test_the_users_own_target_is_not_tuned_on_the_presets_images():
 def test_trained_models_keep_their_ids():
     """Computed by the code before there was a `flip`: a setting added later counts only where it is used."""
     configs = (DpoConfig(batch_size=4, learning_rate=1e-5), SftConfig(batch_size=16, learning_rate=1e-5))
-    assert [content_hash(training_identity(config)) for config in configs] == ["39ccec8cd81a", "093a7346b64f"]
-    assert training_identity(configs[0].model_copy(update={"flip": True}))["flip"] is True
+    assert [content_hash(config.identity()) for config in configs] == ["39ccec8cd81a", "093a7346b64f"]
+    assert configs[0].model_copy(update={"flip": True}).identity()["flip"] is True
     noted = configs[0].model_copy(update={"log_every": 9, "checkpoint_every": 7})
-    assert training_identity(noted) == training_identity(configs[0])
+    assert noted.identity() == configs[0].identity()
+
+
+def test_runs_keep_their_ids():
+    """Golden values from the code that listed settings by name; workers' settings never enter."""
+    tuned_here = figures().model_copy(update={"workers": WorkersConfig(open_runs=9)})
+    assert content_hash(figures().identity("run")) == content_hash(tuned_here.identity("run")) == "aa83f51ac5b4"
+    assert content_hash(sd15("t", "p").identity("run")) == "b98fcb4354e0"
+
+
+class _Later(DpoConfig):
+    gamma: Annotated[float, ADDED] = 1.0
+
+
+def test_a_setting_added_with_a_default_leaves_earlier_ids():
+    earlier, later = DpoConfig(batch_size=4, learning_rate=1e-5), _Later(batch_size=4, learning_rate=1e-5)
+    for of in ("result", "run"):
+        assert later.identity(of) == earlier.identity(of)
+        assert later.model_copy(update={"gamma": 2.0}).identity(of) == {**earlier.identity(of), "gamma": 2.0}
+
+
+def test_a_nested_setting_enters_by_its_own_definition():
+    run = figures()
+    nested = run.model_copy(update={"dpo": _Later(**run.dpo.model_dump())})
+    assert nested.identity("run") == run.identity("run")
+    assert run.identity()["evaluation"]["scorers"] == [{"name": "pickscore", "dtype": "float32"},
+                                                       {"name": "inspector", "dtype": "float32"}]
+    assert run.identity("run")["evaluation"]["scorers"] == run.model_dump(mode="json")["evaluation"]["scorers"]
+
+
+def test_settings_come_back_from_a_record_that_holds_their_identity():
+    pool = PoolConfig(images_per_prompt=7, batch_size=3, image_format="webp")
+    record = {"stage": "pool", "batch_size": "of no identity", **pool.identity()}
+    assert PoolConfig.from_identity(record, batch_size=3) == pool
 
 
 @pytest.mark.parametrize("value", [[], ["a"], ["a", 'ü"\n'], [(1, "b"), (2, "c")], [{"b": 1, "a": [1, 2]}], {"a": 1}])

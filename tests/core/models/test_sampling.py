@@ -10,7 +10,7 @@ import tiny
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, TripletConfig, content_hash, identity
+from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, TripletConfig, content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.images import decode_image
@@ -169,5 +169,5 @@ def test_ids_from_before_the_settings_stay():
     model: Any = SimpleNamespace(identity=lambda: {"fingerprint": "f"}, lora=None)
     assert content_hash(pool_settings(model, SAMPLER, POOL)) == "eca8b2aa519f"
     folders = {"stage": "triplets", "pool": "pools/p", "scores": "scores/p/s", "prompts_id": "5-test"}
-    assert content_hash({**folders, **identity(TripletConfig(), later={"pool_size"})}) == "c6d50806a83c"
-    assert identity(TripletConfig(pool_size=3), later={"pool_size"}) == {"loser_rank": None, "pool_size": 3}
+    assert content_hash({**folders, **TripletConfig().identity()}) == "c6d50806a83c"
+    assert TripletConfig(pool_size=3).identity() == {"loser_rank": None, "pool_size": 3}
