@@ -24,7 +24,7 @@ from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.models import Model, find_model
 from hgdpo_core.models.files import is_lora
-from hgdpo_core.presets import PARTI_PROMPTS, build_config
+from hgdpo_core.presets import DEFAULT_PRESET, PARTI_PROMPTS, build_config
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.syntax import check_syntax
 from hgdpo_core.run import default_root, shell_command
@@ -58,7 +58,7 @@ class ComparisonRun:
         return f"runs/{self.run_id}/{name}"
 
 
-def open_comparison(preset: str = "figures", root: str | None = None, *, tuned: str | None = None,
+def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tuned: str | None = None,
                     target: str | None = None, base: str | None = None, prompts: str | None = None,
                     scorers: Sequence[str] | None = None, images_per_prompt: int | None = None,
                     lora_weight: float | None = None, target_lora_weight: float | None = None,

@@ -17,7 +17,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 Optimizer = Literal["adam8bit", "adamw"]
 ImageFormat = Literal["png", "webp", "jpeg"]
-ScorerName = Literal["pickscore", "hps_v2.0", "hps_v2.1", "imagereward", "aesthetic", "clip", "inspector", "tinted"]
 PromptSyntax = Literal["plain", "a1111"]
 TrackerName = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
 FIGURES_SPLITS = ("train", "validation", "test")
@@ -159,11 +158,20 @@ class PoolConfig(DrawingConfig):
 class ScorerConfig(StageConfig):
     """A judge of images."""
 
-    name: ScorerName = "pickscore"
+    name: str = Field(default="pickscore", description="one of hgdpo_core.scorers.SCORERS")
     source: Annotated[str | None, OWN_TO_RUNS] = Field(  # the fingerprint of what lies there enters
         default=None, description="hub id, folder or weights file; default: the public weights of that name")
     batch_size: Annotated[int, OWN_TO_RUNS] = Field(default=32, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @field_validator("name")
+    @classmethod
+    def _is_listed(cls, name: str) -> str:
+        from hgdpo_core.scorers import SCORERS  # it brings torch, which reading this module should not
+
+        if name not in SCORERS:
+            raise ValueError(f"there is no such scorer; there are {', '.join(sorted(SCORERS))}")
+        return name
 
 
 class TripletConfig(StageConfig):

@@ -1,5 +1,7 @@
 """Named complete configurations. `figures` runs on a laptop; `sd15` carries the paper's numbers."""
 
+from collections.abc import Callable
+
 from hgdpo_core.config import (
     DpoConfig,
     EvaluationConfig,
@@ -8,7 +10,6 @@ from hgdpo_core.config import (
     RunConfig,
     SamplerConfig,
     ScorerConfig,
-    ScorerName,
     SftConfig,
     TargetConfig,
     TripletConfig,
@@ -16,23 +17,24 @@ from hgdpo_core.config import (
 )
 from hgdpo_core.errors import ConfigError
 
-PAPER_JUDGES: tuple[ScorerName, ...] = ("hps_v2.0", "imagereward", "aesthetic", "clip")
+PAPER_JUDGES = ("hps_v2.0", "imagereward", "aesthetic", "clip")
 """The paper's judges beside PickScore (Table 1)."""
 PARTI_PROMPTS = "https://raw.githubusercontent.com/google-research/parti/main/PartiPrompts.tsv"
 
 
-def figures() -> RunConfig:
-    """The built-in world on a CPU in minutes: same code, 64x64 pixels, settings that suit a small model.
+def figures(target: str | None = None, prompts: str | None = None) -> RunConfig:
+    """Built in, on a CPU in minutes.
 
-    Guidance, prompts, steps, learning rate, beta and lambda were chosen on validation prompts (docs/EXPERIMENTS.md).
+    The same code at 64x64 pixels, with settings that suit a small model. Guidance, prompts, steps, learning rate,
+    beta and lambda were chosen on validation prompts (docs/EXPERIMENTS.md).
     """
     judge = ScorerConfig(name="pickscore", source="figures", batch_size=64)
     inspector = ScorerConfig(name="inspector", source="figures", batch_size=64)  # never ranks a pool
     return RunConfig(
         preset="figures",
-        prompts=PromptSource(source="figures", split="train", limit=320),
-        images="figures",
-        target=TargetConfig(source="figures"),
+        prompts=PromptSource(source=prompts) if prompts else PromptSource(source="figures", split="train", limit=320),
+        images=None if target else "figures",  # the preset's images belong to the preset's target
+        target=TargetConfig(source=target or "figures"),
         sampler=SamplerConfig(width=64, height=64, steps=10, guidance_scale=1.5),
         sft=SftConfig(max_steps=60, batch_size=32, learning_rate=1e-4, warmup_steps=10, weight_decay=0.01,
                       checkpoint_every=30),
@@ -47,11 +49,12 @@ def figures() -> RunConfig:
 
 
 def sd15(target: str | None = None, prompts: str | None = None) -> RunConfig:
-    """The paper's settings (arXiv:2405.20216v1, section 4 and D) for a model of the SD 1.5 family at 704x1024.
+    """The paper's settings for your own model and prompts.
 
-    Ours, not the paper's: warm-up, gradient clip, seeds, shard and batch sizes, bf16, SFT batch and caption dropout,
-    what is shown on the way. Memory, measured on a CPU only: 5.1 GiB to draw one image, 6.3 for a DPO step of one pair
-    with gradient checkpointing, 14.6 for an SFT step of one image; batches that do not fit are halved.
+    For a model of the SD 1.5 family at 704x1024 (arXiv:2405.20216v1, section 4 and D). Ours, not the paper's: warm-up,
+    gradient clip, seeds, shard and batch sizes, bf16, SFT batch and caption dropout, what is shown on the way. Memory,
+    measured on a CPU only: 5.1 GiB to sample one image, 6.3 for a DPO step of one pair with gradient checkpointing,
+    14.6 for an SFT step of one image; batches that do not fit are halved.
     """
     if target is None or prompts is None:
         missing = " and ".join(name for name, value in (("target", target), ("prompts", prompts)) if value is None)
@@ -77,21 +80,21 @@ def sd15(target: str | None = None, prompts: str | None = None) -> RunConfig:
     )
 
 
+PRESETS: dict[str, Callable[[str | None, str | None], RunConfig]] = {"figures": figures, "sd15": sd15}
+"""Name -> the settings for a target and prompts; ConfigError where a preset needs what is None."""
+DEFAULT_PRESET = "figures"
+
+
+def describe_presets() -> str:
+    """One line: every preset with what it is for."""
+    lines = {name: (build.__doc__ or "").splitlines()[0] for name, build in PRESETS.items()}
+    return "; ".join(f"{name}: {line[0].lower()}{line[1:].rstrip('.')}" for name, line in lines.items())
+
+
 def build_config(preset: str, *, target: str | None = None, prompts: str | None = None,
                  images: str | None = None) -> RunConfig:
     """A preset with the user's model, prompts and images put in; ConfigError for an unknown name."""
-    if preset == "sd15":
-        config = sd15(target, prompts)
-    elif preset == "figures":
-        config = figures()
-    else:
-        raise ConfigError(f"there is no preset {preset!r}; there are figures, sd15")
-    changes: dict = {}
-    if target is not None:
-        changes["target"] = config.target.model_copy(update={"source": target})
-        changes["images"] = None  # the preset's images belong to the preset's target
-    if prompts is not None:
-        changes["prompts"] = PromptSource(source=prompts)
-    if images is not None:
-        changes["images"] = images
-    return config.model_copy(update=changes)
+    if preset not in PRESETS:
+        raise ConfigError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    config = PRESETS[preset](target, prompts)
+    return config if images is None else config.model_copy(update={"images": images})

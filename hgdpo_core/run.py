@@ -13,7 +13,7 @@ from hgdpo_core.config import RunConfig, apply_overrides, content_hash
 from hgdpo_core.evaluate import refuse_seen_prompts
 from hgdpo_core.image_sets import ImageSet, read_image_set
 from hgdpo_core.models import Model, default_device, find_model
-from hgdpo_core.presets import build_config
+from hgdpo_core.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.syntax import check_syntax
 from hgdpo_core.scorers import find_scorer, require_scorers
@@ -47,7 +47,7 @@ def default_root() -> str:
     return os.environ.get("HGDPO_ROOT") or "output/full"
 
 
-def open_run(preset: str = "figures", root: str | None = None, *, prompts: str | None = None,
+def open_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompts: str | None = None,
              target: str | None = None, images: str | None = None,
              overrides: Mapping[str, Any] | None = None, dry: bool = False) -> Run:
     """A checked run, with `runs/<run_id>/config.json` and its lists of prompts written; errors as `check_run`.
@@ -61,7 +61,7 @@ def open_run(preset: str = "figures", root: str | None = None, *, prompts: str |
     return run
 
 
-def check_run(preset: str = "figures", root: str | None = None, *, prompts: str | None = None,
+def check_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompts: str | None = None,
               target: str | None = None, images: str | None = None,
               overrides: Mapping[str, Any] | None = None, dry: bool = False) -> Run:
     """Build the config, check root, prompts, images, target and scorers; leaves no trace of a run in the root.

@@ -19,8 +19,8 @@ from hgdpo_core.ablate.settings import World
 from hgdpo_core.ablate.tables import TITLES, WORLDS
 from hgdpo_core.images import decode_image
 from hgdpo_core.rendering.grids import pool_grid, row_grid
-from hgdpo_core.report import SCORER_TITLES
 from hgdpo_core.report.samples import sample_pools
+from hgdpo_core.scorers import scorer_title
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.statistics.intervals import Estimate
 
@@ -28,7 +28,7 @@ INK, FAINT, LINE, ACCENT, SECOND = "#181a20", "#5b616d", "#dfe1e6", "#1665c0", "
 COLOURS = (ACCENT, SECOND, FAINT, INK)
 DPI = 150
 CHARACTERS_PER_INCH = 12  # of a title
-SHORT_TITLES = {**SCORER_TITLES, "tinted": "PickScore, tinted"}  # the chart's own title says what tinted means
+SHORT_TITLES = {"tinted": "PickScore, tinted"}  # the chart's own title says what tinted means
 
 
 def win_rate_chart(results: Results, planned: PlannedTable) -> bytes:
@@ -38,7 +38,7 @@ def win_rate_chart(results: Results, planned: PlannedTable) -> bytes:
         rates = [scaled(results.win_rate(row.arm, scorer), 100) for row in planned.rows]
         seeds = [[record.win_rate[scorer]["rate"] for record in results.records[row.arm]] for row in planned.rows]
         dots = [[100 * rate for rate in row if rate is not None] for row in seeds]
-        series[SHORT_TITLES.get(scorer, scorer)] = list(zip(rates, dots, strict=True))
+        series[SHORT_TITLES.get(scorer, scorer_title(scorer))] = list(zip(rates, dots, strict=True))
     return _row_chart(planned, series, 50, "prompts won against the target, % (small dots: single trainings)")
 
 
@@ -96,7 +96,7 @@ def weight_chart(results: Results, planned: PlannedTable) -> bytes:
     left, right = figure.subplots(1, 2)
     for number, scorer in enumerate(scorers):
         _curve(left, weights, [scaled(results.win_rate(row.arm, scorer), 100) for row in rows],
-               COLOURS[number % 4], SHORT_TITLES.get(scorer, scorer))
+               COLOURS[number % 4], SHORT_TITLES.get(scorer, scorer_title(scorer)))
     left.axhline(50, color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
     left.set_ylabel("prompts won against the target, %")
     if len(scorers) > 1:

@@ -10,7 +10,7 @@ from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, ch
 from hgdpo_core.config import ScorerConfig, apply_overrides, content_hash
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
-from hgdpo_core.presets import build_config
+from hgdpo_core.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import save_prompts
 from hgdpo_core.run import Run, check_run, shell_command
@@ -46,7 +46,7 @@ class Ablation:
         return f"ablations/{self.ablation_id}/{name}"
 
 
-def open_ablation(preset: str = "figures", root: str | None = None, *, prompts: str | None = None,
+def open_ablation(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompts: str | None = None,
                   target: str | None = None, images: str | None = None, overrides: Mapping[str, Any] | None = None,
                   settings: Mapping[str, Any] | None = None) -> Ablation:
     """Check everything a user can get wrong, before any model loads, and write `ablations/<id>/config.json`.

@@ -11,8 +11,7 @@ from hgdpo_core.ablate.estimates import scaled
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.rendering.tables import Table
-from hgdpo_core.report import SCORER_TITLES
-from hgdpo_core.scorers import defect_limit
+from hgdpo_core.scorers import defect_limit, scorer_title
 from hgdpo_core.statistics.intervals import Estimate
 
 TITLES = {"3": "Table 3: pool size, and what keeps the colours", "5": "Table 5: the loser's rank",
@@ -72,7 +71,8 @@ def _win_rate_table(results: Results, planned: PlannedTable) -> AblationTable:
     scorers = list(results.records[planned.rows[0].arm][0].win_rate)
     columns = ["Configuration", "paper: PickScore / HPS / ImageReward / Aesthetic / CLIP"]
     for scorer in scorers:
-        columns += [f"{_title_of(scorer)}: wins, %", "per seed", "wins/losses/ties", "against the whole pool, points",
+        columns += [f"{scorer_title(scorer)}: wins, %", "per seed", "wins/losses/ties",
+                    "against the whole pool, points",
                     "mean score change"]
         if defect_limit(scorer) is not None:
             columns.append("defective images, points")
@@ -136,7 +136,7 @@ def _weight_table(results: Results, planned: PlannedTable) -> AblationTable:
         rows.append((*cells, _or_dash(results.diversity_of(row.arm), 4)))
     columns = ["N-20-SML with the LoRA at"]
     for scorer in scorers:
-        columns += [f"{_title_of(scorer)}: wins, %", "mean score change"]
+        columns += [f"{scorer_title(scorer)}: wins, %", "mean score change"]
     settings = results.ablation.settings
     notes = (_how(results, planned.world),
              "Diversity: mean of 1 - cosine between the image features of every two of "
@@ -182,10 +182,6 @@ def _how(results: Results, world: World) -> str:
 
 def _title(planned: PlannedTable) -> str:
     return TITLES[planned.number] + ("" if planned.world == "plain" else ", TINTED WORLD")
-
-
-def _title_of(scorer: str) -> str:
-    return SCORER_TITLES.get(scorer, scorer)
 
 
 def _short(world: World) -> str:

@@ -8,7 +8,5 @@ from hgdpo_core.rendering.parts import encode_data_uri
 from hgdpo_core.report.data import ReportData
 from hgdpo_core.report.headline import headline, read_interval
 from hgdpo_core.report.page import MAX_BYTES, render_report
-from hgdpo_core.scorers import SCORER_TITLES
 
-__all__ = ["MAX_BYTES", "SCORER_TITLES", "ReportData", "encode_data_uri", "headline", "read_interval",
-           "render_report"]
+__all__ = ["MAX_BYTES", "ReportData", "encode_data_uri", "headline", "read_interval", "render_report"]

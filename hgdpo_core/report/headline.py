@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hgdpo_core.metrics import WinRate
 from hgdpo_core.rendering.parts import count_of, percent, rate_interval
 from hgdpo_core.report.data import ReportData
-from hgdpo_core.scorers import SCORER_TITLES
+from hgdpo_core.scorers import scorer_title
 
 
 def headline(data: ReportData) -> str:
@@ -13,7 +13,7 @@ def headline(data: ReportData) -> str:
     if not data.win_rates:
         return "This run has no evaluation."
     name, rate = next(iter(data.win_rates.items()))
-    scorer, prompts = SCORER_TITLES.get(name, name), count_of(rate.n, "held-out prompt")
+    scorer, prompts = scorer_title(name), count_of(rate.n, "held-out prompt")
     start = scorer if data.lora_weight is None else f"With the LoRA at weight {float(data.lora_weight)}, {scorer}"
     if rate.rate is None:
         return f"{start} tells the two models apart on none of {prompts}."
@@ -49,7 +49,7 @@ def _other_judges(data: ReportData, headline_name: str) -> str:
     verdicts: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
     for name, rate in data.win_rates.items():
         if name != headline_name:
-            verdicts[_verdict(rate)].append(SCORER_TITLES.get(name, name))
+            verdicts[_verdict(rate)].append(scorer_title(name))
     words = {"better": "better", "worse": "worse", "open": "neither surely better nor surely worse"}
     said = [f"{_join(names)} {'finds' if len(names) == 1 else 'find'} it {words[verdict]}"
             for verdict, names in verdicts.items() if names]

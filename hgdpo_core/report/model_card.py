@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from hgdpo_core.config import RunConfig
 from hgdpo_core.models.files import looks_like_hub_id
-from hgdpo_core.report import SCORER_TITLES
+from hgdpo_core.scorers import scorer_title
 
 TO_FILL_IN = "TO FILL IN"
 FIELDS = {
@@ -95,7 +95,7 @@ def _fields(fine_tuned: bool) -> str:
 
 
 def _data(config: RunConfig, summary: Mapping[str, Any]) -> str:
-    judge, pool_size = SCORER_TITLES.get(config.scorer.name, config.scorer.name), config.pool.images_per_prompt
+    judge, pool_size = scorer_title(config.scorer.name), config.pool.images_per_prompt
     prompts = config.prompts.source
     lines = [
         f"- Preference data: {summary['pool_images']:,} images drawn by the model itself, {pool_size} a prompt, "
@@ -117,7 +117,7 @@ def _results(summary: Mapping[str, Any]) -> str:
     prompts = summary["evaluation_prompts"]
     lines = [f"Target model against tuned model on {prompts:,} held-out prompts, from the same seeds.\n"]
     for name, rate in summary["win_rate"].items():
-        title = SCORER_TITLES.get(name, name)
+        title = scorer_title(name)
         if rate["rate"] is None:
             lines.append(f"- {title}: told the models apart on no prompt ({rate['ties']} ties).")
         else:

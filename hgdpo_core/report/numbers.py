@@ -20,7 +20,7 @@ from hgdpo_core.rendering.parts import (
 )
 from hgdpo_core.rendering.tables import Cell, Table, with_interval
 from hgdpo_core.report.data import ReportData
-from hgdpo_core.scorers import SCORER_TITLES
+from hgdpo_core.scorers import scorer_title
 from hgdpo_core.statistics.colours import WEAK_RESULTANT, ColourChange, ColourHistograms
 from hgdpo_core.statistics.intervals import DefectChange, Estimate
 
@@ -31,7 +31,7 @@ def win_rates(data: ReportData) -> str:
     """Bars with error bars, the table in the shape of the paper's Table 1, counts, and mean scores."""
     if not data.win_rates:
         return ""
-    bars = "".join(f"<li><span>{escape(SCORER_TITLES.get(name, name))}</span><b>{percent(rate.rate)}</b>"
+    bars = "".join(f"<li><span>{escape(scorer_title(name))}</span><b>{percent(rate.rate)}</b>"
                    f"{_origin(data, name)}{rate_bar(rate)}</li>" for name, rate in data.win_rates.items())
     weight = "" if data.lora_weight is None else f" (LoRA weight {float(data.lora_weight)})"
     several = ("" if data.images_per_prompt == 1 else
@@ -44,7 +44,7 @@ def win_rates(data: ReportData) -> str:
 def _paper_table(data: ReportData) -> str:
     """One row of the paper's Table 1, with the interval that it leaves out."""
     cells = [with_interval(percent(rate.rate), rate_interval(rate)) for rate in data.win_rates.values()]
-    return Table(("Tuned model", *(SCORER_TITLES.get(name, name) for name in data.win_rates)), [("vs. target", *cells)],
+    return Table(("Tuned model", *(scorer_title(name) for name in data.win_rates)), [("vs. target", *cells)],
                  caption="As the paper's Table 1 prints it: win rate by each scorer, the 95 % interval below.").html()
 
 
@@ -58,7 +58,7 @@ def _tally(data: ReportData) -> str:
         if several:
             low, high = data.win_rate_intervals.get(name) or (None, None)
             cells.append(span(low, high, lambda end: f"{100 * end:.1f}") + ("" if low is None else " %"))
-        rows.append((SCORER_TITLES.get(name, name), *cells))
+        rows.append((scorer_title(name), *cells))
     columns = ["Scorer", "Wins", "Losses", "Ties", "Prompts", "p"]
     caption = ("Win rate = wins / (wins + losses), Clopper-Pearson interval; ties count apart. p: two-sided exact sign "
                "test.")
@@ -71,7 +71,7 @@ def _tally(data: ReportData) -> str:
 def _score_table(data: ReportData) -> str:
     if not data.score_changes:
         return ""
-    rows = [(SCORER_TITLES.get(name, name), f"{change.mean_b:.3f}", f"{change.mean_a:.3f}",
+    rows = [(scorer_title(name), f"{change.mean_b:.3f}", f"{change.mean_a:.3f}",
              with_interval(signed(change.mean, 3), span(change.ci_low, change.ci_high, lambda end: signed(end, 3))))
             for name, change in data.score_changes.items()]
     return Table(("Scorer", "Target", "Tuned", "Change"), rows, caption="Mean scores in each scorer's own units; below "
@@ -82,7 +82,7 @@ def defects(changes: Mapping[str, DefectChange]) -> str:
     """Share of defective images before and after."""
     bars, rows = [], []
     for name, change in changes.items():
-        title = SCORER_TITLES.get(name, name)
+        title = scorer_title(name)
         for who, share in (("target", change.target), ("tuned", change.tuned)):
             bars.append(f"<li><span>{escape(title)}: {who}</span><b>{percent(share)}</b>{share_bar(share, who)}</li>")
         interval = span(change.ci_low, change.ci_high, lambda end: signed(100 * end, 1))

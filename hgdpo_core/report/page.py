@@ -14,7 +14,7 @@ from hgdpo_core.report.numbers import artifacts, colours, counts, defects, timin
 from hgdpo_core.report.pictures import pairs, pools
 from hgdpo_core.report.sweep import lora_weights
 from hgdpo_core.report.training import DPO_CHARTS, SFT_CHARTS, charts, latent_statistics, with_rises
-from hgdpo_core.scorers import SCORER_TITLES
+from hgdpo_core.scorers import scorer_title
 
 MAX_BYTES = 10_000_000
 QUALITY_LEVELS = ((640, 85), (448, 80), (320, 72), (224, 60))  # longer side in pixels, WebP quality
@@ -41,7 +41,7 @@ def render_report(data: ReportData) -> str:
 
 def _page(data: ReportData, encode: ImageEncoder) -> str:
     scorer = next(iter(data.win_rates), None)
-    shown = "" if scorer is None else f" Below each image its score by {SCORER_TITLES.get(scorer, scorer)}."
+    shown = "" if scorer is None else f" Below each image its score by {scorer_title(scorer)}."
     if data.images_per_prompt > 1:
         shown += f" The first of a prompt's {data.images_per_prompt} images is shown; scores are means over them all."
     sections = (

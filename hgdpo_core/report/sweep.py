@@ -6,7 +6,7 @@ from hgdpo_core.evaluate import Comparison
 from hgdpo_core.rendering.charts import IntervalPoint, interval_chart
 from hgdpo_core.rendering.parts import NOTHING, percent, rate_interval, section, signed, span
 from hgdpo_core.rendering.tables import Cell, Table, with_interval
-from hgdpo_core.scorers import SCORER_TITLES
+from hgdpo_core.scorers import scorer_title
 from hgdpo_core.statistics.intervals import Estimate
 
 
@@ -23,13 +23,13 @@ def lora_weights(sweep: Sequence[Comparison]) -> str:
 def _chart(scorer: str, sweep: Sequence[Comparison]) -> str:
     points = [IntervalPoint(_weight(point), rate.rate, rate.ci_low, rate.ci_high)
               for point in sweep if (rate := point.win_rates[scorer]).rate is not None]
-    return interval_chart(SCORER_TITLES.get(scorer, scorer), "win rate against the LoRA's weight; dashed: 50 %", points,
+    return interval_chart(scorer_title(scorer), "win rate against the LoRA's weight; dashed: 50 %", points,
                           baseline=0.5)
 
 
 def _table(sweep: Sequence[Comparison]) -> str:
     scorers, inspectors = list(sweep[0].win_rates), list(sweep[0].defects)
-    titles = {name: SCORER_TITLES.get(name, name) for name in scorers}
+    titles = {name: scorer_title(name) for name in scorers}
     columns = ["Weight", *titles.values(), *(f"Defective by {titles[name]}" for name in inspectors), "Saturation",
                "Value", "Variety"]
     rows = [(_weight(point),

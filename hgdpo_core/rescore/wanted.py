@@ -85,8 +85,8 @@ def _assign(ranking: ScorerConfig, evaluating: Sequence[ScorerConfig]) -> dict[s
 
 
 def _read_preset(preset: str, overrides: Mapping[str, Any]) -> RunConfig:
-    unused = None if preset == "figures" else "not read"  # a preset for users' models wants them named; we load none
-    return apply_overrides(build_config(preset, target=unused, prompts=unused), overrides)
+    unread = "not read"  # a preset for users' models needs them named; none is loaded here
+    return apply_overrides(build_config(preset, target=unread, prompts=unread), overrides)
 
 
 def _saved_runs(store: Store) -> list[bytes]:

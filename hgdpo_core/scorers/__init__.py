@@ -32,8 +32,18 @@ class Scorer(Protocol):
 class ScorerSource(Protocol):
     """What stands in the registry: a module or an object that finds a scorer and loads it.
 
-    One that can tell a defective image declares DEFECT_BELOW: an image that scores below is defective.
+    One that can tell a defective image declares DEFECT_BELOW too: an image that scores below is defective.
     """
+
+    @property
+    def NAME(self) -> str:
+        """In settings, names of files and results."""
+        ...
+
+    @property
+    def TITLE(self) -> str:
+        """In reports."""
+        ...
 
     def locate(self, source: str | None) -> tuple[Any, ...]:
         """What the scorer is made of; the last item is the fingerprint. ModelError when it is not to be had."""
@@ -44,14 +54,8 @@ class ScorerSource(Protocol):
         ...
 
 
-SCORERS: dict[str, ScorerSource] = {"pickscore": pickscore, "hps_v2.0": hps.V20, "hps_v2.1": hps.V21,
-                                    "imagereward": imagereward, "aesthetic": aesthetic, "clip": clip,
-                                    "inspector": inspector, "tinted": tinted}
-
-SCORER_TITLES = {"pickscore": "PickScore", "hps_v2.0": "HPS v2.0", "hps_v2.1": "HPS v2.1",
-                 "imagereward": "ImageReward", "aesthetic": "LAION aesthetic", "clip": "CLIP",
-                 "inspector": "Inspector",
-                 "tinted": "PickScore with a fondness for warm tints (made up to study colour shift)"}
+SCORERS: dict[str, ScorerSource] = {scorer.NAME: scorer for scorer in (
+    pickscore, hps.V20, hps.V21, imagereward, aesthetic, clip, inspector, tinted)}
 
 
 def load_scorer(name: str, *, source: str | None = None, device: str = "cpu",
@@ -86,6 +90,11 @@ def require_scorers(scorers: Sequence[ScorerConfig], option: str = "--set evalua
     left = ",".join(f"{scorer.name}={scorer.source}" if scorer.source else scorer.name
                     for scorer in scorers if scorer.name not in reasons)
     raise ModelError(message + (f"; or do without: {option + shlex.quote(left)}" if left else ""))
+
+
+def scorer_title(name: str) -> str:
+    """What reports call a scorer; the name itself of one that is not listed."""
+    return SCORERS[name].TITLE if name in SCORERS else name
 
 
 def defect_limit(name: str) -> float | None:

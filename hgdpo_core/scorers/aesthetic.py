@@ -20,6 +20,7 @@ from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, norma
 from hgdpo_core.scorers.towers import MODEL_FILES, OPENAI_CLIP, load_folder, normalise
 from hgdpo_core.scorers.weights import beside, find_files, find_weights, fingerprint, first_of, freeze, read_tensors
 
+NAME, TITLE = "aesthetic", "LAION aesthetic"
 STEM = "sac+logos+ava1-l14-linearMSE"
 NAMES = (f"{STEM}.safetensors", f"{STEM}.pth")
 ADDRESS = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
@@ -30,7 +31,7 @@ HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 class Aesthetic:
     """A loaded aesthetic predictor."""
 
-    name = "aesthetic"
+    name = NAME
 
     def __init__(self, vision: Any, head: torch.nn.Module, fingerprint: str):
         self.vision, self.head, self.fingerprint = vision, head, fingerprint

@@ -30,11 +30,13 @@ from hgdpo_core.scorers.weights import (
     read_tensors,
 )
 
+NAME, TITLE = "clip", "CLIP"
+
 
 class ClipScore:
     """A loaded CLIP as a judge."""
 
-    name = "clip"
+    name = NAME
 
     def __init__(self, towers: ClipTowers, fingerprint: str):
         self.towers, self.fingerprint = towers, fingerprint

@@ -41,24 +41,25 @@ class Hps:
 class Release:
     """One released version, as the registry of scorers wants it."""
 
-    name: str
+    NAME: str
+    TITLE: str
     stem: str
 
     def locate(self, source: str | None) -> tuple[Path, list[Path], str]:
         """Weights, tokenizer files, fingerprint. Downloads what is not there."""
-        weights = find_weights(self.name, source, (f"{self.stem}.safetensors", f"{self.stem}.pt"), REPOSITORY)
-        folder = beside(self.name, source, weights)
-        tokenizer = find_files(self.name, "the CLIP tokenizer", folder, TOKENIZER_FILES, OPENAI_CLIP)
-        return weights, tokenizer, fingerprint(self.name, [weights, *tokenizer], antialias=ANTIALIAS)
+        weights = find_weights(self.NAME, source, (f"{self.stem}.safetensors", f"{self.stem}.pt"), REPOSITORY)
+        folder = beside(self.NAME, source, weights)
+        tokenizer = find_files(self.NAME, "the CLIP tokenizer", folder, TOKENIZER_FILES, OPENAI_CLIP)
+        return weights, tokenizer, fingerprint(self.NAME, [weights, *tokenizer], antialias=ANTIALIAS)
 
     def load(self, *, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Hps:
         """HPS from the hub (None), a hub id, a folder or a file with open_clip's tensors."""
         path, tokenizer_files, mark = self.locate(source)
-        tokenizer = load_tokenizer(self.name, tokenizer_files)
-        model = convert(self.name, path, read_tensors(self.name, path), tokenizer, act="gelu", vision_heads=HEADS,
+        tokenizer = load_tokenizer(self.NAME, tokenizer_files)
+        model = convert(self.NAME, path, read_tensors(self.NAME, path), tokenizer, act="gelu", vision_heads=HEADS,
                         text_heads=HEADS, dtype=dtype)
-        return Hps(self.name, ClipTowers(freeze(model, device), tokenizer), mark)
+        return Hps(self.NAME, ClipTowers(freeze(model, device), tokenizer), mark)
 
 
-V20 = Release("hps_v2.0", "HPS_v2_compressed")
-V21 = Release("hps_v2.1", "HPS_v2.1_compressed")
+V20 = Release("hps_v2.0", "HPS v2.0", "HPS_v2_compressed")
+V21 = Release("hps_v2.1", "HPS v2.1", "HPS_v2.1_compressed")

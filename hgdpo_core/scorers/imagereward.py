@@ -25,6 +25,7 @@ from hgdpo_core.scorers.weights import (
     read_tensors,
 )
 
+NAME, TITLE = "imagereward", "ImageReward"
 REPOSITORY, NAMES = "THUDM/ImageReward", ("ImageReward.safetensors", "ImageReward.pt")
 BERT, TOKENIZER_FILES = "google-bert/bert-base-uncased", (("tokenizer.json",), ("vocab.txt",))
 VISION_HEADS, TEXT_HEADS = 16, 12  # BLIP-large; other sizes are read from the tensors
@@ -41,7 +42,7 @@ IN_A_BLOCK = {".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.", ".attn.qkv
 class ImageReward:
     """A loaded ImageReward."""
 
-    name = "imagereward"
+    name = NAME
 
     def __init__(self, vision: Any, text: Any, head: torch.nn.Module, tokenizer: BertTokenizer, fingerprint: str):
         self.vision, self.text, self.head = vision, text, head

@@ -16,6 +16,7 @@ from hgdpo_core.figures.inspector import Inspector, inspect, load_inspector
 from hgdpo_core.figures.people import Figure, parse_caption
 from hgdpo_core.models.fingerprints import fingerprint_path
 
+NAME, TITLE = "inspector", "Inspector"
 DEFECT_BELOW = 0.0
 """A picture that scores below is defective: wrong anatomy, smeared, or not what the caption says."""
 
@@ -25,7 +26,7 @@ SIZE_PX = 64
 class FiguresInspector:
     """A loaded inspector."""
 
-    name = "inspector"
+    name = NAME
 
     def __init__(self, inspector: Inspector, fingerprint: str):
         self.inspector, self.fingerprint = inspector, fingerprint

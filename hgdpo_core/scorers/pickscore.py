@@ -19,6 +19,7 @@ from hgdpo_core.scorers.texts import TextCache
 from hgdpo_core.scorers.towers import normalise
 from hgdpo_core.scorers.weights import freeze
 
+NAME, TITLE = "pickscore", "PickScore"
 MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 MAX_TOKENS = 77
@@ -28,7 +29,7 @@ PROCESSOR_FILES = ["*.json", "*.txt"]
 class PickScore:
     """A loaded PickScore-shaped judge."""
 
-    name = "pickscore"
+    name = NAME
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil,
                  fingerprint: str):

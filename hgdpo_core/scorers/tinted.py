@@ -22,13 +22,14 @@ from PIL import Image
 from hgdpo_core.config import content_hash
 from hgdpo_core.scorers import pickscore
 
+NAME, TITLE = "tinted", "PickScore with a fondness for warm tints (made up to study colour shift)"
 STRENGTH = 50.0
 
 
 class Tinted:
     """A loaded PickScore-shaped judge with a fondness for warm pictures."""
 
-    name = "tinted"
+    name = NAME
 
     def __init__(self, judge: pickscore.PickScore, fingerprint: str):
         self.judge, self.fingerprint = judge, fingerprint

@@ -17,7 +17,7 @@ from hgdpo_core.config import (
     content_hash,
 )
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.presets import build_config, figures, sd15
+from hgdpo_core.presets import PRESETS, build_config, describe_presets, figures, sd15
 
 
 def test_json_round_trip():
@@ -62,7 +62,7 @@ def test_scorers_may_be_given_by_name():
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    ({"evaluation.scorers": "pickscore,beauty"}, "evaluation.scorers.1.name: Input should be .*'pickscore'.*'beauty'"),
+    ({"evaluation.scorers": "pickscore,beauty"}, r"scorers.1.name: there is no such scorer; there are .*\(got 'beauty'\)"),
     ({"evaluation.scorers": 3}, "evaluation.scorers"),
     ({"dpo.bata": 1}, "'dpo.bata' names no setting; settings at that place: .*beta"),
     ({"nothing.here": 1}, "names no setting"),
@@ -87,6 +87,17 @@ def test_unknown_presets_and_missing_parts():
         build_config("sdxl")
     with pytest.raises(ConfigError, match="give target and prompts"):
         build_config("sd15")
+
+
+def test_a_preset_that_is_listed_is_known_by_its_name(monkeypatch):
+    def small(target: str | None = None, prompts: str | None = None) -> RunConfig:
+        """Quick to try."""
+        return figures(target, prompts).model_copy(update={"preset": "small"})
+
+    monkeypatch.setitem(PRESETS, "small", small)
+    assert build_config("small", target="mine", images="folder").preset == "small"
+    assert describe_presets().startswith("figures: built in, on a CPU in minutes; sd15: the paper's settings")
+    assert describe_presets().endswith("; small: quick to try")
 
 
 def test_the_users_own_target_is_not_tuned_on_the_presets_images():

@@ -1,16 +1,15 @@
 """What stages show in the Prefect UI."""
 
 import json
-from typing import get_args
 
 import pytest
 from prefect.client.orchestration import get_client
 
-from hgdpo_core.config import ScorerName
+from hgdpo_core.scorers import SCORERS
 from tasks.ui import artifact_key, show_table, show_text, stage_progress
 
 
-@pytest.mark.parametrize("stage", [*get_args(ScorerName), "LoRA weight 0.25"])
+@pytest.mark.parametrize("stage", [*SCORERS, "LoRA weight 0.25"])
 def test_every_stage_has_a_key_that_prefect_takes(server, stage):
     with stage_progress(stage) as progress:
         progress(1, 2, "images")

@@ -1,5 +1,7 @@
 """PickScore: the published arithmetic, and scores that depend on their own image and prompt alone."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,18 @@ from PIL import Image
 from tiny import TEXTS
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, TargetConfig
+from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, TargetConfig, validate
 from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.models import find_model
-from hgdpo_core.scorers import find_scorer, load_embedder, load_scorer
+from hgdpo_core.scorers import (
+    SCORERS,
+    defect_limit,
+    find_scorer,
+    load_embedder,
+    load_judge,
+    load_scorer,
+    scorer_title,
+)
 from hgdpo_core.scorers.tinted import STRENGTH, warmth
 from hgdpo_core.stages.pool import generate_pool, plan_pool
 from hgdpo_core.stages.scores import missing_scores, score_folder, score_pool
@@ -78,6 +88,20 @@ def test_unknown_or_missing_scorers_are_one_line(tmp_path):
     with pytest.raises(ModelError, match="could not be downloaded") as error:
         load_scorer("pickscore")
     assert "\n" not in str(error.value)
+
+
+def test_a_scorer_that_is_listed_is_a_setting_and_has_a_title(monkeypatch, scorer):
+    toy = SimpleNamespace(NAME="toy", TITLE="Toy", locate=lambda source: ("weights",), load=lambda **_: scorer)
+    with pytest.raises(ConfigError, match="there is no such scorer; there are .*pickscore"):
+        validate(ScorerConfig, {"name": "toy"})
+    monkeypatch.setitem(SCORERS, toy.NAME, toy)
+    assert load_judge(validate(ScorerConfig, {"name": "toy"}), "cpu") is scorer and scorer_title("toy") == "Toy"
+    assert scorer_title("of an earlier version") == "of an earlier version"
+
+
+def test_every_scorer_declares_its_name_and_title():
+    assert all(name == scorer.NAME and scorer.TITLE for name, scorer in SCORERS.items())
+    assert [name for name in SCORERS if defect_limit(name) is not None] == ["inspector"]
 
 
 def test_scores_are_found_again_and_follow_the_pool(tmp_path, target_folder, judge_folder, scorer):
