@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from prefect import flow
 
-import hgdpo_core.execution.imports  # noqa: F401, first: as the flows do
 from flows.runner import DeploymentRunner
 from flows.shard import hgdpo_shard
 from flows.watch import watch_this_run

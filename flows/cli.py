@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 failed while working, 2 bad input."""
     options = _parser().parse_args(arguments)
     _prepare_environment()
-    import_module("hgdpo_core.execution.imports")
+    _load_libraries()
     try:
         return options.command(options)
     except (StoppedError, KeyboardInterrupt) as stop:
@@ -39,6 +38,12 @@ def _prepare_environment() -> None:
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers, not for this command
+
+
+def _load_libraries() -> None:
+    from hgdpo_core.execution.imports import load_libraries
+
+    load_libraries()
 
 
 def run(options: argparse.Namespace) -> int:

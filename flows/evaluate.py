@@ -7,7 +7,6 @@ from prefect.runtime import flow_run
 from prefect.states import State
 from pydantic import Field
 
-import hgdpo_core.execution.imports  # noqa: F401, first: it brings the heavy ones quickly
 from flows.full import cancel_shard_runs
 from flows.runner import ShardRunnerName, choose_runner
 from flows.watch import answer_stop, watch_this_run

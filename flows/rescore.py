@@ -6,7 +6,6 @@ from prefect import flow
 from prefect.states import Completed, State
 from pydantic import Field
 
-import hgdpo_core.execution.imports  # noqa: F401, first: it brings the heavy ones quickly
 from flows.full import cancel_shard_runs
 from flows.nightly import reason_to_skip
 from flows.runner import ShardRunnerName, choose_runner

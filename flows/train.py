@@ -5,7 +5,6 @@ from typing import Any
 from prefect import flow
 from prefect.states import State
 
-import hgdpo_core.execution.imports  # noqa: F401, first: it brings the heavy ones quickly
 from flows.watch import answer_stop, watch_this_run
 from hgdpo_core.errors import StoppedError
 from hgdpo_core.training.request import TrainRequest

@@ -50,18 +50,18 @@ def default_root() -> str:
 def open_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompts: str | None = None,
              target: str | None = None, images: str | None = None,
              overrides: Mapping[str, Any] | None = None, dry: bool = False) -> Run:
-    """A checked run, with `runs/<run_id>/config.json` and its lists of prompts written; errors as `check_run`.
+    """A checked run, with `runs/<run_id>/config.json` and its lists of prompts written; errors as `resolve_run`.
 
     `dry`: nothing is written to the root, for a plan.
     """
-    run = check_run(preset, root, prompts=prompts, target=target, images=images, overrides=overrides, dry=dry)
+    run = resolve_run(preset, root, prompts=prompts, target=target, images=images, overrides=overrides, dry=dry)
     save_prompts(run.store, run.prompts)
     save_prompts(run.store, run.evaluation_prompts)
     run.store.write_json(run.key("config.json"), {"code_version": __version__, **run.config.model_dump(mode="json")})
     return run
 
 
-def check_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompts: str | None = None,
+def resolve_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompts: str | None = None,
               target: str | None = None, images: str | None = None,
               overrides: Mapping[str, Any] | None = None, dry: bool = False) -> Run:
     """Build the config, check root, prompts, images, target and scorers; leaves no trace of a run in the root.

@@ -9,14 +9,22 @@ from hgdpo_core.config import content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.storage.shards import FORMAT_VERSION
 
+DECIDES_NO_SHARD = ("ablate/", "comparison_run.py", "evaluate.py", "execution/imports.py", "export.py", "figures/make/",
+                    "plan/", "presets.py", "rendering/", "report/", "rescore/", "run.py", "score_images.py")
+"""Files of the core that plan, compare and show what workers make: a worker may have others. New files count."""
+
 
 @functools.cache
 def code_version() -> str:
-    """The package's version and a hash of its sources: two checkouts that differ in the method never share work."""
-    package = Path(__file__).parent
-    sources = {path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-               for path in package.rglob("*.py")}
-    return f"{__version__}+{content_hash(sources, 8)}"
+    """The package's version and a hash of the sources that decide shards and models: who differs shares no work."""
+    return f"{__version__}+{hash_sources(Path(__file__).parent)}"
+
+
+def hash_sources(package: Path) -> str:
+    """8 hex digits of a package's Python files, but for DECIDES_NO_SHARD."""
+    names = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    return content_hash({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in names.items()
+                         if not name.startswith(DECIDES_NO_SHARD)}, 8)
 
 
 def refuse_other_code(code: str, shard_format: int) -> None:

@@ -13,7 +13,7 @@ from hgdpo_core.models import Model
 from hgdpo_core.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import save_prompts
-from hgdpo_core.run import Run, check_run, shell_command
+from hgdpo_core.run import Run, resolve_run, shell_command
 from hgdpo_core.scorers import find_scorer
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.storage.shards import ShardFolder
@@ -62,7 +62,7 @@ def open_ablation(preset: str = DEFAULT_PRESET, root: str | None = None, *, prom
     if config.split != "test":
         held_out = varied.evaluation.prompts.model_copy(update={"split": config.split})
         given["evaluation.prompts"] = held_out.model_dump()
-    run = check_run(preset, root, prompts=prompts, target=target, images=images, overrides=given)
+    run = resolve_run(preset, root, prompts=prompts, target=target, images=images, overrides=given)
     scorer = ranking_scorer(run.config, config.worlds[-1])
     find_scorer(scorer.name, scorer.source)
     identity = {"run": run.config.identity("run"), "ablation": config.identity("run")}

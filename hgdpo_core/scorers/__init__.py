@@ -54,8 +54,8 @@ class ScorerSource(Protocol):
         ...
 
 
-SCORERS: dict[str, ScorerSource] = {scorer.NAME: scorer for scorer in (
-    pickscore, hps.V20, hps.V21, imagereward, aesthetic, clip, inspector, tinted)}
+LISTED: tuple[ScorerSource, ...] = (pickscore, hps.V20, hps.V21, imagereward, aesthetic, clip, inspector, tinted)
+SCORERS = {scorer.NAME: scorer for scorer in LISTED}
 
 
 def load_scorer(name: str, *, source: str | None = None, device: str = "cpu",

@@ -62,7 +62,7 @@ def test_scorers_may_be_given_by_name():
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    ({"evaluation.scorers": "pickscore,beauty"}, r"scorers.1.name: there is no such scorer; there are .*\(got 'beauty'\)"),
+    ({"evaluation.scorers": "pickscore,beauty"}, r"scorers.1.name: there is no such scorer; .*\(got 'beauty'\)"),
     ({"evaluation.scorers": 3}, "evaluation.scorers"),
     ({"dpo.bata": 1}, "'dpo.bata' names no setting; settings at that place: .*beta"),
     ({"nothing.here": 1}, "names no setting"),
