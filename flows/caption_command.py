@@ -1,7 +1,6 @@
 """`hgdpo caption`."""
 
 import argparse
-from typing import Any
 
 from flows.bars import terminal_bar
 
@@ -15,7 +14,7 @@ def caption(options: argparse.Namespace) -> int:
     if not images.names:
         print(f"All {images.images:,} images have captions")
         return 0
-    if options.plan:
+    if options.plan_only:
         print(f"To caption: {len(images.names):,} of {images.images:,} images")
         return 0
     from hgdpo_core.image_sets.llava import DEFAULT_MODEL, DEFAULT_QUESTION, Captioner, find_captioner
@@ -28,26 +27,3 @@ def caption(options: argparse.Namespace) -> int:
     for name, problem in result.problems.items():
         print(f"Without a caption: {name}: {problem}")
     return 0 if result.written or not result.problems else 1
-
-
-def add_caption_command(commands: Any) -> None:
-    """Put the command into the parser of `hgdpo`."""
-    command = commands.add_parser("caption", help=(caption.__doc__ or "").splitlines()[0])
-    command.add_argument("--images", required=True, help="folder of image files, path or URL; captions that are there "
-                         "stay as they are")
-    command.add_argument("--model", help="LLaVA in transformers' form: folder or hub id; default "
-                         "llava-hf/llava-1.5-7b-hf")
-    command.add_argument("--prompt", metavar="TEXT", help="what the model is asked about each image")
-    command.add_argument("--batch-size", type=_positive, default=8, help="images described together; default 8")
-    command.add_argument("--max-new-tokens", type=_positive, default=75, help="longest caption; default 75, about what "
-                         "SD 1.5 reads")
-    command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                         help="precision of the model; auto: bfloat16 where it is fast, else float32")
-    command.add_argument("--plan", action="store_true", help="say how many images lack a caption, and stop")
-    command.set_defaults(command=caption)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)

@@ -1,12 +1,12 @@
 """Two models on the same prompts and seeds: who wins, by how much, and what a person should look at."""
 
-from typing import Any, Literal
+from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
 from prefect.states import State
-from pydantic import Field
 
+from flows import parameters as p
 from flows.full import cancel_shard_runs
 from flows.runner import ShardRunnerName, choose_runner
 from flows.watch import answer_stop, watch_this_run
@@ -36,28 +36,22 @@ def _last_part(source: str | None) -> str:
 @flow(name="hgdpo-evaluate", flow_run_name=_run_name, validate_parameters=True,
       on_cancellation=[cancel_shard_runs])
 def hgdpo_evaluate(
-    tuned: str | None = Field(None, description="what is held against the target: a model, or a LoRA (folder or "
-                              ".safetensors file)"),
-    target: str | None = Field(None, description="diffusers folder, .safetensors file, hub id, or a LoRA worn by base"),
-    base: str | None = Field(None, description="the model that wears the LoRAs; default: the target"),
-    prompts: str | None = Field(None, description="prompt file, path or URL; default: the preset's held-out prompts"),
-    scorers: list[str] | None = Field(None, description="judges by name, or name=source; default: the preset's"),
-    images_per_prompt: int | None = Field(None, description="images of each prompt by each model; default: 1"),
-    lora_weight: float | None = Field(None, description="weight of a LoRA; default: the preset's"),
-    target_lora_weight: float | None = Field(None, description="weight of the target's LoRA; default: lora_weight"),
-    lora_weights: list[float] | None = Field(None, description="further weights to try the tuned LoRA at"),
-    preset: Literal["figures", "sd15"] = "figures",
-    root: str | None = Field(None, description="object store, any fsspec URL; default: $HGDPO_ROOT, else output/full"),
-    overrides: Overrides = Field({}, description='settings by dotted name, as {"sampler.steps": 20}'),
-    plan_only: bool = Field(False, description="say what would be drawn and found, and stop"),
-    shard_runner: ShardRunnerName = Field("auto", description="deployment: on workers; in_process: here; auto: on "
-                                          "workers if started by one"),
+    tuned: str | None = p.TUNED.field(),
+    target: str | None = p.EVALUATION_TARGET.field(),
+    base: str | None = p.BASE.field(),
+    prompts: str | None = p.EVALUATION_PROMPTS.field(),
+    scorers: list[str] | None = p.EVALUATION_SCORERS.field(),
+    images_per_prompt: int | None = p.IMAGES_PER_PROMPT.field(),
+    lora_weight: float | None = p.LORA_WEIGHT.field(),
+    target_lora_weight: float | None = p.TARGET_LORA_WEIGHT.field(),
+    lora_weights: list[float] | None = p.LORA_WEIGHTS.field(),
+    preset: str = p.PRESET.field(),
+    root: str | None = p.ROOT.field(),
+    overrides: Overrides = p.OVERRIDES.field(),
+    plan_only: bool = p.PLAN_ONLY.field(),
+    shard_runner: ShardRunnerName = p.SHARD_RUNNER.field(),
 ) -> dict[str, Any] | State[Any]:
-    """Compare any two models or LoRA weights; returns the summary. Finished images and scores are found again.
-
-    Args:
-        preset: its sampler, prompts and judges: figures is built in and small, sd15 is the paper's
-    """
+    """Compare any two models or LoRA weights; returns the summary. Finished images and scores are found again."""
     explain_own_errors()
     times = StageTimes()
     with times.stage("prepare", makes=False):

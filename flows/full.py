@@ -1,12 +1,12 @@
 """The whole method, top to bottom: the user's model and prompts in, a LoRA, its proof and a report out."""
 
-from typing import Any, Literal
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import State
-from pydantic import Field
 
+from flows import parameters as p
 from flows.children import cancel_children
 from flows.runner import ShardRunnerName, choose_runner
 from flows.watch import answer_stop, watch_this_run
@@ -36,23 +36,17 @@ def cancel_shard_runs(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
 
 @flow(name="hgdpo", flow_run_name="{preset}", validate_parameters=True, on_cancellation=[cancel_shard_runs])
 def hgdpo(
-    preset: Literal["figures", "sd15"] = "figures",
-    root: str | None = Field(None, description="object store, any fsspec URL; default: $HGDPO_ROOT, else output/full"),
-    prompts: str | None = Field(None, description="txt, csv, tsv, jsonl or parquet, path or URL; or a data set"),
-    target: str | None = Field(None, description="your model: diffusers folder, .safetensors file or hub id"),
-    images: str | None = Field(None, description="captioned images to fine-tune the model on first: a folder, "
-                              ".tar or .parquet files, path or URL"),
-    overrides: Overrides = Field({}, description='settings by dotted name, as {"dpo.beta": 1000}'),
-    plan_only: bool = Field(False, description="say what the run would make and find, how long it takes, and stop"),
-    probe: bool = Field(False, description="with plan_only: time a batch of each stage here; this loads the models"),
-    shard_runner: ShardRunnerName = Field("auto", description="deployment: on workers, as shard runs that can be "
-                                          "retried one by one; in_process: here; auto: on workers if started by one"),
+    preset: str = p.PRESET.field(),
+    root: str | None = p.ROOT.field(),
+    prompts: str | None = p.PROMPTS.field(),
+    target: str | None = p.TARGET.field(),
+    images: str | None = p.IMAGES.field(),
+    overrides: Overrides = p.OVERRIDES.field(),
+    plan_only: bool = p.PLAN_ONLY.field(),
+    probe: bool = p.PROBE.field(),
+    shard_runner: ShardRunnerName = p.SHARD_RUNNER.field(),
 ) -> dict[str, Any] | State[Any]:
-    """Tune a model without human labels (HG-DPO, arXiv:2405.20216v1); returns the summary.
-
-    Args:
-        preset: figures is built in and small, sd15 has the paper's settings for your own target and prompts
-    """
+    """Tune a model without human labels (HG-DPO, arXiv:2405.20216v1); returns the summary."""
     explain_own_errors()
     times = StageTimes()
     with times.stage("prepare", makes=False):

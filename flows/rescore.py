@@ -1,11 +1,11 @@
 """Scoring again, by hand or every night: what is missing or by a scorer that changed, and a report of the drift."""
 
-from typing import Any, Literal
+from typing import Any
 
 from prefect import flow
 from prefect.states import Completed, State
-from pydantic import Field
 
+from flows import parameters as p
 from flows.full import cancel_shard_runs
 from flows.nightly import reason_to_skip
 from flows.runner import ShardRunnerName, choose_runner
@@ -25,16 +25,13 @@ Overrides = dict[str, Any]
 
 @flow(name="hgdpo-rescore", flow_run_name="rescore", validate_parameters=True, on_cancellation=[cancel_shard_runs])
 def hgdpo_rescore(
-    root: str | None = Field(None, description="object store, any fsspec URL; default: $HGDPO_ROOT, else output/full"),
-    scorers: list[str] = Field([], description='by name, as "pickscore" or "pickscore=folder or hub id"; default: '
-                               'those of the preset, without one those that the runs of the root use'),
-    preset: Literal["figures", "sd15"] | None = Field(None, description="take the scorers of this preset"),
-    overrides: Overrides = Field({}, description='settings of the preset, as {"scorer.source": …}'),
-    verify: bool = Field(False, description="read every score again: what is corrupted goes to quarantine and is made "
-                         "again"),
-    plan_only: bool = Field(False, description="say what is missing, and stop"),
-    shard_runner: ShardRunnerName = Field("auto", description="deployment: on workers, as shard runs that can be "
-                                          "retried one by one; in_process: here; auto: on workers if started by one"),
+    root: str | None = p.ROOT.field(),
+    scorers: list[str] = p.SCORERS.field(),
+    preset: str | None = p.SCORERS_PRESET.field(),
+    overrides: Overrides = p.SCORERS_OVERRIDES.field(),
+    verify: bool = p.VERIFY.field(),
+    plan_only: bool = p.PLAN_ONLY.field(),
+    shard_runner: ShardRunnerName = p.SHARD_RUNNER.field(),
 ) -> Any:
     """Score pools whose scores are missing or by a scorer that changed, rank them again, report the drift.
 

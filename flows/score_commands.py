@@ -4,7 +4,7 @@ import argparse
 import csv
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,20 @@ from flows.bars import terminal_bar
 
 def rescore(options: argparse.Namespace) -> int:
     """Score pools again whose scores are missing or by a scorer that changed; report what moved."""
+    from flows.parameters import RESCORE, values_of
     from hgdpo_core.rescore.night import find_unfinished, last_report
-    from hgdpo_core.rescore.plan import plan_wanted
+    from hgdpo_core.rescore.plan import plan_root
     from hgdpo_core.run import default_root
     from hgdpo_core.storage import Store
+    from tasks.handover import handed_over
 
-    store, overrides = Store(options.root or default_root()), dict(options.set or [])
+    store = Store(options.root or default_root())
     store.check_writable()
-    plan = plan_wanted(store, options.scorer, preset=options.preset, overrides=overrides, verify=options.verify)
+    inputs = {"root": store.root, "names": options.scorers, "preset": options.preset,
+              "overrides": options.overrides, "verify": options.verify}
+    plan = plan_root(**inputs)
     _print_skipped([item.model_dump() for item in plan.skipped])
-    if options.plan:
+    if options.plan_only:
         print(json.dumps(plan.rows(), indent=1))
         return 0
     if plan.nothing_to_do and find_unfinished(store) is None:
@@ -33,8 +37,8 @@ def rescore(options: argparse.Namespace) -> int:
     from flows.rescore import hgdpo_rescore
     from flows.server import call_flow
 
-    summary = call_flow(hgdpo_rescore, root=store.root, scorers=options.scorer, preset=options.preset,
-                        overrides=overrides, shard_runner=options.shard_runner)
+    with handed_over(plan_root, inputs, plan):
+        summary = call_flow(hgdpo_rescore, **{**values_of(options, RESCORE), "root": store.root})
     _print_night(summary)
     return 0
 
@@ -59,7 +63,7 @@ def _score_files(options: argparse.Namespace) -> int:
 
     images = images_to_score(options.images, options.prompt)
     store = Store(options.root) if options.root else None
-    wanted = wanted_scorers(store, names=options.scorer, preset=options.preset, overrides=dict(options.set or []))
+    wanted = wanted_scorers(store, names=options.scorers, preset=options.preset, overrides=options.overrides)
     wanted = wanted or [WantedScorer(scorer=ScorerConfig())]
     find_versions(wanted, required=True)
     scorers = [item.scorer for item in wanted]
@@ -92,7 +96,7 @@ def _score_pools(options: argparse.Namespace) -> int:
     from hgdpo_core.storage import Store
 
     store = Store(options.root or default_root())
-    plan = plan_wanted(store, options.scorer, preset=options.preset, overrides=dict(options.set or []))
+    plan = plan_wanted(store, options.scorers, preset=options.preset, overrides=options.overrides)
     skipped = list(plan.skipped)
     for version, jobs in plan.by_version():
         with terminal_bar(version.scorer.name) as progress:
@@ -140,27 +144,3 @@ def _number(value: float) -> str:
 def _shorten(text: str, width: int = 80) -> str:
     line = " ".join(text.split())
     return line if len(line) <= width else line[:width - 1] + "…"
-
-
-def add_score_commands(commands: Any, setting: Callable[[str], Any]) -> None:
-    """Put both commands into the parser of `hgdpo`."""
-    for function in (rescore, score):
-        command = commands.add_parser(function.__name__, help=(function.__doc__ or "").splitlines()[0])
-        command.add_argument("--root", help="object store, any fsspec URL; default $HGDPO_ROOT or output/full")
-        command.add_argument("--scorer", action="append", default=[], metavar="NAME[=PLACE]",
-                             help="a scorer by name, or name=folder or hub id; repeatable; default: the preset's, "
-                             "without a preset those of the root's runs")
-        command.add_argument("--preset", help="take the scorers of this preset")
-        command.add_argument("--set", action="append", type=setting, metavar="NAME=VALUE",
-                             help="override a setting of the preset; repeatable")
-        command.set_defaults(command=function)
-        if function is rescore:
-            command.add_argument("--verify", action="store_true", help="read every score, make corrupted ones again")
-            command.add_argument("--plan", action="store_true", help="say what is missing, and stop")
-            command.add_argument("--shard-runner", default="auto", choices=["auto", "in_process", "deployment"],
-                                 help="deployment: score on the workers of `make up`; default: here")
-        else:
-            command.add_argument("images", nargs="?", help="an image, or a folder with metadata.jsonl or .txt "
-                                 "captions; without it the pools of the root are scored")
-            command.add_argument("--prompt", help="what the images should show, instead of captions")
-            command.add_argument("--csv", metavar="FILE", help="also write the scores of image files there")

@@ -13,6 +13,7 @@ from hgdpo_core.ablate.cost import plan_ablation
 from hgdpo_core.ablate.measure import run_arm
 from hgdpo_core.ablate.program import Ablation, Shared, open_ablation, prepare_shared
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
+from tasks.handover import take_opened
 from tasks.options import STAGE
 from tasks.ui import show_image, show_table, show_text, stage_progress
 
@@ -23,8 +24,8 @@ SHOWN_PLOTS = 8
 def prepare_ablation(preset: str, root: str | None, prompts: str | None, target: str | None, images: str | None,
                      overrides: dict[str, Any], settings: dict[str, Any]) -> Ablation:
     """The checked ablation; a mistake in its inputs fails here, before any model loads."""
-    ablation = open_ablation(preset, root, prompts=prompts, target=target, images=images, overrides=overrides,
-                             settings=settings)
+    ablation = take_opened(open_ablation, preset=preset, root=root, prompts=prompts, target=target, images=images,
+                           overrides=overrides, settings=settings)
     plan = plan_ablation(ablation)
     get_run_logger().info("Ablation %s in %s: %s", ablation.ablation_id, ablation.run.store.root, plan)
     show_table("ablation-plan", [plan], "All work, as if nothing were there yet")

@@ -10,6 +10,7 @@ from hgdpo_core.plan import plan_run
 from hgdpo_core.plan.table import readable_bytes, readable_hours, readable_time
 from hgdpo_core.prompts.syntax import describe_unread
 from hgdpo_core.run import Run, open_run
+from tasks.handover import take_opened
 from tasks.options import STAGE
 from tasks.ui import show_table
 
@@ -19,7 +20,8 @@ def prepare(preset: str, root: str | None, prompts: str | None, target: str | No
             overrides: dict[str, Any], plan_only: bool = False) -> Run:
     """The checked run; a mistake in its inputs fails here, before any model loads. For a plan nothing is written."""
     logger = get_run_logger()
-    run = open_run(preset, root, prompts=prompts, target=target, images=images, overrides=overrides, dry=plan_only)
+    run = take_opened(open_run, preset=preset, root=root, prompts=prompts, target=target, images=images,
+                      overrides=overrides, dry=plan_only)
     logger.info("Run %s in %s", run.run_id, run.store.root)
     logger.info("Prompts: %s; evaluation: %s", run.prompts.describe(), run.evaluation_prompts.describe())
     unread = describe_unread(run.prompts.prompts, run.config.target.prompt_syntax)
@@ -35,7 +37,7 @@ def prepare(preset: str, root: str | None, prompts: str | None, target: str | No
 def prepare_comparison(**parameters: Any) -> ComparisonRun:
     """The checked comparison; a mistake in its inputs fails here, before any model loads."""
     logger = get_run_logger()
-    run = open_comparison(**parameters)
+    run = take_opened(open_comparison, **parameters)
     logger.info("Comparison %s in %s", run.run_id, run.store.root)
     logger.info("Prompts: %s", run.evaluation_prompts.describe())
     for who, model in (("Target", run.target), ("Tuned", run.tuned)):

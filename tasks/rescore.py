@@ -11,9 +11,10 @@ from hgdpo_core.execution.runner import IN_PROCESS, InProcess, Runner
 from hgdpo_core.rescore import Ranking, rank_again, score_missing, score_stage
 from hgdpo_core.rescore.drift_report import drift_rows, headline, render_markdown
 from hgdpo_core.rescore.night import Night, close_night, open_night
-from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, ScorerVersion, Skipped, plan_wanted
+from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, ScorerVersion, Skipped, plan_root
 from hgdpo_core.stages import Stage
 from hgdpo_core.storage import Store
+from tasks.handover import take_opened
 from tasks.options import STAGE
 from tasks.ui import show_table, show_text, stage_progress
 
@@ -23,7 +24,8 @@ def find_work(store: Store, scorers: Sequence[str], preset: str | None, override
               verify: bool) -> RescorePlan:
     """What is missing under the root; loads no model."""
     logger = get_run_logger()
-    plan = plan_wanted(store, scorers, preset=preset, overrides=overrides, verify=verify)
+    plan = take_opened(plan_root, root=store.root, names=list(scorers), preset=preset, overrides=overrides,
+                       verify=verify)
     logger.info("%s: %s", store.root, plan.describe())
     for item in plan.skipped:
         logger.warning("Left alone: %s: %s", item.what, item.reason)

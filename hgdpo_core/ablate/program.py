@@ -51,12 +51,14 @@ def open_ablation(preset: str = DEFAULT_PRESET, root: str | None = None, *, prom
                   settings: Mapping[str, Any] | None = None) -> Ablation:
     """Check everything a user can get wrong, before any model loads, and write `ablations/<id>/config.json`.
 
-    `settings` holds fields of AblationConfig; `overrides` those of the run, and of the ablation under `ablation.`.
+    `settings` holds fields of AblationConfig, None for the usual value; `overrides` those of the run, and of the
+    ablation under `ablation.`.
     """
     given = dict(overrides or {})
     own = {name.removeprefix(PREFIX): given.pop(name) for name in list(given) if name.startswith(PREFIX)}
     usual = {} if preset == "figures" else {"worlds": ("plain",)}  # real judges have tastes enough
-    config = build_settings({**usual, **(settings or {}), **own})
+    chosen = {name: value for name, value in (settings or {}).items() if value is not None}
+    config = build_settings({**usual, **chosen, **own})
     varied = apply_overrides(build_config(preset, target=target, prompts=prompts, images=images), given)
     check(config, varied)
     if config.split != "test":

@@ -72,8 +72,7 @@ def _win_rate_table(results: Results, planned: PlannedTable) -> AblationTable:
     columns = ["Configuration", "paper: PickScore / HPS / ImageReward / Aesthetic / CLIP"]
     for scorer in scorers:
         columns += [f"{scorer_title(scorer)}: wins, %", "per seed", "wins/losses/ties",
-                    "against the whole pool, points",
-                    "mean score change"]
+                    "against the whole pool, points", "mean score change"]
         if defect_limit(scorer) is not None:
             columns.append("defective images, points")
     rows = []

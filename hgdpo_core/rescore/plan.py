@@ -147,6 +147,11 @@ def plan_wanted(store: Store, names: Sequence[str] = (), *, preset: str | None =
     return replace(plan, skipped=(*gone, *plan.skipped))
 
 
+def plan_root(root: str, names: Sequence[str] = (), **settings: Any) -> RescorePlan:
+    """`plan_wanted` of the store at a root."""
+    return plan_wanted(Store(root), names, **settings)
+
+
 def plan_rescore(store: Store, versions: Sequence[ScorerVersion], *, verify: bool = False) -> RescorePlan:
     """Look at every pool under the root; reads lists and manifests, and images or models never.
 

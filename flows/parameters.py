@@ -1,0 +1,214 @@
+"""Every parameter of the commands and flows, once: command lines and the forms of flows are made from these.
+
+Free of Prefect and torch. A flow's signature has its names and types: `root: str | None = ROOT.field()`.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+from hgdpo_core.presets import DEFAULT_PRESET, PRESETS, describe_presets
+
+Kind = Literal["value", "flag", "switch", "repeated", "several", "settings", "position"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a flow, and the option of a command line that gives it."""
+
+    name: str
+    help: str
+    default: Any = None
+    option: str = ""
+    """On the command line, where it is not --name."""
+    kind: Kind = "value"
+    """flag: given or not; switch: --x or --no-x; repeated: an option each; several: values behind one option."""
+    read: Callable[[str], Any] | None = None
+    """The value of a text; default: the text."""
+    metavar: str | None = None
+    choices: Sequence[str] | None = None
+    suggested: Sequence[str] | None = None
+    """What the form offers; the core says what is wrong with any other value."""
+    required: bool = False
+    """On the command line; a form's fields may be left empty."""
+    least: int | None = None
+
+    def changed(self, **changes: Any) -> Self:
+        """The same parameter where a command means it a little differently."""
+        return replace(self, **changes)
+
+    def field(self) -> Any:
+        """The default of a flow's parameter, with what the form shows beside it."""
+        from pydantic import Field
+
+        shown: dict[str, Any] = {"enum": list(self.suggested)} if self.suggested else {}
+        return Field(self.default, description=self.help, ge=self.least, json_schema_extra=shown or None)
+
+    def add_to(self, command: argparse.ArgumentParser) -> None:
+        """Add the option to a command."""
+        option = self.option or "--" + self.name.replace("_", "-")
+        if self.kind == "position":
+            command.add_argument(self.name, nargs=None if self.required else "?", help=self._help())
+            return
+        settings: dict[str, Any] = {"dest": self.name, "help": self._help(), "default": self.default}
+        if self.kind == "flag":
+            command.add_argument(option, action="store_true", **settings)
+            return
+        if self.kind == "switch":
+            command.add_argument(option, action=argparse.BooleanOptionalAction, **settings)
+            return
+        settings |= {"type": self.read, "metavar": self.metavar, "choices": self.choices, "required": self.required}
+        if self.kind == "settings":
+            settings |= {"action": _AddSetting, "metavar": "NAME=VALUE"}
+        elif self.kind == "repeated":
+            settings["action"] = "append"
+        elif self.kind == "several":
+            settings["nargs"] = "+"
+        command.add_argument(option, **settings)
+
+    def _help(self) -> str:
+        shown = self.kind == "value" and self.default is not None
+        return (self.help + (f"; default: {self.default}" if shown else "")).replace("%", "%%")
+
+
+class _AddSetting(argparse.Action):
+    """`--set name=value`, one more in the dict of them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        name, found, value = str(values).partition("=")
+        if not found:
+            parser.error(f"argument {option_string}: {values!r} is no setting: expected name=value, as dpo.beta=1000")
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: _value_of(value)})
+
+
+def _value_of(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def read_numbers(text: str) -> list[float]:
+    """0.25,0.5,1 as numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers: expected for example 0.25,0.5,1") from None
+
+
+def read_positive(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def read_names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return text.split(",")
+
+
+# -- of several commands
+
+PRESET = Parameter("preset", describe_presets(), DEFAULT_PRESET, suggested=tuple(PRESETS))
+ROOT = Parameter("root", "where all results go: object store, any fsspec URL; left out, $HGDPO_ROOT or output/full")
+PROMPTS = Parameter("prompts", "txt, csv, tsv, jsonl or parquet, path or URL; or a data set; left out, the preset's")
+TARGET = Parameter("target", "your model: diffusers folder, .safetensors file or hub id; left out, the preset's")
+IMAGES = Parameter("images", "captioned images to fine-tune the model on first: a folder, or webdataset .tar or "
+                   ".parquet files; path, URL or pattern")
+OVERRIDES = Parameter("overrides", 'settings by dotted name, as {"dpo.beta": 1000}; on the command line dpo.beta=1000, '
+                      "repeatable", {}, option="--set", kind="settings")
+PLAN_ONLY = Parameter("plan_only", "show what would be made and what exists, and stop", False, option="--plan",
+                      kind="flag")
+PROBE = Parameter("probe", "with a plan: time a batch of each stage on this machine; this loads the models", False,
+                  kind="switch")
+SHARD_RUNNER = Parameter("shard_runner", "deployment: on the workers of `make up`, as shard runs that can be retried "
+                         "one by one; in_process: here; auto: on workers if started by one", "auto",
+                         choices=("auto", "in_process", "deployment"))
+
+INPUTS = (PRESET, ROOT, PROMPTS, TARGET, IMAGES, OVERRIDES)
+RUN = (*INPUTS, PLAN_ONLY, PROBE, SHARD_RUNNER)
+
+# -- of hgdpo evaluate
+
+TUNED = Parameter("tuned", "compared with the target: diffusers folder, .safetensors file or hub id of a model, or a "
+                  "LoRA (folder or .safetensors file)", metavar="MODEL", required=True)
+EVALUATION_TARGET = TARGET.changed(help="diffusers folder, .safetensors file, hub id, or a LoRA on the base; left out, "
+                                   "the preset's", metavar="MODEL")
+BASE = Parameter("base", "the model that LoRAs are applied to; left out, the target", metavar="MODEL")
+LORA_WEIGHT = Parameter("lora_weight", "weight of a LoRA; left out, the preset's", read=float)
+TARGET_LORA_WEIGHT = Parameter("target_lora_weight", "weight of the target's LoRA; left out, lora_weight", read=float)
+LORA_WEIGHTS = Parameter("lora_weights", "further weights to try the tuned LoRA at, as 0.25,0.5,1", read=read_numbers,
+                         metavar="WEIGHT,...")
+EVALUATION_PROMPTS = PROMPTS.changed(help="prompt file: txt, csv, tsv, jsonl or parquet, path or URL; left out, the "
+                                     "preset's held-out prompts")
+EVALUATION_SCORERS = Parameter("scorers", "by name, or name=source; left out, the preset's", read=read_names,
+                               metavar="NAME[=SOURCE],...")
+IMAGES_PER_PROMPT = Parameter("images_per_prompt", "images of each prompt by each model; left out, the preset's",
+                              read=int)
+EVALUATE = (TUNED, EVALUATION_TARGET, BASE, EVALUATION_PROMPTS, EVALUATION_SCORERS, IMAGES_PER_PROMPT, LORA_WEIGHT,
+            TARGET_LORA_WEIGHT, LORA_WEIGHTS, PRESET, ROOT, OVERRIDES, PLAN_ONLY, SHARD_RUNNER)
+
+# -- of hgdpo ablate
+
+SEEDS = Parameter("seeds", "trainings of every arm", 3, read=int, least=1)
+WORLDS = Parameter("worlds", "plain: the run's own scorer ranks the pools; tinted: the same scorer, fond of warm "
+                   "tints; left out, both for a built-in scorer, plain otherwise", kind="several", metavar="WORLD")
+COMPARISONS = Parameter("comparisons", "which tables and charts of the paper to measure: pool_size, loser_rank, "
+                        "dataset_size, statistics, beta, lora_weight; left out, all", kind="several", metavar="NAME")
+SPLIT = Parameter("split", "built-in prompts to measure on: test, or validation to choose settings by", "test")
+ABLATE = (*INPUTS, SEEDS, WORLDS, COMPARISONS, SPLIT, PLAN_ONLY, SHARD_RUNNER)
+
+# -- of hgdpo rescore and score
+
+SCORERS = Parameter("scorers", "by name, or name=folder or hub id, on the command line repeatable; left out, the "
+                    "preset's, without a preset those of the root's runs", [], option="--scorer", kind="repeated",
+                    metavar="NAME[=PLACE]")
+SCORERS_PRESET = PRESET.changed(help="take the scorers of this preset", default=None)
+SCORERS_OVERRIDES = OVERRIDES.changed(help='settings of the preset by dotted name, as {"scorer.source": "folder"}; on '
+                                      "the command line scorer.source=folder, repeatable")
+VERIFY = Parameter("verify", "read every score again: what is corrupted goes to quarantine and is made again", False,
+                   kind="flag")
+RESCORE = (ROOT, SCORERS, SCORERS_PRESET, SCORERS_OVERRIDES, VERIFY, PLAN_ONLY, SHARD_RUNNER)
+
+# -- of a terminal alone
+
+PUBLISH = Parameter("publish", "also copy summary.json and report.html there", metavar="FOLDER")
+JSON = Parameter("json", "print a plan as JSON instead of a table", False, kind="flag")
+SCORE = (ROOT, SCORERS, SCORERS_PRESET, SCORERS_OVERRIDES,
+         Parameter("images", "an image, or a folder with metadata.jsonl or .txt captions; without it the pools of the "
+                   "root are scored", kind="position"),
+         Parameter("prompt", "what the images should show, instead of captions"),
+         Parameter("csv", "also write the scores of image files there", metavar="FILE"))
+CAPTION = (
+    Parameter("images", "folder of image files, path or URL; captions that are there stay as they are", required=True),
+    Parameter("model", "LLaVA in transformers' form: folder or hub id; left out, llava-hf/llava-1.5-7b-hf"),
+    Parameter("prompt", "what the model is asked about each image", metavar="TEXT"),
+    Parameter("batch_size", "images described together", 8, read=read_positive),
+    Parameter("max_new_tokens", "longest caption, by default about what SD 1.5 reads", 75, read=read_positive),
+    Parameter("dtype", "precision of the model; auto: bfloat16 where it is fast, else float32", "auto",
+              choices=("auto", "float32", "bfloat16", "float16")),
+    PLAN_ONLY.changed(help="show how many images lack a caption, and stop"))
+EXPORT = (
+    Parameter("run_id", "may be left out where the root holds one finished run", kind="position"),
+    ROOT.changed(help="where the run's results are"),
+    Parameter("to", "a README.md already in it is kept", metavar="FOLDER", required=True),
+    Parameter("fused", "also a whole pipeline with the LoRA merged in", False, kind="flag"),
+    Parameter("target", "with --fused: where the target model lies now, if it moved"),
+    Parameter("push", "also upload to the Hugging Face Hub, privately; the token is the environment variable HF_TOKEN",
+              metavar="OWNER/NAME"),
+    Parameter("public", "with --push: for everyone to see", False, kind="flag"))
+COLLECT = (ROOT, Parameter("dry_run", "list, remove nothing", False, kind="flag"))
+
+COMMAND_LINES: dict[str, tuple[Parameter, ...]] = {
+    "run": (*RUN, PUBLISH, JSON), "plan": (*INPUTS, PROBE, JSON), "ablate": ABLATE, "evaluate": (*EVALUATE, PUBLISH),
+    "rescore": RESCORE, "score": SCORE, "caption": CAPTION, "export": EXPORT, "gc": COLLECT}
+"""Command -> its options, those of a terminal alone behind those of its flow."""
+
+
+def values_of(options: argparse.Namespace, parameters: Sequence[Parameter]) -> dict[str, Any]:
+    """Name -> value of a command's options."""
+    return {parameter.name: getattr(options, parameter.name) for parameter in parameters}

@@ -1,0 +1,34 @@
+"""Inputs that a command opened before it started Prefect, for the flow in the same process: none is opened twice.
+
+On a worker, and where a flow is called by itself, nothing waits here and the flow opens its inputs.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from hgdpo_core.config import canonical_json
+
+T = TypeVar("T")
+_waiting: dict[tuple[str, str], Any] = {}
+
+
+@contextmanager
+def handed_over(opener: Callable[..., T], parameters: Mapping[str, Any], opened: T) -> Iterator[None]:
+    """Inside the block, what `opener(**parameters)` returned waits for the flow that asks for the same."""
+    key = _key(opener, parameters)
+    _waiting[key] = opened
+    try:
+        yield
+    finally:
+        _waiting.pop(key, None)
+
+
+def take_opened(opener: Callable[..., T], **parameters: Any) -> T:
+    """What was handed over, once; else it is opened here, with the opener's errors."""
+    key = _key(opener, parameters)
+    return _waiting.pop(key) if key in _waiting else opener(**parameters)
+
+
+def _key(opener: Callable[..., Any], parameters: Mapping[str, Any]) -> tuple[str, str]:
+    return opener.__qualname__, canonical_json(parameters)

@@ -1,0 +1,127 @@
+"""Commands and flows have the same parameters, and what a command opened its flow does not open again."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+from prefect.logging import disable_run_logger
+from prefect.utilities.callables import get_call_parameters, parameter_schema
+
+import tasks.prepare
+from flows import parameters as p
+from flows.ablate import hgdpo_ablate
+from flows.cli import COMMANDS, main
+from flows.evaluate import hgdpo_evaluate
+from flows.full import hgdpo
+from flows.rescore import hgdpo_rescore
+from hgdpo_core.ablate.settings import AblationConfig, Comparison
+from hgdpo_core.errors import StoppedError
+from hgdpo_core.presets import PRESETS
+from tasks.handover import handed_over, take_opened
+
+FLOWS = {"run": (hgdpo, p.RUN), "evaluate": (hgdpo_evaluate, p.EVALUATE), "ablate": (hgdpo_ablate, p.ABLATE),
+         "rescore": (hgdpo_rescore, p.RESCORE)}
+
+
+@pytest.mark.parametrize("command", FLOWS)
+def test_a_command_has_the_parameters_of_its_flow(command):
+    flow, parameters = FLOWS[command]
+    form = parameter_schema(flow).properties
+    parser = argparse.ArgumentParser()
+    for parameter in p.COMMAND_LINES[command]:
+        parameter.changed(required=False).add_to(parser)
+    typed = vars(parser.parse_args([]))
+    assert form.keys() == {parameter.name for parameter in parameters}
+    assert {name: typed[name] for name in form} == get_call_parameters(flow.fn, (), {})
+    assert {name: field["description"] for name, field in form.items()} == {item.name: item.help for item in parameters}
+    shown = "".join(parser.format_help().split())  # argparse breaks lines inside words too
+    assert all("".join(parameter.help.split()) in shown for parameter in parameters)
+
+
+def test_what_only_a_terminal_needs_stands_apart():
+    extra = {name: {item.name for item in p.COMMAND_LINES[name]} - {item.name for item in parameters}
+             for name, (_, parameters) in FLOWS.items()}
+    assert extra == {"run": {"publish", "json"}, "evaluate": {"publish"}, "ablate": set(), "rescore": set()}
+    assert p.COMMAND_LINES.keys() == COMMANDS.keys()
+
+
+def test_choices_and_defaults_are_the_cores_own():
+    assert parameter_schema(hgdpo).properties["preset"]["enum"] == list(PRESETS)
+    assert (p.SEEDS.default, p.SPLIT.default) == (AblationConfig().seeds, AblationConfig().split)
+    assert all(name in p.COMPARISONS.help for name in Comparison.__args__)
+
+
+def test_help_is_quick_for_it_imports_nothing_heavy():
+    code = ("import json, sys\n"
+            "from flows.cli import main\n"
+            "try:\n    main(['--help'])\n"
+            "except SystemExit:\n"
+            "    print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = set(json.loads(said.splitlines()[-1]))
+    assert "usage: hgdpo" in said and "flows" in loaded
+    assert not loaded & {"torch", "prefect", "pydantic", "numpy", "pyarrow", "fsspec", "huggingface_hub"}
+
+
+@pytest.mark.parametrize(("typed", "message"), [
+    (["run", "--set", "dpo.beta"], "expected name=value, as dpo.beta=1000"),
+    (["evaluate"], "--tuned"),
+    (["run", "--shard-runner", "elsewhere"], "invalid choice"),
+    (["evaluate", "--tuned", "x", "--lora-weights", "a"], "is no list of numbers"),
+])
+def test_a_mistyped_option_is_said_with_what_was_expected(typed, message, capsys):
+    with pytest.raises(SystemExit):
+        main(typed)
+    assert message in capsys.readouterr().err
+
+
+def test_what_waits_is_taken_once_and_only_for_the_same_parameters():
+    opened = []
+
+    def open_it(**parameters):
+        opened.append(parameters)
+        return object()
+
+    inputs, waiting = {"root": "a", "overrides": {"dpo.beta": 1}}, object()
+    with handed_over(open_it, inputs, waiting):
+        assert take_opened(open_it, **{**inputs, "root": "b"}) is not waiting
+        assert take_opened(open_it, **inputs) is waiting
+        assert take_opened(open_it, **inputs) is not waiting
+    with handed_over(open_it, inputs, waiting):
+        pass
+    assert take_opened(open_it, **inputs) is not waiting
+    assert len(opened) == 3
+
+
+def test_a_command_opens_each_input_once(tmp_path, monkeypatch):
+    """The flow's first task runs in the command's process with the parameters that the command handed to the flow."""
+    read = []
+    real = tasks.prepare.open_run.__globals__["read_prompts"]
+    monkeypatch.setattr("hgdpo_core.run.read_prompts", lambda *given: read.append(given[0].source) or real(*given))
+
+    def first_task(flow, **parameters):
+        given = {name: parameters[name] for name in ("preset", "root", "prompts", "target", "images", "overrides")}
+        with disable_run_logger():
+            run = tasks.prepare.prepare.fn(**given)
+        assert len(read) == 2, "the training and the evaluation prompts, once each"
+        assert run.config.dpo.beta == 7 and flow is hgdpo
+        raise StoppedError("far enough")
+
+    monkeypatch.setattr("flows.server.call_flow", first_task)
+    (tmp_path / "prompts.txt").write_text("a woman in a red top\n")
+    arguments = ["--root", str(tmp_path / "root"), "--prompts", str(tmp_path / "prompts.txt"), "--set", "dpo.beta=7"]
+    assert main(["run", *arguments]) == 130
+    assert read == [str(tmp_path / "prompts.txt"), "figures"]
+
+
+def test_run_plan_and_plan_give_one_answer(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a woman in a red top\n")
+    arguments = ["--root", str(tmp_path / "root"), "--prompts", str(tmp_path / "prompts.txt"), "--json"]
+    answers = []
+    for command in (["run", "--plan"], ["plan"]):
+        assert main([*command, *arguments]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and json.loads(answers[0])["stages"]
+    assert not (tmp_path / "root").exists()
