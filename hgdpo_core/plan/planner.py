@@ -196,10 +196,10 @@ class PlanningRunner:
         return waits_for
 
     def _unit_bytes(self, stage: Stage) -> float:
-        probed = self._probes.get("generate")
+        probed = next((probe.bytes for probe in self._probes.values() if probe and probe.bytes), None)
         assumed = self.size[0] * self.size[1] * rates.BYTES_PER_PIXEL[self.run.config.pool.image_format]
-        if probed is not None and probed.bytes is not None:
-            return stage.unit_bytes(self.model, probed.bytes)
+        if probed is not None:
+            return stage.unit_bytes(self.model, probed)
         self.assumed_image_bytes |= stage.unit_bytes(self.model, 1.0) != stage.unit_bytes(self.model, 0.0)
         return stage.unit_bytes(self.model, assumed)
 
