@@ -39,10 +39,11 @@ from benchmarks.score import make_pictures
 from benchmarks.targets import add_device_options, clock_of, describe, open_target, some_prompts
 from hgdpo_core.config import DpoConfig
 from hgdpo_core.images import encode_image, to_model_range
-from hgdpo_core.models import Model, load_pipeline
+from hgdpo_core.models import Model, load_backbone, load_pipeline
+from hgdpo_core.models.ddpm import DdpmSchedule
 from hgdpo_core.models.lora import add_lora
-from hgdpo_core.models.sampling import encode_latents, encode_text
-from hgdpo_core.stages.latents import SCHEMA, embedding_shapes
+from hgdpo_core.models.sd15 import UnetDenoiser
+from hgdpo_core.stages.latents import SCHEMA
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training import draw_noise, draw_timesteps, sample_generator
@@ -81,14 +82,14 @@ def make_pairs(model: Model, size: tuple[int, int], count: int, folder: Path) ->
     """`count` pairs of soft pictures; their latents and text embeddings in one shard, as the product caches them."""
     pictures = make_pictures(2 * count, *size)
     captions = some_prompts(count)
-    pipeline = load_pipeline(model, vae_dtype="float32")
+    backbone = load_backbone(model, codec_dtype="float32")
     latents = [row.numpy().tobytes() for picture in pictures
-               for row in encode_latents(pipeline.vae, torch.from_numpy(to_model_range(picture))[None])]
-    embeds = [row.float().numpy().tobytes() for row in encode_text(pipeline, captions, None)]
+               for row in backbone.codec.encode(torch.from_numpy(to_model_range(picture))[None])]
+    embeds = [row.float().numpy().tobytes() for row in backbone.text.encode_captions(captions).embeds]
     table = pa.table({"prompt_id": captions, "winner": latents[:count], "loser": latents[count:],
                       "prompt_embeds": embeds}, schema=SCHEMA)
     shards = ShardFolder.create(Store(str(folder)), "latents/benchmark", {"stage": "latents"})
-    shards.commit(0, table, details=embedding_shapes(pipeline, size))
+    shards.commit(0, table, details=backbone.shapes(size))
     files = [encode_image(np.asarray(picture), "png") for picture in pictures]
     return Pairs(files[:count], files[count:], captions, LatentPairs(shards, [0]))
 
@@ -188,11 +189,10 @@ def run_ours(model: Model, pairs: Pairs, config: DpoConfig, options: argparse.Na
              now: Callable[[], float]) -> Row:
     """Our trainer with the same settings."""
     pipeline, marks = load_pipeline(model), []
-    scheduler = pipeline.scheduler.config
-    unet = pipeline.unet.float()
+    schedule, denoiser = DdpmSchedule(pipeline.scheduler.config), UnetDenoiser(pipeline.unet.float())
     del pipeline
     _forget_peak(options)
-    result = train_dpo(unet, scheduler, pairs.latents, config, checkpoints=None,
+    result = train_dpo(denoiser, schedule, pairs.latents, config, checkpoints=None,
                        on_log=lambda _: marks.append(now()))
     name = "ours with SML" if config.lambda_stat else "ours without SML"
     return Row(_named(name, config), _step_seconds(marks), [row["dpo_loss"] for row in result.log], _peak(options))

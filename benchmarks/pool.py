@@ -17,9 +17,9 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from hgdpo_core.config import PoolConfig, RunConfig
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import DTYPES, Model
 from hgdpo_core.models.image_generator import ImageGenerator
+from hgdpo_core.models.sd15 import KlCodec
 from hgdpo_core.prompts import image_seed
 from hgdpo_core.stages.pool import PoolPlan, generate_pool, plan_pool
 from hgdpo_core.storage import Store
@@ -104,14 +105,14 @@ class Ours:
         """The same with one change of TRIALS that the product does not make."""
         other = copy.copy(self)
         other.generator = copy.copy(self.generator)
-        other.generator.pipeline = copy.copy(self.generator.pipeline)
-        unet, vae = copy.deepcopy(self.generator.pipeline.unet), copy.deepcopy(self.generator.pipeline.vae)
+        backbone = self.generator.backbone
+        denoiser, codec = copy.deepcopy(backbone.denoiser), copy.deepcopy(cast(KlCodec, backbone.codec))
         if name == "channels_last":
-            unet.to(memory_format=torch.channels_last)
-            vae.to(memory_format=torch.channels_last)
+            denoiser.network.to(memory_format=torch.channels_last)
+            torch.nn.Module.to(codec.vae, memory_format=torch.channels_last)
         else:
-            unet.compile()
-        other.generator.pipeline.unet, other.generator.pipeline.vae = unet, vae
+            denoiser.network.compile()
+        other.generator.backbone = replace(backbone, denoiser=denoiser, codec=codec)
         return other
 
 
@@ -124,15 +125,15 @@ def _read_images(plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:
 
 def flops_an_image(generator: ImageGenerator) -> int:
     """Floating point operations of one image's denoising and decoding, counted on shapes alone."""
-    sampler, factor = generator.sampler, generator.pipeline.vae_scale_factor
-    unet, vae = (copy.deepcopy(part).to("meta") for part in (generator.pipeline.unet, generator.pipeline.vae))
+    sampler, backbone = generator.sampler, generator.backbone
+    denoiser, vae = (copy.deepcopy(part).to("meta") for part in (backbone.denoiser, cast(KlCodec, backbone.codec).vae))
     branches = 2 if sampler.guidance_scale > 1 else 1
-    embeds = generator.text_encoder.negative(generator.text_encoder.chunk_length).to("meta").expand(branches, -1, -1)
-    shape = (unet.config.in_channels, sampler.height // factor, sampler.width // factor)
-    latents = torch.empty((branches, *shape), device="meta", dtype=embeds.dtype)
+    prompts = backbone.text.negative(backbone.text.chunk_length).to("meta").expand(branches)
+    shape = backbone.latent_shape((sampler.width, sampler.height))
+    latents = torch.empty((branches, *shape), device="meta", dtype=prompts.embeds.dtype)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attention of CPUs is not counted
         with FlopCounterMode(display=False) as step:
-            unet(latents, torch.empty((), device="meta"), encoder_hidden_states=embeds)
+            denoiser(latents, torch.empty((), device="meta"), prompts)
         with FlopCounterMode(display=False) as decoding:
             vae.decode(latents[:1].to(vae.dtype))
     return step.get_total_flops() * sampler.steps + decoding.get_total_flops()

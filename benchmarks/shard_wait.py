@@ -28,6 +28,7 @@ from benchmarks.targets import add_device_options, clock_of, describe, open_targ
 from hgdpo_core.config import PoolConfig
 from hgdpo_core.models import image_generator
 from hgdpo_core.models.image_generator import ImageGenerator
+from hgdpo_core.models.sd15 import KlCodec
 from hgdpo_core.stages import base
 from hgdpo_core.stages.pool import generate_pool, plan_pool
 from hgdpo_core.storage import Store
@@ -90,11 +91,11 @@ class SlowStore(Store):
 
 @contextmanager
 def watching(watch: Watch, *, inline: bool) -> Iterator[None]:
-    """The program's solver and VAE watched."""
-    changes: dict[str, Any] = {"sample_latents": watch.around(image_generator.sample_latents),
-                               "decode_latents": watch.around(image_generator.decode_latents)}
+    """The program's solver and codec watched."""
+    sample, decode = watch.around(image_generator.sample_latents), watch.around(KlCodec.decode)
     writer = InlineWriter if inline else base.Writer
-    with mock.patch.multiple(image_generator, **changes), mock.patch.object(base, "Writer", writer):
+    with mock.patch.object(image_generator, "sample_latents", sample), mock.patch.object(KlCodec, "decode", decode), \
+            mock.patch.object(base, "Writer", writer):
         yield
 
 

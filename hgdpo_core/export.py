@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from hgdpo_core.config import RunConfig, TargetConfig, validate
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StorageError
-from hgdpo_core.models import Model, find_model, load_pipeline
+from hgdpo_core.models import Model, find_model, load_backbone
 from hgdpo_core.models.files import LORA_NAME, first_line
 from hgdpo_core.models.lora import write_kohya_lora
 from hgdpo_core.models.published import fetch_model, find_record
@@ -44,7 +44,7 @@ def export_run(store: Store, folder: Path, run_id: str | None = None, *, fused: 
         write_kohya_lora(folder / LORA_NAME, folder / kohya_name)
         written = [folder / LORA_NAME, folder / kohya_name]
         if base is not None:
-            load_pipeline(base.with_lora(lora, weight)).save_pretrained(folder / PIPELINE_NAME)
+            load_backbone(base.with_lora(lora, weight)).save(folder / PIPELINE_NAME)
             written.append(folder / PIPELINE_NAME)
         if not (folder / CARD_NAME).exists():
             card = render_card(config, summary, kohya_name=kohya_name, fused=fused)

@@ -8,15 +8,8 @@ import torch
 from hgdpo_core.config import DpoConfig, TargetConfig
 from hgdpo_core.figures import caption, prompts, render
 from hgdpo_core.figures.dataset import sample_figures, to_model_range
-from hgdpo_core.models import find_model, load_pipeline
-from hgdpo_core.models.sampling import (
-    decode_latents,
-    encode_latents,
-    encode_text,
-    initial_noise,
-    make_scheduler,
-    sample_latents,
-)
+from hgdpo_core.models import Backbone, Conditioning, find_model, load_backbone
+from hgdpo_core.models.sampling import initial_noise, sample_latents
 from hgdpo_core.training import OnLog, TrainingResult, epoch_order
 from hgdpo_core.training.data import PairBatch
 from hgdpo_core.training.dpo import train_dpo
@@ -30,10 +23,10 @@ class SmallWorld:
         self.figures = sample_figures("train", pairs, np.random.default_rng(0))
         self.prompts = prompts("validation", held_out, seed=0)
         self.steps = steps
-        self.pipeline = load_pipeline(self.model)
-        self.embeds = encode_text(self.pipeline, [caption(figure) for figure in self.figures], None)
-        self.held_out_embeds = encode_text(self.pipeline, self.prompts, None)
-        self.target_pictures = self.draw(self.pipeline.unet)
+        self.backbone = load_backbone(self.model)
+        self.embeds = self.backbone.text.encode_captions([caption(figure) for figure in self.figures]).embeds
+        self.held_out_embeds = self.backbone.text.encode_captions(self.prompts).embeds
+        self.target_pictures = self.draw(self.backbone)
 
     def pictures(self, defects: Sequence[str | None], *, seed: int = 0) -> np.ndarray:
         """The training figures as the renderer draws them, uint8 [B, 64, 64, 3]."""
@@ -43,23 +36,23 @@ class SmallWorld:
     def train(self, winners: np.ndarray, losers: np.ndarray, *, on_log: OnLog | None = None,
               **settings) -> tuple[TrainingResult, np.ndarray]:
         """The training's result, and the tuned model's pictures of the held-out prompts from the target's seeds."""
-        pairs = _Pairs(*(encode_latents(self.pipeline.vae, to_model_range(side)) for side in (winners, losers)),
+        pairs = _Pairs(*(self.backbone.codec.encode(to_model_range(side)) for side in (winners, losers)),
                        self.embeds)
-        unet = load_pipeline(self.model).unet
+        tuned = load_backbone(self.model)
         config = DpoConfig(**{"batch_size": 4, "learning_rate": 3e-4, "lambda_stat": 0.0, "mixed_precision": "no",
                               "lora_rank": 8, **settings})
-        result = train_dpo(unet, self.pipeline.scheduler.config, pairs, config, checkpoints=None,
+        result = train_dpo(tuned.denoiser, tuned.schedule, pairs, config, checkpoints=None,
                            on_log=on_log)
-        return result, self.draw(unet)
+        return result, self.draw(tuned)
 
     @torch.no_grad()
-    def draw(self, unet) -> np.ndarray:
+    def draw(self, backbone: Backbone) -> np.ndarray:
         """Pictures of the held-out prompts, uint8 [P, 64, 64, 3], seed = position."""
-        factor = self.pipeline.vae_scale_factor
-        noise = initial_noise(range(len(self.prompts)), unet.config.in_channels, 64 // factor, 64 // factor)
-        latents = sample_latents(unet, make_scheduler(self.pipeline.scheduler.config), self.held_out_embeds,
-                                 self.held_out_embeds[:1], noise, steps=self.steps, guidance_scale=1.0)
-        return decode_latents(self.pipeline.vae, latents)
+        noise = initial_noise(range(len(self.prompts)), *backbone.latent_shape((64, 64)))
+        prompts, first = Conditioning(self.held_out_embeds), Conditioning(self.held_out_embeds[:1])
+        latents = sample_latents(backbone.denoiser, backbone.schedule.solver(), prompts, first, noise,
+                                 steps=self.steps, guidance_scale=1.0)
+        return backbone.codec.decode(latents)
 
 
 class _Pairs:

@@ -1,6 +1,8 @@
 """Tiny random models of the real architectures: a Stable Diffusion pipeline and a PickScore-shaped CLIP."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -9,7 +11,9 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.models import find_model, load_pipeline
+from hgdpo_core.models.ddpm import DdpmSchedule
 from hgdpo_core.models.lora import add_lora, save_lora
+from hgdpo_core.models.sd15 import UnetDenoiser
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
         "prediction_type": "epsilon"}
@@ -23,6 +27,11 @@ def tiny_unet() -> UNet2DConditionModel:
         sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
         attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")).eval()
+
+
+def trainable(unet: UNet2DConditionModel, schedule: Mapping[str, Any]) -> tuple[UnetDenoiser, DdpmSchedule]:
+    """What a trainer takes of a backbone."""
+    return UnetDenoiser(unet), DdpmSchedule(schedule)
 
 
 def save_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -2,9 +2,10 @@
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from tiny import SD15, tiny_unet
+from tiny import SD15, tiny_unet, trainable
 
 from hgdpo_core.config import DpoConfig, SftConfig
+from hgdpo_core.models import Conditioning
 from hgdpo_core.models.lora import add_lora, lora_state
 from hgdpo_core.training import draw_noise, draw_timesteps, epoch_order, sample_generator
 from hgdpo_core.training.data import ImageBatch, PairBatch
@@ -39,7 +40,8 @@ def config(**settings) -> DpoConfig:
 
 def train(settings: DpoConfig, pairs=None, *, checkpoints=None, schedule=SD15, **hooks):
     unet = tiny_unet()
-    result = train_dpo(unet, schedule, Pairs() if pairs is None else pairs, settings, checkpoints=checkpoints, **hooks)
+    pairs = Pairs() if pairs is None else pairs
+    result = train_dpo(*trainable(unet, schedule), pairs, settings, checkpoints=checkpoints, **hooks)
     return unet.cpu(), result
 
 
@@ -122,7 +124,8 @@ def sft_config(**settings) -> SftConfig:
 def train_images(settings: SftConfig, images=None, *, checkpoints=None, schedule=SD15, empty=EMPTY, **hooks):
     unet = tiny_unet()
     images = Images() if images is None else images
-    result = train_sft(unet, schedule, images, settings, empty, checkpoints=checkpoints, **hooks)
+    result = train_sft(*trainable(unet, schedule), images, settings, Conditioning(empty), checkpoints=checkpoints,
+                       **hooks)
     return unet.cpu(), result
 
 

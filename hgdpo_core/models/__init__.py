@@ -1,10 +1,11 @@
-"""The target and what came of it: found, checked, loaded, worn LoRAs, kept in the store.
+"""The target and what came of it: found, checked, loaded, LoRAs applied, kept in the store.
 
-`model.py` is what the others hold; `files.py` and `weight_files.py` read what people have on their disks, with the
-configs in `sd15/`; `lora.py` writes and merges LoRAs; `published.py` keeps models in the store; `places.py` says where
-a worker elsewhere finds one.
+`model.py` is what the others hold; `backbone.py` is the seam between the method and a family of models, and `sd15.py` a
+family, with its configs in `sd15/`; `files.py` and `weight_files.py` read what people have on their disks; `lora.py`
+writes and merges LoRAs; `published.py` keeps models in the store; `places.py` says where a worker elsewhere finds one.
 """
 
+from hgdpo_core.models.backbone import FAMILIES, Backbone, Conditioning, load_backbone
 from hgdpo_core.models.model import (
     DTYPES,
     Lora,
@@ -17,6 +18,9 @@ from hgdpo_core.models.model import (
     recorded_syntax,
     resolve_dtype,
 )
+from hgdpo_core.models.sd15 import Sd15
 
-__all__ = ["DTYPES", "Lora", "Model", "cpu_has_fast_bfloat16", "default_device", "device_name", "find_model",
-           "load_pipeline", "recorded_syntax", "resolve_dtype"]
+FAMILIES["sd15"] = Sd15()
+
+__all__ = ["DTYPES", "FAMILIES", "Backbone", "Conditioning", "Lora", "Model", "cpu_has_fast_bfloat16", "default_device",
+           "device_name", "find_model", "load_backbone", "load_pipeline", "recorded_syntax", "resolve_dtype"]

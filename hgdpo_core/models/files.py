@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 
 from hgdpo_core.config import TargetConfig, content_hash
 from hgdpo_core.errors import ModelError
+from hgdpo_core.models.backbone import find_family
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.weight_files import (
     INPUT_CHANNELS,
@@ -61,7 +62,7 @@ def find_files(config: TargetConfig) -> TargetFiles:
         raise ModelError(f"target.component_configs is for a single file, and {path} is a folder with its own: "
                          "leave it out")
     else:
-        check_folder(path)
+        find_family(path).check_folder(path)
     return TargetFiles(path, _find_vae(config.vae) if config.vae else None, configs, commit)
 
 

@@ -15,9 +15,9 @@ import torch
 from hgdpo_core.config import PoolConfig, SamplerConfig
 from hgdpo_core.errors import ModelError, StoppedError
 from hgdpo_core.images import encode_image
-from hgdpo_core.models.model import Model, load_pipeline
-from hgdpo_core.models.sampling import decode_latents, initial_noise, make_scheduler, sample_latents
-from hgdpo_core.models.text_encoder import TextEncoder
+from hgdpo_core.models.backbone import Conditioning, load_backbone
+from hgdpo_core.models.model import Model
+from hgdpo_core.models.sampling import initial_noise, sample_latents
 from hgdpo_core.parallel import count_lanes, side_by_side
 from hgdpo_core.progress import ShouldStop, never_stop
 from hgdpo_core.prompts import image_seed, prompt_id
@@ -34,11 +34,11 @@ class ImageGenerator:
 
     def __init__(self, model: Model, sampler: SamplerConfig, pool: PoolConfig, device: str):
         self.device, self.model, self.sampler, self.pool = device, model, sampler, pool
-        self.pipeline = load_pipeline(model, device)
-        self.reference = load_pipeline(replace(model, lora=None), device).unet if sampler.latent_normalisation else None
-        self.scheduler = make_scheduler(self.pipeline.scheduler.config)
-        self.text_encoder = TextEncoder(self.pipeline, model)
-        self.lanes = count_lanes(self.pipeline.unet, device)
+        self.backbone = load_backbone(model, device)
+        base = replace(model, lora=None)
+        self.reference = load_backbone(base, device).denoiser if sampler.latent_normalisation else None
+        self.solver = self.backbone.schedule.solver()
+        self.lanes = count_lanes(self.backbone.denoiser, device)
 
     def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
         """Rows of SCHEMA for every candidate of the prompts: in order, but prompts with longer embeddings last.
@@ -46,11 +46,11 @@ class ImageGenerator:
         Batches cross prompts of equally long embeddings and are cut at fixed places, so the same shard gives the same
         bits. Encoding of one batch runs beside the sampling of the next; on a CPU a small model draws a batch a core.
         """
-        embeds = self.text_encoder.encode(prompts)
-        batches = list(_cut_batches([len(embed) for embed in embeds], self.pool.images_per_prompt,
+        texts = self.backbone.text.encode(prompts)
+        batches = list(_cut_batches([text.length for text in texts], self.pool.images_per_prompt,
                                     self.pool.batch_size))
         lanes = self.lanes if len(batches) >= self.lanes else 1  # too few to fill the cores: each takes them all
-        jobs = (functools.partial(self._sample_batch, prompts, embeds, batch)
+        jobs = (functools.partial(self._sample_batch, prompts, texts, batch)
                 for batch in _until_stopped(batches, should_stop))
         waiting: list[Future[dict]] = []
         with ThreadPoolExecutor(ENCODER_THREADS) as executor:
@@ -60,27 +60,25 @@ class ImageGenerator:
                            for (number, index), seed, image in zip(batch, seeds, pixels, strict=True)]
             yield from (future.result() for future in waiting)
 
-    def _sample_batch(self, prompts: Sequence[str], embeds: Sequence[torch.Tensor],
-                    batch: Sequence[tuple[int, int]]) -> tuple[Sequence[tuple[int, int]], list[int], np.ndarray]:
+    def _sample_batch(self, prompts: Sequence[str], texts: Sequence[Conditioning],
+                      batch: Sequence[tuple[int, int]]) -> tuple[Sequence[tuple[int, int]], list[int], np.ndarray]:
         """The batch, its seeds and its pixels."""
         seeds = [image_seed(self.pool.seed, prompts[number], index) for number, index in batch]
-        return batch, seeds, self.sample(torch.stack([embeds[number] for number, _ in batch]), seeds)
+        return batch, seeds, self.sample(Conditioning.join([texts[number] for number, _ in batch]), seeds)
 
-    def sample(self, prompt_embeds: torch.Tensor, seeds: Sequence[int]) -> np.ndarray:
-        """uint8 [B, H, W, 3] for text embeddings [B, L, D] and one seed an image."""
-        unet, vae = self.pipeline.unet, self.pipeline.vae
-        factor = self.pipeline.vae_scale_factor
-        height, width = self.sampler.height // factor, self.sampler.width // factor
-        noise = initial_noise(seeds, unet.config.in_channels, height, width)
-        negative_embeds = self.text_encoder.negative(prompt_embeds.shape[1])
-        scheduler = copy.deepcopy(self.scheduler)  # it remembers steps, and other batches may be drawn beside this one
-        latents = sample_latents(unet, scheduler, prompt_embeds, negative_embeds, noise,
+    def sample(self, prompts: Conditioning, seeds: Sequence[int]) -> np.ndarray:
+        """uint8 [B, H, W, 3] for the conditioning of B prompts and one seed an image."""
+        backbone = self.backbone
+        noise = initial_noise(seeds, *backbone.latent_shape((self.sampler.width, self.sampler.height)))
+        negative = backbone.text.negative(prompts.length)
+        solver = copy.deepcopy(self.solver)  # it remembers steps, and other batches may be sampled beside this one
+        latents = sample_latents(backbone.denoiser, solver, prompts, negative, noise,
                                  steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale,
                                  reference=self.reference)
         if not bool(torch.isfinite(latents).all()):
             raise ModelError(f"{self.model.path} draws images that are not finite in {self.model.dtype}: check its "
                              "weights, or set target.dtype to float32")
-        return decode_latents(vae, latents)
+        return backbone.codec.decode(latents)
 
     def _row(self, prompt: str, index: int, seed: int, pixels) -> dict:
         return {"prompt_id": prompt_id(prompt), "prompt": prompt, "index": index, "seed": seed,

@@ -1,7 +1,7 @@
 """The policy: the target's UNet wearing a LoRA. With the LoRA off, the same network is the reference."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from hgdpo_core.errors import ModelError
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def add_lora(unet: UNet2DConditionModel, rank: int, seed: int) -> None:
-    """Give every linear layer of the UNet's attention modules a LoRA of `rank`, and freeze the rest.
+def add_lora(unet: UNet2DConditionModel, rank: int, seed: int,
+             targets: Sequence[str] = ATTENTION_LINEARS) -> None:
+    """Give the `targets`, by default every linear layer of attention, a LoRA of `rank`, and freeze the rest.
 
     Scale 1 (lora_alpha = rank: every export assumes it), gaussian A and zero B, so that policy and reference
     are equal before training; LoRA weights are float32 whatever the UNet's dtype. The start depends only on
@@ -34,7 +35,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):  # peft draws A on the CPU
         torch.default_generator.manual_seed(seed)
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
-                                    target_modules=list(ATTENTION_LINEARS)))
+                                    target_modules=list(targets)))
     cast_training_params(unet, dtype=torch.float32)
 
 

@@ -18,7 +18,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-Denoiser = Callable[..., Any]
+from hgdpo_core.models.backbone import Conditioning
+
+Denoise = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+"""A `Denoiser`, or what stands for one."""
 
 
 def make_scheduler(config: Mapping[str, Any]) -> DPMSolverMultistepScheduler:
@@ -53,41 +56,40 @@ def hidden_states(text_encoder: Any, ids: torch.Tensor, clip_skip: int | None) -
 
 
 @torch.no_grad()
-def sample_latents(unet: Denoiser, scheduler: DPMSolverMultistepScheduler, prompt_embeds: torch.Tensor,
-                   negative_embeds: torch.Tensor, noise: torch.Tensor, *, steps: int, guidance_scale: float,
-                   reference: Denoiser | None = None) -> torch.Tensor:
-    """Latents [B, C, h, w] at t=0, scaled as the VAE's scaling factor says.
+def sample_latents(denoiser: Denoise, scheduler: DPMSolverMultistepScheduler, prompts: Conditioning,
+                   negative: Conditioning, noise: torch.Tensor, *, steps: int, guidance_scale: float,
+                   reference: Denoise | None = None) -> torch.Tensor:
+    """Latents [B, C, h, w] at t=0, scaled as the codec's latents are.
 
-    prompt_embeds [B, L, D]; negative_embeds [1, L, D]; noise [B, C, h, w] float32. A guidance scale of 1 runs the
+    `prompts` of B texts; `negative` of one, as long; noise [B, C, h, w] float32. A guidance scale of 1 runs the
     conditional branch alone. Each row depends on its own inputs only, up to the arithmetic of the batch size.
 
     With a `reference`, latent adaptive normalisation (paper Eq. 7): both sample from the same noise, and after every
-    step the latents of `unet` take the channel statistics of the reference's.
+    step the latents of `denoiser` take the channel statistics of the reference's.
     """
     guided = guidance_scale > 1
-    device, dtype = prompt_embeds.device, prompt_embeds.dtype
-    embeds = torch.cat([negative_embeds.expand_as(prompt_embeds), prompt_embeds]) if guided else prompt_embeds
+    device, dtype = prompts.embeds.device, prompts.embeds.dtype
+    both = Conditioning.join([negative.expand(len(prompts)), prompts]) if guided else prompts
     scheduler.set_timesteps(steps, device=device)
     scheduler.set_begin_index(0)  # else its first step looks its place up on the device, and everything waits
     reference_scheduler = copy.deepcopy(scheduler)  # the solver remembers earlier steps: each trajectory its own
     latents = noise.to(device=device, dtype=dtype) * scheduler.init_noise_sigma
     reference_latents = latents
     for timestep in scheduler.timesteps:
-        latents = _step(unet, scheduler, latents, timestep, embeds, guidance_scale)
+        latents = _step(denoiser, scheduler, latents, timestep, both, guidance_scale)
         if reference is not None:
-            reference_latents = _step(reference, reference_scheduler, reference_latents, timestep, embeds,
+            reference_latents = _step(reference, reference_scheduler, reference_latents, timestep, both,
                                       guidance_scale)
             latents = match_statistics(latents, reference_latents)
     return latents
 
 
-def _step(unet: Denoiser, scheduler: DPMSolverMultistepScheduler, latents: torch.Tensor, timestep: torch.Tensor,
-          embeds: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """The latents one step on; with guidance, `embeds` hold the negative prompts before the prompts."""
+def _step(denoiser: Denoise, scheduler: DPMSolverMultistepScheduler, latents: torch.Tensor, timestep: torch.Tensor,
+          conditioning: Conditioning, guidance_scale: float) -> torch.Tensor:
+    """The latents one step on; with guidance, `conditioning` holds the negative prompts before the prompts."""
     guided = guidance_scale > 1
     inputs = torch.cat([latents, latents]) if guided else latents
-    prediction = unet(scheduler.scale_model_input(inputs, timestep), timestep, encoder_hidden_states=embeds,
-                      return_dict=False)[0]
+    prediction = denoiser(scheduler.scale_model_input(inputs, timestep), timestep, conditioning)
     if guided:
         unconditional, conditional = prediction.chunk(2)
         prediction = unconditional + guidance_scale * (conditional - unconditional)

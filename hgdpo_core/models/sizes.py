@@ -17,13 +17,18 @@ FLOAT_BYTES = 4
 class ModelSize:
     """Numbers of a Stable Diffusion model. The defaults are SD 1.5's, for what a folder does not tell."""
 
-    unet: int = 860_000_000
-    vae: int = 84_000_000
-    text_encoder: int = 123_000_000
+    denoiser: int = 860_000_000
+    codec: int = 84_000_000
+    text: int = 123_000_000
     attention: int = 1_000_000      # inputs and outputs of all linear layers of attention, summed: a LoRA's size a rank
     latent_channels: int = 4
     scale_factor: int = 8
     text_numbers: int = 77 * 768    # of one prompt's embedding
+
+    @property
+    def whole(self) -> int:
+        """All of them."""
+        return self.denoiser + self.codec + self.text
 
     def latent_pixels(self, size: tuple[int, int]) -> int:
         """Of an image of (width, height) pixels."""
@@ -41,15 +46,15 @@ def model_size(path: Path) -> ModelSize:
         return ModelSize()
     if path.is_file():
         tensors = _tensors([path])
-        parts = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+        parts = {"denoiser": "model.diffusion_model.", "codec": "first_stage_model.", "text": "cond_stage_model."}
         found = {part: {name: shape for name, shape in tensors.items() if name.startswith(prefix)}
                  for part, prefix in parts.items()}
     else:
-        found = {part: _tensors(sorted((path / part).glob("*.safetensors")))
-                 for part in ("unet", "vae", "text_encoder")}
+        folders = {"denoiser": "unet", "codec": "vae", "text": "text_encoder"}
+        found = {part: _tensors(sorted((path / folder).glob("*.safetensors"))) for part, folder in folders.items()}
         known = _from_configs(path)
     known |= {part: _numbers(tensors) for part, tensors in found.items() if tensors}
-    attention = [shape for name, shape in found["unet"].items()
+    attention = [shape for name, shape in found["denoiser"].items()
                  if name.endswith(tuple(f".{layer}.weight" for layer in ATTENTION_LINEARS))]
     if attention:
         known["attention"] = sum(map(sum, attention))

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 
 from hgdpo_core.config import PromptSyntax
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.models import Model
+from hgdpo_core.models.model import Model
 from hgdpo_core.models.sampling import encode_text, hidden_states
 from hgdpo_core.prompts.syntax import Segment, parse_weights
 

@@ -155,7 +155,7 @@ class PlanningRunner:
         if isinstance(config, DpoConfig):
             trained = config.lora_rank * self.model.attention
             return FLOAT_BYTES * trained, trained
-        return FLOAT_BYTES * (self.model.unet + self.model.vae + self.model.text_encoder), self.model.unet
+        return FLOAT_BYTES * self.model.whole, self.model.denoiser
 
     def _add(self, stage: Stage) -> int:
         existing, sources = self._look(stage)

@@ -7,8 +7,7 @@ import torch
 
 from hgdpo_core.config import DpoConfig, SftConfig
 from hgdpo_core.memory import free_memory
-from hgdpo_core.models import Model, default_device, load_pipeline
-from hgdpo_core.stages.latents import embedding_shapes
+from hgdpo_core.models import Conditioning, Model, default_device, load_backbone
 from hgdpo_core.training import epoch_order
 from hgdpo_core.training.data import ImageBatch, PairBatch
 from hgdpo_core.training.dpo import train_dpo
@@ -20,8 +19,8 @@ STEPS = 3
 def step_seconds(model: Model, config: DpoConfig | SftConfig, size: tuple[int, int]) -> float:
     """Seconds of one optimizer step on noise: the later ones of a few, in memory, without a checkpoint."""
     free_memory()
-    pipeline = load_pipeline(model, default_device(), dtype="float32")
-    shapes = embedding_shapes(pipeline, size)
+    backbone = load_backbone(model, default_device(), dtype="float32")
+    shapes = backbone.shapes(size)
     moments: list[float] = []
     config = config.model_copy(update={"max_steps": STEPS, "flip": False})  # flips cost when latents are made
 
@@ -30,11 +29,11 @@ def step_seconds(model: Model, config: DpoConfig | SftConfig, size: tuple[int, i
 
     latents, embeds = tuple(shapes["latent_shape"]), tuple(shapes["embeds_shape"])
     if isinstance(config, DpoConfig):
-        train_dpo(pipeline.unet, pipeline.scheduler.config, _NoisePairs(latents, embeds), config, checkpoints=None,
+        train_dpo(backbone.denoiser, backbone.schedule, _NoisePairs(latents, embeds), config, checkpoints=None,
                   progress=clock)
     else:
-        train_sft(pipeline.unet, pipeline.scheduler.config, _NoiseImages(latents, embeds), config,
-                  torch.zeros(1, *embeds), checkpoints=None, progress=clock)
+        train_sft(backbone.denoiser, backbone.schedule, _NoiseImages(latents, embeds), config,
+                  Conditioning(torch.zeros(1, *embeds)), checkpoints=None, progress=clock)
     return (moments[-1] - moments[1]) / (STEPS - 1)  # the first moment is before, the second after the first step
 
 

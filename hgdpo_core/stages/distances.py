@@ -8,14 +8,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pyarrow as pa
 import torch
-from diffusers import AutoencoderKL
 
 from hgdpo_core.config import content_hash
 from hgdpo_core.images import decode_image, to_model_range
 from hgdpo_core.metrics import latent_distance
-from hgdpo_core.models import Model, load_pipeline
+from hgdpo_core.models import Model, load_backbone
+from hgdpo_core.models.backbone import LatentCodec
 from hgdpo_core.models.places import find_offered_model, model_means
-from hgdpo_core.models.sampling import encode_latents
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.parallel import threads
 from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker
@@ -101,7 +100,7 @@ class DistanceStage(Stage):
 
     @contextmanager
     def load(self, worker: Worker) -> Iterator[Computer]:
-        yield _Measuring(load_pipeline(self.model, worker.device, vae_dtype="float32").vae)
+        yield _Measuring(load_backbone(self.model, worker.device, codec_dtype="float32").codec)
 
     @property
     def images_per_shard(self) -> int:
@@ -124,10 +123,10 @@ class DistanceStage(Stage):
 
 
 class _Measuring:
-    """A VAE that encodes ranked pools."""
+    """A codec that encodes ranked pools."""
 
-    def __init__(self, vae: AutoencoderKL):
-        self._vae = vae
+    def __init__(self, codec: LatentCodec):
+        self._codec = codec
         self.batch_size: int | None = ENCODE_BATCH
 
     def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
@@ -152,7 +151,7 @@ class _Measuring:
         """Scaled latents float32 [B, C, h, w] of encoded images."""
         assert self.batch_size is not None
         pixels = [to_model_range(picture) for picture in threads().map(decode_image, images)]
-        return torch.cat([encode_latents(self._vae, torch.from_numpy(np.stack(pixels[start:start + self.batch_size])))
+        return torch.cat([self._codec.encode(torch.from_numpy(np.stack(pixels[start:start + self.batch_size])))
                           for start in range(0, len(pixels), self.batch_size)])
 
 

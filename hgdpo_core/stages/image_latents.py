@@ -16,14 +16,12 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.image_sets import offer_images, open_offered_images
 from hgdpo_core.image_sets.sets import CAPTIONING, ImageSet, Kind
 from hgdpo_core.images import decode_image, fit_image, to_model_range
-from hgdpo_core.models import Model, default_device, load_pipeline
+from hgdpo_core.models import Backbone, Model, default_device, load_backbone
 from hgdpo_core.models.places import find_offered_model, model_means
-from hgdpo_core.models.sampling import encode_latents, encode_text
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.parallel import threads
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker
-from hgdpo_core.stages.latents import embedding_shapes
 from hgdpo_core.stages.probes import ENCODE_BATCH, probe_encoding
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest, read_table
@@ -82,9 +80,9 @@ class ImageLatentStage(Stage):
 
     @contextmanager
     def load(self, worker: Worker) -> Iterator[Computer]:
-        pipeline = load_pipeline(self.model, worker.device, vae_dtype="float32")
+        backbone = load_backbone(self.model, worker.device, codec_dtype="float32")
         with self.images.reader() as reader:
-            yield _Encoding(self, pipeline, reader)
+            yield _Encoding(self, backbone, reader)
 
     @property
     def images_per_shard(self) -> int:
@@ -118,11 +116,11 @@ class ImageLatentStage(Stage):
 
 
 class _Encoding:
-    """A VAE and a text encoder that read the user's images; memory holds one batch of them."""
+    """A codec and a text encoder that read the user's images; memory holds one batch of them."""
 
-    def __init__(self, stage: ImageLatentStage, pipeline: Any, reader: Any):
-        self._stage, self._pipeline, self._reader = stage, pipeline, reader
-        self._shapes = embedding_shapes(pipeline, stage.size)
+    def __init__(self, stage: ImageLatentStage, backbone: Backbone, reader: Any):
+        self._stage, self._backbone, self._reader = stage, backbone, reader
+        self._shapes = backbone.shapes(stage.size)
         self.batch_size: int | None = ENCODE_BATCH
 
     def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
@@ -131,8 +129,7 @@ class _Encoding:
         assert self.batch_size is not None
         rejected: list[dict[str, str]] = []
         usable = _usable(stage.images.kind, rows, self._reader.read(rows), stage.size, rejected, self.batch_size)
-        table, cut = _encode(self._pipeline, stage.model, _until_stopped(usable, worker),
-                             stage.folder.config.get("flips", False))
+        table, cut = _encode(self._backbone, _until_stopped(usable, worker), stage.folder.config.get("flips", False))
         advance(len(rows))
         return ShardRows(table, pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA),
                          {**self._shapes, "rejected": len(rejected), "cut_captions": cut})
@@ -197,7 +194,7 @@ def _open(kind: Kind, size: tuple[int, int], name: str, caption: str | None, dat
     return _Picture(name, caption or "", to_model_range(fit_image(picture, *size)))
 
 
-def _encode(pipeline: Any, model: Model, batches: Iterator[list[_Picture]], flips: bool) -> tuple[pa.Table, int]:
+def _encode(backbone: Backbone, batches: Iterator[list[_Picture]], flips: bool) -> tuple[pa.Table, int]:
     """A shard's table, and how many captions were longer than the text encoder reads."""
     schema = SCHEMA.append(MIRRORED) if flips else SCHEMA
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
@@ -207,12 +204,12 @@ def _encode(pipeline: Any, model: Model, batches: Iterator[list[_Picture]], flip
         pixels = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
         columns["file_name"] += [picture.name for picture in batch]
         columns["caption"] += captions
-        columns["latents"] += [row.numpy().tobytes() for row in encode_latents(pipeline.vae, pixels)]
+        columns["latents"] += [row.numpy().tobytes() for row in backbone.codec.encode(pixels)]
         if flips:
-            columns["mirrored"] += [row.numpy().tobytes() for row in encode_latents(pipeline.vae, pixels.flip(-1))]
-        texts = encode_text(pipeline, captions, model.clip_skip)
+            columns["mirrored"] += [row.numpy().tobytes() for row in backbone.codec.encode(pixels.flip(-1))]
+        texts = backbone.text.encode_captions(captions).embeds
         columns["prompt_embeds"] += [row.numpy().tobytes() for row in texts.float().cpu()]
-        cut += sum(len(ids) > pipeline.tokenizer.model_max_length for ids in pipeline.tokenizer(captions).input_ids)
+        cut += backbone.text.count_cut(captions)
     return pa.table(columns, schema=schema), cut
 
 

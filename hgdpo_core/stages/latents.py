@@ -14,16 +14,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pyarrow as pa
 import torch
-from diffusers import StableDiffusionPipeline
 
 from hgdpo_core.config import content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.images import decode_image, to_model_range
-from hgdpo_core.models import Model, default_device, load_pipeline
+from hgdpo_core.models import Backbone, Model, default_device, load_backbone
 from hgdpo_core.models.places import find_offered_model, model_means
-from hgdpo_core.models.sampling import encode_latents
 from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.models.text_encoder import TextEncoder
 from hgdpo_core.parallel import threads
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker
@@ -91,7 +88,7 @@ class LatentStage(Stage):
     @contextmanager
     def load(self, worker: Worker) -> Iterator[Computer]:
         config = self.folder.config
-        yield _Encoding(load_pipeline(self.model, worker.device, vae_dtype="float32"), self.model,
+        yield _Encoding(load_backbone(self.model, worker.device, codec_dtype="float32"),
                         (config["width"], config["height"]), config.get("flips", False))
 
     @property
@@ -115,26 +112,25 @@ class LatentStage(Stage):
 
 
 class _Encoding:
-    """A VAE and a text encoder that fill shards."""
+    """A codec and a text encoder that fill shards."""
 
-    def __init__(self, pipeline: StableDiffusionPipeline, model: Model, size: tuple[int, int], flips: bool):
-        self._pipeline, self._size, self._flips = pipeline, size, flips
-        self._text_encoder = TextEncoder(pipeline, model)
+    def __init__(self, backbone: Backbone, size: tuple[int, int], flips: bool):
+        self._backbone, self._size, self._flips = backbone, size, flips
         self.batch_size: int | None = ENCODE_BATCH
 
     def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
                 advance: Callable[[int], None]) -> ShardRows:
         (rows,) = tables
-        embeds = self._text_encoder.encode(rows["caption"].to_pylist())
+        texts = self._backbone.text.encode(rows["caption"].to_pylist())
         table = pa.table({
             "prompt_id": rows["prompt_id"], "winner": self._encode(rows["jpg_0"].to_pylist(), worker),
             "loser": self._encode(rows["jpg_1"].to_pylist(), worker),
-            "prompt_embeds": [row.float().cpu().numpy().tobytes() for row in embeds]}, schema=SCHEMA)
+            "prompt_embeds": [text.embeds[0].float().cpu().numpy().tobytes() for text in texts]}, schema=SCHEMA)
         for name, images in zip(MIRRORED, ("jpg_0", "jpg_1"), strict=True) if self._flips else ():
             mirrored = self._encode(rows[images].to_pylist(), worker, mirror=True)
             table = table.append_column(pa.field(name, pa.binary()), [mirrored])
         advance(rows.num_rows)
-        return ShardRows(table, details=embedding_shapes(self._pipeline, self._size))
+        return ShardRows(table, details=self._backbone.shapes(self._size))
 
     def _encode(self, images: list[bytes], worker: Worker, *, mirror: bool = False) -> list[bytes]:
         assert self.batch_size is not None
@@ -147,7 +143,7 @@ class _Encoding:
                 raise InputError(f"a triplet's image is {wrong[0]}x{wrong[1]} pixels, expected "
                                  f"{self._size[0]}x{self._size[1]}")
             pixels = torch.from_numpy(np.stack([to_model_range(picture) for picture in pictures]))
-            latents = encode_latents(self._pipeline.vae, pixels.flip(-1) if mirror else pixels)
+            latents = self._backbone.codec.encode(pixels.flip(-1) if mirror else pixels)
             encoded += [row.numpy().tobytes() for row in latents]
         return encoded
 
@@ -158,11 +154,3 @@ def cache_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, ind
     """Encode the missing shards among `indices` here; returns the number of pairs encoded."""
     stage = LatentStage(triplets, latents, model, tuple(indices))
     return stage.make(Worker(device or default_device(), progress, should_stop))
-
-
-def embedding_shapes(pipeline: StableDiffusionPipeline, size: tuple[int, int]) -> dict[str, list[int]]:
-    """Shapes of one image's latents and of one chunk of a prompt's embedding, as a manifest records them."""
-    factor = pipeline.vae_scale_factor
-    text = pipeline.text_encoder.config
-    return {"latent_shape": [pipeline.vae.config.latent_channels, size[1] // factor, size[0] // factor],
-            "embeds_shape": [pipeline.tokenizer.model_max_length, text.hidden_size]}

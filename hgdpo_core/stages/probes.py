@@ -9,9 +9,8 @@ import torch
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
 from hgdpo_core.memory import free_memory
-from hgdpo_core.models import Model, default_device, load_pipeline
+from hgdpo_core.models import Model, default_device, load_backbone
 from hgdpo_core.models.image_generator import ImageGenerator
-from hgdpo_core.models.sampling import encode_latents
 from hgdpo_core.scorers import load_judge
 from hgdpo_core.stages.base import Probe
 
@@ -55,10 +54,10 @@ def probe_scoring(scorer: ScorerConfig, size: tuple[int, int], prompt: str) -> P
 def probe_encoding(model: Model, size: tuple[int, int]) -> Probe:
     """The latents of one batch of noise, after one image that warms up."""
     free_memory()
-    vae = load_pipeline(model, default_device(), vae_dtype="float32").vae
+    codec = load_backbone(model, default_device(), codec_dtype="float32").codec
     pixels = torch.rand(ENCODE_BATCH, 3, size[1], size[0], generator=torch.Generator().manual_seed(0)) * 2 - 1
-    encode_latents(vae, pixels[:1])
-    return Probe(_timed(lambda: encode_latents(vae, pixels)) / ENCODE_BATCH)
+    codec.encode(pixels[:1])
+    return Probe(_timed(lambda: codec.encode(pixels)) / ENCODE_BATCH)
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -3,9 +3,10 @@
 `request.py` is a training as data, `tune.py` carries it out from latents to a kept model, `launch.py` on many GPUs.
 `loop.py` is the loop; `data.py` its samples and their order, `parts.py` draws, objectives, precision.
 `micro_batches.py` fits steps into memory, `processes.py` joins them, `optimization.py` and `checkpoints.py` say so
-themselves. On the way: `validation.py` draws pictures, `trackers.py` curves, `averaging.py` keeps mean weights.
+themselves. On the way: `validation.py` draws pictures, `trackers.py` curves.
 """
 
+from hgdpo_core.models.ddpm import draw_timesteps
 from hgdpo_core.training.data import SampleSource, epoch_order, sample_generator
 from hgdpo_core.training.parts import (
     Generators,
@@ -17,7 +18,6 @@ from hgdpo_core.training.parts import (
     cast_frozen,
     draw_flips,
     draw_noise,
-    draw_timesteps,
     resolve_precision,
     turn,
 )

@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from hgdpo_core.errors import InputError
+from hgdpo_core.models import Conditioning
 from hgdpo_core.stages.latents import MIRRORED
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -39,6 +40,11 @@ class PairBatch:
     winner_mirrored: torch.Tensor | None = None
     loser_mirrored: torch.Tensor | None = None
 
+    @property
+    def conditioning(self) -> Conditioning:
+        """Of each pair once."""
+        return Conditioning(self.prompt_embeds, self.prompt_mask)
+
 
 @dataclass(frozen=True)
 class ImageBatch:
@@ -50,6 +56,10 @@ class ImageBatch:
     latents: torch.Tensor
     prompt_embeds: torch.Tensor
     mirrored: torch.Tensor | None = None
+
+    @property
+    def conditioning(self) -> Conditioning:
+        return Conditioning(self.prompt_embeds)
 
 
 class SampleSource(Protocol[BatchT_co]):

@@ -1,18 +1,16 @@
 """Diffusion-DPO with the statistic matching loss on a LoRA (arXiv:2405.20216v1, Eq. 9)."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
 from hgdpo_core.config import DpoConfig
 from hgdpo_core.errors import InputError
-from hgdpo_core.losses import denoising_error, diffusion_dpo_loss, preference_margin, statistic_matching_loss
+from hgdpo_core.losses import denoising_error, diffusion_dpo_loss, preference_margin
+from hgdpo_core.models.backbone import Denoiser, NoiseSchedule
 from hgdpo_core.models.lora import add_lora, load_lora_state, lora_state, reference_mode
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.schedule import add_noise, prediction_target, training_scheduler
 from hgdpo_core.training import (
     Generators,
     Hooks,
@@ -24,7 +22,6 @@ from hgdpo_core.training import (
     cast_frozen,
     draw_flips,
     draw_noise,
-    draw_timesteps,
     resolve_precision,
     turn,
 )
@@ -37,32 +34,32 @@ class PairSource(SampleSource[PairBatch], Protocol):
     """Random access to the triplets of a data set as pairs of cached latents."""
 
 
-def train_dpo(unet: UNet2DConditionModel, scheduler_config: Mapping[str, Any], pairs: PairSource,
-              config: DpoConfig, *, checkpoints: Checkpoints | None, progress: Progress = silent,
+def train_dpo(denoiser: Denoiser, schedule: NoiseSchedule, pairs: PairSource, config: DpoConfig, *,
+              checkpoints: Checkpoints | None, progress: Progress = silent,
               should_stop: ShouldStop = never_stop, on_log: OnLog | None = None,
               validate: Validate | None = None) -> TrainingResult:
-    """Put a LoRA on `unet` and train it, in place; `save_lora(unet, folder)` then writes it.
+    """Put a LoRA on the denoiser's network and train it, in place; `save_lora` then writes it.
 
-    `scheduler_config` is the target's, of any scheduler. The UNet stays on the training device, and under
-    mixed precision its frozen weights stay in that precision: load the target anew to sample from it. With
-    `checkpoints`, an earlier attempt with the same config continues exactly where it stood.
+    The network stays on the training device, and under mixed precision its frozen weights stay in that precision: load
+    the target again to sample from it. With `checkpoints`, an earlier attempt with the same config continues exactly
+    where it stood.
 
     Log rows: `step`, `loss`, `dpo_loss`, `stat_loss` (unweighted), `margin` (negative is good),
     `implicit_accuracy` (share of pairs with a negative margin; zero counts half), `winner_error`,
     `loser_error`, `reference_winner_error`, `reference_loser_error`, `grad_norm` (before clipping) and
-    `learning_rate`. Errors: see `run_training`; ModelError for a UNet or schedule that cannot be trained.
+    `learning_rate`. Errors: see `run_training`; ModelError for a network or schedule that cannot be trained.
     """
-    scheduler = training_scheduler(scheduler_config)
-    precision = resolve_precision(config.mixed_precision)
-    add_lora(unet, config.lora_rank, config.seed)
-    cast_frozen(unet, precision)
-    unet.eval()  # dropout, where a UNet has some, would tell the policy from an equal reference
+    schedule.require_trainable()
+    precision, network = resolve_precision(config.mixed_precision), denoiser.network
+    add_lora(network, config.lora_rank, config.seed, denoiser.lora_targets)
+    cast_frozen(network, precision)
+    denoiser.eval()  # dropout, where a network has some, would tell the policy from an equal reference
 
-    def batch_loss(denoiser: nn.Module, batch: PairBatch, generators: Generators) -> dict[str, torch.Tensor]:
+    def batch_loss(trained: nn.Module, batch: PairBatch, generators: Generators) -> dict[str, torch.Tensor]:
         _check(batch, len(generators), config.flip)
-        winner = batch.winner_latents.to(unet.device)
-        loser = batch.loser_latents.to(unet.device)
-        timesteps = draw_timesteps(generators, len(scheduler))
+        winner = batch.winner_latents.to(denoiser.device)
+        loser = batch.loser_latents.to(denoiser.device)
+        timesteps = schedule.draw_timesteps(generators)
         winner_noise = draw_noise(generators, winner)
         loser_noise = winner_noise if config.share_noise else draw_noise(generators, loser)
         if batch.winner_mirrored is not None and batch.loser_mirrored is not None and config.flip:
@@ -71,25 +68,24 @@ def train_dpo(unet: UNet2DConditionModel, scheduler_config: Mapping[str, Any], p
 
         latents = torch.cat([winner, loser])
         noise = torch.cat([winner_noise, loser_noise])
-        both_timesteps = torch.cat([timesteps, timesteps]).to(unet.device)
-        noisy = add_noise(scheduler, latents, noise, both_timesteps)
-        target = prediction_target(scheduler, latents, noise, both_timesteps)
-        embeds = torch.cat([batch.prompt_embeds, batch.prompt_embeds]).to(unet.device)
-        mask = None if batch.prompt_mask is None else batch.prompt_mask.repeat(2, 1).to(unet.device)
-        with reference_mode(unet):
-            reference = denoiser(noisy, both_timesteps, embeds, mask)
-        policy = denoiser(noisy, both_timesteps, embeds, mask)
-        return pair_losses(policy, reference, target, timesteps, scheduler, config)
+        both_timesteps = torch.cat([timesteps, timesteps]).to(denoiser.device)
+        noisy = schedule.add_noise(latents, noise, both_timesteps)
+        target = schedule.prediction_target(latents, noise, both_timesteps)
+        conditioning = batch.conditioning.repeat(2).to(denoiser.device)
+        with reference_mode(network):
+            reference = trained(noisy, both_timesteps, conditioning)
+        policy = trained(noisy, both_timesteps, conditioning)
+        return pair_losses(policy, reference, target, timesteps, schedule, config)
 
-    objective = Objective("dpo", unet, batch_loss, weights=lambda: lora_state(unet),
-                          load_weights=lambda state: load_lora_state(unet, state),
+    objective = Objective("dpo", denoiser, batch_loss, weights=lambda: lora_state(network),
+                          load_weights=lambda state: load_lora_state(network, state),
                           what_to_lower=f"learning_rate (now {config.learning_rate:g}) or beta (now {config.beta:g})")
     hooks = Hooks(progress, should_stop, on_log, validate)
     return run_training(objective, pairs, config, precision, checkpoints, hooks)
 
 
 def pair_losses(policy: torch.Tensor, reference: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor,
-                scheduler: DDPMScheduler, config: DpoConfig) -> dict[str, torch.Tensor]:
+                schedule: NoiseSchedule, config: DpoConfig) -> dict[str, torch.Tensor]:
     """Eq. 9 and its parts for B pairs, float32 `[B]` by log name.
 
     `policy`, `reference` and `target` are `[2B,C,H,W]`, winners first; `timesteps` `[B]` are shared by a pair.
@@ -98,7 +94,7 @@ def pair_losses(policy: torch.Tensor, reference: torch.Tensor, target: torch.Ten
     dpo_loss = diffusion_dpo_loss(*errors, beta=config.beta)
     stat_loss = torch.zeros_like(dpo_loss)
     if config.lambda_stat > 0:
-        stat_loss = statistic_matching_loss(policy.chunk(2)[0], reference.chunk(2)[0], timesteps, scheduler)
+        stat_loss = schedule.statistic_matching(policy.chunk(2)[0], reference.chunk(2)[0], timesteps)
     margin = preference_margin(*errors)
     return {
         "loss": dpo_loss + config.lambda_stat * stat_loss,

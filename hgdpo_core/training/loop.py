@@ -7,16 +7,12 @@ noise and learning rate: a process takes another share. Only the order of sums c
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 
 from hgdpo_core.config import TrainingConfig, content_hash
 from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageError
@@ -25,12 +21,10 @@ from hgdpo_core.training.checkpoints import Checkpoint, Checkpoints, load_latest
 from hgdpo_core.training.data import DataOrder, SampleSource
 from hgdpo_core.training.micro_batches import GradientMaker, Means, memory_advice
 from hgdpo_core.training.optimization import make_optimizer, warm_up_schedule
-from hgdpo_core.training.parts import Denoiser, Hooks, LogRow, Objective, Precision, TrainingResult, use_cpu
+from hgdpo_core.training.parts import Hooks, LogRow, Objective, Precision, TrainedDenoiser, TrainingResult, use_cpu
 from hgdpo_core.training.processes import agree, first_says
 
 logger = logging.getLogger(__name__)
-
-SMALL_LATENTS = 32  # pixels a side that a UNet is made for: 1 024 tokens, whose attention scores are megabytes
 
 
 @dataclass
@@ -61,7 +55,7 @@ class _Run:
 
 def run_training(objective: Objective, source: SampleSource[Any], config: TrainingConfig,
                  precision: Precision, checkpoints: Checkpoints | None, hooks: Hooks) -> TrainingResult:
-    """Train what requires gradients in `objective.unet`, from this config's latest checkpoint if there is one.
+    """Train what requires gradients in `objective.denoiser`, from this config's latest checkpoint if there is one.
 
     The batch of a step is batch_size * gradient_accumulation_steps * processes, the processes being those that the
     training began with. Where memory runs out, the micro-batch halves and the training goes on with the same result.
@@ -72,27 +66,12 @@ def run_training(objective: Objective, source: SampleSource[Any], config: Traini
     if len(source) == 0:
         raise InputError("there is nothing to train on: expected at least one sample")
     try:
-        with _fast_attention(objective.unet):
+        with objective.denoiser.training_attention(on_cpu=use_cpu()):
             return _train(_open(objective, source, config, precision), checkpoints, hooks)
     except RuntimeError as error:  # while the weights move to the GPU, or the optimizer makes its states
         if not is_out_of_memory(error):
             raise
         raise ConfigError(f"training ran out of memory: {memory_advice(objective, config)}") from None
-
-
-@contextmanager
-def _fast_attention(unet: UNet2DConditionModel) -> Iterator[None]:
-    """On a CPU, plain attention: the fused one's backward takes over half of a small UNet's step there.
-
-    Not for a large one: a pair of 704x1024 pixels has 8 GiB of attention scores, which the fused one never holds.
-    """
-    before, config = dict(unet.attn_processors), cast(Any, unet.config)
-    if use_cpu() and (config.sample_size or math.inf) <= SMALL_LATENTS:
-        unet.set_attn_processor(AttnProcessor())
-    try:
-        yield
-    finally:
-        unet.set_attn_processor(before)
 
 
 def _train(run: _Run, checkpoints: Checkpoints | None, hooks: Hooks) -> TrainingResult:
@@ -122,17 +101,17 @@ def _open(objective: Objective, source: SampleSource[Any], config: TrainingConfi
     # Accelerate keeps the precision of the process's first training and refuses another one.
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu())
-    unet = objective.unet.to(accelerator.device)
+    denoiser = objective.denoiser.to(accelerator.device)
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    optimizer = make_optimizer((p for p in unet.parameters() if p.requires_grad), config)
+        denoiser.enable_gradient_checkpointing()
+    optimizer = make_optimizer((p for p in denoiser.parameters() if p.requires_grad), config)
     # The schedule is not prepared: accelerate would advance it once for every process.
     lr_schedule = warm_up_schedule(optimizer, config.warmup_steps)
     # Precision only, no DistributedDataParallel: that would send gradients amid a backward pass, where a process out
     # of memory leaves the others waiting. Ours are sent once a step, when all have theirs.
-    denoiser = accelerator.prepare_model(Denoiser(unet), evaluation_mode=True)
+    trained = accelerator.prepare_model(TrainedDenoiser(denoiser), evaluation_mode=True)
     global_batch = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    gradients = GradientMaker(objective, source, DataOrder(source, config.seed), config, accelerator, denoiser,
+    gradients = GradientMaker(objective, source, DataOrder(source, config.seed), config, accelerator, trained,
                               global_batch)
     optimizer = accelerator.prepare_optimizer(optimizer)
     return _Run(objective, source, config, accelerator, optimizer, lr_schedule, gradients)

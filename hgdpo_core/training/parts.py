@@ -10,11 +10,11 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.models import cpu_has_fast_bfloat16, default_device
+from hgdpo_core.models import Conditioning, cpu_has_fast_bfloat16, default_device
+from hgdpo_core.models.backbone import Denoiser
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 
 BatchT_co = TypeVar("BatchT_co", covariant=True)
@@ -72,12 +72,12 @@ class Objective:
     """What tells one trainer from the other.
 
     `batch_loss(denoiser, batch, generators)` returns float32 `[B]` tensors by log name, among them `loss`,
-    whose mean is minimised; `denoiser(noisy, timesteps, prompt_embeds, prompt_mask=None)` is the UNet in training
-    precision, and each sample draws its randomness from its own generator alone.
+    whose mean is minimised; its `denoiser` is this one's in training precision, and each sample draws its randomness
+    from its own generator alone.
     """
 
     name: str
-    unet: UNet2DConditionModel
+    denoiser: Denoiser
     batch_loss: BatchLoss
     weights: Callable[[], Mapping[str, torch.Tensor]]
     load_weights: Callable[[Mapping[str, torch.Tensor]], object]
@@ -85,25 +85,18 @@ class Objective:
     follower: Follower | None = None
 
 
-class Denoiser(nn.Module):
-    """The UNet as a function of tensors. Accelerate wraps this and leaves the caller's UNet as it was."""
+class TrainedDenoiser(nn.Module):
+    """A denoiser whose predictions are float32. Accelerate wraps this and leaves the caller's as it was."""
 
-    def __init__(self, unet: UNet2DConditionModel):
+    def __init__(self, denoiser: Denoiser):
         super().__init__()
-        self.unet = unet
+        self.denoiser = denoiser
 
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor,
-                prompt_mask: torch.Tensor | None = None) -> torch.Tensor:
-        return self.unet(noisy, timesteps, encoder_hidden_states=prompt_embeds, encoder_attention_mask=prompt_mask,
-                         return_dict=False)[0].float()
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        return self.denoiser(noisy, timesteps, conditioning).float()
 
 
 # -- order and randomness of samples
-
-
-def draw_timesteps(generators: Generators, timesteps: int) -> torch.Tensor:
-    """One timestep per sample, uniform in [0, timesteps); int64 `[B]` on the CPU."""
-    return torch.cat([torch.randint(timesteps, (1,), generator=generator) for generator in generators])
 
 
 def draw_noise(generators: Generators, like: torch.Tensor) -> torch.Tensor:

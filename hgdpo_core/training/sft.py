@@ -1,17 +1,17 @@
-"""Supervised fine-tuning of the whole UNet on the user's own images (arXiv:2405.20216v1, D.1)."""
+"""Supervised fine-tuning of the whole network on the user's own images (arXiv:2405.20216v1, D.1)."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from hgdpo_core.config import SftConfig
 from hgdpo_core.errors import InputError
 from hgdpo_core.losses import denoising_error
+from hgdpo_core.models import Conditioning
+from hgdpo_core.models.averaging import WeightAverage
+from hgdpo_core.models.backbone import Denoiser, NoiseSchedule
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.schedule import add_noise, prediction_target, training_scheduler
 from hgdpo_core.training import (
     Generators,
     Hooks,
@@ -22,11 +22,9 @@ from hgdpo_core.training import (
     Validate,
     draw_flips,
     draw_noise,
-    draw_timesteps,
     resolve_precision,
     turn,
 )
-from hgdpo_core.training.averaging import WeightAverage
 from hgdpo_core.training.checkpoints import Checkpoints
 from hgdpo_core.training.data import ImageBatch
 from hgdpo_core.training.loop import run_training
@@ -37,36 +35,36 @@ class ImageSource(SampleSource[ImageBatch], Protocol):
     """Random access to captioned images as cached latents."""
 
 
-def train_sft(unet: UNet2DConditionModel, scheduler_config: Mapping[str, Any], images: ImageSource,
-              config: SftConfig, empty_embeds: torch.Tensor, *, checkpoints: Checkpoints | None,
+def train_sft(denoiser: Denoiser, schedule: NoiseSchedule, images: ImageSource, config: SftConfig,
+              empty: Conditioning, *, checkpoints: Checkpoints | None,
               progress: Progress = silent, should_stop: ShouldStop = never_stop,
               on_log: OnLog | None = None, validate: Validate | None = None) -> TrainingResult:
-    """Train all of `unet`, in place, in float32 (or float32 weights under mixed precision).
+    """Train all weights of the denoiser's network, in place, in float32 (or float32 weights under mixed precision).
 
-    The loss is the mean squared error to the schedule's own target; `empty_embeds` `[1,L,D]` float32, the
-    embedding of the empty text, replaces a caption with probability `caption_dropout`. With `checkpoints`,
+    The loss is the mean squared error to the schedule's own target; `empty`, the float32 conditioning of the empty
+    text, replaces a caption with probability `caption_dropout`. With `checkpoints`,
     an earlier attempt with the same config continues exactly where it stood. Log rows: `step`, `loss`, `grad_norm`
-    (before clipping), `learning_rate`. With `ema_decay`, the first process's `unet` has the moving average of its
+    (before clipping), `learning_rate`. With `ema_decay`, the first process's network has the moving average of its
     weights at the end, and in `validate`. Errors: see `run_training`; ModelError for an unfit schedule.
     """
-    scheduler = training_scheduler(scheduler_config)
-    precision = resolve_precision(config.mixed_precision)
-    nn.Module.to(unet, dtype=torch.float32).requires_grad_(True).train()
+    schedule.require_trainable()
+    precision, network = resolve_precision(config.mixed_precision), denoiser.network
+    nn.Module.to(denoiser, dtype=torch.float32).requires_grad_(True).train()
 
-    def batch_loss(denoiser: nn.Module, batch: ImageBatch, generators: Generators) -> dict[str, torch.Tensor]:
-        _check(batch, empty_embeds, len(generators), config.flip)
-        latents = batch.latents.to(unet.device)
-        timesteps = draw_timesteps(generators, len(scheduler)).to(unet.device)
+    def batch_loss(trained: nn.Module, batch: ImageBatch, generators: Generators) -> dict[str, torch.Tensor]:
+        _check(batch, empty.embeds, len(generators), config.flip)
+        latents = batch.latents.to(denoiser.device)
+        timesteps = schedule.draw_timesteps(generators).to(denoiser.device)
         noise = draw_noise(generators, latents)
-        embeds = drop_captions(batch.prompt_embeds, empty_embeds, config.caption_dropout, generators)
+        conditioning = drop_captions(batch.conditioning, empty, config.caption_dropout, generators)
         if batch.mirrored is not None and config.flip:  # drawn last: the other draws are those of a training without
             latents = turn(latents, batch.mirrored, draw_flips(generators))
-        noisy = add_noise(scheduler, latents, noise, timesteps)
-        target = prediction_target(scheduler, latents, noise, timesteps)
-        return {"loss": denoising_error(denoiser(noisy, timesteps, embeds.to(unet.device)), target)}
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        target = schedule.prediction_target(latents, noise, timesteps)
+        return {"loss": denoising_error(trained(noisy, timesteps, conditioning.to(denoiser.device)), target)}
 
-    average = WeightAverage(unet, config.ema_decay) if config.ema_decay and is_first_process() else None
-    objective = Objective("sft", unet, batch_loss, lambda: _weights(unet), unet.load_state_dict,
+    average = WeightAverage(network, config.ema_decay) if config.ema_decay and is_first_process() else None
+    objective = Objective("sft", denoiser, batch_loss, lambda: _weights(network), network.load_state_dict,
                           f"learning_rate (now {config.learning_rate:g})", average)
     hooks = Hooks(progress, should_stop, on_log, _on_average(validate, average))
     result = run_training(objective, images, config, precision, checkpoints, hooks)
@@ -86,16 +84,15 @@ def _on_average(validate: Validate | None, average: WeightAverage | None) -> Val
     return validate_average
 
 
-def drop_captions(prompt_embeds: torch.Tensor, empty_embeds: torch.Tensor, probability: float,
-                  generators: Generators) -> torch.Tensor:
-    """`prompt_embeds` `[B,L,D]`, some rows replaced by `empty_embeds` `[1,L,D]`: each row's generator decides."""
+def drop_captions(captions: Conditioning, empty: Conditioning, probability: float,
+                  generators: Generators) -> Conditioning:
+    """The B captions, some replaced by `empty`, of one text: each one's generator decides."""
     draws = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-    dropped = (draws < probability).to(prompt_embeds.device)
-    return torch.where(dropped[:, None, None], empty_embeds.to(prompt_embeds.device), prompt_embeds)
+    return captions.replaced(draws < probability, empty)
 
 
-def _weights(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in unet.state_dict().items()}
+def _weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
 def _check(batch: ImageBatch, empty_embeds: torch.Tensor, images: int, flip: bool) -> None:

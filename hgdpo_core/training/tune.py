@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
+import torch
 
 from hgdpo_core.config import DpoConfig, SftConfig, TrainingConfig, content_hash
 from hgdpo_core.errors import InputError
-from hgdpo_core.models import Model, default_device, device_name, load_pipeline
+from hgdpo_core.models import Backbone, Model, default_device, device_name, load_backbone
 from hgdpo_core.models.files import LORA_NAME
 from hgdpo_core.models.fingerprints import fingerprint_path
-from hgdpo_core.models.lora import save_lora, write_kohya_lora
+from hgdpo_core.models.lora import write_kohya_lora
 from hgdpo_core.models.published import fetch_model, publish_model
-from hgdpo_core.models.sampling import encode_text
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.stages.triplets import model_fingerprint
 from hgdpo_core.statistics.checks import CollapseWatch
@@ -56,7 +55,7 @@ class Tuned:
 def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftConfig, *,
                 validation: Validation | None = None, progress: Progress = silent,
                 should_stop: ShouldStop = never_stop) -> Tuned:
-    """SFT: fine-tune the UNet on the user's images; the result is a diffusers folder in `models/`.
+    """SFT: fine-tune the network on the user's images; the result is a diffusers folder in `models/`.
 
     With a `validation`, pictures every `validation_every` steps are kept beside it.
     """
@@ -67,17 +66,16 @@ def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftCon
         return found
     check_tracker(config.tracker)
     device = _loading_device()
-    pipeline = load_pipeline(model, device, dtype="float32")
-    empty = encode_text(load_pipeline(model, device), [""], model.clip_skip).float().cpu()
+    backbone = load_backbone(model, device, dtype="float32")
+    empty = load_backbone(model, device).text.encode_captions([""]).to("cpu", torch.float32)
     images = LatentImages(latents, indices)
-    validate = _painter(store, model_id, pipeline, model, validation, config)
+    validate = _painter(store, model_id, backbone, validation, config)
     with _tracked(config, store, model_id) as track:
-        result = train_sft(pipeline.unet, pipeline.scheduler.config, images, config, empty, progress=progress,
+        result = train_sft(backbone.denoiser, backbone.schedule, images, config, empty, progress=progress,
                            checkpoints=Checkpoints(store, f"models/{model_id}/checkpoints"), should_stop=should_stop,
                            on_log=track, validate=validate)
     with scratch_folder() as folder:
-        pipeline.unet.to("cpu").requires_grad_(False)
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        backbone.save(folder)
         return _publish(store, model_id, folder, "pipeline", model, config, latents, result)
 
 
@@ -98,28 +96,28 @@ def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardF
         raise InputError(f"{triplets.key} holds no triplet to train on: every pool was rejected, see its rejected/")
     if not config.allow_foreign_triplets:
         _refuse_foreign(triplets, indices, model)
-    pipeline = load_pipeline(model, _loading_device(), dtype="float32")
+    backbone = load_backbone(model, _loading_device(), dtype="float32")
     watch = CollapseWatch(logger.warning)
-    validate = _painter(store, model_id, pipeline, model, validation, config)
+    validate = _painter(store, model_id, backbone, validation, config)
     with _tracked(config, store, model_id) as track:
         def on_log(row: LogRow) -> None:
             watch(row)
             track(row)
 
-        result = train_dpo(pipeline.unet, pipeline.scheduler.config, pairs, config, progress=progress,
+        result = train_dpo(backbone.denoiser, backbone.schedule, pairs, config, progress=progress,
                            checkpoints=Checkpoints(store, f"models/{model_id}/checkpoints"), should_stop=should_stop,
                            on_log=on_log, validate=validate)
     with scratch_folder() as folder:
-        save_lora(pipeline.unet, folder)
+        backbone.save_lora(folder)
         write_kohya_lora(folder / LORA_NAME, folder / f"{model_id}-kohya.safetensors")
         return _publish(store, model_id, folder, "lora", model, config, latents, result)
 
 
-def _painter(store: Store, model_id: str, pipeline: StableDiffusionPipeline, model: Model,
-             validation: Validation | None, config: TrainingConfig) -> ValidationPainter | None:
+def _painter(store: Store, model_id: str, backbone: Backbone, validation: Validation | None,
+             config: TrainingConfig) -> ValidationPainter | None:
     if validation is None or config.validation_every is None or not is_first_process():
         return None
-    return ValidationPainter(store, model_id, pipeline, model, validation, config)
+    return ValidationPainter(store, model_id, backbone, validation, config)
 
 
 def _tracked(config: TrainingConfig, store: Store, model_id: str) -> AbstractContextManager[OnLog]:

@@ -6,21 +6,18 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from hgdpo_core.config import PromptSyntax, RunConfig, SamplerConfig, StageConfig, TrainingConfig
 from hgdpo_core.images import decode_image, encode_image
-from hgdpo_core.models import Model
+from hgdpo_core.models import Backbone
 from hgdpo_core.models.lora import worn_at
-from hgdpo_core.models.sampling import decode_latents, initial_noise, make_scheduler, sample_latents
-from hgdpo_core.models.text_encoder import TextEncoder
+from hgdpo_core.models.sampling import initial_noise, sample_latents
 from hgdpo_core.prompts import image_seed
 from hgdpo_core.rendering.grids import row_grid
 from hgdpo_core.storage import Store
@@ -54,20 +51,20 @@ class Validation(StageConfig):
 
 
 class ValidationPainter:
-    """Draws with the pipeline whose UNet is in training; called with the number of steps done.
+    """Samples with the backbone whose denoiser is in training; called with the number of steps done.
 
     Steps whose pictures are there are passed over. Too little memory for a picture beside the training is a warning.
     """
 
-    def __init__(self, store: Store, model_id: str, pipeline: StableDiffusionPipeline, model: Model,
-                 validation: Validation, config: TrainingConfig):
+    def __init__(self, store: Store, model_id: str, backbone: Backbone, validation: Validation,
+                 config: TrainingConfig):
         self._store, self._key = store, f"models/{model_id}/validation"
-        self._pipeline, self._validation = pipeline, validation
+        self._backbone, self._validation = backbone, validation
         self._precision = resolve_precision(config.mixed_precision)
-        self._scheduler = make_scheduler(pipeline.scheduler.config)
-        encoder = TextEncoder(pipeline, replace(model, lora=None).reading(validation.prompt_syntax))
-        self._embeds = [embed.float().cpu() for embed in encoder.encode(validation.prompts)]
-        self._negatives = [encoder.negative(len(embed)).float().cpu() for embed in self._embeds]
+        self._solver = backbone.schedule.solver()
+        text = backbone.text.reading(validation.prompt_syntax)
+        self._prompts = [prompt.to("cpu", torch.float32) for prompt in text.encode(validation.prompts)]
+        self._negatives = [text.negative(prompt.length).to("cpu", torch.float32) for prompt in self._prompts]
 
     def __call__(self, step: int) -> None:
         folder = f"{self._key}/step-{step:06d}"
@@ -75,7 +72,7 @@ class ValidationPainter:
             return
         try:
             with self._as_sampled():
-                pictures = [self._draw(number) for number in range(len(self._embeds))]
+                pictures = [self._draw(number) for number in range(len(self._prompts))]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -89,28 +86,28 @@ class ValidationPainter:
         self._store.write_json(f"{folder}/images.json", {"step": step, **self._validation.model_dump(mode="json")})
 
     def _draw(self, number: int) -> np.ndarray:
-        unet, sampler = self._pipeline.unet, self._validation.sampler
-        factor = self._pipeline.vae_scale_factor
+        backbone, sampler = self._backbone, self._validation.sampler
+        device = backbone.denoiser.device
         noise = initial_noise([image_seed(self._validation.seed, self._validation.prompts[number], 0)],
-                              unet.config.in_channels, sampler.height // factor, sampler.width // factor)
-        latents = sample_latents(unet, self._scheduler, self._embeds[number][None].to(unet.device),
-                                 self._negatives[number].to(unet.device), noise, steps=sampler.steps,
+                              *backbone.latent_shape((sampler.width, sampler.height)))
+        latents = sample_latents(backbone.denoiser, self._solver, self._prompts[number].to(device),
+                                 self._negatives[number].to(device), noise, steps=sampler.steps,
                                  guidance_scale=sampler.guidance_scale)
-        vae = self._pipeline.vae.to(unet.device)
-        return decode_latents(vae, latents)[0]
+        backbone.codec.to(device)
+        return backbone.codec.decode(latents)[0]
 
     @contextmanager
     def _as_sampled(self) -> Iterator[None]:
-        """The UNet as the evaluation will use it: LoRA at its weight, no dropout, the precision of training."""
-        unet: Any = self._pipeline.unet
-        training, dtype = unet.training, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision)
-        unet.eval()
+        """The denoiser as the evaluation will use it: LoRA at its weight, no dropout, the precision of training."""
+        denoiser = self._backbone.denoiser
+        training, dtype = denoiser.training, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision)
+        denoiser.eval()
         try:
-            with worn_at(unet, self._validation.lora_weight), \
-                    torch.autocast(unet.device.type, dtype=dtype, enabled=dtype is not None):
+            with worn_at(denoiser.network, self._validation.lora_weight), \
+                    torch.autocast(denoiser.device.type, dtype=dtype, enabled=dtype is not None):
                 yield
         finally:
-            unet.train(training)
+            denoiser.train(training)
 
 
 def validation_steps(store: Store, model_id: str) -> list[int]:

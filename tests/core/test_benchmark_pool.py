@@ -54,7 +54,7 @@ def test_operations_are_counted_on_shapes(tmp_path):
     decoding = counts[1, 5.0] - step
     assert counts[3, 5.0] == decoding + 3 * step
     assert counts[2, 1.0] == decoding + step
-    linear = generator.pipeline.unet.mid_block.attentions[0].transformer_blocks[0].ff.net[2]
+    linear = generator.backbone.denoiser.network.mid_block.attentions[0].transformer_blocks[0].ff.net[2]
     assert step > 2 * linear.weight.numel() and decoding > 0
 
 

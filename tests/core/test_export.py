@@ -15,7 +15,7 @@ from flows.cli import main
 from hgdpo_core.config import TargetConfig, apply_overrides
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StorageError
 from hgdpo_core.export import export_run, push_folder
-from hgdpo_core.models import Model, find_model, load_pipeline
+from hgdpo_core.models import Model, find_model, load_backbone, load_pipeline
 from hgdpo_core.models.lora import add_lora, save_lora
 from hgdpo_core.models.published import publish_model
 from hgdpo_core.presets import figures, sd15
@@ -118,9 +118,9 @@ def test_fusing_takes_the_fine_tuned_model_from_the_store(store, tmp_path, targe
 
     def load(model):
         bases.append(model)
-        return load_pipeline(model)
+        return load_backbone(model)
 
-    monkeypatch.setattr("hgdpo_core.export.load_pipeline", load)
+    monkeypatch.setattr("hgdpo_core.export.load_backbone", load)
     export_run(store, tmp_path / "out", fused=True)
     assert [base.path for base in bases] == [path] and bases[0].lora is not None and bases[0].lora.weight == 0.5
 

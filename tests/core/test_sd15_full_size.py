@@ -23,12 +23,13 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
+from tiny import trainable
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.images import decode_image
-from hgdpo_core.models import Model, find_model, load_pipeline
+from hgdpo_core.models import Conditioning, Model, find_model, load_pipeline
 from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.presets import sd15
 from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
@@ -167,7 +168,8 @@ def test_full_size_dpo_step(model, image_latents):
     config = sd15("target", "prompts.txt").dpo.model_copy(
         update={"max_steps": 1, "batch_size": 1, "gradient_checkpointing": True, "mixed_precision": "bf16"})
     with measured("one DPO step, one 704x1024 pair, bf16, gradient checkpointing"):
-        result = train_dpo(pipeline.unet, pipeline.scheduler.config, Pairs(image_latents), config, checkpoints=None)
+        result = train_dpo(*trainable(pipeline.unet, pipeline.scheduler.config), Pairs(image_latents), config,
+                           checkpoints=None)
     assert result.log[0]["dpo_loss"] == pytest.approx(math.log(2))  # policy and reference are still one
     trained = {name: value for name, value in pipeline.unet.named_parameters() if value.requires_grad}
     assert len(trained) == 256 and all("lora" in name for name in trained)
@@ -185,7 +187,7 @@ def test_full_size_sft_step(model, image_latents):
     config = sd15("target", "prompts.txt").sft.model_copy(
         update={"max_steps": 1, "batch_size": 1, "warmup_steps": 0, "mixed_precision": "bf16"})
     with measured("one SFT step, one 704x1024 image, bf16, gradient checkpointing, AdamW"):
-        result = train_sft(unet, schedule, image_latents, config, empty, checkpoints=None)
+        result = train_sft(*trainable(unet, schedule), image_latents, config, Conditioning(empty), checkpoints=None)
     assert 0 < result.log[0]["loss"] < 100 and math.isfinite(result.log[0]["grad_norm"])
     moved = (unet.conv_in.weight.detach() - before).abs()
     assert moved.max() <= 1.01e-5 and (moved > 0).float().mean() > 0.9  # Adam's first step is the learning rate

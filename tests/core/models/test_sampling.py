@@ -14,9 +14,10 @@ from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, TripletCo
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.images import decode_image
-from hgdpo_core.models import find_model, load_pipeline
+from hgdpo_core.models import Conditioning, find_model, load_pipeline
 from hgdpo_core.models.lora import add_lora, save_lora
 from hgdpo_core.models.sampling import make_scheduler, match_statistics, sample_latents
+from hgdpo_core.models.sd15 import UnetDenoiser
 from hgdpo_core.presets import figures
 from hgdpo_core.stages.pool import generate_pool, plan_pool, pool_settings
 from hgdpo_core.storage import Store
@@ -30,17 +31,17 @@ PROMPTS = ["a woman in a red top", "a man in a blue top"]
 
 @pytest.fixture(scope="module")
 def reference():
-    return tiny.tiny_unet()
+    return UnetDenoiser(tiny.tiny_unet())
 
 
 @pytest.fixture(scope="module")
 def policy(reference):
     """The reference with every weight a little larger: its latents drift away."""
-    unet = copy.deepcopy(reference)
+    denoiser = copy.deepcopy(reference)
     with torch.no_grad():
-        for parameter in unet.parameters():
+        for parameter in denoiser.parameters():
             parameter.mul_(1.1)
-    return unet
+    return denoiser
 
 
 def inputs(batch=3):
@@ -51,15 +52,17 @@ def inputs(batch=3):
     return make_scheduler({**tiny.SD15, "steps_offset": 1}), embeds, negative, noise
 
 
-def sample(unet, guidance=2.0, **options):
-    return sample_latents(unet, *inputs(), steps=STEPS, guidance_scale=guidance, **options)
+def sample(denoiser, guidance=2.0, **options):
+    scheduler, embeds, negative, noise = inputs()
+    return sample_latents(denoiser, scheduler, Conditioning(embeds), Conditioning(negative), noise, steps=STEPS,
+                          guidance_scale=guidance, **options)
 
 
-def recorded(unet, seen):
-    """`unet`, noting the latents that it is shown."""
-    def denoise(latents, *arguments, **options):
+def recorded(denoiser, seen):
+    """`denoiser`, noting the latents that it is shown."""
+    def denoise(latents, *arguments):
         seen.append(latents)
-        return unet(latents, *arguments, **options)
+        return denoiser(latents, *arguments)
     return denoise
 
 
@@ -75,7 +78,7 @@ def test_the_plain_path_is_the_loop_of_plain_diffusers(policy):
     with torch.no_grad():
         for timestep in expected.timesteps:
             both = torch.cat([negative.expand_as(embeds), embeds])
-            low, high = policy(torch.cat([latents, latents]), timestep, both).sample.chunk(2)
+            low, high = policy.network(torch.cat([latents, latents]), timestep, both).sample.chunk(2)
             latents = expected.step(low + 2.0 * (high - low), timestep, latents).prev_sample
     assert torch.equal(sample(policy), latents)
 

@@ -153,7 +153,7 @@ def test_a_dry_store_reads_and_writes_nothing(tmp_path):
 def test_a_model_is_measured_by_its_headers(target_folder, tmp_path):
     size = model_size(target_folder)
     unet = load_file(target_folder / "unet/diffusion_pytorch_model.safetensors")
-    assert size.unet == sum(tensor.numel() for tensor in unet.values())
+    assert size.denoiser == sum(tensor.numel() for tensor in unet.values())
     layers = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
     attention = [name for name in unet if name.endswith(layers)]
     assert size.attention == sum(sum(unet[name].shape) for name in attention) > 0
@@ -162,7 +162,7 @@ def test_a_model_is_measured_by_its_headers(target_folder, tmp_path):
     save_file({"model.diffusion_model.a": torch.zeros(3, 5), "first_stage_model.b": torch.zeros(7),
                "cond_stage_model.c": torch.zeros(2, 2)}, tmp_path / "one.safetensors")
     single = model_size(tmp_path / "one.safetensors")
-    assert (single.unet, single.vae, single.text_encoder) == (15, 7, 4)
+    assert (single.denoiser, single.codec, single.text) == (15, 7, 4)
     assert single.latent_channels == 4 and single.text_numbers == 77 * 768
     (tmp_path / "bare").mkdir()
     (tmp_path / "one.ckpt").write_bytes(b"pickled")

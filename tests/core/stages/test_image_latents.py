@@ -16,8 +16,7 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.image_sets import sets as image_sets
 from hgdpo_core.images import decode_image, fit_image, to_model_range
-from hgdpo_core.models import find_model, load_pipeline
-from hgdpo_core.models.sampling import encode_latents
+from hgdpo_core.models import find_model, load_backbone
 from hgdpo_core.stages import image_latents as sft_images
 from hgdpo_core.stages.image_latents import cache_image_latents, find_set_aside, image_latent_folder
 from hgdpo_core.storage import Store
@@ -89,7 +88,7 @@ def test_more_images_than_a_batch_and_a_shard_keep_their_order(folder, tmp_path,
     assert cache_image_latents(images, latents, model, device="cpu") == 6
     assert [latents.read(i)["file_name"].to_pylist() for i in (0, 1)] == [["0.png", "1.png", "2.png"], ["5.png"]]
     for number, name in enumerate(["0.png", "1.png", "2.png"]):
-        alone = encode_latents(load_pipeline(model, "cpu", vae_dtype="float32").vae, torch.from_numpy(to_model_range(
+        alone = load_backbone(model, "cpu", codec_dtype="float32").codec.encode(torch.from_numpy(to_model_range(
             fit_image(decode_image((folder / name).read_bytes()), 32, 32)))[None])
         kept = np.frombuffer(latents.read(0)["latents"][number].as_py(), np.float32)
         np.testing.assert_allclose(kept, alone.numpy().ravel(), rtol=1e-4, atol=1e-5)

@@ -13,7 +13,6 @@ from hgdpo_core.errors import ConfigError, StoppedError, StorageError
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import find_model, image_generator
 from hgdpo_core.models.image_generator import ImageGenerator
-from hgdpo_core.models.sampling import decode_latents
 from hgdpo_core.prompts import image_seed
 from hgdpo_core.stages.pool import generate_pool, plan_pool
 from hgdpo_core.storage import Store
@@ -177,12 +176,13 @@ def test_guidance_one_runs_the_conditional_branch_alone(tmp_path, model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pixels_are_rounded_on_the_device_as_diffusers_rounds_them(model, dtype):
-    vae = ImageGenerator(model, SAMPLER, PoolConfig(), "cpu").pipeline.vae.to(dtype)
+    codec = ImageGenerator(model, SAMPLER, PoolConfig(), "cpu").backbone.codec
+    vae = codec.vae.to(dtype)
     latents = torch.randn((3, 4, 6, 4), generator=torch.Generator().manual_seed(0)).to(dtype) * 5
     with torch.no_grad():
         decoded = vae.decode(latents / vae.config.scaling_factor).sample
     expected = VaeImageProcessor().postprocess(decoded, output_type="pil")
-    assert np.array_equal(decode_latents(vae, latents), np.stack([np.asarray(image) for image in expected]))
+    assert np.array_equal(codec.decode(latents), np.stack([np.asarray(image) for image in expected]))
 
 
 def test_no_step_asks_the_device_where_it_stands(tmp_path, model, monkeypatch):

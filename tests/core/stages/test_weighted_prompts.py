@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from tiny import SD15, tiny_unet
+from tiny import SD15, tiny_unet, trainable
 
 from hgdpo_core.config import (
     DpoConfig,
@@ -177,7 +177,7 @@ class Mixed:
 def test_a_padded_batch_trains_as_its_prompts_do_alone():
     settings = DpoConfig(batch_size=2, learning_rate=1e-2, max_steps=1, lora_rank=4, beta=20.0, lambda_stat=10.0,
                          mixed_precision="no", seed=11)
-    result = train_dpo(tiny_unet(), SD15, Mixed(), settings, checkpoints=None)
+    result = train_dpo(*trainable(tiny_unet(), SD15), Mixed(), settings, checkpoints=None)
     unet, scheduler, pairs = tiny_unet(), DDPMScheduler(**SD15, clip_sample=False), Mixed()
     errors = []
     for k in range(2):
@@ -199,4 +199,4 @@ def test_a_mask_of_another_shape_is_refused():
 
     settings = DpoConfig(batch_size=2, learning_rate=1e-2, max_steps=1, mixed_precision="no")
     with pytest.raises(InputError, match="expected a mask"):
-        train_dpo(tiny_unet(), SD15, Wrong(), settings, checkpoints=None)
+        train_dpo(*trainable(tiny_unet(), SD15), Wrong(), settings, checkpoints=None)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from tiny import SD15, tiny_unet
+from tiny import SD15, tiny_unet, trainable
 from training_cases import Pairs, config, plain_training, train, weights
 
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError
 from hgdpo_core.models.lora import reference_mode
+from hgdpo_core.models.sd15 import UnetDenoiser
 from hgdpo_core.storage import Store
 from hgdpo_core.training import epoch_order, resolve_precision, sample_generator
 from hgdpo_core.training import loop as training_loop
@@ -50,7 +51,7 @@ def test_the_reference_never_changes_and_receives_no_gradient():
     inputs = pairs.winners, torch.full((len(pairs),), 400), pairs.embeds
     with torch.no_grad():
         before = unet(*inputs).sample
-    train_dpo(unet, SD15, pairs, config(), checkpoints=None)
+    train_dpo(*trainable(unet, SD15), pairs, config(), checkpoints=None)
     unet.cpu()
     with reference_mode(unet):
         assert torch.equal(unet(*inputs).sample, before)
@@ -340,11 +341,10 @@ def test_unfit_inputs_are_refused():
 
 @pytest.mark.parametrize(("sample_size", "kind"), [(8, AttnProcessor), (64, AttnProcessor2_0),
                                                     (None, AttnProcessor2_0)])
-def test_a_cpu_holds_the_scores_of_small_attention_alone(sample_size, kind, monkeypatch):
+def test_a_cpu_holds_the_scores_of_small_attention_alone(sample_size, kind):
     """A pair of 704x1024 pixels would have 8 GiB of them."""
-    monkeypatch.setattr(training_loop, "use_cpu", lambda: True)
     unet = tiny_unet()
     unet.register_to_config(sample_size=sample_size)
-    with training_loop._fast_attention(unet):
+    with UnetDenoiser(unet).training_attention(on_cpu=True):
         assert {type(processor) for processor in unet.attn_processors.values()} == {kind}
     assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from tiny import SD15, tiny_unet
+from tiny import SD15, tiny_unet, trainable
 from training_cases import EMPTY, Images, all_weights, sft_config, train_images
 
 from hgdpo_core.errors import InputError, StoppedError
+from hgdpo_core.models import Conditioning
 from hgdpo_core.storage import Store
 from hgdpo_core.training import draw_noise, draw_timesteps, epoch_order, sample_generator
 from hgdpo_core.training.checkpoints import Checkpoints
@@ -61,17 +62,22 @@ def test_it_learns():
 
 def test_captions_drop_at_their_rate_and_by_their_own_draw():
     embeds, empty = torch.ones(2000, 1, 1), torch.zeros(1, 1, 1)
-    dropped = drop_captions(embeds, empty, 0.1, [sample_generator(0, k) for k in range(2000)])
+
+    def drop(probability, rows):
+        return drop_captions(Conditioning(embeds[list(rows)]), Conditioning(empty), probability,
+                             [sample_generator(0, k) for k in rows]).embeds
+
+    dropped = drop(0.1, range(2000))
     assert 0.08 < 1 - dropped.mean().item() < 0.12
-    part = drop_captions(embeds[500:], empty, 0.1, [sample_generator(0, k) for k in range(500, 2000)])
-    assert torch.equal(part, dropped[500:])
-    assert torch.equal(drop_captions(embeds, empty, 0.0, [sample_generator(0, k) for k in range(2000)]), embeds)
+    assert torch.equal(drop(0.1, range(500, 2000)), dropped[500:])
+    assert torch.equal(drop(0.0, range(2000)), embeds)
 
 
 def test_all_weights_are_trained_in_float32():
     unet = tiny_unet().to(torch.bfloat16)
     before = all_weights(unet).clone()
-    train_sft(unet, SD15, Images(), sft_config(mixed_precision="bf16"), EMPTY, checkpoints=None)
+    train_sft(*trainable(unet, SD15), Images(), sft_config(mixed_precision="bf16"), Conditioning(EMPTY),
+              checkpoints=None)
     assert {p.dtype for p in unet.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in unet.parameters())
     assert (all_weights(unet.cpu()) != before).float().mean() > 0.99

@@ -12,13 +12,13 @@ from hgdpo_core.images import decode_image, encode_image
 from hgdpo_core.models import find_model
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.image_generator import ImageGenerator
+from hgdpo_core.models.sd15 import KlCodec
 from hgdpo_core.presets import figures
 from hgdpo_core.prompts import image_seed
 from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
 from hgdpo_core.stages.latents import cache_latents, latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training import validation as module
 from hgdpo_core.training.tune import tune_lora, tune_target
 from hgdpo_core.training.validation import Validation, validation_grid, validation_steps
 
@@ -78,7 +78,7 @@ def test_a_training_with_pictures_is_the_one_without_bit_by_bit(store, tmp_path,
     for step, shown in ((0, model), (4, model.with_lora(tuned.path, 0.5))):
         generator = ImageGenerator(shown, VALIDATION.sampler, PoolConfig(), "cpu")
         for prompt, picture in zip(PROMPTS, pictures(store, tuned.model_id, step), strict=True):
-            drawn = generator.sample(generator.text_encoder.encode([prompt])[0][None], [image_seed(5, prompt, 0)])[0]
+            drawn = generator.sample(generator.backbone.text.encode([prompt])[0], [image_seed(5, prompt, 0)])[0]
             assert np.abs(drawn.astype(int) - picture.astype(int)).max() <= 1
     grid = validation_grid(store, tuned.model_id)
     assert grid is not None and grid.height > grid.width // 2
@@ -90,7 +90,7 @@ def test_too_little_memory_for_a_picture_is_a_warning(store, model, monkeypatch,
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(module, "decode_latents", fail)
+    monkeypatch.setattr(KlCodec, "decode", fail)
     tuned = train(store, model, DPO.model_copy(update={"validation_every": 4, "max_steps": 1}))
     assert "no validation images of step 0: memory ran out" in caplog.text
     assert validation_steps(store, tuned.model_id) == [] and validation_grid(store, tuned.model_id) is None
@@ -109,7 +109,7 @@ def test_a_fine_tuning_shows_its_average(store, tmp_path, model):
     tuned = tune_target(store, model, latents, config, validation=VALIDATION)
     generator = ImageGenerator(find_model(TargetConfig(source=str(tuned.path), dtype="float32")), VALIDATION.sampler,
                       PoolConfig(), "cpu")
-    drawn = generator.sample(generator.text_encoder.encode([PROMPTS[0]])[0][None], [image_seed(5, PROMPTS[0], 0)])[0]
+    drawn = generator.sample(generator.backbone.text.encode([PROMPTS[0]])[0], [image_seed(5, PROMPTS[0], 0)])[0]
     last = pictures(store, tuned.model_id, 3)[0]
     assert np.abs(drawn.astype(int) - last.astype(int)).max() <= 1
     assert not np.array_equal(last, pictures(store, tuned.model_id, 0)[0])

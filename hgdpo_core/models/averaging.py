@@ -4,39 +4,39 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
 
 class WeightAverage:
-    """The average of all weights of a UNet; it takes as much memory again as they do.
+    """The average of all weights of a network; it takes as much memory again as they do.
 
     At step s it keeps min(decay, s / (9 + s)) of itself, and at the first step nothing, so a short training is not held
     by its start.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, decay: float):
-        self._unet = unet
-        self._average = EMAModel(unet.parameters(), decay=decay)
+    def __init__(self, network: ModelMixin, decay: float):
+        self._network = network
+        self._average = EMAModel(network.parameters(), decay=decay)
 
     def step(self) -> None:
         """Take in the weights as they are after a step."""
         self._follow()
-        self._average.step(self._unet.parameters())
+        self._average.step(self._network.parameters())
 
     def put_in_place(self) -> None:
-        """Give the UNet the averaged weights."""
-        self._average.copy_to(self._unet.parameters())
+        """Give the network the averaged weights."""
+        self._average.copy_to(self._network.parameters())
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the UNet has the averaged weights; after it, its own, bit by bit."""
-        self._average.store(self._unet.parameters())
+        """Inside, the network has the averaged weights; after it, its own, bit by bit."""
+        self._average.store(self._network.parameters())
         self.put_in_place()
         try:
             yield
         finally:
-            self._average.restore(self._unet.parameters())
+            self._average.restore(self._network.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, for a checkpoint."""
@@ -49,5 +49,5 @@ class WeightAverage:
 
     def _follow(self) -> None:
         """Be where the weights are: training moves them after this was made."""
-        if self._average.shadow_params[0].device != self._unet.device:
-            self._average.to(self._unet.device)
+        if self._average.shadow_params[0].device != self._network.device:
+            self._average.to(self._network.device)

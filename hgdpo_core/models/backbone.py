@@ -1,0 +1,259 @@
+"""The seam between the method and a family of models: what sampling, encoding and training need of a loaded model.
+
+| part            | Stable Diffusion 1.5 (`sd15.py`)  | elsewhere, for example                          |
+|-----------------|-----------------------------------|-------------------------------------------------|
+| `Denoiser`      | UNet                              | another UNet, a diffusion transformer           |
+| `NoiseSchedule` | DDPM chain, DPM-Solver++          | flow matching with its own solver               |
+| `LatentCodec`   | AutoencoderKL                     | more channels, another scale                    |
+| `TextEncoder`   | CLIP, weighted chunks             | two encoders; pooled embedding, sizes in `extra`|
+
+`FAMILIES` holds one entry a family; `load_backbone` finds the family from the model's files. Outside `models/` nothing
+names a network of a family, so a new family is its own file, an entry in `FAMILIES`, and what its files look like.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from hgdpo_core.config import PromptSyntax
+
+if TYPE_CHECKING:
+    from hgdpo_core.models.model import Model
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser is told about B images: text embeddings [B, L, D], and whatever else its family reads.
+
+    `mask`, bool [B, L], is True where an embedding is its prompt's own; None where none is padded. `pooled` [B, P] and
+    the tensors of `extra`, [B, ...], are for families that have them.
+    """
+
+    embeds: torch.Tensor
+    mask: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    @property
+    def length(self) -> int:
+        """L, the tokens of a text."""
+        return self.embeds.shape[1]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The same on a device, floating point tensors in `dtype`."""
+        return self._map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+
+    def expand(self, count: int) -> Self:
+        """One text's conditioning for `count` images."""
+        return self._map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
+
+    def repeat(self, times: int) -> Self:
+        """The B conditionings, all of them `times` times over."""
+        return self._map(lambda tensor: torch.cat([tensor] * times))
+
+    def replaced(self, rows: torch.Tensor, other: "Conditioning") -> Self:
+        """The same with `other`, of one text, in the rows where `rows`, bool [B], is True."""
+        return self._map(lambda own, their: torch.where(_over(rows, own), their.to(own.device), own), other)
+
+    @classmethod
+    def join(cls, parts: "Sequence[Conditioning]") -> "Conditioning":
+        """Conditionings of equally long texts, one after the other."""
+        first, *others = parts
+        return first._map(lambda *tensors: torch.cat(tensors), *others)
+
+    def _map(self, change: Callable[..., torch.Tensor], *others: "Conditioning") -> Self:
+        def changed(value: Any, *their: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: change(tensor, *(other[name] for other in their)) for name, tensor in value.items()}
+            return None if value is None else change(value, *their)
+
+        return replace(self, **{f.name: changed(*(getattr(each, f.name) for each in (self, *others)))
+                                for f in fields(self)})
+
+
+def _over(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """bool [B] shaped to broadcast over `like` [B, ...], on its device."""
+    return rows.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+class Denoiser(nn.Module, ABC):
+    """A network as a function of noisy latents [B, C, h, w], timesteps ([B] or one for all) and a conditioning.
+
+    `network` is a diffusers model, whose weights are what is trained and saved; `lora_targets` names its layers that a
+    LoRA changes.
+    """
+
+    lora_targets: ClassVar[tuple[str, ...]]
+
+    def __init__(self, network: Any):
+        super().__init__()
+        self.network = network
+
+    @abstractmethod
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The prediction [B, C, h, w], of what the noise schedule calls `prediction_target`."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute activations again in the backward pass instead of holding them."""
+        self.network.enable_gradient_checkpointing()
+
+    @contextmanager
+    def training_attention(self, *, on_cpu: bool) -> Iterator[None]:
+        """Inside, attention is computed as trains fastest; the base class leaves it as it is."""
+        yield
+
+
+class NoiseSchedule(Protocol):
+    """How noise is mixed into latents, what a network predicts of the mixture, and how sampling undoes it."""
+
+    def require_trainable(self) -> None:
+        """ModelError for a schedule that a model can be sampled with, but not trained."""
+        ...
+
+    def draw_timesteps(self, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        """One timestep for each generator, [B] on the CPU."""
+        ...
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The noisy latents [B, C, h, w] at `timesteps` [B]."""
+        ...
+
+    def prediction_target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the network should predict, [B, C, h, w]."""
+        ...
+
+    def statistic_matching(self, policy: torch.Tensor, reference: torch.Tensor,
+                           timesteps: torch.Tensor) -> torch.Tensor:
+        """The statistic matching loss of two predictions [B, C, h, w], float32 [B]."""
+        ...
+
+    def solver(self) -> Any:
+        """A new solver for `sample_latents`: set_timesteps, scale_model_input, step, as diffusers' schedulers."""
+        ...
+
+
+class LatentCodec(Protocol):
+    """Images to latents and back. A decoder through which gradients flow belongs here too, when one is needed."""
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one latent pixel."""
+        ...
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Scaled latents, float32 [B, C, h, w] on the CPU, of images [B, 3, H, W] in [-1, 1]."""
+        ...
+
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """uint8 [B, H, W, 3] of scaled latents [B, C, h, w]."""
+        ...
+
+    def to(self, device: torch.device | str) -> object:
+        """Move to a device, in place."""
+        ...
+
+
+class TextConditioner(Protocol):
+    """Prompts to conditionings, under a target's settings: syntax, clip skip, negative prompt."""
+
+    chunk_length: int
+    """Tokens that are read at once."""
+    width: int
+    """Numbers of a token's embedding."""
+
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """One conditioning of one text a prompt, no shorter than the negative prompt's; ConfigError for clip_skip."""
+        ...
+
+    def negative(self, length: int) -> Conditioning:
+        """The negative prompt's, as long as prompts of that length."""
+        ...
+
+    def encode_captions(self, captions: Sequence[str]) -> Conditioning:
+        """Of B captions together, read plainly and cut at `chunk_length`."""
+        ...
+
+    def count_cut(self, captions: Sequence[str]) -> int:
+        """How many captions are longer than `chunk_length`."""
+        ...
+
+    def reading(self, syntax: PromptSyntax) -> "TextConditioner":
+        """The same for prompts in another syntax."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded model, all of it that the method touches."""
+
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    codec: LatentCodec
+    text: TextConditioner
+    save: Callable[[Path], object]
+    """Writes the whole model as a folder that `find_model` opens; its network goes to the CPU."""
+    save_lora: Callable[[Path], object]
+    """Writes the LoRA in training into a folder, as the family's users load it."""
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of an image."""
+        return self.codec.channels, size[1] // self.codec.factor, size[0] // self.codec.factor
+
+    def shapes(self, size: Size) -> dict[str, list[int]]:
+        """Of one image's latents and of one chunk of a prompt's embedding, as a manifest records them."""
+        return {"latent_shape": [*self.latent_shape(size)], "embeds_shape": [self.text.chunk_length, self.text.width]}
+
+
+class Family(Protocol):
+    """A family of models: how its files are recognised and checked, and how one is loaded."""
+
+    def recognises(self, path: Path) -> bool:
+        """Whether a model's folder is of this family, by its configs."""
+        ...
+
+    def check_folder(self, path: Path) -> None:
+        """Refuse, before anything loads, a folder that is no whole model of the family; ModelError, in one line."""
+        ...
+
+    def load(self, model: "Model", device: str, *, dtype: str | None, codec_dtype: str | None) -> Backbone:
+        """The model in `dtype` (default: its own), its codec in `codec_dtype` (default: as the rest)."""
+        ...
+
+
+FAMILIES: dict[str, Family] = {}
+"""By name; `models/__init__.py` enters ours."""
+DEFAULT_FAMILY = "sd15"
+
+
+def find_family(path: Path) -> Family:
+    """The family that recognises a model's files; else SD 1.5, which reads single files and says what is wrong."""
+    return next((family for family in FAMILIES.values() if family.recognises(path)), FAMILIES[DEFAULT_FAMILY])
+
+
+def load_backbone(model: "Model", device: str = "cpu", *, dtype: str | None = None,
+                  codec_dtype: str | None = None) -> Backbone:
+    """The model, loaded by its family, with its LoRA merged; ModelError when it does not load.
+
+    `dtype`: "float32", "bfloat16" or "float16", by default the model's own; `codec_dtype`: that of its codec.
+    """
+    return find_family(model.path).load(model, device, dtype=dtype, codec_dtype=codec_dtype)

@@ -1,0 +1,128 @@
+"""The Stable Diffusion 1.x family: UNet, DDPM chain, AutoencoderKL and CLIP, from diffusers."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
+
+from hgdpo_core.config import PromptSyntax
+from hgdpo_core.models.backbone import Backbone, Conditioning, Denoiser
+from hgdpo_core.models.ddpm import DdpmSchedule
+from hgdpo_core.models.files import check_folder, read_config
+from hgdpo_core.models.lora import ATTENTION_LINEARS, save_lora
+from hgdpo_core.models.model import Model, load_pipeline
+from hgdpo_core.models.sampling import decode_latents, encode_latents, encode_text
+from hgdpo_core.models.text_encoder import TextEncoder
+
+PIPELINE = "StableDiffusionPipeline"
+SMALL_LATENTS = 32  # pixels a side that a UNet is made for: 1 024 tokens, whose attention scores are megabytes
+
+
+class UnetDenoiser(Denoiser):
+    """A UNet that reads text embeddings alone."""
+
+    lora_targets = ATTENTION_LINEARS
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        return self.network(noisy, timesteps, encoder_hidden_states=conditioning.embeds,
+                            encoder_attention_mask=conditioning.mask, return_dict=False)[0]
+
+    @contextmanager
+    def training_attention(self, *, on_cpu: bool) -> Iterator[None]:
+        """On a CPU, plain attention: the fused one's backward takes over half of a small UNet's step there.
+
+        Not for a large one: a pair of 704x1024 pixels has 8 GiB of attention scores, which the fused one never holds.
+        """
+        before = dict(self.network.attn_processors)
+        if on_cpu and (self.network.config.sample_size or math.inf) <= SMALL_LATENTS:
+            self.network.set_attn_processor(AttnProcessor())
+        try:
+            yield
+        finally:
+            self.network.set_attn_processor(before)
+
+
+class KlCodec:
+    """An AutoencoderKL; latents are scaled by its scaling factor."""
+
+    def __init__(self, vae: AutoencoderKL, factor: int):
+        self.vae, self.factor = vae, factor
+        config: Any = vae.config
+        self.channels: int = config.latent_channels
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return encode_latents(self.vae, images)
+
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        return decode_latents(self.vae, latents)
+
+    def to(self, device: torch.device | str) -> None:
+        nn.Module.to(self.vae, device)
+
+
+class ClipText:
+    """The CLIP text encoder of a pipeline under a target's settings."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, model: Model):
+        self._pipeline: Any = pipeline
+        self._model = model
+        self.chunk_length: int = self._pipeline.tokenizer.model_max_length
+        self.width: int = self._pipeline.text_encoder.config.hidden_size
+        self._reader: TextEncoder | None = None
+
+    @property
+    def reader(self) -> TextEncoder:
+        """Made when prompts are read: it embeds the negative prompt, which captions do not need."""
+        if self._reader is None:
+            self._reader = TextEncoder(self._pipeline, self._model)
+        return self._reader
+
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        return [Conditioning(embeds[None]) for embeds in self.reader.encode(prompts)]
+
+    def negative(self, length: int) -> Conditioning:
+        return Conditioning(self.reader.negative(length))
+
+    def encode_captions(self, captions: Sequence[str]) -> Conditioning:
+        return Conditioning(encode_text(self._pipeline, captions, self._model.clip_skip))
+
+    def count_cut(self, captions: Sequence[str]) -> int:
+        return sum(len(ids) > self.chunk_length for ids in self._pipeline.tokenizer(list(captions)).input_ids)
+
+    def reading(self, syntax: PromptSyntax) -> "ClipText":
+        return ClipText(self._pipeline, self._model.reading(syntax))
+
+
+class Sd15:
+    """The family as `FAMILIES` holds it."""
+
+    def recognises(self, path: Path) -> bool:
+        index = path / "model_index.json"
+        return index.is_file() and read_config(index).get("_class_name") == PIPELINE
+
+    def check_folder(self, path: Path) -> None:
+        check_folder(path)
+
+    def load(self, model: Model, device: str, *, dtype: str | None, codec_dtype: str | None) -> Backbone:
+        return make_backbone(load_pipeline(model, device, dtype=dtype, vae_dtype=codec_dtype), model)
+
+
+def make_backbone(pipeline: StableDiffusionPipeline, model: Model) -> Backbone:
+    """A loaded pipeline behind the seam; it shares the pipeline's networks."""
+    loaded: Any = pipeline
+    return Backbone(denoiser=UnetDenoiser(loaded.unet), schedule=DdpmSchedule(loaded.scheduler.config),
+                    codec=KlCodec(loaded.vae, loaded.vae_scale_factor), text=ClipText(pipeline, model),
+                    save=partial(_save, loaded), save_lora=partial(save_lora, loaded.unet))
+
+
+def _save(pipeline: Any, folder: Path) -> None:
+    pipeline.unet.to("cpu").requires_grad_(False)
+    pipeline.save_pretrained(folder, safe_serialization=True)
