@@ -106,10 +106,11 @@ class Ours:
         other = copy.copy(self)
         other.generator = copy.copy(self.generator)
         backbone = self.generator.backbone
-        denoiser, codec = copy.deepcopy(backbone.denoiser), copy.deepcopy(cast(KlCodec, backbone.codec))
+        denoiser, codec = copy.deepcopy(backbone.denoiser), copy.deepcopy(backbone.codec)
+        vae: Any = cast(KlCodec, codec).vae
         if name == "channels_last":
             denoiser.network.to(memory_format=torch.channels_last)
-            torch.nn.Module.to(codec.vae, memory_format=torch.channels_last)
+            vae.to(memory_format=torch.channels_last)
         else:
             denoiser.network.compile()
         other.generator.backbone = replace(backbone, denoiser=denoiser, codec=codec)
@@ -126,7 +127,8 @@ def _read_images(plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:
 def flops_an_image(generator: ImageGenerator) -> int:
     """Floating point operations of one image's denoising and decoding, counted on shapes alone."""
     sampler, backbone = generator.sampler, generator.backbone
-    denoiser, vae = (copy.deepcopy(part).to("meta") for part in (backbone.denoiser, cast(KlCodec, backbone.codec).vae))
+    denoiser: Any = copy.deepcopy(backbone.denoiser).to("meta")
+    vae: Any = torch.nn.Module.to(copy.deepcopy(cast(KlCodec, backbone.codec).vae), "meta")
     branches = 2 if sampler.guidance_scale > 1 else 1
     prompts = backbone.text.negative(backbone.text.chunk_length).to("meta").expand(branches)
     shape = backbone.latent_shape((sampler.width, sampler.height))

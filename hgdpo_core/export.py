@@ -87,8 +87,8 @@ def _find_base(store: Store, lora_id: str, config: TargetConfig) -> Model:
     """The model the LoRA was trained on: the run's fine-tuned one in the store, else the target where it lies now."""
     identity = store.read_json(f"models/{lora_id}/config.json")["target"]
     for name in store.list_folders("models"):
-        record = find_record(store, name) if name.startswith("sft-") else None
-        if record is not None and record["fingerprint"] == identity["fingerprint"]:
+        record = find_record(store, name)
+        if record is not None and record["kind"] == "pipeline" and record["fingerprint"] == identity["fingerprint"]:
             path = fetch_model(store, name)
             assert path is not None  # its record is there
             return Model(path, identity["fingerprint"], identity["dtype"], identity["negative_prompt"],

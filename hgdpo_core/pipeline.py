@@ -24,6 +24,7 @@ from hgdpo_core.stages.scores import ScoreStage
 from hgdpo_core.stages.triplets import TripletStage, write_dataset_card
 from hgdpo_core.statistics.checks import Alarm, check_run
 from hgdpo_core.storage.shards import ShardFolder
+from hgdpo_core.training.objective import find_objective
 from hgdpo_core.training.parts import LogRow
 from hgdpo_core.training.request import TrainRequest
 from hgdpo_core.training.tune import Tuned
@@ -213,7 +214,7 @@ def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], sco
 def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[Alarm]:
     """What a good win rate or a falling loss may hide."""
     return check_run(lora.log, comparison.win_rates, comparison.defects, comparison.variety_change,
-                     run.config.training_judge)
+                     run.config.training_judge, find_objective("dpo").checks)
 
 
 def write_report(run: Run, result: Result, times: StageTimes | None = None) -> Published:

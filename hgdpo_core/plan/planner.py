@@ -5,27 +5,26 @@ the run. Behind a training that is not finished no id is known: there it counts 
 exists.
 """
 
-import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hgdpo_core.config import DpoConfig, SftConfig, TrainingConfig, canonical_json
-from hgdpo_core.errors import StorageError
+from hgdpo_core.config import canonical_json
 from hgdpo_core.models import Lora, Model, default_device, device_name
 from hgdpo_core.models.published import fetch_model, find_record
-from hgdpo_core.models.sizes import FLOAT_BYTES, model_size
+from hgdpo_core.models.sizes import model_size
 from hgdpo_core.pipeline import make_all
-from hgdpo_core.plan import probe, rates
+from hgdpo_core.plan import rates
 from hgdpo_core.plan.rates import Rate
 from hgdpo_core.plan.table import RunPlan, StagePlan
+from hgdpo_core.plan.training import PlannedTraining
 from hgdpo_core.progress import Progress, StageProgress, silent, silent_stages
 from hgdpo_core.run import Run
 from hgdpo_core.stages import Stage
 from hgdpo_core.stages.base import Probe
 from hgdpo_core.storage import DryStore, Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
+from hgdpo_core.training.objective import find_objective
 from hgdpo_core.training.request import TrainRequest
 from hgdpo_core.training.tune import Tuned, tuned_id
 
@@ -127,35 +126,21 @@ class PlanningRunner:
 
     def train(self, request: TrainRequest, progress: Progress = silent, encode_progress: Progress = silent) -> Tuned:
         """Add the row of a training; returns its model, or what stands for it."""
-        latents, config = self._counted[request.latents], request.settings
-        steps = config.max_steps or math.ceil(config.epochs * latents.samples / _batch(config))
+        latents, config, store = self._counted[request.latents], request.settings, self.run.store
+        training = PlannedTraining(find_objective(request.kind), config, self.run.target, self.model, self.size)
         model_id, record = "", None
         if latents.complete:
             model_id = tuned_id(request.kind, request.model, latents.folder, sorted(latents.units), config,
                                 latents.existing)
-            record = find_record(self.run.store, model_id)
-        size, trained = self._tuned_size(config)
-        checkpoints = rates.CHECKPOINTS * FLOAT_BYTES * rates.OPTIMIZER_FLOATS * trained
-        rate = Rate(0.0, "") if record else self._training_step(request.kind, config)
-        held = sum(count for _, count, _ in self.run.store.walk(f"models/{model_id}")) if record else 0
-        self.stages.append(StagePlan(
-            stage=request.kind, unit="steps", total=steps, missing=0 if record else steps, shards=0, missing_shards=0,
-            bytes_found=held, bytes_missing=0 if record else round(size + checkpoints),
-            seconds=steps * rate.seconds if rate else None, basis=rate.basis if rate else "",
-            folder=f"models/{model_id}" if model_id else ""))
+            record = find_record(store, model_id)
+        self.stages.append(training.row(store, model_id, latents.samples, record, lambda: (
+            training.probed(self.device_name) if self.with_probe else training.past(store))))
         if record is not None:
-            return RecordedTuning(model_id=model_id, path=Path(), log=[], found=True, store=self.run.store,
+            return RecordedTuning(model_id=model_id, path=Path(), log=[], found=True, store=store,
                                   fingerprint=record["fingerprint"])
         planned = PlannedTuning(model_id or request.kind, Path(), [], found=False)
         self._unknown[planned.fingerprint] = request.kind
         return planned
-
-    def _tuned_size(self, config: SftConfig | DpoConfig | TrainingConfig) -> tuple[int, int]:
-        """Bytes of the trained model, and how many numbers are trained."""
-        if isinstance(config, DpoConfig):
-            trained = config.lora_rank * self.model.attention
-            return FLOAT_BYTES * trained, trained
-        return FLOAT_BYTES * self.model.whole, self.model.denoiser
 
     def _add(self, stage: Stage) -> int:
         existing, sources = self._look(stage)
@@ -224,31 +209,3 @@ class PlanningRunner:
         if stage.work not in self._probes:
             self._probes[stage.work] = stage.probe()
         return self._probes[stage.work]
-
-    def _training_step(self, kind: str, config: TrainingConfig) -> Rate | None:
-        if self.with_probe:
-            assert isinstance(config, DpoConfig | SftConfig)
-            seconds = probe.step_seconds(self.run.target, config, self.size)
-            return Rate(seconds, f"steps timed on {self.device_name}")
-        return self._past_training(kind, config)
-
-    def _past_training(self, kind: str, config: TrainingConfig) -> Rate | None:
-        """Of a model in the store whose training had the same batch and image size."""
-        same, store = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing"), self.run.store
-        for model_id in store.list_folders("models"):
-            with contextlib.suppress(StorageError, KeyError):
-                record = find_record(store, model_id) if model_id.startswith(f"{kind}-") else None
-                if record is None or not record["steps"]:
-                    continue
-                made = store.read_json(f"models/{model_id}/config.json")
-                latents = ShardFolder.open(store, made["latents"]).config
-                if ((latents["width"], latents["height"]) == self.size
-                        and all(made["config"][name] == getattr(config, name) for name in same)):
-                    return Rate(record["seconds"] / record["steps"],
-                                f"the training of {model_id} on {record['device']}")
-        return None
-
-
-def _batch(config: TrainingConfig) -> int:
-    """Samples of an optimizer step, of one process."""
-    return config.batch_size * config.gradient_accumulation_steps

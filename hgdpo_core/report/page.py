@@ -13,7 +13,7 @@ from hgdpo_core.report.headline import headline, read_interval
 from hgdpo_core.report.numbers import artifacts, colours, counts, defects, timings, variety, win_rates
 from hgdpo_core.report.pictures import pairs, pools
 from hgdpo_core.report.sweep import lora_weights
-from hgdpo_core.report.training import DPO_CHARTS, SFT_CHARTS, charts, latent_statistics, with_rises
+from hgdpo_core.report.training import latent_statistics, training_charts
 from hgdpo_core.scorers import scorer_title
 
 MAX_BYTES = 10_000_000
@@ -58,8 +58,8 @@ def _page(data: ReportData, encode: ImageEncoder) -> str:
         lora_weights(data.sweep),
         pools(data.pools, encode),
         latent_statistics(data.rank_distances),
-        charts("DPO training", DPO_CHARTS, with_rises(data.training_log)),
-        charts("Supervised fine-tuning", SFT_CHARTS, data.sft_log),
+        training_charts("dpo", data.training_log),
+        training_charts("sft", data.sft_log),
         counts(data.counts),
         timings(data.timings),
         artifacts(data.artifacts),

@@ -39,14 +39,20 @@ class Alarm:
         return asdict(self)
 
 
-def check_run(log: Sequence[Mapping[str, float]], win_rates: Mapping[str, WinRate],
-              defects: Mapping[str, DefectChange], variety_change: Estimate, training_judge: str | None) -> list[Alarm]:
-    """All alarms of a finished run: its DPO log, the evaluation by every scorer, and the spread of the images.
+LogCheck = Callable[[Sequence[Mapping[str, float]], Mapping[str, WinRate]], Alarm | None]
+"""Of a training's log and the win rates behind it: what an objective declares."""
 
-    `training_judge` is the name, among `win_rates`, of the scorer that ranked the training pools; None if it was not
-    asked again.
+
+def check_run(log: Sequence[Mapping[str, float]], win_rates: Mapping[str, WinRate],
+              defects: Mapping[str, DefectChange], variety_change: Estimate, training_judge: str | None,
+              log_checks: Sequence[LogCheck] | None = None) -> list[Alarm]:
+    """All alarms of a finished run: its training's log, the evaluation by every scorer, and the spread of the images.
+
+    `log_checks` are the objective's, by default those of preference training. `training_judge` is the name, among
+    `win_rates`, of the scorer that ranked the training pools; None if it was not asked again.
     """
-    alarms = [check_collapse(log), check_stall(log, win_rates), check_variety(win_rates, variety_change)]
+    checks = PREFERENCE_CHECKS if log_checks is None else log_checks
+    alarms = [*(check(log, win_rates) for check in checks), check_variety(win_rates, variety_change)]
     if training_judge is not None:
         alarms += [check_judges(win_rates, training_judge), check_defects(win_rates, defects, training_judge)]
     return [alarm for alarm in alarms if alarm is not None]
@@ -92,6 +98,9 @@ def check_stall(log: Sequence[Mapping[str, float]], win_rates: Mapping[str, WinR
     return Alarm("stall", f"Stall: the implicit accuracy on the training pairs reached {100 * accuracy:.0f} %, but no "
                           f"judge sees a gain on held-out prompts ({seen}). The LoRA memorises its triplets: use more "
                           "prompts or fewer dpo.max_steps.")
+
+
+PREFERENCE_CHECKS: tuple[LogCheck, ...] = (lambda log, _: check_collapse(log), check_stall)
 
 
 def check_judges(win_rates: Mapping[str, WinRate], training_judge: str) -> Alarm | None:

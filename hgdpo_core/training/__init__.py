@@ -1,7 +1,7 @@
-"""Training: SFT (`sft.py`), Diffusion-DPO with SML (`dpo.py`), and what they have in common.
+"""Training: SFT (`sft.py`), Diffusion-DPO with SML (`dpo.py`), by name in `objective.py`; and what they share.
 
 `request.py` is a training as data, `tune.py` carries it out from latents to a kept model, `launch.py` on many GPUs.
-`loop.py` is the loop; `data.py` its samples and their order, `parts.py` draws, objectives, precision.
+`loop.py` is the loop; `data.py` its samples and their order, `parts.py` draws, what the loop trains, precision.
 `micro_batches.py` fits steps into memory, `processes.py` joins them, `optimization.py` and `checkpoints.py` say so
 themselves. On the way: `validation.py` draws pictures, `trackers.py` curves.
 """

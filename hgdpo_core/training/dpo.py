@@ -1,5 +1,8 @@
 """Diffusion-DPO with the statistic matching loss on a LoRA (arXiv:2405.20216v1, Eq. 9)."""
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -8,9 +11,17 @@ from torch import nn
 from hgdpo_core.config import DpoConfig
 from hgdpo_core.errors import InputError
 from hgdpo_core.losses import denoising_error, diffusion_dpo_loss, preference_margin
+from hgdpo_core.models import Backbone, Model
 from hgdpo_core.models.backbone import Denoiser, NoiseSchedule
-from hgdpo_core.models.lora import add_lora, load_lora_state, lora_state, reference_mode
+from hgdpo_core.models.files import LORA_NAME
+from hgdpo_core.models.lora import add_lora, load_lora_state, lora_state, reference_mode, write_kohya_lora
+from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.rendering.charts import ChartSpec
+from hgdpo_core.stages.triplets import model_fingerprint
+from hgdpo_core.statistics.checks import PREFERENCE_CHECKS, CollapseWatch
+from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training import (
     Generators,
     Hooks,
@@ -26,8 +37,21 @@ from hgdpo_core.training import (
     turn,
 )
 from hgdpo_core.training.checkpoints import Checkpoints
-from hgdpo_core.training.data import PairBatch
+from hgdpo_core.training.data import LatentPairs, Origin, PairBatch
 from hgdpo_core.training.loop import run_training
+
+CHARTS = (
+    ChartSpec("Loss", ("loss",), "all terms together, weighted"),
+    ChartSpec("DPO loss", ("dpo_loss",), "dashed: log 2, policy equal to reference", math.log(2)),
+    ChartSpec("Statistic matching loss", ("stat_loss",), "0: colours stay where they were"),
+    ChartSpec("Margin", ("margin",), "below 0: winners gained on losers", 0.0),
+    ChartSpec("Implicit accuracy", ("implicit_accuracy",), "share of pairs with a margin below 0", 0.5),
+    ChartSpec("Denoising error", ("winner_error", "loser_error"), "policy: winner solid, loser dashed"),
+    ChartSpec("Rise of the error", ("winner_rise", "loser_rise"), "against the reference: winner solid, loser dashed; "
+              "both far above 0 is collapse", 0.0),
+    ChartSpec("Gradient norm", ("grad_norm",), "before clipping"),
+    ChartSpec("Learning rate", ("learning_rate",), "after warm-up and schedule"),
+)
 
 
 class PairSource(SampleSource[PairBatch], Protocol):
@@ -49,10 +73,16 @@ def train_dpo(denoiser: Denoiser, schedule: NoiseSchedule, pairs: PairSource, co
     `loser_error`, `reference_winner_error`, `reference_loser_error`, `grad_norm` (before clipping) and
     `learning_rate`. Errors: see `run_training`; ModelError for a network or schedule that cannot be trained.
     """
+    hooks = Hooks(progress, should_stop, on_log, validate)
+    return run_training(prepare_dpo(denoiser, schedule, config), pairs, config, checkpoints, hooks)
+
+
+def prepare_dpo(denoiser: Denoiser, schedule: NoiseSchedule, config: DpoConfig) -> Objective:
+    """The loss of Eq. 9 for the loop, and a LoRA on the denoiser's network that it trains."""
     schedule.require_trainable()
-    precision, network = resolve_precision(config.mixed_precision), denoiser.network
+    network = denoiser.network
     add_lora(network, config.lora_rank, config.seed, denoiser.lora_targets)
-    cast_frozen(network, precision)
+    cast_frozen(network, resolve_precision(config.mixed_precision))
     denoiser.eval()  # dropout, where a network has some, would tell the policy from an equal reference
 
     def batch_loss(trained: nn.Module, batch: PairBatch, generators: Generators) -> dict[str, torch.Tensor]:
@@ -77,11 +107,9 @@ def train_dpo(denoiser: Denoiser, schedule: NoiseSchedule, pairs: PairSource, co
         policy = trained(noisy, both_timesteps, conditioning)
         return pair_losses(policy, reference, target, timesteps, schedule, config)
 
-    objective = Objective("dpo", denoiser, batch_loss, weights=lambda: lora_state(network),
-                          load_weights=lambda state: load_lora_state(network, state),
-                          what_to_lower=f"learning_rate (now {config.learning_rate:g}) or beta (now {config.beta:g})")
-    hooks = Hooks(progress, should_stop, on_log, validate)
-    return run_training(objective, pairs, config, precision, checkpoints, hooks)
+    return Objective("dpo", denoiser, batch_loss, weights=lambda: lora_state(network),
+                     load_weights=lambda state: load_lora_state(network, state),
+                     what_to_lower=f"learning_rate (now {config.learning_rate:g}) or beta (now {config.beta:g})")
 
 
 def pair_losses(policy: torch.Tensor, reference: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor,
@@ -124,3 +152,69 @@ def _check(batch: PairBatch, pairs: int, flip: bool) -> None:
     if {winner.dtype, loser.dtype, embeds.dtype} != {torch.float32}:
         raise InputError(f"expected float32 latents and embeddings, got {winner.dtype}, {loser.dtype}, "
                          f"{embeds.dtype}")
+
+
+# -- as an objective
+
+
+class Dpo:
+    """The entry in `OBJECTIVES`; its samples are triplets, whose latents a stage before has cached."""
+
+    name, title = "dpo", "DPO training"
+    config = DpoConfig
+    charts, checks = CHARTS, PREFERENCE_CHECKS
+
+    def complete_latents(self, store: Store, origin: Origin, latents: ShardFolder, indices: Sequence[int],
+                         find_model: Callable[[], Model], progress: Progress, should_stop: ShouldStop) -> None:
+        """Nothing is missing: the latents of triplets are a stage of their own."""
+
+    def samples(self, latents: ShardFolder, indices: Sequence[int]) -> LatentPairs:
+        return LatentPairs(latents, indices)
+
+    def require_fit(self, store: Store, origin: Origin, samples: SampleSource[PairBatch], indices: Sequence[int],
+                    model: Model, config: DpoConfig) -> None:
+        assert origin.triplets is not None
+        if not len(samples):
+            raise InputError(f"{origin.triplets} holds no triplet to train on: every pool was rejected, see its "
+                             "rejected/")
+        if not config.allow_foreign_triplets:
+            _refuse_foreign(ShardFolder.open(store, origin.triplets), indices, model)
+
+    def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> PairBatch:
+        winners, losers = (torch.randn(count, *latent_shape) for _ in range(2))
+        return PairBatch(winners, losers, torch.randn(count, *embeds_shape))
+
+    def prepare(self, backbone: Backbone, model: Model, config: DpoConfig) -> Objective:
+        return prepare_dpo(backbone.denoiser, backbone.schedule, config)
+
+    def save(self, backbone: Backbone, folder: Path, model_id: str) -> str:
+        backbone.save_lora(folder)
+        write_kohya_lora(folder / LORA_NAME, folder / f"{model_id}-kohya.safetensors")
+        return "lora"
+
+    def watch(self, warn: Callable[[str], object]) -> OnLog:
+        return CollapseWatch(warn)
+
+    def with_derived(self, log: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+        """With `winner_rise` and `loser_rise`: the fraction by which an error stands above the reference's."""
+        rows = []
+        for row in log:
+            rises = {f"{side}_rise": row[f"{side}_error"] / row[f"reference_{side}_error"] - 1 for side in
+                     ("winner", "loser") if row.get(f"reference_{side}_error") and f"{side}_error" in row}
+            rows.append({**row, **rises})
+        return rows
+
+    def trained_numbers(self, size: ModelSize, config: DpoConfig) -> int:
+        return config.lora_rank * size.attention
+
+    def saved_numbers(self, size: ModelSize, config: DpoConfig) -> int:
+        return self.trained_numbers(size, config)
+
+
+def _refuse_foreign(triplets: ShardFolder, indices: Sequence[int], model: Model) -> None:
+    own = model_fingerprint(model.identity())
+    for index in indices:
+        made_by = set(triplets.read_columns(index, ["model_fingerprint"])["model_fingerprint"].to_pylist())
+        if made_by - {own}:
+            raise InputError(f"{triplets.key} was made by model {sorted(made_by - {own})[0][:12]}, the target is "
+                             f"{own[:12]}: train the model that drew the pool, or set dpo.allow_foreign_triplets")

@@ -1,4 +1,4 @@
-"""The loop of both trainers: optimizer steps, log, stopping, checkpoints, and going on from them.
+"""The loop of all objectives: optimizer steps, log, stopping, checkpoints, and going on from them.
 
 Going on with another number of processes keeps the batch of an optimizer step as it was, and with it steps, samples,
 noise and learning rate: a process takes another share. Only the order of sums changes, so losses agree up to rounding.
@@ -21,7 +21,15 @@ from hgdpo_core.training.checkpoints import Checkpoint, Checkpoints, load_latest
 from hgdpo_core.training.data import DataOrder, SampleSource
 from hgdpo_core.training.micro_batches import GradientMaker, Means, memory_advice
 from hgdpo_core.training.optimization import make_optimizer, warm_up_schedule
-from hgdpo_core.training.parts import Hooks, LogRow, Objective, Precision, TrainedDenoiser, TrainingResult, use_cpu
+from hgdpo_core.training.parts import (
+    Hooks,
+    LogRow,
+    Objective,
+    TrainedDenoiser,
+    TrainingResult,
+    resolve_precision,
+    use_cpu,
+)
 from hgdpo_core.training.processes import agree, first_says
 
 logger = logging.getLogger(__name__)
@@ -54,7 +62,7 @@ class _Run:
 
 
 def run_training(objective: Objective, source: SampleSource[Any], config: TrainingConfig,
-                 precision: Precision, checkpoints: Checkpoints | None, hooks: Hooks) -> TrainingResult:
+                 checkpoints: Checkpoints | None, hooks: Hooks) -> TrainingResult:
     """Train what requires gradients in `objective.denoiser`, from this config's latest checkpoint if there is one.
 
     The batch of a step is batch_size * gradient_accumulation_steps * processes, the processes being those that the
@@ -67,11 +75,13 @@ def run_training(objective: Objective, source: SampleSource[Any], config: Traini
         raise InputError("there is nothing to train on: expected at least one sample")
     try:
         with objective.denoiser.training_attention(on_cpu=use_cpu()):
-            return _train(_open(objective, source, config, precision), checkpoints, hooks)
+            result = _train(_open(objective, source, config), checkpoints, hooks)
     except RuntimeError as error:  # while the weights move to the GPU, or the optimizer makes its states
         if not is_out_of_memory(error):
             raise
         raise ConfigError(f"training ran out of memory: {memory_advice(objective, config)}") from None
+    objective.finish()
+    return result
 
 
 def _train(run: _Run, checkpoints: Checkpoints | None, hooks: Hooks) -> TrainingResult:
@@ -97,10 +107,10 @@ def _train(run: _Run, checkpoints: Checkpoints | None, hooks: Hooks) -> Training
         _report(run, _optimizer_step(run), hooks)
 
 
-def _open(objective: Objective, source: SampleSource[Any], config: TrainingConfig, precision: Precision) -> _Run:
+def _open(objective: Objective, source: SampleSource[Any], config: TrainingConfig) -> _Run:
     # Accelerate keeps the precision of the process's first training and refuses another one.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu())
+    accelerator = Accelerator(mixed_precision=resolve_precision(config.mixed_precision), cpu=use_cpu())
     denoiser = objective.denoiser.to(accelerator.device)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -150,7 +160,8 @@ def _row(run: _Run, means: Means) -> LogRow:
 def _validate(run: _Run, hooks: Hooks, finished: bool) -> None:
     every = run.config.validation_every
     if hooks.validate is not None and every is not None and (finished or run.step % every == 0):
-        hooks.validate(run.step)
+        with run.objective.as_kept():
+            hooks.validate(run.step)
 
 
 def _report(run: _Run, row: LogRow, hooks: Hooks) -> None:

@@ -1,10 +1,11 @@
-"""What both trainers share: the order of samples, their noise, precision, and what their loop is told.
+"""What all objectives share: the order of samples, their noise, precision, and what their loop is told.
 
 Samples are counted over the whole run: the sample at global position k is the same, with the same noise and
 timestep, for any number of processes, any split into micro-batches, and after any number of resumes.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -69,7 +70,7 @@ class Follower(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """What tells one trainer from the other.
+    """A training as the loop sees it: what tells one from another.
 
     `batch_loss(denoiser, batch, generators)` returns float32 `[B]` tensors by log name, among them `loss`,
     whose mean is minimised; its `denoiser` is this one's in training precision, and each sample draws its randomness
@@ -83,6 +84,10 @@ class Objective:
     load_weights: Callable[[Mapping[str, torch.Tensor]], object]
     what_to_lower: str
     follower: Follower | None = None
+    as_kept: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Inside, the network has the weights that would be kept if the training ended here."""
+    finish: Callable[[], object] = lambda: None
+    """Called after the last step: gives the network the weights that are kept."""
 
 
 class TrainedDenoiser(nn.Module):

@@ -1,5 +1,8 @@
 """Supervised fine-tuning of the whole network on the user's own images (arXiv:2405.20216v1, D.1)."""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -7,11 +10,18 @@ from torch import nn
 
 from hgdpo_core.config import SftConfig
 from hgdpo_core.errors import InputError
+from hgdpo_core.image_sets import open_offered_images
 from hgdpo_core.losses import denoising_error
-from hgdpo_core.models import Conditioning
+from hgdpo_core.models import Backbone, Conditioning, Model, load_backbone
 from hgdpo_core.models.averaging import WeightAverage
 from hgdpo_core.models.backbone import Denoiser, NoiseSchedule
+from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.rendering.charts import ChartSpec
+from hgdpo_core.stages.image_latents import cache_image_latents
+from hgdpo_core.statistics.checks import LogCheck
+from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training import (
     Generators,
     Hooks,
@@ -22,13 +32,18 @@ from hgdpo_core.training import (
     Validate,
     draw_flips,
     draw_noise,
-    resolve_precision,
     turn,
 )
 from hgdpo_core.training.checkpoints import Checkpoints
-from hgdpo_core.training.data import ImageBatch
+from hgdpo_core.training.data import ImageBatch, LatentImages, Origin
 from hgdpo_core.training.loop import run_training
 from hgdpo_core.training.processes import is_first_process
+
+CHARTS = (
+    ChartSpec("Loss", ("loss",), "denoising error of the target model"),
+    ChartSpec("Gradient norm", ("grad_norm",), "before clipping"),
+    ChartSpec("Learning rate", ("learning_rate",), "after warm-up and schedule"),
+)
 
 
 class ImageSource(SampleSource[ImageBatch], Protocol):
@@ -47,8 +62,14 @@ def train_sft(denoiser: Denoiser, schedule: NoiseSchedule, images: ImageSource, 
     (before clipping), `learning_rate`. With `ema_decay`, the first process's network has the moving average of its
     weights at the end, and in `validate`. Errors: see `run_training`; ModelError for an unfit schedule.
     """
+    hooks = Hooks(progress, should_stop, on_log, validate)
+    return run_training(prepare_sft(denoiser, schedule, config, empty), images, config, checkpoints, hooks)
+
+
+def prepare_sft(denoiser: Denoiser, schedule: NoiseSchedule, config: SftConfig, empty: Conditioning) -> Objective:
+    """The denoising loss for the loop, over all weights of the denoiser's network."""
     schedule.require_trainable()
-    precision, network = resolve_precision(config.mixed_precision), denoiser.network
+    network = denoiser.network
     nn.Module.to(denoiser, dtype=torch.float32).requires_grad_(True).train()
 
     def batch_loss(trained: nn.Module, batch: ImageBatch, generators: Generators) -> dict[str, torch.Tensor]:
@@ -65,23 +86,10 @@ def train_sft(denoiser: Denoiser, schedule: NoiseSchedule, images: ImageSource, 
 
     average = WeightAverage(network, config.ema_decay) if config.ema_decay and is_first_process() else None
     objective = Objective("sft", denoiser, batch_loss, lambda: _weights(network), network.load_state_dict,
-                          f"learning_rate (now {config.learning_rate:g})", average)
-    hooks = Hooks(progress, should_stop, on_log, _on_average(validate, average))
-    result = run_training(objective, images, config, precision, checkpoints, hooks)
-    if average is not None:
-        average.put_in_place()
-    return result
-
-
-def _on_average(validate: Validate | None, average: WeightAverage | None) -> Validate | None:
-    if validate is None or average is None:
-        return validate
-
-    def validate_average(step: int) -> None:
-        with average.in_place():
-            validate(step)
-
-    return validate_average
+                          f"learning_rate (now {config.learning_rate:g})")
+    if average is None:
+        return objective
+    return replace(objective, follower=average, as_kept=average.in_place, finish=average.put_in_place)
 
 
 def drop_captions(captions: Conditioning, empty: Conditioning, probability: float,
@@ -106,3 +114,56 @@ def _check(batch: ImageBatch, empty_embeds: torch.Tensor, images: int, flip: boo
     if {latents.dtype, embeds.dtype, empty_embeds.dtype} != {torch.float32}:
         raise InputError(f"expected float32 latents and embeddings, got {latents.dtype}, {embeds.dtype}, "
                          f"{empty_embeds.dtype}")
+
+
+# -- as an objective
+
+
+class Sft:
+    """The entry in `OBJECTIVES`; its samples are captioned images, which it encodes itself."""
+
+    name, title = "sft", "Supervised fine-tuning"
+    config = SftConfig
+    charts = CHARTS
+    checks: tuple[LogCheck, ...] = ()
+
+    def complete_latents(self, store: Store, origin: Origin, latents: ShardFolder, indices: Sequence[int],
+                         find_model: Callable[[], Model], progress: Progress, should_stop: ShouldStop) -> None:
+        if latents.completed(indices) == set(indices):
+            return
+        model = find_model()
+        assert origin.images is not None and origin.images_id is not None
+        images = open_offered_images(store, origin.images, origin.images_id)
+        cache_image_latents(images, latents, model, progress=progress, should_stop=should_stop)
+
+    def samples(self, latents: ShardFolder, indices: Sequence[int]) -> LatentImages:
+        return LatentImages(latents, indices)
+
+    def require_fit(self, store: Store, origin: Origin, samples: SampleSource[ImageBatch], indices: Sequence[int],
+                    model: Model, config: SftConfig) -> None:
+        """Any images will do; that there are some, their encoding has checked."""
+
+    def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> ImageBatch:
+        return ImageBatch(torch.randn(count, *latent_shape), torch.randn(count, *embeds_shape))
+
+    def prepare(self, backbone: Backbone, model: Model, config: SftConfig) -> Objective:
+        """The empty text is embedded as captions were: by an encoder in the model's own precision."""
+        reader = load_backbone(model, backbone.denoiser.device.type)
+        empty = reader.text.encode_captions([""]).to("cpu", torch.float32)
+        return prepare_sft(backbone.denoiser, backbone.schedule, config, empty)
+
+    def save(self, backbone: Backbone, folder: Path, model_id: str) -> str:
+        backbone.save(folder)
+        return "pipeline"
+
+    def watch(self, warn: Callable[[str], object]) -> OnLog:
+        return lambda row: None
+
+    def with_derived(self, log: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
+        return log
+
+    def trained_numbers(self, size: ModelSize, config: SftConfig) -> int:
+        return size.denoiser
+
+    def saved_numbers(self, size: ModelSize, config: SftConfig) -> int:
+        return size.whole
