@@ -27,13 +27,16 @@ from safetensors import safe_open
 BASE = "42be5bc"
 HERE = Path(__file__).resolve().parents[1]
 DATA_NAME = re.compile(r"(shard-\d{5,})-[0-9a-f]{12}(?=\.parquet)")
-NIGHT = re.compile(r"(?<=rescores/)[^/\s\x22]+|(?<=rescore )\d{4}-\d\d-\d\d\S*")
+NIGHT = re.compile(r"\d{4}-\d\d-\d\dT\d{6}Z(-\d+)?")
 MANIFEST = re.compile(r"shard-\d{5,}\.json")
 CHANGING = {"timings", "seconds", "started_at", "finished_at", "created_at", "code_version", "libraries", "night",
             "found"}
 """Names in JSON files whose values are times, versions, or what an earlier try had left."""
 FILE_FACTS = {"file", "bytes", "sha256"}
 """Of a manifest: rows are compared themselves, their Parquet file is its writer's."""
+HASHES = {"model.json": {"fingerprint"}, "complete.json": {"files"}}
+"""Of files whose content is compared itself: a kohya file has its metadata in another order each time, a checkpoint's
+state.pt holds seconds."""
 UNREAD = {".html", ".md", ".pt"}
 """Pages people read may say the same in other words; checkpoints hold what the weights beside them show."""
 
@@ -110,6 +113,8 @@ def _read_json(path: Path, root: Path) -> Any:
     if MANIFEST.fullmatch(path.name):
         value = {name: item for name, item in value.items() if name not in FILE_FACTS}
         value["inputs"] = [shard["key"] for shard in value["inputs"]]
+    for name in HASHES.get(path.name, ()):
+        value.pop(name, None)
     return value
 
 
@@ -163,6 +168,11 @@ def make_inputs(place: Path, base: Path, environment: Mapping[str, str]) -> None
     (place / "held-out.txt").write_text("".join(f"a (man:0.8) in a blue top, number {i}\n" for i in range(4)))
 
 
+def make_database(environment: Mapping[str, str], place: Path) -> None:
+    """Prefect's database, before a server is waited for: on a busy machine making it takes over a minute."""
+    _call([sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"], environment, place)
+
+
 def commands(place: Path, root: Path) -> dict[str, list[str]]:
     """What both commits are asked to do, in this order."""
     judges = [{"name": "pickscore", "source": str(place / "judge")}, {"name": "tinted", "source": str(place / "judge")}]
@@ -204,7 +214,8 @@ def _call(command: Sequence[str], environment: Mapping[str, str], folder: Path) 
     done = subprocess.run(command, env=dict(environment), cwd=folder, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
     if done.returncode:
-        sys.exit(f"{command[3]} by the code of {environment['PYTHONPATH']} failed:\n{done.stdout[-4000:]}")
+        what, code = " ".join(command[1:4])[:80], environment.get("PYTHONPATH")
+        sys.exit(f"{what} with PYTHONPATH={code} failed:\n{done.stdout[-4000:]}")
 
 
 def quiet_environment(work: Path) -> dict[str, str]:
@@ -239,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = quiet_environment(work)
         with checked_out(options.base, work / "base") as base:
             make_inputs(work / "inputs", base, environment)
+            make_database(environment, work)
             for checkout, root in zip((base, HERE), roots, strict=True):
                 print(f"{'base ' + options.base if checkout == base else 'present code'}:", flush=True)
                 run_commit(checkout, work / "inputs", root, environment)

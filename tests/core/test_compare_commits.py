@@ -30,6 +30,10 @@ def write_root(root: Path, rows: dict | None = None, *, weight: float = 1.0, rat
     summary = {"root": str(root), "timings": {"pool": rate}, "win_rate": {"pickscore": {"rate": rate, "n": 4}}}
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "report.html").write_text(stamp)
+    (model / "model.json").write_text(json.dumps({"kind": "lora", "fingerprint": stamp}))
+    night = root / f"rescores/2026-01-01T{stamp[:6]}Z"
+    night.mkdir(parents=True)
+    (night / "config.json").write_text(json.dumps({"name": night.name, "report": f"rescores/{night.name}"}))
     return root
 
 
@@ -62,8 +66,9 @@ def test_one_difference_is_one_line(base, tmp_path, change, line):
 def test_another_id_is_a_difference_on_both_sides(base, tmp_path):
     present = write_root(tmp_path / "present")
     shutil.move(present / "models/dpo-c", present / "models/dpo-e")
-    assert compare_roots(base, present) == ["only base: models/dpo-c/lora.safetensors",
-                                            "only present: models/dpo-e/lora.safetensors"]
+    assert compare_roots(base, present) == [
+        "only base: models/dpo-c/lora.safetensors", "only base: models/dpo-c/model.json",
+        "only present: models/dpo-e/lora.safetensors", "only present: models/dpo-e/model.json"]
 
 
 def test_missing_rows_are_a_difference(base, tmp_path):
