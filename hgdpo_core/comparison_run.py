@@ -1,6 +1,6 @@
 """Two models held against each other, opened: `hgdpo evaluate` without the rest of the pipeline.
 
-Each side is a whole model (diffusers folder, .safetensors file, hub id, "figures") or a LoRA worn by a base model.
+Each side is a whole model (diffusers folder, .safetensors file, hub id, built in) or a LoRA worn by a base model.
 Everything a user can get wrong is checked here, before any model loads.
 """
 

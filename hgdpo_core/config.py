@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hgdpo_core.built_in import DATA_SET, SPLITS, is_built_in
 from hgdpo_core.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -19,7 +20,6 @@ Optimizer = Literal["adam8bit", "adamw"]
 ImageFormat = Literal["png", "webp", "jpeg"]
 PromptSyntax = Literal["plain", "a1111"]
 TrackerName = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
-FIGURES_SPLITS = ("train", "validation", "test")
 ConfigT = TypeVar("ConfigT", bound="StageConfig")
 UNKNOWN_LICENCE = "unknown"
 When = Literal["always", "changed", "never"]
@@ -83,11 +83,11 @@ def _identity_of(value: Any, data: Any, of: IdOf) -> Any:
 
 
 class PromptSource(StageConfig):
-    """Where prompts come from: a file at a path or fsspec URL, a data set of the hub or a folder, the figures world."""
+    """Where prompts come from: a file at a path or fsspec URL, a data set of the hub or a folder, built in."""
 
     source: str = Field(description='txt, csv, tsv, jsonl or parquet at a path or URL; hub id or folder of a data set; '
-                                    '"figures" for the built-in world')
-    split: str = Field(default="train", description='of a data set, or of "figures": train, validation or test')
+                                    '"figures" is built in')
+    split: str = Field(default="train", description='of a data set; of built-in prompts: train, validation or test')
     subset: str | None = Field(default=None, description="configuration of a data set that has several")
     column: str | None = Field(default=None, description="column of a table; default: prompt, Prompt, caption or text")
     category: str | None = Field(default=None, description="keep rows whose Category is this, as in PartiPrompts")
@@ -95,8 +95,8 @@ class PromptSource(StageConfig):
 
     @model_validator(mode="after")
     def _split_exists(self) -> Self:
-        if self.source == "figures" and self.split not in FIGURES_SPLITS:
-            raise ValueError(f"split is {self.split!r}, but the figures world has {', '.join(FIGURES_SPLITS)}")
+        if is_built_in(self.source) and self.split not in SPLITS:
+            raise ValueError(f"split is {self.split!r}, but the {DATA_SET} has {', '.join(SPLITS)}")
         return self
 
 

@@ -5,10 +5,10 @@ import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hgdpo_core import __version__
+from hgdpo_core.built_in import find_images, is_built_in
 from hgdpo_core.config import RunConfig, apply_overrides, content_hash
 from hgdpo_core.evaluate import refuse_seen_prompts
 from hgdpo_core.image_sets import ImageSet, read_image_set
@@ -19,8 +19,6 @@ from hgdpo_core.prompts.syntax import check_syntax
 from hgdpo_core.scorers import find_scorer, require_scorers
 from hgdpo_core.storage import DryStore, Store
 from hgdpo_core.training.trackers import check_tracker
-
-FIGURES_SFT_IMAGES = 512
 
 
 @dataclass(frozen=True)
@@ -103,22 +101,4 @@ def shell_command(verb: str, options: Mapping[str, str | None], overrides: Mappi
 def _read_images(source: str | None, store: Store) -> ImageSet | None:
     if source is None:
         return None
-    return read_image_set(str(_draw_figures(store)) if source == "figures" else source)
-
-
-def _draw_figures(store: Store) -> Path:
-    """The figures world's own image folder, drawn once beside the root's models or in the cache."""
-    from hgdpo_core.figures.dataset import write_image_folder
-
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo"
-    name = f"figures-{FIGURES_SFT_IMAGES}"
-    folder = (store.local_path("images") or cache) / name
-    if isinstance(store, DryStore) and not _is_drawn(folder):
-        folder = cache / name
-    if not _is_drawn(folder):
-        write_image_folder(folder, FIGURES_SFT_IMAGES, seed=0)
-    return folder
-
-
-def _is_drawn(folder: Path) -> bool:
-    return (folder / "metadata.jsonl").exists()  # written last
+    return read_image_set(str(find_images(store)) if is_built_in(source) else source)

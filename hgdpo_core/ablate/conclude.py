@@ -26,6 +26,7 @@ from hgdpo_core.ablate.program import Ablation, Shared, prepare_shared
 from hgdpo_core.ablate.result import COLOURS, Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.ablate.tables import TITLES, WORLDS, AblationTable, make_tables, plot_name
+from hgdpo_core.built_in import SCORER_NOTE, is_built_in
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.progress import StageProgress, silent_stages
 
@@ -94,10 +95,9 @@ def draw_pictures(results: Results, shared: Shared) -> dict[str, tuple[str, byte
 def remarks(ablation: Ablation) -> list[str]:
     """What a reader must know before any number."""
     notes = []
-    if any(scorer.source == "figures" for scorer in ablation.run.config.evaluation.scorers):
-        notes.append("Where this says PickScore, the judge is the figures world's own: a small model of PickScore's "
-                     "shape, trained on drawings. Nothing here says anything about photographs; the paper's numbers "
-                     "stand beside as the claim that is tested, not as a value to reach.")
+    if any(is_built_in(scorer.source) for scorer in ablation.run.config.evaluation.scorers):
+        notes.append(f"Where this says PickScore, {SCORER_NOTE}; the paper's numbers stand beside as the claim that is "
+                     "tested, not as a value to reach.")
     if "tinted" in ablation.settings.worlds:
         notes.append("TINTED WORLD means: the pools were ranked by the same judge plus a stated fondness for warm "
                      "tints (scorers/tinted.py), made up to study colour shift. Its arms are compared with each other "

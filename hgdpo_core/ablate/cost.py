@@ -4,15 +4,16 @@ from typing import Any
 
 from hgdpo_core.ablate.arms import evaluation_scorers, training_of
 from hgdpo_core.ablate.program import Ablation
+from hgdpo_core.built_in import is_built_in
 
-FIGURES_STEPS_PER_SECOND, FIGURES_IMAGES_PER_SECOND, FIGURES_SCORES_PER_SECOND = 3.5, 40.0, 100.0
-"""The figures world on 2 idle CPU cores; a busy machine is slower."""
+STEPS_PER_SECOND, IMAGES_PER_SECOND, SCORES_PER_SECOND = 3.5, 40.0, 100.0
+"""The built-in models on 2 idle CPU cores; a busy machine is slower."""
 
 
 def plan_ablation(ablation: Ablation) -> dict[str, Any]:
     """Counts of all work, as if nothing were there yet; what is found is not made again, so a run may do less.
 
-    `minutes` is an estimate for the built-in figures model on 2 idle CPU cores, None for any other model. Images with
+    `minutes` is an estimate for the built-in model on 2 idle CPU cores, None for any other model. Images with
     latent normalisation count twice: two models draw them.
     """
     run, settings, arms, seeds = ablation.run, ablation.settings, ablation.arms, ablation.settings.seeds
@@ -33,9 +34,9 @@ def plan_ablation(ablation: Ablation) -> dict[str, Any]:
 
 def _minutes(ablation: Ablation, trainings: int, images: int, scores: int) -> float | None:
     config = ablation.run.config
-    if config.target.source != "figures":
+    if not is_built_in(config.target.source):
         return None
     steps = trainings * (config.dpo.max_steps or 0) + (config.sft.max_steps or 0 if config.images else 0)
-    seconds = (steps / FIGURES_STEPS_PER_SECOND + images / FIGURES_IMAGES_PER_SECOND
-               + scores / FIGURES_SCORES_PER_SECOND)
+    seconds = (steps / STEPS_PER_SECOND + images / IMAGES_PER_SECOND
+               + scores / SCORES_PER_SECOND)
     return round(seconds / 60, 1)

@@ -7,6 +7,7 @@ from typing import Any
 from hgdpo_core import __version__, pipeline
 from hgdpo_core.ablate.arms import Arm, PlannedTable, all_arms, evaluation_scorers, plan_tables, ranking_scorer
 from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check
+from hgdpo_core.built_in import is_built_in
 from hgdpo_core.config import ScorerConfig, apply_overrides, content_hash
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
@@ -56,10 +57,11 @@ def open_ablation(preset: str = DEFAULT_PRESET, root: str | None = None, *, prom
     """
     given = dict(overrides or {})
     own = {name.removeprefix(PREFIX): given.pop(name) for name in list(given) if name.startswith(PREFIX)}
-    usual = {} if preset == "figures" else {"worlds": ("plain",)}  # real judges have tastes enough
+    base = build_config(preset, target=target, prompts=prompts, images=images)
+    usual = {} if is_built_in(base.scorer.source) else {"worlds": ("plain",)}  # other scorers have tastes enough
     chosen = {name: value for name, value in (settings or {}).items() if value is not None}
     config = build_settings({**usual, **chosen, **own})
-    varied = apply_overrides(build_config(preset, target=target, prompts=prompts, images=images), given)
+    varied = apply_overrides(base, given)
     check(config, varied)
     if config.split != "test":
         held_out = varied.evaluation.prompts.model_copy(update={"split": config.split})

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from hgdpo_core.built_in import DATA_SET, is_built_in
 from hgdpo_core.config import RunConfig, ScorerConfig, StageConfig, describe
 from hgdpo_core.errors import ConfigError
 
@@ -82,6 +83,6 @@ def check(settings: AblationConfig, config: RunConfig) -> None:
     if "tinted" in settings.worlds and config.scorer.name != "pickscore":
         raise ConfigError(f"the tinted world tints PickScore, but scorer.name is {config.scorer.name}: leave tinted "
                           "out of ablation.worlds, or rank by pickscore")
-    if settings.split == "validation" and config.evaluation.prompts.source != "figures":
-        raise ConfigError("only the figures world's prompts have a validation split: give other prompts in "
+    if settings.split == "validation" and not is_built_in(config.evaluation.prompts.source):
+        raise ConfigError(f"only the {DATA_SET}'s prompts have a validation split: give other prompts in "
                           "evaluation.prompts instead")

@@ -10,6 +10,7 @@ from hgdpo_core.ablate.claims import Claim
 from hgdpo_core.ablate.estimates import scaled
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
+from hgdpo_core.built_in import is_built_in
 from hgdpo_core.rendering.tables import Table
 from hgdpo_core.scorers import defect_limit, scorer_title
 from hgdpo_core.statistics.intervals import Estimate
@@ -172,7 +173,7 @@ def _training_table(results: Results) -> AblationTable:
 def _how(results: Results, world: World) -> str:
     ablation, prompts = results.ablation, results.ablation.run.evaluation_prompts.prompts
     source = ablation.run.config.evaluation.prompts
-    split = f"{source.split} " if source.source == "figures" else ""
+    split = f"{source.split} " if is_built_in(source.source) else ""
     seeds = ablation.settings.seeds
     return (f"{WORLDS[world][0].upper()}{WORLDS[world][1:]}. {len(prompts)} held-out {split}prompts, "
             + ("1 training an arm; 95 % intervals by resampling prompts: how trainings differ is not in them."

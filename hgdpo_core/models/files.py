@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import snapshot_download
 
+from hgdpo_core.built_in import find_target, is_built_in
 from hgdpo_core.config import TargetConfig, content_hash
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.backbone import find_family
@@ -67,10 +68,8 @@ def find_files(config: TargetConfig) -> TargetFiles:
 
 
 def _locate(config: TargetConfig) -> tuple[Path, str | None]:
-    if config.source == "figures":
-        from hgdpo_core import figures
-
-        return figures.target_path(), None
+    if is_built_in(config.source):
+        return find_target(), None
     path = Path(config.source).expanduser()
     if path.exists():
         return path, None

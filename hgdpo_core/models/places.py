@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from hgdpo_core import figures
+from hgdpo_core import built_in
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.files import SD15_CONFIGS
@@ -17,12 +17,9 @@ from hgdpo_core.models.model import Lora, Model, find_model, recorded_syntax
 from hgdpo_core.models.published import fetch_model, find_record, publish_model, stored_id
 from hgdpo_core.storage import Store
 
-FIGURES = "figures"
-BUILT_IN = (figures.target_path, figures.judge_path, figures.inspector_path)
-
 
 class Place(BaseModel):
-    """Either `source` (figures, a hub id with its commit, or a path of this machine) or a model of the store."""
+    """Either `source` (built in, a hub id with its commit, or a path of this machine) or a model of the store."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,8 +32,8 @@ class Place(BaseModel):
     @classmethod
     def of(cls, store: Store, path: Path, *, share: bool) -> Self:
         """The place of a local file or folder; with `share`, one from outside the store is copied into it first."""
-        if path.resolve() in {built_in().resolve() for built_in in BUILT_IN}:
-            return cls(source=FIGURES)
+        if built_in.holds(path):
+            return cls(source=built_in.SOURCE)
         inside = stored_id(store, path)
         if inside is not None:
             return cls(model_id=inside)
@@ -47,7 +44,7 @@ class Place(BaseModel):
     @classmethod
     def of_source(cls, store: Store, source: str | None, *, share: bool) -> Self:
         """The place of a scorer's source: a path of this machine, or a name (hub id, built in) as it is."""
-        path = Path(source).expanduser() if source not in (None, FIGURES) else None
+        path = Path(source).expanduser() if source not in (None, built_in.SOURCE) else None
         if path is None or not path.exists():
             return cls(source=source)
         return cls.of(store, path, share=share)

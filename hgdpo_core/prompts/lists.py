@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
+from hgdpo_core import built_in
 from hgdpo_core.config import PromptSource, content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.prompts.sources import read_texts
@@ -60,8 +61,8 @@ def read_prompts(source: PromptSource, store: Store | None = None) -> PromptList
 
     InputError if there is none, or the source cannot be used; StorageError for a remote one out of reach.
     """
-    if source.source == "figures":
-        return _figures_prompts(source)
+    if built_in.is_built_in(source.source):
+        return PromptList(built_in.read_prompts(source.split, source.limit))
     texts, remark = read_texts(source, store)
     result = replace(clean_prompts(texts), remark=remark)
     if source.limit is not None:
@@ -105,11 +106,3 @@ def load_prompts(store: Store, prompts_id: str) -> PromptList:
 def prompt_table(prompts: Sequence[str]) -> pa.Table:
     """Arrow table of prompt_id and prompt."""
     return pa.table({"prompt_id": [prompt_id(p) for p in prompts], "prompt": list(prompts)}, schema=SCHEMA)
-
-
-def _figures_prompts(source: PromptSource) -> PromptList:
-    from hgdpo_core import figures
-
-    if source.limit is None:
-        raise InputError('prompts from "figures" need a limit: the world holds more people than you want to draw')
-    return PromptList(tuple(figures.prompts(source.split, source.limit, seed=0)))

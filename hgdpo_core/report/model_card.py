@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from hgdpo_core.built_in import DATA_SET, is_built_in
 from hgdpo_core.config import RunConfig
 from hgdpo_core.models.files import looks_like_hub_id
 from hgdpo_core.scorers import scorer_title
@@ -69,7 +70,7 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
 
 def public_name(source: str) -> str:
     """A source as it may be printed: a hub id or web address without its query; of any other place the last part."""
-    if source == "figures":
+    if is_built_in(source):
         return "the built-in figures model"
     address = urlsplit(source)
     if address.scheme in ("http", "https"):
@@ -101,13 +102,13 @@ def _data(config: RunConfig, summary: Mapping[str, Any]) -> str:
         f"- Preference data: {summary['pool_images']:,} images drawn by the model itself, {pool_size} a prompt, "
         f"ranked by {judge}; best against worst: {summary['triplets']:,} pairs "
         f"({summary['rejected']:,} pools without one).",
-        f"- Prompts: {'the figures world' if prompts == 'figures' else public_name(prompts)}.",
+        f"- Prompts: {f'the {DATA_SET}' if is_built_in(prompts) else public_name(prompts)}.",
         "- The target was first fine-tuned on captioned images (see above for their source)."
         if config.images is not None else "- The target was not fine-tuned on images first.",
     ]
     if not config.dpo.allow_foreign_triplets:
         lines.append("- No photograph was used as a preference: winners and losers are the model's own images.")
-    if config.scorer.source == "figures":
+    if is_built_in(config.scorer.source):
         lines.append(f"- {judge} is here the figures world's own judge, a small model trained on drawings: nothing on "
                      "this card says anything about photographs.")
     return "\n".join(lines) + "\n"

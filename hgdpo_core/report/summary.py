@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hgdpo_core.built_in import SCORER_NOTE, is_built_in
 from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.errors import StorageError
@@ -126,7 +127,6 @@ def _comparison_summary(run: Run | ComparisonRun, comparison: Comparison) -> dic
 
 def _notes(scorers: Sequence[ScorerConfig]) -> list[str]:
     notes = [f"CLIP is the checkpoint {scorer.source or OPENAI_CLIP}." for scorer in scorers if scorer.name == "clip"]
-    if any(scorer.source == "figures" for scorer in scorers):
-        notes.append("Where this page says PickScore, the judge is the figures world's own: a small model of "
-                     "PickScore's shape, trained on drawings. Nothing here says anything about photographs.")
+    if any(is_built_in(scorer.source) for scorer in scorers):
+        notes.append(f"Where this page says PickScore, {SCORER_NOTE}.")
     return notes

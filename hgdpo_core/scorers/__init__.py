@@ -62,7 +62,7 @@ def load_scorer(name: str, *, source: str | None = None, device: str = "cpu",
                 dtype: torch.dtype = torch.float32) -> Scorer:
     """A scorer by name; `source` is a hub id, a folder or (but for pickscore) a weights file, None the public weights.
 
-    pickscore also knows the source "figures", the built-in judge.
+    pickscore, tinted and inspector have built-in weights too (hgdpo_core/built_in.py).
     """
     return _module(name).load(source=source, device=device, dtype=dtype)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hgdpo_core.built_in import find_scorer_weights, is_built_in
 from hgdpo_core.errors import InputError, ModelError
 from hgdpo_core.figures.inspector import Inspector, inspect, load_inspector
 from hgdpo_core.figures.people import Figure, parse_caption
@@ -49,13 +50,8 @@ def _read(prompt: str) -> Figure:
 
 
 def locate(source: str | None) -> tuple[Path, str]:
-    """The folder of the weights, and its fingerprint; None and "figures" are the shipped ones."""
-    if source in (None, "figures"):
-        from hgdpo_core import figures
-
-        folder = figures.inspector_path()
-    else:
-        folder = Path(source).expanduser()
+    """The folder of the weights, and its fingerprint; None is the built-in one."""
+    folder = find_scorer_weights(NAME) if source is None or is_built_in(source) else Path(source).expanduser()
     if not (folder / "model.safetensors").is_file():
         raise ModelError(f"scorer inspector: {folder} holds no model.safetensors: expected a folder that "
                          "`python -m hgdpo_core.figures` made, or leave the source out for the shipped one")

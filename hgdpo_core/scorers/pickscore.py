@@ -1,6 +1,6 @@
 """PickScore (Kirstain et al. 2023, arXiv:2305.01569): exp(logit_scale) * cosine(text, image) of a tuned CLIP ViT-H/14.
 
-Any transformers CLIPModel folder trained with its objective serves, such as the figures judge.
+Any transformers CLIPModel folder trained with its objective serves, such as the built-in judge.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from hgdpo_core.built_in import find_scorer_weights, is_built_in
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.hub import first_line, quiet_transformers
@@ -75,10 +76,8 @@ def _read_processor(processor: Any) -> tuple[int, list[float], list[float]]:
 
 def locate(source: str | None) -> tuple[Path, Path, str]:
     """Folders of the model and of its processor, and the fingerprint. Downloads a hub id."""
-    if source == "figures":
-        from hgdpo_core import figures
-
-        source = str(figures.judge_path())
+    if is_built_in(source):
+        source = str(find_scorer_weights(NAME))
     if source is not None and Path(source).expanduser().is_dir():
         folder = Path(source).expanduser()
         return folder, folder, fingerprint_path(folder)
@@ -98,7 +97,7 @@ def _download(repository: str, patterns: list[str]) -> Path:
 
 
 def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PickScore:
-    """PickScore from the hub (None), a hub id, a folder, or "figures"."""
+    """PickScore from the hub (None), a hub id, a folder, or the built-in one."""
     folder, processor_folder, fingerprint = locate(source)
     with quiet_transformers():
         try:
