@@ -79,5 +79,8 @@ def ranking_drift(before: np.ndarray, now: np.ndarray) -> RankingDrift:
 def _tau(before: np.ndarray, now: np.ndarray) -> float:
     if not (np.isfinite(before).all() and np.isfinite(now).all()):
         return float("nan")
+    if len(before) == 2:  # SciPy's asymptotic p-value, which is not used, divides by n - 2
+        product = float(np.sign(np.diff(before) * np.diff(now))[0])
+        return product if product else float("nan")  # a tie has no order
     # The p-value is not used; "asymptotic" spares the time of the exact one.
     return float(kendalltau(before, now, variant="b", method="asymptotic").statistic)  # pyright: ignore

@@ -56,3 +56,9 @@ def test_what_is_not_defined_is_null():
 def test_only_rankings_of_the_same_pools_compare(before, now):
     with pytest.raises(InputError, match="N >= 2"):
         ranking_drift(np.zeros(before), np.zeros(now))
+
+
+def test_two_images_per_prompt_have_a_tau():
+    """SciPy divides by n - 2 for a p-value that is not used."""
+    before, now = np.array([[1.0, 2], [1, 2], [1, 2]]), np.array([[3.0, 4], [4, 3], [3, 3]])
+    assert ranking_drift(before, now).taus == pytest.approx([1, -1, NAN], nan_ok=True)
