@@ -22,7 +22,7 @@ from hgdpo_core.config import (
 )
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.evaluate import plan_evaluation
-from hgdpo_core.models import Model, find_model
+from hgdpo_core.models import Model, check_lora, find_model
 from hgdpo_core.models.files import is_lora
 from hgdpo_core.presets import DEFAULT_PRESET, PARTI_PROMPTS, build_config
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
@@ -158,7 +158,10 @@ def _find_models(config: ComparisonConfig, lora_weight: float | None) -> tuple[M
         wearer = source if lora is None else config.base or config.target.source
         revision = config.target.revision if wearer == config.target.source else None
         model = find_model(config.target.model_copy(update={"source": wearer, "revision": revision}))
-        return model if lora is None else model.with_lora(lora, worn_at)
+        if lora is None:
+            return model
+        check_lora(model, lora)
+        return model.with_lora(lora, worn_at)
 
     target = find(config.target.source, target_lora, config.target_lora_weight or weight)
     tuned = find(config.tuned, tuned_lora, weight)

@@ -1,6 +1,7 @@
 """Where a target model, its VAE and its component configs lie: found, checked and fingerprinted without loading."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,27 @@ from hgdpo_core.config import TargetConfig, content_hash
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.backbone import find_family
 from hgdpo_core.models.fingerprints import fingerprint_path
+from hgdpo_core.models.hub import first_line
+from hgdpo_core.models.lora_files import LORA_NAME, is_lora, lora_file
+from hgdpo_core.models.networks import check_component, check_single_networks, check_single_vae
+from hgdpo_core.models.tokenizers import check_tokenizer, load_clip_tokenizer
 from hgdpo_core.models.weight_files import (
     INPUT_CHANNELS,
     TEXT_WIDTHS,
+    UNET_FIRST,
     WEIGHT_SUFFIXES,
-    check_folder_weights,
+    TensorInfo,
     check_single_file,
     check_vae_file,
     read_tensor_infos,
 )
 
+__all__ = ["LORA_NAME", "PARTS", "SD15_CONFIGS", "TargetFiles", "check_channels", "find_files", "first_line", "is_lora",
+           "lora_file", "looks_like_hub_id", "read_config"]
+
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SD15_CONFIGS = Path(__file__).parent / "sd15"
 PARTS = ("unet", "vae", "text_encoder")
-LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,11 @@ def find_files(config: TargetConfig) -> TargetFiles:
     configs = None
     if path.is_file():
         configs = Path(config.component_configs).expanduser() if config.component_configs else SD15_CONFIGS
-        check_pipeline_configs(configs)
-        check_single_file(path, read_tensor_infos(path), own_vae=config.vae is None)
     elif config.component_configs:
         raise ModelError(f"target.component_configs is for a single file, and {path} is a folder with its own: "
                          "leave it out")
+    if configs is not None:
+        check_files(path, configs, own_vae=config.vae is None)
     else:
         find_family(path).check_folder(path)
     return TargetFiles(path, _find_vae(config.vae) if config.vae else None, configs, commit)
@@ -93,13 +101,8 @@ def _find_vae(source: str) -> Path:
             path = Path(snapshot_download(source, allow_patterns=["config.json", "*.safetensors"]))
         except Exception as error:  # see _locate
             raise _no_download("target.vae", source, error) from None
-    if path.is_file():
-        check_vae_file(path, read_tensor_infos(path))
-        return path
     path = path / "vae" if (path / "model_index.json").exists() else path  # a whole pipeline: its VAE
-    if read_config(path / "config.json").get("_class_name") != "AutoencoderKL":
-        raise ModelError(f"target.vae {path} holds no AutoencoderKL, the kind of VAE that Stable Diffusion uses")
-    check_folder_weights(path)
+    check_vae(path)
     return path
 
 
@@ -113,24 +116,42 @@ def _no_download(what: str, source: str, error: Exception) -> ModelError:
                       f"{first_line(error)}")
 
 
-def lora_file(path: Path) -> Path:
-    """The weights of a LoRA that is a file, or a folder as diffusers saves it."""
-    return path / LORA_NAME if path.is_dir() else path
+def check_files(path: Path, configs: Path | None, *, own_vae: bool, loads: bool = False) -> None:
+    """Refuse, before anything loads, what is not a whole Stable Diffusion 1.x: a folder, or a file with its configs.
+
+    `own_vae`: the model's own VAE will be used, so it must be whole too; `loads`: with these configs and no others.
+    """
+    parts = [part for part in PARTS if part != "vae" or own_vae]
+    check_pipeline_configs(configs or path)
+    if configs is None:
+        for part in parts:
+            check_component(path / part, part, read_config(path / part / "config.json"))
+        return
+    infos = read_tensor_infos(path)
+    check_single_file(path, infos, own_vae=own_vae)
+    if not loads and configs == SD15_CONFIGS and _other_width(infos, configs):
+        return  # the configs it needs were not given: what loads it says so
+    check_single_networks(path, infos, {part: read_config(configs / part / "config.json") for part in PARTS},
+                          own_vae=own_vae)
 
 
-def is_lora(path: Path) -> bool:
-    """Whether a local path is a LoRA, and not a whole model, by its tensors' names; ModelError for a broken file."""
-    file = lora_file(path)
-    if file.suffix != ".safetensors" or not file.is_file():
-        return False
-    return all("lora" in name for name in read_tensor_infos(file))
+def _other_width(infos: Mapping[str, TensorInfo], configs: Path) -> bool:
+    width = read_config(configs / "unet" / "config.json")["block_out_channels"][0]
+    shape = infos[UNET_FIRST].shape
+    return len(shape) == 4 and shape[0] != width
 
 
-def check_folder(path: Path) -> None:
-    """Refuse, before anything loads, a folder that is not a whole Stable Diffusion 1.x pipeline."""
-    check_pipeline_configs(path)
-    for part in PARTS:
-        check_folder_weights(path / part)
+def check_vae(path: Path) -> None:
+    """Refuse what is not a whole VAE of Stable Diffusion: a single file or a diffusers folder."""
+    if path.is_file():
+        infos = read_tensor_infos(path)
+        check_vae_file(path, infos)
+        check_single_vae(path, infos, read_config(SD15_CONFIGS / "vae" / "config.json"))
+        return
+    config = read_config(path / "config.json")
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ModelError(f"target.vae {path} holds no AutoencoderKL, the kind of VAE that Stable Diffusion uses")
+    check_component(path, "vae", config)
 
 
 def check_pipeline_configs(path: Path) -> None:
@@ -150,6 +171,9 @@ def check_pipeline_configs(path: Path) -> None:
     prediction = read_config(scheduler).get("prediction_type", "epsilon") if scheduler.exists() else None
     if prediction not in PREDICTION_TYPES:
         raise ModelError(f"{path} predicts {prediction!r}: expected {' or '.join(PREDICTION_TYPES)}")
+    vocabulary = read_config(path / "text_encoder" / "config.json").get("vocab_size")
+    tokenizer = load_clip_tokenizer(path / "tokenizer")
+    check_tokenizer(path / "tokenizer", lambda text: tokenizer(text).input_ids, vocabulary)
 
 
 def check_channels(path: Path, channels: int, latent_channels: int) -> None:
@@ -166,13 +190,8 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: expected a folder saved by diffusers' save_pretrained") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {first_line(error)}; get it again") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds no JSON object: get it again")
     return config
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its name, cut at 300 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hgdpo_core.config import content_hash
+from hgdpo_core.errors import ModelError
 
 T = TypeVar("T")
 
@@ -20,8 +21,14 @@ def fingerprint_path(path: Path) -> str:
     """sha256 (64 hex digits) of one file, or of the names and hashes of a folder's weights and configs."""
     if path.is_file():
         return _file_hash(path)
-    files = sorted(f for f in path.rglob("*") if f.suffix in HASHED_SUFFIXES and not _is_ours(f.relative_to(path)))
-    return content_hash([[f.relative_to(path).as_posix(), _config_hash(f) or _file_hash(f)] for f in files], length=64)
+    files = sorted(f for f in path.rglob("*") if f.suffix in HASHED_SUFFIXES and not _is_ours(f.relative_to(path))
+                   and f.is_file())  # a link that leads nowhere, a folder or a pipe by such a name is no part of it
+    try:
+        return content_hash([[f.relative_to(path).as_posix(), _config_hash(f) or _file_hash(f)] for f in files],
+                            length=64)
+    except OSError as error:
+        raise ModelError(f"{error.filename or path} cannot be read: {error.strerror or error}; make it readable or get "
+                         "the model again") from None
 
 
 def _is_ours(name: Path) -> bool:
@@ -36,7 +43,7 @@ def _config_hash(path: Path) -> str | None:
         return None
     try:
         config = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if isinstance(config, dict):
         config = {key: value for key, value in config.items() if key not in SAVERS_NOTES}

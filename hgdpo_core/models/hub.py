@@ -19,6 +19,6 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What another library's error says, cut to one line of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

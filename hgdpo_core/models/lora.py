@@ -1,6 +1,5 @@
 """The policy: the target's UNet wearing a LoRA. With the LoRA off, the same network is the reference."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hgdpo_core.errors import ModelError
+from hgdpo_core.models.lora_files import read_notes
 
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -103,12 +103,12 @@ def write_kohya_lora(source: Path, path: Path) -> None:
     """
     with safe_open(source, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-        notes = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        notes = read_notes(source, file.metadata() or {})
     ranks = {len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight")}
     if not ranks:
         raise ModelError(f"{source} is no LoRA as diffusers saves it: expected keys that end in .lora_A.weight")
     _refuse_other_scale((name, notes[f"{name}.lora_alpha"], notes[f"{name}.r"])
-                        for name in ("unet", "text_encoder") if f"{name}.lora_alpha" in notes)
+                        for name in ("unet", "text_encoder") if {f"{name}.lora_alpha", f"{name}.r"} <= notes.keys())
     _refuse_other_scale((name, float(tensor), max(ranks)) for name, tensor in state.items() if name.endswith(".alpha"))
     rank, state = str(max(ranks)), {name: tensor for name, tensor in state.items() if not name.endswith(".alpha")}
     save_file(convert_state_dict_to_kohya(state), path, metadata={

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
 from hgdpo_core.config import PromptSyntax, TargetConfig, content_hash
-from hgdpo_core.errors import ConfigError, ModelError
-from hgdpo_core.models.files import SD15_CONFIGS, check_channels, find_files, first_line, lora_file
+from hgdpo_core.errors import ConfigError, HGDPOError, ModelError
+from hgdpo_core.models.files import SD15_CONFIGS, check_channels, check_files, check_vae, find_files, read_config
 from hgdpo_core.models.fingerprints import fingerprint_path
-from hgdpo_core.models.weight_files import check_finite, check_text_encoder
+from hgdpo_core.models.hub import first_line
+from hgdpo_core.models.lora_files import apply_lora, lora_file
+from hgdpo_core.models.networks import check_finite, empty_network, quiet_libraries
+from hgdpo_core.models.text_weights import has_flat_text_encoder, read_flat_text_encoder, use_encoder_length
 
+BROKEN = "the weights are broken (or, in float16, overflow: set target.dtype to float32)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -92,6 +93,16 @@ def find_model(config: TargetConfig) -> Model:
                  prompt_syntax=config.prompt_syntax, negative_syntax=config.prompt_syntax)
 
 
+def check_lora(model: Model, path: Path) -> None:
+    """Refuse, before anything loads, a LoRA that is broken or that this model cannot take as a whole."""
+    configs = model.configs or model.path
+    parts = {part: empty_network(configs, part, read_config(configs / part / "config.json"))
+             for part in ("unet", "text_encoder")}
+    pipeline = StableDiffusionPipeline(**parts, vae=None, tokenizer=None, scheduler=None, safety_checker=None,
+                                       feature_extractor=None, requires_safety_checker=False)
+    apply_lora(pipeline, path)
+
+
 def recorded_syntax(settings: Mapping[str, Any]) -> dict[str, PromptSyntax]:
     """`prompt_syntax` and `negative_syntax` of a model whose `identity()` or `syntax()` was recorded."""
     return {name: settings.get(name, "plain") for name in ("prompt_syntax", "negative_syntax")}
@@ -101,72 +112,69 @@ def load_pipeline(model: Model, device: str = "cpu", *, dtype: str | None = None
                   vae_dtype: str | None = None) -> StableDiffusionPipeline:
     """The model as a plain diffusers pipeline in `dtype` (default: the model's own), without a safety checker.
 
-    A LoRA is merged in float32 before the cast, so that its weight acts exactly and sampling costs nothing more.
+    A LoRA is merged in float32 before the cast, so that its weight acts exactly and sampling costs nothing more; a
+    `vae_dtype` is that of the file's own weights, which were not rounded to `dtype` before. ModelError, in one line,
+    where the files do not hold the whole model, or hold a weight that is not finite.
     """
     wanted = DTYPES[dtype or model.dtype]
-    load_dtype = torch.float32 if model.lora else wanted
-    try:
-        pipeline = _read_pipeline(model, load_dtype)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if "meta tensor" in str(error):  # how diffusers' single-file loader meets a weight that was not in the file
-            raise ModelError(f"{model.path} lacks weights that Stable Diffusion 1.5 has: get a whole file") from None
-        raise ModelError(f"{model.path} does not load as Stable Diffusion 1.5: {first_line(error)}") from None
+    load_dtype = torch.float32 if model.lora or vae_dtype else wanted
+    vae = _load_vae(model.vae, load_dtype) if model.vae else None
+    check_files(model.path, model.configs, own_vae=vae is None, loads=True)
+    with _blamed(model.path, "Stable Diffusion 1.5"):
+        pipeline = _read_pipeline(model, load_dtype, vae)
     check_channels(model.path, pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels)
-    check_finite(model.path, pipeline.components)
-    check_text_encoder(model.path, pipeline.text_encoder)
+    own = {name: part for name, part in pipeline.components.items() if name != "vae" or vae is None}
+    check_finite(model.path, own, BROKEN)
+    use_encoder_length(pipeline)
     if model.lora:
-        _merge_lora(pipeline, model.lora)
+        apply_lora(pipeline, model.lora.path)
+        pipeline.fuse_lora(lora_scale=model.lora.weight)
+        pipeline.unload_lora_weights()
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             part_dtype = DTYPES[vae_dtype] if name == "vae" and vae_dtype else wanted
             torch.nn.Module.to(part, device=device, dtype=part_dtype).eval().requires_grad_(False)
+    if load_dtype != wanted or model.lora:
+        check_finite(model.lora.path if model.lora else model.path, pipeline.components, BROKEN)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _read_pipeline(model: Model, dtype: torch.dtype) -> StableDiffusionPipeline:
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
-    with _quiet_diffusers():
-        vae = {"vae": _read_vae(model.vae, options)} if model.vae else {}
-        if model.path.is_file():
-            return StableDiffusionPipeline.from_single_file(
-                str(model.path), config=str(model.configs), safety_checker=None, **vae, **options)
-        return StableDiffusionPipeline.from_pretrained(
-            model.path, safety_checker=None, requires_safety_checker=False, **vae, **options)
-
-
-def _read_vae(path: Path, options: Mapping[str, Any]) -> AutoencoderKL:
-    if path.is_dir():
-        return AutoencoderKL.from_pretrained(path, **options)
-    return AutoencoderKL.from_single_file(str(path), config=str(SD15_CONFIGS), subfolder="vae", **options)
-
-
 @contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """Without bars, and without advice on safety checkers and on text encoders that a LoRA leaves alone."""
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+def _blamed(path: Path, what: str) -> Iterator[None]:
+    """The libraries' errors as one line that names the file; their bars and advice are silent."""
     try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-        diffusers_logging.enable_progress_bar()
-        transformers_logging.enable_progress_bar()
+        with quiet_libraries():
+            yield
+    except HGDPOError:
+        raise
+    except Exception as error:  # the files passed our checks: what fails now fails in any way
+        raise ModelError(f"{path} does not load as {what}: {first_line(error)}") from None
 
 
-def _merge_lora(pipeline: StableDiffusionPipeline, lora: Lora) -> None:
-    file = lora_file(lora.path)
-    try:
-        with _quiet_diffusers():
-            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
-        raise ModelError(f"the LoRA {lora.path} does not fit the model: {first_line(error)}") from None
-    if not any(pipeline.get_list_adapters().values()):  # diffusers passes over names that it cannot place
-        raise ModelError(f"the LoRA {lora.path} has no layer of this model: is it one for another family?")
-    pipeline.fuse_lora(lora_scale=lora.weight)
-    pipeline.unload_lora_weights()
+def _read_pipeline(model: Model, dtype: torch.dtype, vae: AutoencoderKL | None) -> StableDiffusionPipeline:
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    given: dict[str, Any] = {"vae": vae} if vae is not None else {}
+    if model.path.is_file():
+        if has_flat_text_encoder(model.path):
+            given["text_encoder"] = read_flat_text_encoder(model.path, str(model.configs), dtype)
+        return StableDiffusionPipeline.from_single_file(
+            str(model.path), config=str(model.configs), safety_checker=None, **given, **options)
+    return StableDiffusionPipeline.from_pretrained(
+        model.path, safety_checker=None, requires_safety_checker=False, **given, **options)
+
+
+def _load_vae(path: Path, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE that replaces a model's own; what is the matter with it is said of its own file."""
+    check_vae(path)
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    with _blamed(path, "a VAE of Stable Diffusion 1.5"):
+        if path.is_dir():
+            vae = AutoencoderKL.from_pretrained(path, **options)
+        else:
+            vae = AutoencoderKL.from_single_file(str(path), config=str(SD15_CONFIGS), subfolder="vae", **options)
+    check_finite(path, {"vae": vae}, BROKEN)
+    return vae
 
 
 def resolve_dtype(dtype: str) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 from hgdpo_core.config import PromptSyntax
 from hgdpo_core.models.backbone import Backbone, Conditioning, Denoiser
 from hgdpo_core.models.ddpm import DdpmSchedule
-from hgdpo_core.models.files import check_folder, read_config
+from hgdpo_core.models.files import check_files, read_config
 from hgdpo_core.models.lora import ATTENTION_LINEARS, save_lora
 from hgdpo_core.models.model import Model, load_pipeline
 from hgdpo_core.models.sampling import decode_latents, encode_latents, encode_text
@@ -109,7 +109,7 @@ class Sd15:
         return index.is_file() and read_config(index).get("_class_name") == PIPELINE
 
     def check_folder(self, path: Path) -> None:
-        check_folder(path)
+        check_files(path, None, own_vae=True)
 
     def load(self, model: Model, device: str, *, dtype: str | None, codec_dtype: str | None) -> Backbone:
         return make_backbone(load_pipeline(model, device, dtype=dtype, vae_dtype=codec_dtype), model)

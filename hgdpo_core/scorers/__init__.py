@@ -1,5 +1,6 @@
 """Judges of images behind one small interface: `load_scorer(name).score(images, prompts)`."""
 
+import functools
 import shlex
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -49,6 +50,10 @@ class ScorerSource(Protocol):
         """What the scorer is made of; the last item is the fingerprint. ModelError when it is not to be had."""
         ...
 
+    def check(self, source: str | None) -> None:
+        """ModelError where headers and tokenizer show that the scorer would not load; costs no load of a network."""
+        ...
+
     def load(self, *, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Scorer:
         """The scorer, its networks in `dtype`."""
         ...
@@ -68,8 +73,15 @@ def load_scorer(name: str, *, source: str | None = None, device: str = "cpu",
 
 
 def find_scorer(name: str, source: str | None) -> str:
-    """The fingerprint of a scorer without loading it; ModelError when its weights are not to be had."""
-    return _module(name).locate(source)[-1]
+    """The fingerprint of a scorer without loading it; ModelError when its weights are not to be had, or not whole."""
+    fingerprint = _module(name).locate(source)[-1]
+    _check_once(name, source, fingerprint)
+    return fingerprint
+
+
+@functools.lru_cache(maxsize=64)
+def _check_once(name: str, source: str | None, fingerprint: str) -> None:
+    _module(name).check(source)
 
 
 def require_scorers(scorers: Sequence[ScorerConfig], option: str = "--set evaluation.scorers=") -> None:

@@ -17,8 +17,17 @@ from hgdpo_core.errors import ModelError
 from hgdpo_core.models.hub import first_line
 from hgdpo_core.scorers.heads import linear_head
 from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, normalise_pixels
-from hgdpo_core.scorers.towers import MODEL_FILES, OPENAI_CLIP, load_folder, normalise
-from hgdpo_core.scorers.weights import beside, find_files, find_weights, fingerprint, first_of, freeze, read_tensors
+from hgdpo_core.scorers.towers import MODEL_FILES, OPENAI_CLIP, check_folder, load_folder, normalise
+from hgdpo_core.scorers.weights import (
+    beside,
+    find_files,
+    find_weights,
+    fingerprint,
+    first_of,
+    freeze,
+    read_empty_tensors,
+    read_tensors,
+)
 
 NAME, TITLE = "aesthetic", "LAION aesthetic"
 STEM = "sac+logos+ava1-l14-linearMSE"
@@ -59,15 +68,27 @@ def locate(source: str | None) -> tuple[Path, Path, str]:
     return head, clip[0].parent, fingerprint("aesthetic", [head, *clip])
 
 
+def check(source: str | None) -> None:
+    """ModelError where headers show that head or CLIP is not whole, or that they do not fit; no network is loaded."""
+    path, folder, _ = locate(source)
+    head = linear_head("aesthetic", path, read_empty_tensors("aesthetic", path), "layers.")
+    config = check_folder("aesthetic", folder, CLIPVisionModelWithProjection)
+    _check_width(head, folder, config.vision_config.projection_dim)
+
+
+def _check_width(head: torch.nn.Module, folder: Path, width: int) -> None:
+    expected = next(head.parameters()).shape[1]
+    if width != expected:
+        raise ModelError(f"scorer aesthetic: the head reads {expected} numbers, the CLIP in {folder} gives {width}: "
+                         f"put the head beside {OPENAI_CLIP}")
+
+
 def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Aesthetic:
     """The published head (None), or one from a folder or file; CLIP runs in `dtype`, the head in float32."""
     path, folder, mark = locate(source)
     head = linear_head("aesthetic", path, read_tensors("aesthetic", path), "layers.")
     vision = load_folder("aesthetic", folder, dtype, CLIPVisionModelWithProjection)
-    width, expected = vision.config.projection_dim, next(head.parameters()).shape[1]
-    if width != expected:
-        raise ModelError(f"scorer aesthetic: the head reads {expected} numbers, the CLIP in {folder} gives {width}: "
-                         f"put the head beside {OPENAI_CLIP}")
+    _check_width(head, folder, vision.config.projection_dim)
     return Aesthetic(freeze(vision, device), freeze(head, device), mark)
 
 

@@ -15,6 +15,9 @@ from hgdpo_core.scorers.towers import (
     OPENAI_CLIP,
     TOKENIZER_FILES,
     ClipTowers,
+    check_convert,
+    check_folder,
+    check_texts,
     convert,
     load_folder,
     load_tokenizer,
@@ -69,6 +72,16 @@ def locate(source: str | None) -> tuple[list[Path], list[Path], str]:
     return model, tokenizer, fingerprint("clip", [*model, *tokenizer])
 
 
+def check(source: str | None) -> None:
+    """ModelError where headers and tokenizer show that the files are no whole CLIP; no network is loaded."""
+    files, tokenizer_files, _ = locate(source)
+    tokenizer = load_tokenizer("clip", tokenizer_files)
+    if len(files) == 1:
+        check_convert("clip", files[0], tokenizer, act="quick_gelu")
+    else:
+        check_texts("clip", tokenizer_files[0].parent, tokenizer, check_folder("clip", files[0].parent).text_config)
+
+
 def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ClipScore:
     """CLIP from the hub (None), a hub id, a folder, or a file with the tensors of OpenAI's own release."""
     files, tokenizer_files, mark = locate(source)
@@ -77,4 +90,5 @@ def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype =
         model = convert("clip", files[0], read_tensors("clip", files[0]), tokenizer, act="quick_gelu", dtype=dtype)
     else:
         model = load_folder("clip", files[0].parent, dtype)
+    check_texts("clip", tokenizer_files[0].parent, tokenizer, model.config.text_config)
     return ClipScore(ClipTowers(freeze(model, device), tokenizer), mark)

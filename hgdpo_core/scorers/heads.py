@@ -16,13 +16,24 @@ LAYERS = (0, 2, 4, 6, 7)
 
 def linear_head(scorer: str, path: Path, tensors: Mapping[str, torch.Tensor], prefix: str) -> torch.nn.Sequential:
     """The head whose tensors are named `<prefix><place>.weight` and `.bias`; float32 [B, D] -> [B, 1]."""
-    layers = torch.nn.Sequential()
+    layers, width = torch.nn.Sequential(), None
+    unknown = sorted(name for name in tensors if name.startswith(prefix)
+                     and name.removeprefix(prefix).split(".")[0] not in map(str, LAYERS))
+    if unknown:
+        raise ModelError(f"scorer {scorer}: {path} holds the unknown {unknown[0]}: expected the five linear layers of "
+                         "the published head")
     for place in LAYERS:
         weight, bias = (tensors.get(f"{prefix}{place}.{kind}") for kind in ("weight", "bias"))
         if weight is None or bias is None:
             raise ModelError(f"scorer {scorer}: {path} lacks {prefix}{place}.weight or its bias: expected the five "
                              "linear layers of the published head")
-        layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
-        layer.weight.data, layer.bias.data = weight.float(), bias.float()
+        if weight.ndim != 2 or bias.shape != weight.shape[:1] or width not in (None, weight.shape[1]):
+            raise ModelError(f"scorer {scorer}: {path} holds {prefix}{place}.weight {list(weight.shape)} and a bias "
+                             f"{list(bias.shape)}, which do not fit each other or the layer before: get it whole")
+        width = weight.shape[0]
+        layer = torch.nn.Linear(weight.shape[1], width, device="meta")
+        layer.weight, layer.bias = (torch.nn.Parameter(tensor.float()) for tensor in (weight, bias))
         layers.append(layer)
+    if width != 1:
+        raise ModelError(f"scorer {scorer}: the head in {path} ends in {width} numbers, expected 1: get it whole")
     return layers

@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 
 from hgdpo_core.scorers.pictures import Images, check_counts, letterbox_pixels
-from hgdpo_core.scorers.towers import OPENAI_CLIP, TOKENIZER_FILES, ClipTowers, convert, load_tokenizer
+from hgdpo_core.scorers.towers import (
+    OPENAI_CLIP,
+    TOKENIZER_FILES,
+    ClipTowers,
+    check_convert,
+    check_texts,
+    convert,
+    load_tokenizer,
+)
 from hgdpo_core.scorers.weights import beside, find_files, find_weights, fingerprint, freeze, read_tensors
 
 REPOSITORY = "xswu/HPSv2"
@@ -52,12 +60,18 @@ class Release:
         tokenizer = find_files(self.NAME, "the CLIP tokenizer", folder, TOKENIZER_FILES, OPENAI_CLIP)
         return weights, tokenizer, fingerprint(self.NAME, [weights, *tokenizer], antialias=ANTIALIAS)
 
+    def check(self, source: str | None) -> None:
+        """ModelError where header and tokenizer show that the file is no whole HPS; no network is loaded."""
+        path, tokenizer_files, _ = self.locate(source)
+        check_convert(self.NAME, path, load_tokenizer(self.NAME, tokenizer_files), act="gelu", heads=HEADS)
+
     def load(self, *, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Hps:
         """HPS from the hub (None), a hub id, a folder or a file with open_clip's tensors."""
         path, tokenizer_files, mark = self.locate(source)
         tokenizer = load_tokenizer(self.NAME, tokenizer_files)
         model = convert(self.NAME, path, read_tensors(self.NAME, path), tokenizer, act="gelu", vision_heads=HEADS,
                         text_heads=HEADS, dtype=dtype)
+        check_texts(self.NAME, path, tokenizer, model.config.text_config)
         return Hps(self.NAME, ClipTowers(freeze(model, device), tokenizer), mark)
 
 

@@ -12,16 +12,19 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.hub import first_line, quiet_transformers
+from hgdpo_core.models.tokenizers import check_tokenizer
 from hgdpo_core.scorers.heads import linear_head
 from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, normalise_pixels
 from hgdpo_core.scorers.weights import (
     beside,
     build,
+    check_build,
     count_blocks,
     find_files,
     find_weights,
     fingerprint,
     freeze,
+    read_empty_tensors,
     read_tensors,
 )
 
@@ -73,27 +76,46 @@ def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype =
     """ImageReward from the hub (None), a hub id, a folder or a file; BLIP runs in `dtype`, the head in float32."""
     path, tokenizer_files, mark = locate(source)
     tensors = read_tensors("imagereward", path)
+    vision_config, text_config = _configs_of(path, tensors)
+    vision = build("imagereward", path, BlipVisionModel, vision_config, _vision_tensors(tensors), dtype)
+    text = build("imagereward", path, BlipTextModel, text_config, _text_tensors(tensors), dtype,
+                 attention="eager", add_pooling_layer=False)
+    head = linear_head("imagereward", path, tensors, HEAD)
+    return ImageReward(freeze(vision, device), freeze(text, device), freeze(head, device),
+                       _load_tokenizer(tokenizer_files, text_config.vocab_size), mark)
+
+
+def check(source: str | None) -> None:
+    """ModelError where header and tokenizer show that the file is no whole ImageReward; no network is loaded."""
+    path, tokenizer_files, _ = locate(source)
+    tensors = read_empty_tensors("imagereward", path)
+    vision_config, text_config = _configs_of(path, tensors)
+    check_build("imagereward", path, BlipVisionModel, vision_config, _vision_tensors(tensors))
+    check_build("imagereward", path, BlipTextModel, text_config, _text_tensors(tensors), add_pooling_layer=False)
+    linear_head("imagereward", path, tensors, HEAD)
+    _load_tokenizer(tokenizer_files, text_config.vocab_size)
+
+
+def _configs_of(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[BlipVisionConfig, BlipTextConfig]:
     try:
-        vision_config, text_config = _read_configs(tensors)
+        return _read_configs(tensors)
     except KeyError as error:
         raise ModelError(f"scorer imagereward: {path} lacks {error.args[0]}: expected the tensors of "
                          f"{NAMES[-1]}") from None
-    vision = build("imagereward", path, BlipVisionModel, vision_config, _vision_tensors(tensors), dtype)
-    text = build("imagereward", path, BlipTextModel, text_config, _text_tensors(tensors), dtype,
-                 add_pooling_layer=False, attn_implementation="eager")
-    head = linear_head("imagereward", path, tensors, HEAD)
-    return ImageReward(freeze(vision, device), freeze(text, device), freeze(head, device),
-                       _load_tokenizer(tokenizer_files), mark)
+    except (ValueError, IndexError, TypeError) as error:
+        raise ModelError(f"scorer imagereward: {path} holds tensors of other shapes than {NAMES[-1]}: "
+                         f"{first_line(error)}") from None
 
 
-def _load_tokenizer(files: Sequence[Path]) -> BertTokenizer:
+def _load_tokenizer(files: Sequence[Path], vocabulary: int) -> BertTokenizer:
     try:
         with quiet_transformers():
-            if files[0].suffix == ".json":
-                return BertTokenizer.from_pretrained(files[0].parent, local_files_only=True)
-            return BertTokenizer(vocab=str(files[0]))
+            tokenizer = (BertTokenizer.from_pretrained(files[0].parent, local_files_only=True)
+                         if files[0].suffix == ".json" else BertTokenizer(vocab=str(files[0])))
     except Exception as error:  # tokenizers raises plain Exception
         raise ModelError(f"scorer imagereward: {files[0]} is no BERT vocabulary: {first_line(error)}") from None
+    check_tokenizer(files[0], lambda text: tokenizer(text).input_ids, vocabulary, "scorer imagereward: ")
+    return tokenizer
 
 
 def _read_configs(tensors: Mapping[str, torch.Tensor]) -> tuple[BlipVisionConfig, BlipTextConfig]:

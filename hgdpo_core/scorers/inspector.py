@@ -16,6 +16,7 @@ from hgdpo_core.errors import InputError, ModelError
 from hgdpo_core.figures.inspector import Inspector, inspect, load_inspector
 from hgdpo_core.figures.people import Figure, parse_caption
 from hgdpo_core.models.fingerprints import fingerprint_path
+from hgdpo_core.scorers.weights import check_build, read_empty_tensors, read_tensors
 
 NAME, TITLE = "inspector", "Inspector"
 DEFECT_BELOW = 0.0
@@ -58,7 +59,15 @@ def locate(source: str | None) -> tuple[Path, str]:
     return folder, fingerprint_path(folder)
 
 
+def check(source: str | None) -> None:
+    """ModelError where the header shows that the folder holds no whole inspector."""
+    path = locate(source)[0] / "model.safetensors"
+    check_build("inspector", path, lambda _: Inspector(), None, read_empty_tensors("inspector", path))
+
+
 def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FiguresInspector:
     """The inspector, always in float32 on the CPU: it is too small to gain from anything else."""
     folder, fingerprint = locate(source)
+    check(source)
+    read_tensors("inspector", folder / "model.safetensors")
     return FiguresInspector(load_inspector(folder), fingerprint)

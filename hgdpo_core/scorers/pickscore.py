@@ -15,9 +15,10 @@ from hgdpo_core.built_in import find_scorer_weights, is_built_in
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.hub import first_line, quiet_transformers
+from hgdpo_core.models.tokenizers import load_clip_tokenizer
 from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, floor_half, normalise_pixels
 from hgdpo_core.scorers.texts import TextCache
-from hgdpo_core.scorers.towers import normalise
+from hgdpo_core.scorers.towers import check_folder, check_texts, load_folder, normalise
 from hgdpo_core.scorers.weights import freeze
 
 NAME, TITLE = "pickscore", "PickScore"
@@ -96,14 +97,31 @@ def _download(repository: str, patterns: list[str]) -> Path:
                          "once on a machine with network and give its folder as the scorer's source") from None
 
 
+def check(source: str | None) -> None:
+    """ModelError where headers and tokenizer show that the folder is no whole PickScore; no network is loaded."""
+    folder, processor_folder, _ = locate(source)
+    config = check_folder("pickscore", folder)
+    check_texts("pickscore", processor_folder, load_clip_tokenizer(processor_folder, "scorer pickscore: "),
+                config.text_config)
+    _load_processor(processor_folder)
+
+
+def _load_processor(folder: Path) -> CLIPImageProcessorPil:
+    try:
+        with quiet_transformers():
+            processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        _read_processor(processor)
+    except ModelError:
+        raise
+    except Exception as error:  # any value of any setting may be wrong, and each fails in its own way
+        raise ModelError(f"scorer pickscore: {folder} holds no image processor of a CLIP: {first_line(error)}") from None
+    return processor
+
+
 def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PickScore:
     """PickScore from the hub (None), a hub id, a folder, or the built-in one."""
     folder, processor_folder, fingerprint = locate(source)
-    with quiet_transformers():
-        try:
-            model = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-            tokenizer = CLIPTokenizer.from_pretrained(processor_folder, local_files_only=True)
-            processor = CLIPImageProcessorPil.from_pretrained(processor_folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"scorer pickscore: {folder} does not load as a CLIP model: {first_line(error)}") from None
-    return PickScore(freeze(model, device), tokenizer, processor, fingerprint)
+    model = load_folder("pickscore", folder, dtype)
+    tokenizer = load_clip_tokenizer(processor_folder, "scorer pickscore: ")
+    check_texts("pickscore", processor_folder, tokenizer, model.config.text_config)
+    return PickScore(freeze(model, device), tokenizer, _load_processor(processor_folder), fingerprint)

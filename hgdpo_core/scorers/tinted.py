@@ -58,6 +58,11 @@ def locate(source: str | None) -> tuple[str]:
     return (content_hash({"judge": pickscore.locate(source)[-1], "strength": STRENGTH, "taste": "red - blue"}, 64),)
 
 
+def check(source: str | None) -> None:
+    """ModelError where headers and tokenizer show that the judge below is not whole."""
+    pickscore.check(source)
+
+
 def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tinted:
     """PickScore from `source` (see there), made fond of warm pictures."""
     return Tinted(pickscore.load(source=source, device=device, dtype=dtype), locate(source)[-1])

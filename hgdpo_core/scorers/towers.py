@@ -11,13 +11,16 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.hub import first_line, quiet_transformers
+from hgdpo_core.models.networks import check_finite, component_infos
+from hgdpo_core.models.tokenizers import check_tokenizer, load_clip_tokenizer
 from hgdpo_core.scorers.pictures import normalise_pixels
 from hgdpo_core.scorers.texts import TextCache
-from hgdpo_core.scorers.weights import build, count_blocks
+from hgdpo_core.scorers.weights import build, check_build, count_blocks, read_empty_tensors, refuse_report
 
 OPENAI_CLIP = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 MODEL_FILES = (("config.json", "model.safetensors"),)
+TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale")
 SETTINGS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # OpenAI's files hold them as tensors
 
 RENAMES = {
@@ -72,13 +75,26 @@ def clean_text(text: str) -> str:
 
 def load_tokenizer(scorer: str, files: Sequence[Path]) -> CLIPTokenizer:
     """The tokenizer in `files`, one of the choices of TOKENIZER_FILES."""
+    if len(files) == 1:
+        return load_clip_tokenizer(files[0].parent, f"scorer {scorer}: ")
     try:
         with quiet_transformers():
-            if len(files) == 1:
-                return CLIPTokenizer.from_pretrained(files[0].parent, local_files_only=True)
             return CLIPTokenizer(vocab=str(files[0]), merges=str(files[1]))
     except Exception as error:  # tokenizers raises plain Exception
         raise ModelError(f"scorer {scorer}: {files[0].parent} holds no CLIP tokenizer: {first_line(error)}") from None
+
+
+def check_texts(scorer: str, place: Path, tokenizer: CLIPTokenizer, text: Any) -> None:
+    """ModelError where two texts are one to a CLIP: the same ids, or pooled before they begin to differ.
+
+    `text` is the config of its text tower, which pools where the end token stands.
+    """
+    def read(words: str) -> list[int]:
+        ids: list[int] = tokenizer(words).input_ids
+        end = max(ids) if text.eos_token_id == 2 else text.eos_token_id  # 2: what old configs say, whatever the end is
+        return ids[:ids.index(end) + 1] if end in ids else ids[:1]
+
+    check_tokenizer(place, read, text.vocab_size, f"scorer {scorer}: ")
 
 
 def convert(scorer: str, path: Path, tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, *, act: str,
@@ -88,25 +104,59 @@ def convert(scorer: str, path: Path, tensors: Mapping[str, torch.Tensor], tokeni
     Sizes are read from the tensors, heads are 64 wide unless numbered; `act` is "gelu" (open_clip) or "quick_gelu"
     (OpenAI), which no tensor tells.
     """
+    config, renamed = _converted(scorer, path, tensors, tokenizer, act, vision_heads, text_heads)
+    return build(scorer, path, CLIPModel, config, renamed, dtype)
+
+
+def check_convert(scorer: str, path: Path, tokenizer: CLIPTokenizer, *, act: str, heads: int | None = None) -> None:
+    """ModelError, from the file's header alone, where `convert` would refuse it, or where two texts would be one."""
+    tensors = read_empty_tensors(scorer, path)
+    config, renamed = _converted(scorer, path, tensors, tokenizer, act, heads, heads)
+    check_build(scorer, path, CLIPModel, config, renamed)
+    check_texts(scorer, path, tokenizer, config.text_config)
+
+
+def _converted(scorer: str, path: Path, tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, act: str,
+               vision_heads: int | None, text_heads: int | None) -> tuple[CLIPConfig, dict[str, torch.Tensor]]:
     try:
-        config = _read_config(tensors, tokenizer, act, vision_heads, text_heads)
+        return _read_config(tensors, tokenizer, act, vision_heads, text_heads), rename_tensors(tensors)
     except KeyError as error:
         raise ModelError(f"scorer {scorer}: {path} lacks {error.args[0]}: expected the tensors of a CLIP with the "
                          "names of open_clip") from None
-    return build(scorer, path, CLIPModel, config, rename_tensors(tensors), dtype)
+    except (ValueError, IndexError, RuntimeError, TypeError) as error:
+        raise ModelError(f"scorer {scorer}: {path} holds tensors of other shapes than a CLIP: {first_line(error)}"
+                         ) from None
+
+
+def check_folder(scorer: str, folder: Path, kind: Any = CLIPModel) -> CLIPConfig:
+    """The config of a transformers CLIPModel folder that holds all weights of it, or with `kind` of one of its towers.
+
+    ModelError, from the headers alone, for any other.
+    """
+    try:
+        config = CLIPConfig.from_pretrained(folder, local_files_only=True)
+        infos = component_infos(folder)
+    except ModelError as error:
+        raise ModelError(f"scorer {scorer}: {error}") from None
+    except Exception as error:  # any value of any setting may be wrong, and each fails in its own way
+        raise ModelError(f"scorer {scorer}: {folder} does not load as a CLIP model: {first_line(error)}") from None
+    tensors = {name: torch.empty(info.shape, device="meta") for name, info in infos.items()
+               if kind is CLIPModel or not name.startswith(TEXT_TOWER)}
+    check_build(scorer, folder, kind, config if kind is CLIPModel else config.vision_config, tensors)
+    return config
 
 
 def load_folder(scorer: str, folder: Path, dtype: torch.dtype, kind: Any = CLIPModel) -> Any:
     """The transformers CLIPModel of a folder, or with `kind` one of its towers."""
+    check_folder(scorer, folder, kind)
     with quiet_transformers():
         try:
             model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True,
                                                  output_loading_info=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except Exception as error:  # what passed the check may still fail in any way
             raise ModelError(f"scorer {scorer}: {folder} does not load as a CLIP model: {first_line(error)}") from None
-    if report["missing_keys"]:
-        raise ModelError(f"scorer {scorer}: {folder} lacks {sorted(report['missing_keys'])[0]}: these are weights of "
-                         "another model")
+    refuse_report(f"scorer {scorer}: {folder}", report, () if kind is CLIPModel else TEXT_TOWER)
+    check_finite(f"scorer {scorer}: {folder}", {"the CLIP": model}, "it is broken, get it again")
     return model
 
 

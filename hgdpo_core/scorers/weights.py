@@ -4,12 +4,13 @@ A scorer's `source` names its own weights: None for the public ones, a hub id, a
 them (tokenizer, CLIP towers) is looked for in the same folder first, then on the hub.
 """
 
-import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -19,10 +20,12 @@ from hgdpo_core.config import content_hash
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.hub import first_line, quiet_transformers
+from hgdpo_core.models.networks import NO_WEIGHTS, check_finite, compare_shapes, shapes_of
+from hgdpo_core.models.weight_files import TORCH_SUFFIXES as PICKLED
+from hgdpo_core.models.weight_files import open_torch, read_tensor_infos
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-WRAPPERS = ("state_dict", "model")
-"""Under which a training script keeps a model's tensors in its checkpoint."""
+
+CONVERT = "save its tensors as .safetensors where you trust it"
 
 
 def find_weights(scorer: str, source: str | None, names: Sequence[str], repository: str) -> Path:
@@ -110,22 +113,50 @@ def download(scorer: str, repository: str, names: Sequence[str]) -> Path:
 
 def read_tensors(scorer: str, path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a weights file, unwrapped from a checkpoint; only data is read, never code (weights_only)."""
+    with _of_scorer(scorer):
+        try:
+            tensors = load_file(path) if _is_safetensors(path) else open_torch(path, convert=CONVERT)
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(f"{path} does not read as weights: {first_line(error)}") from None
+    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    check_finite(f"scorer {scorer}: {path}", {"the file": _Bag(tensors)}, "it is broken, get it again")
+    return tensors
+
+
+def read_empty_tensors(scorer: str, path: Path) -> dict[str, torch.Tensor]:
+    """The same tensors without their numbers, from the file's header."""
+    with _of_scorer(scorer):
+        infos = read_tensor_infos(path)
+    return {name.removeprefix("module."): torch.empty(info.shape, device="meta") for name, info in infos.items()}
+
+
+def _is_safetensors(path: Path) -> bool:
+    if path.suffix == ".safetensors":
+        read_tensor_infos(path)
+        return True
+    return False
+
+
+class _Bag(torch.nn.Module):
+    """Tensors that belong to no network yet."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        super().__init__()
+        self.tensors = dict(tensors)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return self.tensors
+
+
+@contextmanager
+def _of_scorer(scorer: str) -> Iterator[None]:
+    """Errors that say which scorer they are about."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix not in PICKLED:
-            raise ModelError(f"scorer {scorer}: {path} is no weights file: expected .safetensors or one of "
-                             f"{', '.join(PICKLED)}")
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError:
-        raise ModelError(f"scorer {scorer}: {path} holds more than tensors, so the safe loader refuses it: "
-                         "save its tensors as .safetensors where you trust it") from None
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"scorer {scorer}: {path} does not read as weights: {first_line(error)}") from None
-    inner = next((content[key] for key in WRAPPERS if key in content and isinstance(content[key], Mapping)), content)
-    return {name.removeprefix("module."): value for name, value in inner.items() if isinstance(value, torch.Tensor)}
+        yield
+    except ModelError as error:
+        raise ModelError(f"scorer {scorer}: {error}") from None
 
 
 def count_blocks(tensors: Mapping[str, torch.Tensor], prefix: str) -> int:
@@ -136,20 +167,46 @@ def count_blocks(tensors: Mapping[str, torch.Tensor], prefix: str) -> int:
     return 1 + max(numbers)
 
 
-def build(scorer: str, path: Path, kind: Any, config: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype,
-          **options: Any) -> Any:
+def check_build(scorer: str, path: Path, kind: Any, config: Any, tensors: Mapping[str, torch.Tensor],
+                **options: Any) -> None:
+    """ModelError where `tensors` (or their shapes alone, on the meta device) are not all that a `kind` holds."""
+    try:
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            network = kind(config, **options)
+    except Exception as error:  # any value of any setting may be wrong, and each fails in its own way
+        raise ModelError(f"scorer {scorer}: {path} does not fit the architecture: {first_line(error)}") from None
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    compare_shapes(f"scorer {scorer}: {path}", getattr(kind, "__name__", "the network"), given, shapes_of(network))
+
+
+def build(scorer: str, path: Path, kind: Any, config: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, *,
+          attention: str | None = None, **options: Any) -> Any:
     """A transformers model of class `kind` that holds exactly `tensors`; ModelError names one that lacks or is over."""
+    check_build(scorer, path, kind, config, tensors, **options)
+    if attention is not None:
+        options["attn_implementation"] = attention
     with quiet_transformers():
         try:
             model, report = kind.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype,
                                                  output_loading_info=True, **options)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except Exception as error:  # what passed the check may still fail in any way
             raise ModelError(f"scorer {scorer}: {path} does not fit the architecture: {first_line(error)}") from None
-    for verb, names in (("lacks", report["missing_keys"]), ("holds the unknown", report["unexpected_keys"])):
-        if names:
-            raise ModelError(f"scorer {scorer}: {path} {verb} {sorted(names)[0]} ({len(names)} such tensors): "
-                             "these are weights of another model")
+    refuse_report(f"scorer {scorer}: {path}", report)
     return model
+
+
+def refuse_report(place: str, report: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
+    """ModelError where transformers reports weights that it made up, passed over or could not fit.
+
+    Names that begin with one of `ignored` may be over: they are of a part that is not used.
+    """
+    for verb, key in (("lacks", "missing_keys"), ("holds the unknown", "unexpected_keys"),
+                      ("holds the misshapen", "mismatched_keys")):
+        names = sorted(str(name) for name in report.get(key) or ()
+                       if key != "unexpected_keys" or not (str(name).startswith(ignored) or name.endswith(NO_WEIGHTS)))
+        if names:
+            raise ModelError(f"{place} {verb} {names[0]} ({len(names)} such tensors): these are weights of another "
+                             "model")
 
 
 def freeze(model: Any, device: str) -> Any:

@@ -140,7 +140,7 @@ def test_a_lora_for_another_model_is_one_line(compare, lora, tmp_path):
     save_file({f"other.{name}": tensor for name, tensor in weights.items()}, tmp_path / "elsewhere.safetensors")
     for name, message in (("wide", "does not fit the model"), ("elsewhere", "has no layer of this model")):
         with pytest.raises(ModelError, match=message) as error:
-            load_pipeline(compare(tuned=str(tmp_path / f"{name}.safetensors")).tuned)
+            compare(tuned=str(tmp_path / f"{name}.safetensors"))
         assert "\n" not in str(error.value)
 
 

@@ -19,6 +19,7 @@ from hgdpo_core.errors import ModelError
 from hgdpo_core.models import Model, find_model, load_pipeline
 from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.models.places import find_offered_model, model_means
+from hgdpo_core.models.text_encoder import TextEncoder
 from hgdpo_core.storage import Store
 from hgdpo_core.training.tune import Tuned
 
@@ -134,7 +135,8 @@ def test_another_vae_is_used_and_is_part_of_the_identity(place, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 def test_a_vae_in_a_single_file_loads_under_original_names(tmp_path, monkeypatch, place, prefix):
-    monkeypatch.setattr("hgdpo_core.models.model.SD15_CONFIGS", place / "configs")
+    for module in ("model", "files"):
+        monkeypatch.setattr(f"hgdpo_core.models.{module}.SD15_CONFIGS", place / "configs")
     other = tiny.sd15_shaped(tmp_path / "tokenizer", seed=5)
     state = {prefix + name.removeprefix("first_stage_model."): tensor.contiguous()
              for name, tensor in ldm.vae_state(other.vae).items()}
@@ -257,12 +259,14 @@ def test_a_missing_weight_and_a_wrong_shape_are_named(place, tmp_path):
     state = load_file(place / "single.safetensors")
     lost = state.pop("model.diffusion_model.middle_block.1.proj_out.bias")
     save_file(state, tmp_path / "lost.safetensors")
-    with pytest.raises(ModelError, match="lost.safetensors lacks weights that Stable Diffusion 1.5 has"):
-        load_pipeline(find(tmp_path / "lost.safetensors", place))
+    refuse(tmp_path / "lost.safetensors", "lost.safetensors lacks unet's mid_block.attentions.0.proj_out.bias", place)
     state["model.diffusion_model.middle_block.1.proj_out.bias"] = torch.cat([lost, lost])
     save_file(state, tmp_path / "wide.safetensors")
-    with pytest.raises(ModelError, match="does not load as Stable Diffusion 1.5: .*mid_block.attentions.0.proj_out"):
-        load_pipeline(find(tmp_path / "wide.safetensors", place))
+    refuse(tmp_path / "wide.safetensors", r"mid_block.attentions.0.proj_out.bias as \[128\], expected \[64\]", place)
+    state["model.diffusion_model.middle_block.1.proj_out.bias"] = lost
+    state["model.diffusion_model.middle_block.1.more"] = lost.clone()
+    save_file(state, tmp_path / "more.safetensors")
+    refuse(tmp_path / "more.safetensors", "holds the unknown .*middle_block.1.more|mid_block.attentions.0.more", place)
 
 
 @pytest.mark.parametrize(("part", "file", "name"), [
@@ -272,8 +276,11 @@ def test_a_folder_without_one_weight_is_refused(place, tmp_path, part, file, nam
     path = tmp_path / "folder" / part / f"{file}.safetensors"
     save_file({key: tensor for key, tensor in load_file(path).items() if not key.endswith(name)}, path,
               metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"lacks {part}'s .*{name}"):
-        load_pipeline(find(tmp_path / "folder"))
+    refuse(tmp_path / "folder", f"lacks {part}'s .*{name}")
+    save_file(load_file(place / "folder" / part / f"{file}.safetensors") | {"more": torch.zeros(1)}, path)
+    refuse(tmp_path / "folder", f"holds the unknown more beside {part}'s weights")
+    path.unlink()
+    refuse(tmp_path / "folder", f"{part} holds no weights under the names that are read")
 
 
 class Anything:
@@ -302,3 +309,87 @@ def test_other_mistakes_with_vae_and_configs(place, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     refuse(tmp_path / "model.gguf", "is no weight file: expected .safetensors, .ckpt, .pt, .pth, or a diffusers folder")
     refuse(tmp_path / "gone.safetensors", "does not exist")
+
+
+def test_a_broken_vae_is_blamed_and_not_the_checkpoint(place, tmp_path):
+    shutil.copytree(place / "folder" / "vae", tmp_path / "vae")
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["decoder.conv_out.bias"].view(-1)[0] = float("nan")
+    save_file(state, path)
+    with pytest.raises(ModelError, match=f"^{tmp_path / 'vae'} holds NaN or infinity in vae's decoder.conv_out.bias"):
+        load_pipeline(find(place / "folder", vae=str(tmp_path / "vae")))
+    del state["decoder.conv_out.bias"]
+    save_file(state, path)
+    refuse(place / "folder", f"^{tmp_path / 'vae'} lacks vae's decoder.conv_out.bias", vae=str(tmp_path / "vae"))
+
+
+@pytest.mark.parametrize("remove", ["vocab.json", "tokenizer.json"])
+def test_a_target_without_its_vocabulary_is_refused(place, tmp_path, remove):
+    """It loads in silence: all prompts would have one embedding."""
+    shutil.copytree(place / "folder", tmp_path / "folder")
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (tmp_path / "folder" / "tokenizer" / name).unlink(missing_ok=True)
+    if remove == "tokenizer.json":
+        shutil.rmtree(tmp_path / "folder" / "tokenizer")
+    refuse(tmp_path / "folder", "as the same: its vocabulary|holds no CLIP tokenizer")
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(place, tmp_path):
+    shutil.copytree(place / "folder", tmp_path / "folder")
+    shutil.rmtree(tmp_path / "folder" / "tokenizer")
+    shutil.copytree(SD15_CONFIGS / "tokenizer", tmp_path / "folder" / "tokenizer")
+    refuse(tmp_path / "folder", r"gives the id 49407, the text encoder knows \d+: put the tokenizer there")
+
+
+@pytest.mark.parametrize("syntax", ["plain", "a1111"])
+def test_a_tokenizer_without_a_length_takes_the_text_encoders(place, tmp_path, syntax):
+    shutil.copytree(place / "folder", tmp_path / "folder")
+    path = tmp_path / "folder" / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["model_max_length"]
+    path.write_text(json.dumps(config))
+    model = find(tmp_path / "folder", prompt_syntax=syntax)
+    assert TextEncoder(load_pipeline(model), model).encode(["a woman " * 9])[0].shape[0] % 24 == 0
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_a_text_encoder_without_its_wrapper_draws_the_same(place, tmp_path, suffix):
+    """Old anime models and their merges: other tools put `text_model.` in while they load."""
+    state = {name.replace("transformer.text_model.", "transformer."): tensor
+             for name, tensor in load_file(place / "single.safetensors").items()}
+    path = tmp_path / f"old.{suffix}"
+    if suffix == "ckpt":
+        torch.save({"state_dict": state}, path)
+    else:
+        save_file(state, path)
+    old, new = (load_pipeline(find(file, place)).text_encoder.state_dict()
+                for file in (path, place / "single.safetensors"))
+    assert old.keys() == new.keys() and all(torch.equal(tensor, new[name]) for name, tensor in old.items())
+
+
+def test_a_ckpt_that_holds_itself_ends_in_one_line(tmp_path):
+    state: dict = {}
+    state["state_dict"] = state
+    torch.save(state, tmp_path / "loop.ckpt")
+    refuse(tmp_path / "loop.ckpt", "is no plain state dict of tensors")
+
+
+@pytest.mark.parametrize("shape", [(), (8,)])
+def test_weights_without_enough_dimensions_are_one_line(tmp_path, shape):
+    path = single(tmp_path)
+    state = load_file(path)
+    save_file({name: torch.zeros(shape) for name in state}, path)
+    refuse(path, "lacks unet's|does not hold the unet|does not fit", component_configs=str(SD15_CONFIGS))
+
+
+def test_links_that_lead_nowhere_and_folders_named_like_files_are_no_traceback(place, tmp_path):
+    shutil.copytree(place / "folder", tmp_path / "folder")
+    (tmp_path / "folder" / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder" / "loop.json").symlink_to(tmp_path / "folder" / "loop.json")
+    (tmp_path / "folder" / "notes.txt").mkdir()
+    assert find(tmp_path / "folder").fingerprint == find(place / "folder").fingerprint
+    weights = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    weights.mkdir()
+    refuse(tmp_path / "folder", "unet holds no weights under the names that are read")

@@ -1,5 +1,6 @@
 """What every scorer promises: scores that depend on their own picture and prompt, errors that say what to do."""
 
+import json
 import shlex
 import shutil
 
@@ -130,15 +131,77 @@ def test_two_prompts_differ(scorers, inputs, name):
 
 
 @pytest.mark.parametrize("name", sorted(tiny_scorers.SAVE))
-def test_a_score_that_is_not_finite_comes_back_as_it_is(sources, tmp_path, inputs, name):
+def test_a_score_that_is_not_finite_comes_back_as_it_is(sources, inputs, name):
     """Selection then rejects its pool and a win rate refuses it (tests of both): it must not be hidden here."""
-    folder = shutil.copytree(sources[name], tmp_path / name)
-    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    tensors = load_file(file)
-    broken = next(key for key in tensors if key.endswith(("class_embedding", "cls_token")) or "layers.0.bias" in key)
-    save_file(tensors | {broken: torch.full_like(tensors[broken], float("nan"))}, file, metadata={"format": "pt"})
-    scores = load_scorer(name, source=str(folder)).score(inputs[0][:2], inputs[1][:2])
+    scorer = load_scorer(name, source=str(sources[name]))
+    network = scorer.towers.model if hasattr(scorer, "towers") else scorer.vision
+    broken = next(value for key, value in network.named_parameters() if key.endswith("class_embedding"))
+    broken.fill_(float("nan"))
+    scores = scorer.score(inputs[0][:2], inputs[1][:2])
     assert scores.shape == (2,) and torch.isnan(scores).all()
+
+
+def main_file(folder):
+    return max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+
+
+def rewrite(folder, change):
+    """The folder's weights with one tensor changed: `change(tensors, its name)`."""
+    tensors = load_file(main_file(folder))
+    name = next(key for key in sorted(tensors, reverse=True) if key.endswith("bias") and "visual.ln" not in key)
+    save_file(change(tensors, name), main_file(folder), metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda tensors, key: {k: v for k, v in tensors.items() if k != key}, "lacks"),
+    (lambda tensors, key: tensors | {"vision_model.more": torch.zeros(1), "visual.more": torch.zeros(1),
+                                     "blip.visual_encoder.more": torch.zeros(1)}, "unknown"),
+    (lambda tensors, key: tensors | {key: torch.zeros(3)}, "expected|do not fit|other shapes"),
+    (None, "is cut off"),
+])
+def test_weights_that_are_not_whole_are_refused_when_a_scorer_is_looked_for(sources, tmp_path, name, change, message):
+    """From headers alone, before the first image is made: nothing is made up, passed over or stretched."""
+    folder = shutil.copytree(sources[name], tmp_path / name)
+    if change is None:
+        main_file(folder).write_bytes(main_file(folder).read_bytes()[:-3])
+    else:
+        rewrite(folder, change)
+    for use in (lambda: find_scorer(name, str(folder)), lambda: load_scorer(name, source=str(folder))):
+        with pytest.raises(ModelError, match=f"scorer {name}: .*({message})") as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_weight_that_is_no_number_is_refused_when_a_scorer_loads(sources, tmp_path, name):
+    folder = shutil.copytree(sources[name], tmp_path / name)
+    rewrite(folder, lambda tensors, key: tensors | {key: torch.full_like(tensors[key], float("nan"))})
+    with pytest.raises(ModelError, match=f"scorer {name}: .* holds NaN or infinity in .*get it again"):
+        load_scorer(name, source=str(folder))
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hps_v2.1", "clip", "imagereward"])
+def test_a_scorer_without_its_vocabulary_is_refused(sources, tmp_path, name):
+    """transformers loads a tokenizer without words in silence: every prompt would have one embedding."""
+    folder = shutil.copytree(sources[name], tmp_path / name)
+    if name == "imagereward":
+        (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    else:
+        (folder / "tokenizer.json").unlink(missing_ok=True)
+        (folder / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1}))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ModelError, match=f"scorer {name}: .*(as the same: its vocabulary|holds no CLIP tokenizer)"):
+        find_scorer(name, str(folder))
+
+
+def test_a_clip_that_pools_every_text_at_its_start_is_refused(sources, tmp_path):
+    folder = shutil.copytree(sources["clip"], tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 49407  # transformers' default, which this vocabulary does not hold
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="scorer clip: .* as the same"):
+        find_scorer("clip", str(folder))
 
 
 def test_text_is_cleaned_as_the_originals_clean_it():
@@ -237,7 +300,7 @@ def test_weights_of_another_model_are_refused(sources, tmp_path):
         with pytest.raises(ModelError, match=message):
             load_scorer("hps_v2.1", source=str(folder))
     file.write_bytes(b"not weights")
-    with pytest.raises(ModelError, match="does not read as weights") as error:
+    with pytest.raises(ModelError, match="no whole safetensors header") as error:
         load_scorer("hps_v2.1", source=str(folder))
     assert "\n" not in str(error.value)
 

@@ -1,0 +1,226 @@
+"""One way to tell whether weights are a network's, whole: names and shapes against an empty network of its config.
+
+Nothing is read but headers, so this is done before any work; what only values can tell (NaN, infinity) is checked when
+the weights are loaded. diffusers and transformers fill a weight that is missing with random numbers or leave it
+uninitialised, and pass over one that they cannot place.
+"""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.utils import logging as transformers_logging
+
+from hgdpo_core.errors import ModelError
+from hgdpo_core.models.hub import first_line
+from hgdpo_core.models.weight_files import TEXT, UNET, VAE, TensorInfo, read_tensor_infos
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+STEMS = ("diffusion_pytorch_model", "model")
+NO_WEIGHTS = ("position_ids", "rotary_emb.inv_freq")
+"""Ends of names that older savers wrote and nothing reads: constants of the architecture."""
+UNREAD_TEXT = ("text_projection", "logit_scale", "vision_model.", "visual_projection")  # of CLIP, beside its text tower
+UNREAD_VAE = ("loss.", "model_ema.", "quantize.")  # of the VAE's own training
+WRAPPER = "text_model."  # older savers of text encoders wrote it, newer ones do not
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _text_encoder(config: Mapping[str, Any]) -> torch.nn.Module:
+    return CLIPTextModel(CLIPTextConfig(**config))
+
+
+KINDS: dict[str, Callable[[Mapping[str, Any]], torch.nn.Module]] = {
+    "unet": lambda config: _of(UNet2DConditionModel, config), "vae": lambda config: _of(AutoencoderKL, config),
+    "text_encoder": _text_encoder}
+
+
+def _of(kind: Any, config: Mapping[str, Any]) -> torch.nn.Module:
+    return kind.from_config(dict(config))
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """diffusers and transformers without bars and warnings: what matters of them is an error of ours."""
+    verbosity = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip((diffusers_logging, transformers_logging), verbosity, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+
+
+def empty_network(path: Path, part: str, config: Mapping[str, Any]) -> torch.nn.Module:
+    """A pipeline's `part` (unet, vae, text_encoder) without storage; ModelError where its config makes none."""
+    try:
+        with quiet_libraries(), init_empty_weights(include_buffers=False):
+            return KINDS[part](config)
+    except Exception as error:  # any value of any setting may be wrong, and each fails in its own way
+        raise ModelError(f"{path} holds no usable config of a {part}: {first_line(error)}; get it again") from None
+
+
+def expected_shapes(path: Path, part: str, config: Mapping[str, Any]) -> Shapes:
+    """Names and shapes of the weights that a pipeline's `part` with this config has."""
+    return _cached_shapes(path, part, json.dumps(dict(config), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_shapes(path: Path, part: str, config: str) -> Shapes:
+    return shapes_of(empty_network(path, part, json.loads(config)))
+
+
+def shapes_of(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's weights."""
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def compare_shapes(path: Path | str, part: str, given: Shapes, expected: Shapes) -> None:
+    """ModelError that names the first weight that is missing, misshapen or not the network's.
+
+    `path` begins the message, with or without words before it.
+    """
+    given = {name: shape for name, shape in given.items() if not name.endswith(NO_WEIGHTS)}
+    expected = {name: shape for name, shape in expected.items() if not name.endswith(NO_WEIGHTS)}
+    missing, surplus = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing:
+        raise ModelError(f"{path} lacks {part}'s {missing[0]}{_such(missing)}: the file is incomplete or another "
+                         "model's, get a whole one")
+    if surplus:
+        raise ModelError(f"{path} holds the unknown {surplus[0]}{_such(surplus)} beside {part}'s weights: these are "
+                         "weights of another model")
+    for name, shape in expected.items():
+        if given[name] != shape:
+            raise ModelError(f"{path} holds {part}'s {name} as {list(given[name])}, expected {list(shape)}: these are "
+                             "weights of another model")
+
+
+def _such(names: list[str]) -> str:
+    return f" ({len(names)} such tensors)" if len(names) > 1 else ""
+
+
+# -- diffusers folders
+
+
+def component_files(folder: Path) -> list[Path]:
+    """The weight files of a component that its library reads: one, or the shards of an index; ModelError if none."""
+    for suffix in (".safetensors", ".bin"):
+        for stem in STEMS:
+            index = folder / f"{stem}{suffix}.index.json"
+            if index.is_file():
+                return [folder / name for name in sorted(set(_weight_map(index).values()))]
+            if (folder / f"{stem}{suffix}").is_file():
+                return [folder / f"{stem}{suffix}"]
+    others = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    there = f", only {', '.join(others[:3])}" if others else ""
+    raise ModelError(f"{folder} holds no weights under the names that are read ({STEMS[0]}.safetensors or "
+                     f"{STEMS[1]}.safetensors){there}: get the model whole")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_bytes())["weight_map"]
+        return {str(name): str(file) for name, file in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ModelError(f"{index} is no index of weight files: get it again") from None
+
+
+def component_infos(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of a component's weight files, from their headers."""
+    return {name: info for file in component_files(folder) for name, info in read_tensor_infos(file).items()}
+
+
+def check_component(folder: Path, part: str, config: Mapping[str, Any]) -> None:
+    """ModelError where a diffusers component folder does not hold exactly the weights of its config."""
+    given = {name: info.shape for name, info in component_infos(folder).items()}
+    compare_shapes(folder, part, _plain_names(given), _plain_names(expected_shapes(folder, part, config)))
+
+
+def _plain_names(shapes: Shapes) -> Shapes:
+    """Names without what only some versions of the libraries write, and all of them read."""
+    return {_plain_name(name): shape for name, shape in shapes.items()}
+
+
+def _plain_name(name: str) -> str:
+    found = re.fullmatch(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
+    return f"{found[1]}.{OLD_ATTENTION[found[2]]}.{found[3]}" if found else name.removeprefix(WRAPPER)
+
+
+# -- single files
+
+
+def check_single_networks(path: Path, infos: Mapping[str, TensorInfo], configs: Mapping[str, Mapping[str, Any]], *,
+                          own_vae: bool) -> None:
+    """ModelError where a single file does not hold exactly the networks of `configs` (unet, vae, text_encoder)."""
+    unet = _below(infos, UNET)
+    _compare_converted(path, "unet", unet, configs["unet"], convert_ldm_unet_checkpoint)
+    text = {name.removeprefix(TEXT).removeprefix(WRAPPER): info.shape for name, info in infos.items()
+            if name.startswith(TEXT)}
+    text = {name: shape for name, shape in text.items() if not name.startswith(UNREAD_TEXT)}
+    compare_shapes(path, "text_encoder", text, _plain_names(expected_shapes(path, "text_encoder",
+                                                                             configs["text_encoder"])))
+    if own_vae:
+        check_single_vae(path, infos, configs["vae"])
+
+
+def check_single_vae(path: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
+    """ModelError where a single file, with or without the prefix of a checkpoint, does not hold exactly this VAE."""
+    found = _below(infos, VAE) or dict(infos)
+    found = {name: info for name, info in found.items() if not name.removeprefix(VAE).startswith(UNREAD_VAE)}
+    _compare_converted(path, "vae", found, config, convert_ldm_vae_checkpoint)
+
+
+def _below(infos: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
+    return {name: info for name, info in infos.items() if name.startswith(prefix)}
+
+
+def _compare_converted(path: Path, part: str, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
+                       convert: Callable[..., dict[str, torch.Tensor]]) -> None:
+    """The same with diffusers' own renaming, run on tensors without storage."""
+    expected = expected_shapes(path, part, config)
+    given = {name: torch.empty(info.shape, device="meta") for name, info in infos.items()}
+    try:
+        with quiet_libraries():
+            converted = convert(dict(given), config=dict(config))
+    except Exception as error:  # the converter expects whole files, and fails in many ways on others
+        raise ModelError(f"{path} does not hold the {part} of its config ({first_line(error)}): the file is incomplete "
+                         "or another model's, get a whole one") from None
+    converted = {name: tensor for name, tensor in converted.items() if tensor is not None}
+    read = {id(tensor if tensor._base is None else tensor._base) for tensor in converted.values()}
+    left = {f"(as {name})": info.shape for name, info in infos.items()
+            if id(given[name]) not in read and not name.endswith(NO_WEIGHTS)}
+    compare_shapes(path, part, {name: tuple(tensor.shape) for name, tensor in converted.items()} | left, expected)
+
+
+# -- values
+
+
+def check_finite(path: Path | str, components: Mapping[str, Any], advice: str = "the weights are broken") -> None:
+    """ModelError naming the first weight of loaded networks that is NaN, infinite or was never in the file."""
+    for part, module in components.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        for name, tensor in module.state_dict().items():
+            if tensor.is_meta:
+                raise ModelError(f"{path} lacks {part}'s {name}: the file is incomplete, get a whole one")
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise ModelError(f"{path} holds NaN or infinity in {part}'s {name} as {str(tensor.dtype)[6:]}: {advice}")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """One pass without a temporary: a sum is finite when all is; the exact test decides where it is not."""
+    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(torch.isfinite(tensor).all())
