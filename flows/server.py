@@ -1,5 +1,6 @@
 """Flows started by a command, on a Prefect server for one run where none is configured."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +12,12 @@ from prefect.logging.handlers import APILogWorker
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-from hgdpo_core.errors import StoppedError
+from hgdpo_core.errors import StorageError, StoppedError
+from hgdpo_core.models.hub import first_line
 
 START_SECONDS = 60
 DRAIN_SECONDS = 10
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 def call_flow(flow: Flow[..., Any], **parameters: Any) -> Any:
@@ -26,6 +29,15 @@ def call_flow(flow: Flow[..., Any], **parameters: Any) -> Any:
         raise StoppedError("cancelled") from None
 
 
+def _reach_this_machine() -> None:
+    """Let servers on this machine be reached without a web proxy, which knows nothing of them."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in given.split(",") if host.strip()]
+    if "*" not in hosts:
+        hosts += [host for host in THIS_MACHINE if host not in hosts]
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(hosts)
+
+
 @contextmanager
 def some_server() -> Iterator[None]:
     """The configured server; without one, a temporary server that ends with the block.
@@ -33,11 +45,17 @@ def some_server() -> Iterator[None]:
     Prefect starts one by itself too, but with an empty PREFECT_API_URL (which `make` sets to keep the user's own
     server out) its events worker takes the empty text for an address and fails for every event.
     """
+    _reach_this_machine()
     if get_current_settings().api.url:
         yield
         return
     server = SubprocessASGIServer()
-    server.start(timeout=START_SECONDS)
+    try:
+        server.start(timeout=START_SECONDS)
+    except RuntimeError as error:
+        server.stop()
+        raise StorageError(f"the temporary Prefect server on 127.0.0.1 did not answer within {START_SECONDS} s "
+                           f"({first_line(error)}): try again, or start one and set PREFECT_API_URL") from None
     try:
         with temporary_settings({PREFECT_API_URL: server.api_url}):
             try:

@@ -114,7 +114,8 @@ class TargetConfig(StageConfig):
         default=None, description="diffusers folder with the component configs and tokenizer of a single file (needed "
                                   "for v-prediction); default: Stable Diffusion 1.5's, which come with this package")
     negative_prompt: str = ""
-    clip_skip: int | None = Field(default=None, ge=1, description="layers of the text encoder to skip, as in diffusers")
+    clip_skip: int | None = Field(default=None, ge=1, description="layers of the text encoder to skip, as diffusers "
+                                  "counts them: 1 here is what A1111 calls Clip skip 2")
     dtype: Dtype = Field(default="auto",
                          description="precision of sampling; auto: bfloat16 where it is fast, else float32")
     prompt_syntax: PromptSyntax = Field(

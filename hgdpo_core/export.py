@@ -13,18 +13,21 @@ from hgdpo_core.config import RunConfig, TargetConfig, validate
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StorageError
 from hgdpo_core.models import Model, find_model, load_backbone
 from hgdpo_core.models.files import LORA_NAME, first_line
+from hgdpo_core.models.fingerprints import TRAINING_FOLDERS
 from hgdpo_core.models.lora import write_kohya_lora
 from hgdpo_core.models.published import fetch_model, find_record
 from hgdpo_core.report.model_card import TO_FILL_IN, render_card
 from hgdpo_core.storage import Store
 
-CARD_NAME, PIPELINE_NAME = "README.md", "pipeline"
+CARD_NAME, PIPELINE_NAME, BASE_NAME = "README.md", "pipeline", "base"
 
 
 def export_run(store: Store, folder: Path, run_id: str | None = None, *, fused: bool = False,
                target: str | None = None) -> list[Path]:
     """Put a run's LoRA, its kohya file and a model card into a local folder; returns what was written.
 
+    Where the run fine-tuned its target first, that fine-tuned model goes along as `base/`, a whole diffusers pipeline:
+    the LoRA was trained and judged on it and on no other.
     `run_id`: may be left out where the root holds one finished run. `fused`: also a whole diffusers pipeline with the
     LoRA merged in at the run's LoRA weight, in the precision the run sampled in; `target` says where the target model
     lies now, if it moved. A model card that is already there stays: its fields are filled in by hand. InputError for a
@@ -36,14 +39,21 @@ def export_run(store: Store, folder: Path, run_id: str | None = None, *, fused: 
     if lora is None:
         raise InputError(f"{store.url(f'models/{lora_id}')} is gone: start the run again, it makes what is missing")
     weight = summary["lora_weight"]
-    base = _find_base(store, lora_id, _moved(config.target, target)) if fused else None
+    tuned = _find_tuned(store, lora_id)
+    base = tuned or (_find_target(store, lora_id, _moved(config.target, target)) if fused else None)
+    if config.images is not None and tuned is None:
+        raise InputError(f"the fine-tuned model that {lora_id} was trained on is gone from {store.url('models')}: start "
+                         "the run again, it makes what is missing")
     kohya_name = f"{lora_id}-kohya.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(lora / LORA_NAME, folder / LORA_NAME)
         write_kohya_lora(folder / LORA_NAME, folder / kohya_name)
         written = [folder / LORA_NAME, folder / kohya_name]
-        if base is not None:
+        if tuned is not None:
+            _copy_base(tuned.path, folder / BASE_NAME)
+            written.append(folder / BASE_NAME)
+        if fused and base is not None:
             load_backbone(base.with_lora(lora, weight)).save(folder / PIPELINE_NAME)
             written.append(folder / PIPELINE_NAME)
         if not (folder / CARD_NAME).exists():
@@ -83,9 +93,9 @@ def _moved(config: TargetConfig, source: str | None) -> TargetConfig:
     return config if source is None else config.model_copy(update={"source": source})
 
 
-def _find_base(store: Store, lora_id: str, config: TargetConfig) -> Model:
-    """The model the LoRA was trained on: the run's fine-tuned one in the store, else the target where it lies now."""
-    identity = store.read_json(f"models/{lora_id}/config.json")["target"]
+def _find_tuned(store: Store, lora_id: str) -> Model | None:
+    """The run's fine-tuned model in the store, where the LoRA was trained on one."""
+    identity = _trained_on(store, lora_id)
     for name in store.list_folders("models"):
         record = find_record(store, name)
         if record is not None and record["kind"] == "pipeline" and record["fingerprint"] == identity["fingerprint"]:
@@ -93,12 +103,30 @@ def _find_base(store: Store, lora_id: str, config: TargetConfig) -> Model:
             assert path is not None  # its record is there
             return Model(path, identity["fingerprint"], identity["dtype"], identity["negative_prompt"],
                          identity["clip_skip"])
-    model = find_model(config)
+    return None
+
+
+def _find_target(store: Store, lora_id: str, config: TargetConfig) -> Model:
+    """The target where it lies now; ModelError for one that the LoRA was not trained on."""
+    identity, model = _trained_on(store, lora_id), find_model(config)
     if model.fingerprint != identity["fingerprint"]:
         raise ModelError(f"target {config.source} is not the model this LoRA was trained on (fingerprint "
                          f"{model.fingerprint[:12]}, expected {identity['fingerprint'][:12]}): say with --target where "
                          "that one lies")
     return model
+
+
+def _trained_on(store: Store, lora_id: str) -> dict[str, Any]:
+    return store.read_json(f"models/{lora_id}/config.json")["target"]
+
+
+def _copy_base(source: Path, folder: Path) -> None:
+    """A fine-tuned pipeline without what training and the store keep beside it."""
+    parts = [path for path in source.iterdir() if path.is_dir() and path.name not in TRAINING_FOLDERS]
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        shutil.copytree(part, folder / part.name, dirs_exist_ok=True)
+    shutil.copyfile(source / "model_index.json", folder / "model_index.json")
 
 
 # -- the Hub
@@ -139,7 +167,7 @@ def push_folder(folder: Path, repo_id: str, *, public: bool = False, hub: Hub | 
             raise InputError(f"{repo_id} exists and is {'private' if is_private else 'public'}: change that on the "
                              f"Hub, {'leave out' if public else 'add'} --public, or choose another name")
         hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="HG-DPO export",
-                          allow_patterns=[CARD_NAME, "*.safetensors", f"{PIPELINE_NAME}/**"])
+                          allow_patterns=[CARD_NAME, "*.safetensors", f"{PIPELINE_NAME}/**", f"{BASE_NAME}/**"])
     except InputError:
         raise
     except Exception as error:  # the hub client raises a wide family: all mean "was not taken"

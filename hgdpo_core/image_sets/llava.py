@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from hgdpo_core.errors import InputError, ModelError
 from hgdpo_core.models import DTYPES
 from hgdpo_core.models.files import first_line, looks_like_hub_id, read_config
 from hgdpo_core.models.hub import quiet_transformers
+from hgdpo_core.models.networks import check_finite, refuse_report
+from hgdpo_core.models.tokenizers import check_tokenizer
 
 DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"
 DEFAULT_QUESTION = "Describe this image in one sentence: the people, their pose, what they wear, the place, the light."
@@ -52,11 +53,12 @@ class Captioner:
             with quiet_transformers():
                 self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
                 model, report = _load(folder, dtype)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        except Exception as error:  # a processor and three networks, each of which fails in its own ways
             raise ModelError(f"{folder} does not load as LLaVA: {first_line(error)}") from None
-        if report["missing_keys"]:  # transformers would draw them by chance
-            raise ModelError(f"{folder} lacks {len(report['missing_keys'])} of LLaVA's weights, the first is "
-                             f"{min(report['missing_keys'])}: get it whole")
+        refuse_report(str(folder), report)
+        check_finite(folder, {"LLaVA": model}, "get it again")
+        tokenizer = self._processor.tokenizer
+        check_tokenizer(folder, lambda text: tokenizer(text).input_ids, model.get_input_embeddings().num_embeddings)
         self._model = model.to(device).eval()
         self._processor.tokenizer.padding_side = "left"  # answers begin where every question ends
         self._text = self._conversation(question.strip())

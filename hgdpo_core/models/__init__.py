@@ -24,4 +24,5 @@ from hgdpo_core.models.sd15 import Sd15
 FAMILIES["sd15"] = Sd15()
 
 __all__ = ["DTYPES", "FAMILIES", "Backbone", "Conditioning", "Lora", "Model", "check_lora", "cpu_has_fast_bfloat16",
-           "default_device", "device_name", "find_model", "load_backbone", "load_pipeline", "recorded_syntax", "resolve_dtype"]
+           "default_device", "device_name", "find_model", "load_backbone", "load_pipeline",
+           "recorded_syntax", "resolve_dtype"]

@@ -14,6 +14,7 @@ T = TypeVar("T")
 
 MAX_CONFIG_BYTES = 1 << 16  # larger .json files are vocabularies
 SAVERS_NOTES = {"_name_or_path", "_diffusers_version", "transformers_version"}
+TRAINING_FOLDERS = ("checkpoints", "validation", "tensorboard")
 HASHED_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json", ".txt", ".model")
 
 
@@ -33,8 +34,7 @@ def fingerprint_path(path: Path) -> str:
 
 def _is_ours(name: Path) -> bool:
     """What training leaves and our own records lie beside a model in the store but are no part of it."""
-    folders, files = ("checkpoints", "validation", "tensorboard"), ("config.json", "model.json", "log.json")
-    return name.parts[0] in folders or str(name) in files
+    return name.parts[0] in TRAINING_FOLDERS or str(name) in ("config.json", "model.json", "log.json")
 
 
 def _config_hash(path: Path) -> str | None:

@@ -20,6 +20,7 @@ from hgdpo_core.models.networks import check_finite, empty_network, quiet_librar
 from hgdpo_core.models.text_weights import has_flat_text_encoder, read_flat_text_encoder, use_encoder_length
 
 BROKEN = "the weights are broken (or, in float16, overflow: set target.dtype to float32)"
+VAE_VERSION = 2  # 1 rounded the VAE's weights to the target's precision before it encoded in float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,6 +63,10 @@ class Model:
         lora = {"fingerprint": self.lora.fingerprint, "weight": self.lora.weight} if self.lora else None
         return {"fingerprint": self.fingerprint, "dtype": self.dtype, "negative_prompt": self.negative_prompt,
                 "clip_skip": self.clip_skip, "lora": lora, **self.syntax()}
+
+    def encoding(self) -> dict[str, int]:
+        """What names latents made since the VAE's own weights encode, for ids; in float32 they were never rounded."""
+        return {} if self.dtype == "float32" else {"vae_version": VAE_VERSION}
 
     def syntax(self) -> dict[str, PromptSyntax]:
         """How prompts are written, for ids: what is plain is left out, as it was before there was a choice."""

@@ -113,6 +113,20 @@ def _such(names: list[str]) -> str:
     return f" ({len(names)} such tensors)" if len(names) > 1 else ""
 
 
+def refuse_report(place: str, report: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
+    """ModelError where transformers reports weights that it made up, passed over or could not fit.
+
+    Names that begin with one of `ignored` may be over: they are of a part that is not used.
+    """
+    for verb, key in (("lacks", "missing_keys"), ("holds the unknown", "unexpected_keys"),
+                      ("holds the misshapen", "mismatched_keys")):
+        names = sorted(str(name) for name in report.get(key) or ()
+                       if key != "unexpected_keys" or not (str(name).startswith(ignored) or name.endswith(NO_WEIGHTS)))
+        if names:
+            raise ModelError(f"{place} {verb} {names[0]} ({len(names)} such tensors): these are weights of another "
+                             "model")
+
+
 # -- diffusers folders
 
 

@@ -10,6 +10,7 @@ from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.storage import Store
 
 DOWNLOAD_TRIES = 3
+MAKE_AGAIN = "delete the folder and run the stage that makes it again"
 
 
 def publish_model(store: Store, model_id: str, folder: Path, record: dict[str, Any]) -> Path:
@@ -29,18 +30,28 @@ def find_record(store: Store, model_id: str) -> dict[str, Any] | None:
 
 
 def fetch_model(store: Store, model_id: str) -> Path | None:
-    """A local folder with the model: the store's own where it is local, else a copy in the cache. None if absent."""
+    """A local folder with the model: the store's own where it is local, else a copy in the cache. None if absent.
+
+    StorageError where the files are not those that `model.json` was written for. Large files are hashed again only
+    when their size or time changed.
+    """
     record = find_record(store, model_id)
     if record is None:
         return None
-    key = f"models/{model_id}"
+    key, fingerprint = f"models/{model_id}", record.get("fingerprint")
+    if not isinstance(fingerprint, str):
+        raise StorageError(f"{store.url(key)}/model.json names no fingerprint: {MAKE_AGAIN}")
     local = store.local_path(key)
     if local is not None:
+        if fingerprint_path(local) != fingerprint:
+            raise _changed(store, key)
         return local
-    folder = _cache() / f"{model_id}-{record['fingerprint'][:12]}"
+    folder = _cache() / f"{model_id}-{fingerprint[:12]}"
+    if folder.is_dir() and fingerprint_path(folder) != fingerprint:
+        shutil.rmtree(folder)
     if not folder.is_dir():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        _download(store, key, partial, record["fingerprint"])
+        _download(store, key, partial, fingerprint)
         try:
             partial.replace(folder)
         except OSError:
@@ -72,5 +83,8 @@ def _download(store: Store, key: str, folder: Path, fingerprint: str) -> None:
         if fingerprint_path(folder) == fingerprint:
             return
     shutil.rmtree(folder)
-    raise StorageError(f"the files of {store.url(key)} are not those its model.json was written for: delete the "
-                       "folder and run the stage that makes it again")
+    raise _changed(store, key)
+
+
+def _changed(store: Store, key: str) -> StorageError:
+    return StorageError(f"the files of {store.url(key)} are not those its model.json was written for: {MAKE_AGAIN}")

@@ -8,7 +8,7 @@ from transformers import CLIPTokenizer
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.hub import first_line, quiet_transformers
 
-TEXTS = ("a woman in a red top", "a man on a blue bus")  # equally many words: as many unknown ones would be equal
+TEXTS = ("a woman in a red top", "a child at a big bus")  # words of the same lengths: unknown ones would be equal
 
 
 def load_clip_tokenizer(folder: Path, what: str = "") -> CLIPTokenizer:

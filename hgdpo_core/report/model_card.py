@@ -51,17 +51,20 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
     """The card as Markdown with the Hub's front matter. Local paths are named by their last part only."""
     target = public_name(config.target.source)
     weight = summary["lora_weight"]
+    tuned = config.images is not None
     parts = [
-        _front_matter(config.target.source),
+        _front_matter(config.target.source, fine_tuned=tuned),
         f"# {target}, tuned for better people (HG-DPO)\n",
-        f"A LoRA for {target}, made without human labels by Direct Preference Optimization on the model's own images, "
+        f"A LoRA for {f'a fine-tuned {target}, which lies in `base/`' if tuned else target}, made without human labels by Direct Preference Optimization on the model's own images, "
         "as in [HG-DPO, arXiv:2405.20216v1](https://arxiv.org/abs/2405.20216v1).\n",
         "## Files\n",
         "- `pytorch_lora_weights.safetensors`: for diffusers, `pipeline.load_lora_weights(folder)`",
         f"- `{kohya_name}`: the same for AUTOMATIC1111 and ComfyUI (put it among their LoRAs)",
+        *(["- `base/`: the fine-tuned model, a whole diffusers pipeline. The LoRA was trained on it and judged on it; on "
+           f"{target} itself its numbers are others"] if tuned else []),
         *([f"- `pipeline/`: a whole diffusers pipeline with the LoRA merged in at weight {weight:g}"] if fused else []),
         f"\nUse it at weight {weight:g}: that is the weight of every number below.\n",
-        "## To be filled in by whoever publishes it\n", _fields(config.images is not None),
+        "## To be filled in by whoever publishes it\n", _fields(tuned),
         "## Data\n", _data(config, summary), "## Results\n", _results(summary), USE,
         "## Settings\n", f"```json\n{json.dumps(_settings(config), indent=1)}\n```",
     ]
@@ -80,11 +83,11 @@ def public_name(source: str) -> str:
     return Path(address.path).name or "a local model"
 
 
-def _front_matter(source: str) -> str:
+def _front_matter(source: str, *, fine_tuned: bool) -> str:
     lines = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:",
              *(f"- {tag}" for tag in ("lora", "stable-diffusion", "text-to-image", "diffusers", "hg-dpo", "dpo"))]
     name = public_name(source)
-    if name == source and looks_like_hub_id(source):
+    if name == source and looks_like_hub_id(source) and not fine_tuned:  # else the LoRA's base is the one in base/
         lines.insert(0, f"base_model: {name}")
     return "---\n" + "\n".join(lines) + "\n---\n"
 
@@ -103,7 +106,8 @@ def _data(config: RunConfig, summary: Mapping[str, Any]) -> str:
         f"ranked by {judge}; best against worst: {summary['triplets']:,} pairs "
         f"({summary['rejected']:,} pools without one).",
         f"- Prompts: {f'the {DATA_SET}' if is_built_in(prompts) else public_name(prompts)}.",
-        "- The target was first fine-tuned on captioned images (see above for their source)."
+        f"- {public_name(config.target.source)} was first fine-tuned on captioned images (see above for their source); "
+        "the result lies in `base/`, and it is the target of everything below."
         if config.images is not None else "- The target was not fine-tuned on images first.",
     ]
     if not config.dpo.allow_foreign_triplets:

@@ -11,11 +11,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.hub import first_line, quiet_transformers
-from hgdpo_core.models.networks import check_finite, component_infos
+from hgdpo_core.models.networks import check_finite, component_infos, refuse_report
 from hgdpo_core.models.tokenizers import check_tokenizer, load_clip_tokenizer
 from hgdpo_core.scorers.pictures import normalise_pixels
 from hgdpo_core.scorers.texts import TextCache
-from hgdpo_core.scorers.weights import build, check_build, count_blocks, read_empty_tensors, refuse_report
+from hgdpo_core.scorers.weights import build, check_build, count_blocks, read_empty_tensors
 
 OPENAI_CLIP = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))

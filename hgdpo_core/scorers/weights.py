@@ -20,7 +20,7 @@ from hgdpo_core.config import content_hash
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.hub import first_line, quiet_transformers
-from hgdpo_core.models.networks import NO_WEIGHTS, check_finite, compare_shapes, shapes_of
+from hgdpo_core.models.networks import check_finite, compare_shapes, refuse_report, shapes_of
 from hgdpo_core.models.weight_files import TORCH_SUFFIXES as PICKLED
 from hgdpo_core.models.weight_files import open_torch, read_tensor_infos
 
@@ -193,20 +193,6 @@ def build(scorer: str, path: Path, kind: Any, config: Any, tensors: Mapping[str,
             raise ModelError(f"scorer {scorer}: {path} does not fit the architecture: {first_line(error)}") from None
     refuse_report(f"scorer {scorer}: {path}", report)
     return model
-
-
-def refuse_report(place: str, report: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
-    """ModelError where transformers reports weights that it made up, passed over or could not fit.
-
-    Names that begin with one of `ignored` may be over: they are of a part that is not used.
-    """
-    for verb, key in (("lacks", "missing_keys"), ("holds the unknown", "unexpected_keys"),
-                      ("holds the misshapen", "mismatched_keys")):
-        names = sorted(str(name) for name in report.get(key) or ()
-                       if key != "unexpected_keys" or not (str(name).startswith(ignored) or name.endswith(NO_WEIGHTS)))
-        if names:
-            raise ModelError(f"{place} {verb} {names[0]} ({len(names)} such tensors): these are weights of another "
-                             "model")
 
 
 def freeze(model: Any, device: str) -> Any:

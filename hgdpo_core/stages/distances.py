@@ -31,7 +31,8 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("rank", pa.int32()), ("mean_dis
 
 def distance_folder(pool: ShardFolder, scores: ShardFolder, model: Model) -> ShardFolder:
     """Where the distances within a pool, ranked by its scores, in the latents of a model's VAE lie."""
-    settings = {"stage": "distances", "pool": pool.key, "scores": scores.key, "model": model.identity()}
+    settings = {"stage": "distances", "pool": pool.key, "scores": scores.key, "model": model.identity(),
+                **model.encoding()}
     pool_id = pool.key.rpartition("/")[2]
     return ShardFolder.create(pool.store, f"latent_distances/{pool_id}/{content_hash(settings)}", settings)
 

@@ -43,6 +43,7 @@ def image_latent_folder(store: Store, images: ImageSet, model: Model, size: tupl
                 "dtype": model.dtype, "clip_skip": model.clip_skip, "width": size[0], "height": size[1]}
     if flips:
         settings["flips"] = True
+    settings |= model.encoding()
     return ShardFolder.create(store, f"latents/images-{images.id}/{content_hash(settings)}", settings)
 
 

@@ -45,6 +45,7 @@ def latent_folder(store: Store, triplets: ShardFolder, model: Model, size: tuple
         settings["negative_prompt"] = model.negative_prompt
     if flips:
         settings["flips"] = True
+    settings |= model.encoding()
     dataset = triplets.key.split("/")[-1]
     return ShardFolder.create(store, f"latents/{dataset}/{content_hash(settings)}", settings)
 

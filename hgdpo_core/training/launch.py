@@ -23,7 +23,7 @@ from hgdpo_core import errors
 from hgdpo_core.errors import HGDPOError, StoppedError
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.training.parts import use_cpu
-from hgdpo_core.training.processes import is_first_process
+from hgdpo_core.training.processes import LAUNCHED, forget_launchers, is_first_process, launch_environment
 from hgdpo_core.training.request import TrainRequest, encode_images, find_result, run_train
 from hgdpo_core.training.tune import Tuned
 
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 def run_train_everywhere(request: TrainRequest, *, processes: int | None = None, progress: Progress = silent,
                          encode_progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
     """`run_train`, in as many processes as this machine has GPUs (or `processes`); in this one where that is one."""
+    forget_launchers()
     processes = processes or (1 if use_cpu() else max(1, torch.cuda.device_count()))
     if processes == 1 or find_result(request) is not None:
         return run_train(request, progress=progress, encode_progress=encode_progress, should_stop=should_stop)
@@ -56,7 +57,7 @@ def launch_command(processes: int) -> list[str]:
     With --cpu it would start one process, whatever the number: --multi_gpu is the launcher of several, and where no
     GPU is wanted or there, each of them finds that out.
     """
-    return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines",
+    return ["env", f"{LAUNCHED}=1", sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines",
             "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--multi_gpu"]
 
 
@@ -64,7 +65,7 @@ def _launch(folder: Path, processes: int, progress: Progress, should_stop: Shoul
     command = [*launch_command(processes), "-m", "hgdpo_core.training.launch", str(folder), str(os.getpid())]
     repeated = 0
     with (folder / "log").open("wb") as log:
-        launched = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        launched = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=launch_environment())
         try:
             while launched.poll() is None:
                 time.sleep(LOOK_SECONDS)

@@ -30,7 +30,7 @@ from hgdpo_core.training.parts import (
     resolve_precision,
     use_cpu,
 )
-from hgdpo_core.training.processes import agree, first_says
+from hgdpo_core.training.processes import agree, first_says, forget_launchers
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def _train(run: _Run, checkpoints: Checkpoints | None, hooks: Hooks) -> Training
     hooks.progress(run.step, run.total_steps, "steps")
     while True:
         run.seconds = before + time.monotonic() - started
-        finished = run.step == run.total_steps
+        finished = run.step >= run.total_steps
         stopping = not finished and agree(run.accelerator, hooks.should_stop())
         if run.step != saved_step and (finished or stopping or run.step % config.checkpoint_every == 0):
             _save(run, checkpoints)
@@ -109,6 +109,7 @@ def _train(run: _Run, checkpoints: Checkpoints | None, hooks: Hooks) -> Training
 
 def _open(objective: Objective, source: SampleSource[Any], config: TrainingConfig) -> _Run:
     # Accelerate keeps the precision of the process's first training and refuses another one.
+    forget_launchers()
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=resolve_precision(config.mixed_precision), cpu=use_cpu())
     denoiser = objective.denoiser.to(accelerator.device)
@@ -197,6 +198,9 @@ def _resume(run: _Run, checkpoints: Checkpoints | None) -> int | None:
         raise StorageError("the processes of this training found different checkpoints: start it again")
     if found is None:
         return None
+    if found.step > run.total_steps:
+        raise StorageError(f"the checkpoint of step {found.step} is beyond the last step {run.total_steps} of this "
+                           "training: delete the folder of its checkpoints and start it again")
     run.objective.load_weights(found.weights)
     run.optimizer.load_state_dict(found.state["optimizer"])
     run.lr_schedule.load_state_dict(dict(found.state["lr_schedule"]))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from hgdpo_core.errors import ConfigError
@@ -150,4 +149,4 @@ def cast_frozen(module: nn.Module, precision: Precision) -> None:
 
 def use_cpu() -> bool:
     """Whether training runs on the CPU."""
-    return default_device() == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return default_device() == "cpu"

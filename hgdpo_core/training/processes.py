@@ -1,5 +1,6 @@
 """What the processes of one training tell each other. With one process nothing is sent."""
 
+import logging
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -10,9 +11,47 @@ from accelerate.utils import broadcast
 from torch import distributed
 
 
+LAUNCHED = "HGDPO_LAUNCHED"  # set by us alone, for the processes that we start as several
+LEFT_BEHIND = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE",
+               "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
+FAMILIES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "PMI_", "OMPI_COMM_", "MV2_COMM_")
+DIVIDES_GRADIENTS = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+
+logger = logging.getLogger(__name__)
+
+
+def is_launcher_variable(name: str) -> bool:
+    """Whether a variable is of those by which launchers (torchrun, accelerate, MPI, schedulers) tell processes apart."""
+    return name in LEFT_BEHIND or name.startswith(FAMILIES)
+
+
+def forget_launchers() -> None:
+    """Remove what other launchers left in the environment: accelerate would believe it, and wait, or train otherwise.
+
+    The processes that we started as several keep what was set for them, but for what would divide their gradients.
+    """
+    left = [name for name in os.environ if is_launcher_variable(name)]
+    if LAUNCHED in os.environ:
+        left = [name for name in left if name == DIVIDES_GRADIENTS]
+    for name in left:
+        del os.environ[name]
+    if left and LAUNCHED not in os.environ:
+        logger.warning("ignored, since this training was not started by them: the variables %s", ", ".join(sorted(left)))
+
+
+def launch_environment() -> dict[str, str]:
+    """This process's environment for a launcher that we start, without what others left."""
+    return {name: value for name, value in os.environ.items() if not is_launcher_variable(name)}
+
+
+def count_processes() -> int:
+    """How many processes train together, as far as we started them; known before accelerate is there."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if LAUNCHED in os.environ else 1
+
+
 def is_first_process() -> bool:
     """Whether this is the process of a training that writes and reports; known before accelerate is there."""
-    return os.environ.get("RANK", "0") == "0"
+    return LAUNCHED not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def share_of(batch: range, processes: int, index: int) -> range:

@@ -1,7 +1,6 @@
 """Tuning: cached latents in, a model in the store out. A model that is already there is not made again."""
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from hgdpo_core.training.data import Origin
 from hgdpo_core.training.loop import run_training
 from hgdpo_core.training.objective import find_objective
 from hgdpo_core.training.parts import Hooks, LogRow, OnLog, TrainingResult
-from hgdpo_core.training.processes import is_first_process
+from hgdpo_core.training.processes import count_processes, is_first_process
 from hgdpo_core.training.trackers import check_tracker, tracked
 from hgdpo_core.training.validation import Validation, ValidationPainter
 
@@ -98,7 +97,7 @@ def _tracked(config: TrainingConfig, store: Store, model_id: str) -> AbstractCon
 
 def _loading_device() -> str:
     """Where a training loads its model; with many processes each moves its own copy to its own GPU later."""
-    return "cpu" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else default_device()
+    return "cpu" if count_processes() > 1 else default_device()
 
 
 def tuned_id(kind: str, identity: Mapping[str, Any], latents: ShardFolder, indices: Sequence[int],

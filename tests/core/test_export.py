@@ -125,6 +125,32 @@ def test_fusing_takes_the_fine_tuned_model_from_the_store(store, tmp_path, targe
     assert [base.path for base in bases] == [path] and bases[0].lora is not None and bases[0].lora.weight == 0.5
 
 
+def test_the_fine_tuned_base_is_shipped_and_the_exported_lora_on_it_draws_the_evaluations_image(
+        store, tmp_path, target_folder):
+    tuned = StableDiffusionPipeline.from_pretrained(target_folder)
+    tuned.unet.conv_out.bias.data += 0.5
+    tuned.save_pretrained(tmp_path / "tuned")
+    path = publish_model(store, "sft-1", tmp_path / "tuned", {"kind": "pipeline"})
+    store.write_bytes("models/sft-1/checkpoints/step-1/state.pt", b"x")
+    model = find_model(TargetConfig(source=str(path), dtype="float32"))
+    store.write_json("models/dpo-1/config.json", {"kind": "lora", "target": model.identity()})
+    config = store.read_json("runs/run-1/config.json")
+    store.write_json("runs/run-1/config.json", config | {"images": "/home/somebody/photos"})
+    export_run(store, tmp_path / "out")
+    base = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "base")
+    assert sorted(p.name for p in (tmp_path / "out" / "base").iterdir()) == [
+        "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
+    base.load_lora_weights(tmp_path / "out", weight_name="pytorch_lora_weights.safetensors", adapter_name="hgdpo")
+    base.set_adapters(["hgdpo"], [0.5])
+    judged = load_pipeline(model.with_lora(store.local_path("models/dpo-1"), 0.5))
+    assert np.abs(draw(base) - draw(judged)).max() <= 1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`base/`: the fine-tuned model" in card and "base_model" not in card
+    store.delete("models/sft-1/model.json")
+    with pytest.raises(InputError, match="the fine-tuned model that dpo-1 was trained on is gone"):
+        export_run(store, tmp_path / "again")
+
+
 def test_the_card_says_what_was_found_and_leaves_fields_to_fill_in(store, tmp_path, target_folder):
     export_run(store, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -150,10 +176,12 @@ def test_the_card_of_a_hub_model_with_images(tmp_path):
     config = sd15("owner/model", "https://user:word@host.org/prompts.txt?token=secret").model_copy(
         update={"images": "/home/me/photos"})
     card = render_card(config, SUMMARY, kohya_name="x.safetensors", fused=False)
-    assert "base_model: owner/model\n" in card and "https://host.org/prompts.txt." in card
+    assert "base_model" not in card and "lies in `base/`" in card and "https://host.org/prompts.txt." in card
     assert card.count(TO_FILL_IN) == len(FIELDS) and "first fine-tuned on captioned images" in card
     assert not any(private in card for private in ("secret", "word@", "/home/me"))
     assert "No photograph was used as a preference" in card and '"vae"' not in card
+    plain = render_card(config.model_copy(update={"images": None}), SUMMARY, kohya_name="x.safetensors", fused=False)
+    assert "base_model: owner/model\n" in plain and "base/" not in plain
     changed = apply_overrides(config, {"dpo.allow_foreign_triplets": True, "target.vae": "/home/me/my.vae.pt"})
     card = render_card(changed, SUMMARY, kohya_name="x.safetensors", fused=False)
     assert "No photograph" not in card and '"vae": "my.vae.pt"' in card

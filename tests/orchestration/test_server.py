@@ -1,5 +1,8 @@
 """Flows as commands start them."""
 
+import os
+from urllib.request import proxy_bypass
+
 import pytest
 from prefect import flow
 from prefect.states import Cancelled
@@ -23,6 +26,19 @@ def test_a_flow_gives_its_result_and_a_cancelled_one_a_stop(server):
     assert call_flow(answer, value=3) == {"value": 3}
     with pytest.raises(StoppedError, match="cancelled"):
         call_flow(cancelled)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("", "127.0.0.1,localhost,::1"), ("*", "*"),
+                                               ("corp.org, localhost", "corp.org,localhost,127.0.0.1,::1")])
+def test_a_web_proxy_is_not_asked_for_this_machine(server, monkeypatch, given, wanted):
+    """It would be waited for, and then the error would not name it."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, given)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert call_flow(answer, value=3) == {"value": 3}
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == wanted
+    assert proxy_bypass("127.0.0.1") and not (given != "*" and proxy_bypass("example.org"))
 
 
 @pytest.mark.parametrize(("error", "word"), [

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hgdpo_core.config import TargetConfig, apply_overrides
-from hgdpo_core.errors import ConfigError, ModelError
+from hgdpo_core.errors import ConfigError, ModelError, StorageError
 from hgdpo_core.models import default_device, find_model, load_pipeline, resolve_dtype
 from hgdpo_core.models.lora import add_lora, save_lora
 from hgdpo_core.models.published import fetch_model, publish_model
@@ -111,6 +112,30 @@ def test_models_in_the_store_exist_once_their_record_does(lora_folder, tmp_path)
     path = publish_model(store, "whole", lora_folder, {"kind": "lora"})
     assert (path / "pytorch_lora_weights.safetensors").exists()
     assert store.read_json("models/whole/model.json")["kind"] == "lora"
+
+
+@pytest.mark.parametrize("change", ["bytes", "gone"])
+def test_a_changed_model_in_a_local_root_is_not_found(lora_folder, tmp_path, change):
+    store = Store(str(tmp_path / "store"))
+    weights = publish_model(store, "m", lora_folder, {"kind": "lora"}) / "pytorch_lora_weights.safetensors"
+    assert fetch_model(store, "m") == weights.parent
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data)) if change == "bytes" else weights.unlink()
+    with pytest.raises(StorageError, match="not those its model.json was written for: delete the folder") as error:
+        fetch_model(store, "m")
+    assert "\n" not in str(error.value)
+
+
+def test_the_vae_of_training_has_its_own_weights(target_folder):
+    """Latents are of the float32 VAE, whatever the target samples in."""
+    half = load_pipeline(replace(find(target_folder), dtype="bfloat16"), vae_dtype="float32")
+    full = load_pipeline(find(target_folder))
+    pairs = zip(half.vae.state_dict().values(), full.vae.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs) and half.unet.dtype == half.text_encoder.dtype == torch.bfloat16
+    plain = load_pipeline(replace(find(target_folder), dtype="bfloat16"))
+    assert all(torch.equal(a, b) for a, b in zip(half.unet.state_dict().values(), plain.unet.state_dict().values(),
+                                                 strict=True))
 
 
 @pytest.mark.parametrize(("wanted", "message"), [("cuda", "asks for cuda, but torch .* sees no GPU here"),

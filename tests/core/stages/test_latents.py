@@ -1,5 +1,7 @@
 """Cached latents: both orientations where they are wanted, and a memory that does not grow with the data set."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -8,6 +10,7 @@ from diffusers import AutoencoderKL
 
 from hgdpo_core.config import DpoConfig, SftConfig, TargetConfig
 from hgdpo_core.errors import InputError
+from hgdpo_core.figures.dataset import write_image_folder
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.images import encode_image
 from hgdpo_core.models import find_model
@@ -65,6 +68,17 @@ def test_flips_add_the_latents_of_the_mirrored_images_and_an_id_only_then(triple
     with pytest.raises(InputError, match="cache them with flips"):
         tune_lora(triplets.store, model, triplets, plain, [0], config)
     assert tune_lora(triplets.store, model, triplets, both, [0], config).log[-1]["step"] == 1
+
+
+def test_latents_of_a_rounded_vae_are_not_found_again_and_float32_ids_stay(triplets, tmp_path, model):
+    """Before, a VAE's weights were rounded to the target's precision; float32 rows are what they were."""
+    write_image_folder(tmp_path / "images", 2, seed=0)
+    images = read_image_set(str(tmp_path / "images"))
+    for dtype, version in (("float32", None), ("bfloat16", 2), ("float16", 2)):
+        target = replace(model, dtype=dtype)
+        for folder in (latent_folder(triplets.store, triplets, target, (32, 32)),
+                       image_latent_folder(triplets.store, images, target, (32, 32))):
+            assert folder.config.get("vae_version") == version
 
 
 def test_the_same_for_images(tmp_path, model):

@@ -96,6 +96,23 @@ def test_one_process_trains_here(request_, monkeypatch):
     assert run_train_everywhere(request_).log[-1]["step"] == 2
 
 
+def test_what_other_launchers_left_in_the_shell_changes_nothing(request_, monkeypatch, caplog):
+    monkeypatch.setattr(launch, "_launch", None)
+    plain = run_train_everywhere(request_)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": "1", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+                        "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}.items():
+        monkeypatch.setenv(name, value)
+    store = Store(request_.root)
+    store.delete(f"models/{plain.model_id}/model.json")
+    for key, _, _ in list(store.walk(f"models/{plain.model_id}/checkpoints")):
+        store.delete(key)
+    found = run_train_everywhere(request_)
+    assert found.model_id == plain.model_id and find_result(request_) is not None  # published under the same id
+    assert not found.found and found.log == plain.log
+    assert "ignored, since this training was not started by them: the variables ACCELERATE_GRAD" in caplog.text
+
+
 def test_a_process_tells_its_error_through_the_folder(request_, tmp_path):
     folder = tmp_path / "exchange"
     folder.mkdir()
