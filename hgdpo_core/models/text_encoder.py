@@ -36,7 +36,7 @@ class TextEncoder:
         layers = self._encoder.config.num_hidden_layers
         if model.clip_skip is not None and model.clip_skip > layers:
             raise ConfigError(f"target.clip_skip is {model.clip_skip}, but the text encoder of {model.path.name} has "
-                              f"{layers} layers: skip fewer")
+                              f"{layers} layers: skip fewer (it counts as diffusers does: 1 is A1111's Clip skip 2)")
         self.chunk_length: int = self._tokenizer.model_max_length
         self._negative = self._encode([model.negative_prompt], model.negative_syntax)[0]
         self._empty: torch.Tensor | None = None
