@@ -12,7 +12,7 @@ from prefect.logging.handlers import APILogWorker
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-from hgdpo_core.errors import StorageError, StoppedError
+from hgdpo_core.errors import StoppedError, StorageError
 from hgdpo_core.models.hub import first_line
 
 START_SECONDS = 60

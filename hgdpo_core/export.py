@@ -42,8 +42,8 @@ def export_run(store: Store, folder: Path, run_id: str | None = None, *, fused: 
     tuned = _find_tuned(store, lora_id)
     base = tuned or (_find_target(store, lora_id, _moved(config.target, target)) if fused else None)
     if config.images is not None and tuned is None:
-        raise InputError(f"the fine-tuned model that {lora_id} was trained on is gone from {store.url('models')}: start "
-                         "the run again, it makes what is missing")
+        raise InputError(f"the fine-tuned model that {lora_id} was trained on is gone from {store.url('models')}: "
+                         "start the run again, it makes what is missing")
     kohya_name = f"{lora_id}-kohya.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -101,11 +101,10 @@ def find_model(config: TargetConfig) -> Model:
 def check_lora(model: Model, path: Path) -> None:
     """Refuse, before anything loads, a LoRA that is broken or that this model cannot take as a whole."""
     configs = model.configs or model.path
-    parts = {part: empty_network(configs, part, read_config(configs / part / "config.json"))
-             for part in ("unet", "text_encoder")}
-    pipeline = StableDiffusionPipeline(**parts, vae=None, tokenizer=None, scheduler=None, safety_checker=None,
-                                       feature_extractor=None, requires_safety_checker=False)
-    apply_lora(pipeline, path)
+    parts: dict[str, Any] = dict.fromkeys(("vae", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
+    for part in ("unet", "text_encoder"):
+        parts[part] = empty_network(configs, part, read_config(configs / part / "config.json"))
+    apply_lora(StableDiffusionPipeline(**parts, requires_safety_checker=False), path)
 
 
 def recorded_syntax(settings: Mapping[str, Any]) -> dict[str, PromptSyntax]:

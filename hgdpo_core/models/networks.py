@@ -232,7 +232,8 @@ def check_finite(path: Path | str, components: Mapping[str, Any], advice: str = 
             if tensor.is_meta:
                 raise ModelError(f"{path} lacks {part}'s {name}: the file is incomplete, get a whole one")
             if tensor.is_floating_point() and not is_finite(tensor):
-                raise ModelError(f"{path} holds NaN or infinity in {part}'s {name} as {str(tensor.dtype)[6:]}: {advice}")
+                raise ModelError(f"{path} holds NaN or infinity in {part}'s {name} as {str(tensor.dtype)[6:]}: "
+                                 f"{advice}")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

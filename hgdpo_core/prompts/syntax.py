@@ -35,8 +35,8 @@ _PIECE = re.compile(r"""
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _NETWORK = re.compile(r"<\w+:[^>]+>")
 _CLIP_SKIP = re.compile(r"clip[ _]skip\s*:?\s*\d", re.IGNORECASE)
-CLIP_SKIP_COUNTS = ("what A1111 calls Clip skip 2 is target.clip_skip=1 here (Clip skip 1, its default, is none): it counts "
-                    "as diffusers does")
+CLIP_SKIP_COUNTS = ("what A1111 calls Clip skip 2 is target.clip_skip=1 here (Clip skip 1, its default, is none): it "
+                    "counts as diffusers does")
 _STEP_BY_STEP = re.compile(r"(?<!\\)\[[^\[\]]*[:|][^\[\]]*\]|\bAND\b")
 
 
@@ -116,7 +116,8 @@ def describe_unread(prompts: Iterable[str], syntax: PromptSyntax) -> str:
         remarks.append(f"{len(steps)} of the prompts with [a:b:0.5], [a|b] or AND, whose words are read as they stand "
                        f"(the first: {steps[0]!r:.80})")
     if skips:
-        remarks.append(f"{len(skips)} of the prompts with a clip skip, which is read as text (the first: {skips[0]!r:.80})")
+        remarks.append(f"{len(skips)} of the prompts with a clip skip, which is read as text "
+                       f"(the first: {skips[0]!r:.80})")
     if remarks:
         remarks.append(CLIP_SKIP_COUNTS)
     return "; ".join(remarks)

@@ -55,13 +55,13 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
     parts = [
         _front_matter(config.target.source, fine_tuned=tuned),
         f"# {target}, tuned for better people (HG-DPO)\n",
-        f"A LoRA for {f'a fine-tuned {target}, which lies in `base/`' if tuned else target}, made without human labels by Direct Preference Optimization on the model's own images, "
-        "as in [HG-DPO, arXiv:2405.20216v1](https://arxiv.org/abs/2405.20216v1).\n",
+        f"A LoRA for {f'a fine-tuned {target}, which lies in `base/`' if tuned else target}, made without human labels "
+        "by Direct Preference Optimization on the model's own images, as in [HG-DPO, arXiv:2405.20216v1](https://arxiv.org/abs/2405.20216v1).\n",
         "## Files\n",
         "- `pytorch_lora_weights.safetensors`: for diffusers, `pipeline.load_lora_weights(folder)`",
         f"- `{kohya_name}`: the same for AUTOMATIC1111 and ComfyUI (put it among their LoRAs)",
-        *(["- `base/`: the fine-tuned model, a whole diffusers pipeline. The LoRA was trained on it and judged on it; on "
-           f"{target} itself its numbers are others"] if tuned else []),
+        *(["- `base/`: the fine-tuned model, a whole diffusers pipeline. The LoRA was trained on it and judged on it; "
+           f"on {target} itself its numbers are others"] if tuned else []),
         *([f"- `pipeline/`: a whole diffusers pipeline with the LoRA merged in at weight {weight:g}"] if fused else []),
         f"\nUse it at weight {weight:g}: that is the weight of every number below.\n",
         "## To be filled in by whoever publishes it\n", _fields(tuned),

@@ -72,8 +72,8 @@ def check(source: str | None) -> None:
     """ModelError where headers show that head or CLIP is not whole, or that they do not fit; no network is loaded."""
     path, folder, _ = locate(source)
     head = linear_head("aesthetic", path, read_empty_tensors("aesthetic", path), "layers.")
-    config = check_folder("aesthetic", folder, CLIPVisionModelWithProjection)
-    _check_width(head, folder, config.vision_config.projection_dim)
+    vision: Any = check_folder("aesthetic", folder, CLIPVisionModelWithProjection).vision_config
+    _check_width(head, folder, vision.projection_dim)
 
 
 def _check_width(head: torch.nn.Module, folder: Path, width: int) -> None:

@@ -114,7 +114,8 @@ def _load_processor(folder: Path) -> CLIPImageProcessorPil:
     except ModelError:
         raise
     except Exception as error:  # any value of any setting may be wrong, and each fails in its own way
-        raise ModelError(f"scorer pickscore: {folder} holds no image processor of a CLIP: {first_line(error)}") from None
+        raise ModelError(f"scorer pickscore: {folder} holds no image processor of a CLIP: "
+                         f"{first_line(error)}") from None
     return processor
 
 

@@ -24,7 +24,6 @@ from hgdpo_core.models.networks import check_finite, compare_shapes, refuse_repo
 from hgdpo_core.models.weight_files import TORCH_SUFFIXES as PICKLED
 from hgdpo_core.models.weight_files import open_torch, read_tensor_infos
 
-
 CONVERT = "save its tensors as .safetensors where you trust it"
 
 

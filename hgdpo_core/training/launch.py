@@ -57,8 +57,9 @@ def launch_command(processes: int) -> list[str]:
     With --cpu it would start one process, whatever the number: --multi_gpu is the launcher of several, and where no
     GPU is wanted or there, each of them finds that out.
     """
-    return ["env", f"{LAUNCHED}=1", sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines",
-            "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--multi_gpu"]
+    return ["env", f"{LAUNCHED}=1", sys.executable, "-m", "accelerate.commands.launch", "--num_processes",
+            str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+            "--main_process_port", "0", "--multi_gpu"]
 
 
 def _launch(folder: Path, processes: int, progress: Progress, should_stop: ShouldStop) -> None:

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import distributed
 
-
 LAUNCHED = "HGDPO_LAUNCHED"  # set by us alone, for the processes that we start as several
 LEFT_BEHIND = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE",
                "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
@@ -21,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_launcher_variable(name: str) -> bool:
-    """Whether a variable is of those by which launchers (torchrun, accelerate, MPI, schedulers) tell processes apart."""
+    """Whether a variable is of those by which launchers (torchrun, accelerate, MPI) tell processes apart."""
     return name in LEFT_BEHIND or name.startswith(FAMILIES)
 
 
@@ -36,7 +35,8 @@ def forget_launchers() -> None:
     for name in left:
         del os.environ[name]
     if left and LAUNCHED not in os.environ:
-        logger.warning("ignored, since this training was not started by them: the variables %s", ", ".join(sorted(left)))
+        logger.warning("ignored, since this training was not started by them: the variables %s",
+                       ", ".join(sorted(left)))
 
 
 def launch_environment() -> dict[str, str]:

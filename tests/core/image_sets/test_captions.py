@@ -155,7 +155,8 @@ def test_unusable_models_are_one_line(llava, tmp_path, folder, capsys, monkeypat
     refuse(tmp_path / "nowhere", "does not exist: expected a folder or a hub id like llava-hf/")
     refuse("nobody/no-such-llava", "could not be downloaded from the hub:")
     for name, spoil, message in (("other", lambda place: edit(place, model_type="clip"), "is of the kind clip"),
-                                 ("cut", cut_off, "does not load as LLaVA"), ("lacking", drop_weights, "(1 such tensors): these are weights of"),
+                                 ("cut", cut_off, "does not load as LLaVA"),
+                                 ("lacking", drop_weights, "(1 such tensors): these are weights of"),
                                  ("broken", break_weight, "holds NaN or infinity in LLaVA's"),
                                  ("bare", lambda place: [p.unlink() for p in place.glob("*token*")], "does not load")):
         copy = shutil.copytree(llava, tmp_path / name)

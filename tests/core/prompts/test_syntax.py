@@ -86,8 +86,8 @@ def test_what_only_a1111_does_is_said():
     prompts = ["a <lora:x:0.5>", "[cat:dog:0.5]", "[red|blue] hat", "cat AND dog", "(fine:1.2) [less] SAND"]
     remark = describe_unread(prompts, "a1111")
     assert remark.startswith("1 of the prompts with networks") and "3 of the prompts with [a:b:0.5]" in remark
-    assert remark.endswith("what A1111 calls Clip skip 2 is target.clip_skip=1 here (Clip skip 1, its default, is none): "
-                           "it counts as diffusers does")
+    assert remark.endswith("what A1111 calls Clip skip 2 is target.clip_skip=1 here (Clip skip 1, its default, is "
+                           "none): it counts as diffusers does")
     assert "1 of the prompts with a clip skip" in describe_unread(["a cat, Clip skip: 2"], "a1111")
     assert describe_unread(prompts[-1:], "a1111") == describe_unread(prompts, "plain") == ""
 
