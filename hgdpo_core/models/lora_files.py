@@ -137,7 +137,8 @@ def apply_lora(pipeline: StableDiffusionPipeline, path: Path) -> None:
         with quiet_libraries():
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
     except Exception as error:  # diffusers and peft fail in many ways on names and shapes that do not fit
-        raise ModelError(f"the LoRA {path} does not fit the model: {first_line(error)}") from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"the LoRA {path} does not fit the model: {reason}") from None
     placed = _count_layers(pipeline) - before
     if not placed:
         raise ModelError(f"the LoRA {path} has no layer of this model: is it one for another family?")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from hgdpo_core.comparison_run import open_comparison, plan_comparison
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.errors import ConfigError, HGDPOError, InputError, ModelError
+from hgdpo_core.figures import target_path
 from hgdpo_core.models import find_model, load_pipeline
 from hgdpo_core.models.files import is_lora
 from hgdpo_core.models.places import find_offered_model, model_means
@@ -96,7 +97,8 @@ def test_a_scorer_by_name_is_the_presets(compare, lora):
     assert compare(tuned=str(lora), scorers=None).config.evaluation.scorers == figures().evaluation.scorers
 
 
-def test_the_figures_preset_needs_nothing_but_a_lora(lora, tmp_path):
+def test_the_figures_preset_needs_nothing_but_a_lora(tmp_path):
+    lora = tiny.save_random_lora(tmp_path / "lora", target_path())
     run = open_comparison(tuned=str(lora), root=str(tmp_path), overrides={"evaluation.prompts.limit": 4})
     assert len(run.evaluation_prompts.prompts) == 4 and run.config.target.source == "figures"
 
@@ -138,7 +140,7 @@ def test_a_lora_for_another_model_is_one_line(compare, lora, tmp_path):
     save_file({name: torch.cat([tensor, tensor], dim=-1) for name, tensor in weights.items()},
               tmp_path / "wide.safetensors")
     save_file({f"other.{name}": tensor for name, tensor in weights.items()}, tmp_path / "elsewhere.safetensors")
-    for name, message in (("wide", "does not fit the model"), ("elsewhere", "has no layer of this model")):
+    for name, message in (("wide", "expected two matrices of one rank"), ("elsewhere", "has no layer of this model")):
         with pytest.raises(ModelError, match=message) as error:
             compare(tuned=str(tmp_path / f"{name}.safetensors"))
         assert "\n" not in str(error.value)
