@@ -121,7 +121,7 @@ def test_fusing_takes_the_fine_tuned_model_from_the_store(store, tmp_path, targe
         return load_backbone(model)
 
     monkeypatch.setattr("hgdpo_core.export.load_backbone", load)
-    export_run(store, tmp_path / "out", fused=True)
+    assert tmp_path / "out" / "base" in export_run(store, tmp_path / "out", fused=True)
     assert [base.path for base in bases] == [path] and bases[0].lora is not None and bases[0].lora.weight == 0.5
 
 
