@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from tiny import SD15, tiny_unet, trainable
 from training_cases import Pairs, config, plain_training, train, weights
 
-from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError
+from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError, StorageError
 from hgdpo_core.models.lora import reference_mode
 from hgdpo_core.models.sd15 import UnetDenoiser
 from hgdpo_core.storage import Store
@@ -223,6 +224,17 @@ def test_a_killed_training_continues_from_its_last_checkpoint(place):
     resumed, result = train(settings, checkpoints=place)
     assert result.resumed_from == 2
     assert torch.equal(weights(resumed), weights(train(settings)[0]))
+
+
+def test_a_checkpoint_beyond_the_last_step_ends_in_one_line(place, tmp_path):
+    """It was trained on without end."""
+    train(config(max_steps=2), checkpoints=place)
+    beyond = tmp_path / place.key / "step-9"
+    shutil.copytree(tmp_path / place.key / "step-2", beyond)
+    complete = json.loads((beyond / "complete.json").read_text())
+    (beyond / "complete.json").write_text(json.dumps(complete | {"step": 9}))
+    with pytest.raises(StorageError, match="step 9 is beyond the last step 2 of this training: delete the folder"):
+        train(config(max_steps=2), checkpoints=place, should_stop=stop_after(5))
 
 
 def test_the_loss_scale_of_fp16_is_kept_in_checkpoints(place, monkeypatch):
