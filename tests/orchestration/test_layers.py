@@ -31,6 +31,7 @@ SCHEDULE_CONTRACT = {"losses.py", "schedule.py"}  # public functions that take d
 NETWORKS = {"StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL"}
 CIRCLES_ALLOWED: dict[tuple[str, str], str] = {
     ("config", "scorers"): "a setting that names a scorer is checked against the one list of scorers, when it is given",
+    ("config", "built_in"): "a source is checked to be built in; built_in uses the store only to place drawn images",
 }
 """An import that may close a circle, and why."""
 
