@@ -48,6 +48,12 @@ def draw(model: Model) -> np.ndarray:
                                generator=torch.Generator().manual_seed(3)).images[0]).astype(int)
 
 
+
+def alike(first, second) -> bool:
+    """Equal up to rounding: where weights lie in memory decides how a CPU's kernels sum."""
+    return int(np.abs(first.astype(int) - second.astype(int)).max()) <= 1
+
+
 def refuse(path: Path, message: str, place: Path | None = None, **settings) -> None:
     with pytest.raises(ModelError, match=message) as error:
         find(path, place, **settings)
@@ -71,7 +77,7 @@ def test_a_worker_finds_a_single_file_and_its_configs_in_the_store(place, tmp_pa
 def test_a_single_file_draws_the_folders_images(place, name):
     image = draw(find(place / name, place))
     assert image.std() > 1
-    assert np.array_equal(image, draw(find(place / "folder")))
+    assert alike(image, draw(find(place / "folder")))
 
 
 def test_half_precision_files_load_in_the_precision_asked_for(place, tmp_path):
@@ -128,7 +134,7 @@ def test_another_vae_is_used_and_is_part_of_the_identity(place, tmp_path):
               find(place / "single.safetensors", place, vae=str(tmp_path / "pipeline"))]
     assert {m.fingerprint for m in models}.isdisjoint({plain.fingerprint, single.fingerprint})
     images = [draw(model) for model in models]
-    assert np.array_equal(*images) and not np.array_equal(images[0], draw(plain))
+    assert alike(*images) and not alike(images[0], draw(plain))
     tuned = Tuned("sft-1", place / "folder", [], found=False).as_target(models[0])
     assert tuned.fingerprint == plain.fingerprint and tuned.vae is None
 
@@ -143,7 +149,7 @@ def test_a_vae_in_a_single_file_loads_under_original_names(tmp_path, monkeypatch
     save_file(state, tmp_path / "vae.safetensors")
     other.vae.save_pretrained(tmp_path / "vae")
     images = [draw(find(place / "folder", vae=str(tmp_path / name))) for name in ("vae.safetensors", "vae")]
-    assert np.array_equal(*images)
+    assert alike(*images)
 
 
 def test_a_file_without_vae_needs_one(place, tmp_path):
@@ -152,7 +158,7 @@ def test_a_file_without_vae_needs_one(place, tmp_path):
     save_file(state, tmp_path / "no-vae.safetensors")
     refuse(tmp_path / "no-vae.safetensors", "holds no VAE: set target.vae", place)
     model = find(tmp_path / "no-vae.safetensors", place, vae=str(place / "folder"))
-    assert np.array_equal(draw(model), draw(find(place / "folder")))
+    assert alike(draw(model), draw(find(place / "folder")))
 
 
 def test_a_hub_id_is_found_offline_in_the_hubs_cache(place, tmp_path, monkeypatch):
@@ -169,7 +175,7 @@ def test_a_hub_id_is_found_offline_in_the_hubs_cache(place, tmp_path, monkeypatc
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(tmp_path), raising=False)
     model = find_model(TargetConfig(source="somebody/tiny", dtype="float32"))
     assert model.fingerprint == commit
-    assert np.array_equal(draw(model), draw(find(place / "folder")))
+    assert alike(draw(model), draw(find(place / "folder")))
     assert find_model(TargetConfig(source="somebody/tiny", vae="somebody/vae")).vae is not None
 
 
