@@ -53,7 +53,7 @@ def table_judge(loaded):
             raise ModelError(f"scorer pickscore: {source} does not exist")
         return (f"fingerprint of {source}",)
 
-    return SimpleNamespace(locate=locate, load=load)
+    return SimpleNamespace(locate=locate, load=load, check=lambda source: None)
 
 
 def picture(place, model=0):

@@ -24,6 +24,8 @@ class LocalFiles:
         path = self.path(key)
         return path.stat().st_size if path.is_file() else None
 
+    head = size
+
     def read(self, key: str) -> bytes:
         return self.path(key).read_bytes()
 

@@ -39,11 +39,15 @@ class RemoteObjects:
         return self._filesystem
 
     def size(self, key: str) -> int | None:
-        if self.is_s3:  # without the listing by which s3fs looks for a folder where there is no object
-            bucket, _, name = self._path(key).partition("/")
-            return self.filesystem.call_s3("head_object", Bucket=bucket, Key=name)["ContentLength"]
         info = self.filesystem.info(self._path(key))
         return None if info["type"] == "directory" else info["size"]
+
+    def head(self, key: str) -> int | None:
+        """The size, without the listing by which s3fs looks for a folder where there is no object."""
+        if not self.is_s3:
+            return self.size(key)
+        bucket, name, _ = self.filesystem.split_path(self._path(key))
+        return self.filesystem.call_s3("head_object", Bucket=bucket, Key=name)["ContentLength"]
 
     def read(self, key: str) -> bytes:
         """The whole object, on S3 checked against its ETag where that is an MD5; ConnectionError for other bytes."""

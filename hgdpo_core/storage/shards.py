@@ -170,7 +170,7 @@ class ShardFolder:
             created_at=datetime.now(UTC).isoformat(timespec="seconds"), details=dict(details or {}))
         data_key = f"{self.key}/{manifest.file}"
         for _ in range(_COMMIT_TRIES):
-            if self.store.size(data_key) != len(data):
+            if not self.store.holds(data_key, len(data)):
                 self.store.write_bytes(data_key, data)
             if (found := self.find(index, inputs)) is not None:
                 return found

@@ -102,6 +102,13 @@ class Store:
         except MissingKeyError:
             return None
 
+    def holds(self, key: str, size: int) -> bool:
+        """Whether the object is there with so many bytes: one request, which does not tell a bucket that is missing."""
+        try:
+            return self._attempt("look at", key, self._objects.head, key) == size
+        except MissingKeyError:
+            return False
+
     def exists(self, key: str) -> bool:
         """Whether there is an object of this key (a folder is none)."""
         return self.size(key) is not None
