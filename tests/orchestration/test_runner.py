@@ -52,11 +52,11 @@ def test_auto_is_the_deployment_for_a_run_that_was_started_from_one(workers, mon
     monkeypatch.setattr(runner, "deployment", SimpleNamespace(id=deployed))
     chosen = choose_runner(name, WorkersConfig(), Store(str(tmp_path)), never_stop)
     assert isinstance(chosen, InProcess if here else DeploymentRunner)
-    assert not chosen.share  # a folder: all workers are on this machine
+    assert not chosen.copy_to_store  # a folder: all workers are on this machine
 
 
 def test_models_are_shared_where_workers_may_be_elsewhere(workers):
-    assert DeploymentRunner(WorkersConfig(), Store("memory://bucket"), never_stop).share
+    assert DeploymentRunner(WorkersConfig(), Store("memory://bucket"), never_stop).copy_to_store
 
 
 def test_a_folder_as_root_is_refused_when_workers_of_other_machines_are_online(workers, tmp_path, caplog):
