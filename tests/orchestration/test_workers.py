@@ -80,7 +80,7 @@ def test_retry_makes_only_the_failed_shard_and_the_run_completes(workers, parame
     assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.told()
     assert ended["run_count"] == 1
     started = [(run["name"].split()[0], run["run_count"]) for run in workers.children(parent)]
-    assert sorted(started) == [("pickscore", 1), ("pool", 1), ("pool", 2)]
+    assert sorted(started) == [("pool", 1), ("pool", 2), ("score", 1)]
     assert workers.painted().count(prompts[2]) == workers.painted().count(prompts[3]) == 1
     after = manifests(store)
     kept = committed | {key: manifest for key, manifest in made.items() if key not in of_training}
@@ -172,7 +172,8 @@ def test_two_models_are_compared_on_workers(workers, parameters, tmp_path):
     ended = workers.await_final(parent)
     assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.told()
     names = sorted(run["name"].partition(":")[0] for run in workers.children(parent))
-    assert names == ["pickscore, target 0-1", "pickscore, tuned 0-1", "target 0-1", "tuned 0-1"]
+    assert names == ["evaluation images, target 0-1", "evaluation images, tuned 0-1", "pickscore, target 0-1",
+                     "pickscore, tuned 0-1"]
     store = live.Store(there["root"])
     run = next(name for name in store.list_folders("runs") if name.startswith("evaluate-"))
     assert store.read_json(f"runs/{run}/summary.json")["win_rate"]["pickscore"]["n"] == 2
