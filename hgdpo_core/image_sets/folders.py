@@ -4,9 +4,6 @@
 library reads as an imagefolder. A .txt beside an image counts more than a line of metadata.
 """
 
-import csv
-import io
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,6 +14,7 @@ import pyarrow as pa
 from hgdpo_core.errors import InputError
 from hgdpo_core.images import IMAGE_SUFFIXES
 from hgdpo_core.storage import PARALLEL_REQUESTS, Store, is_temporary
+from hgdpo_core.text_files import csv_rows, decode_text, parse_json
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -119,8 +117,8 @@ def _json_lines(text: str, url: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             row = None
         if not isinstance(row, dict):
             raise InputError(f'line {number} of {url} is not {{"file_name": …, "text": …}}')
@@ -128,30 +126,16 @@ def _json_lines(text: str, url: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_lines(text: str, url: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    columns = reader.fieldnames or []
-    if "file_name" not in columns or not set(columns) & set(CAPTION_COLUMNS):
-        raise InputError(f"{url} has no columns file_name and {' or '.join(CAPTION_COLUMNS)}: it has "
-                         f"{', '.join(columns) or 'none'}")
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise InputError(f"line {reader.line_num} of {url} is no CSV: {error}") from None
+    for number, row in csv_rows(text, url):
+        if "file_name" not in row or not set(row) & set(CAPTION_COLUMNS):
+            raise InputError(f"{url} has no columns file_name and {' or '.join(CAPTION_COLUMNS)}: it has "
+                             f"{', '.join(row) or 'none'}")
+        yield number, row
 
 
 def caption_of(row: Mapping[str, Any]) -> Any:
     """The caption in a row of somebody's table, whatever its column is called; None where there is none."""
     return next((row[column] for column in CAPTION_COLUMNS if row.get(column) is not None), None)
-
-
-def decode_text(data: bytes, url: str) -> str:
-    """UTF-8 text, with or without a mark in front; InputError for other bytes."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{url} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}; if it was saved as "
-                         "Latin-1, convert it, for example with iconv -f LATIN1 -t UTF-8") from None
 
 
 class FolderReader:

@@ -5,7 +5,6 @@ which stops goes on at any image, and only the bytes asked for travel.
 """
 
 import io
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from hgdpo_core.errors import InputError
-from hgdpo_core.image_sets.folders import caption_of, decode_text
+from hgdpo_core.image_sets.folders import caption_of
 from hgdpo_core.images import IMAGE_SUFFIXES
 from hgdpo_core.storage import Store
+from hgdpo_core.text_files import decode_text, parse_json
 
 HEADER_BYTES = 2**16    # one request at a remote store: a header, the small texts and the next header
 SEQUENCE_BYTES = 2**23
@@ -75,7 +75,7 @@ def _caption(texts: dict[str, str]) -> str | None:
     if texts.get(".txt", "").strip():
         return texts[".txt"].strip()
     try:
-        row = json.loads(texts.get(".json", "null"))
+        row = parse_json(texts.get(".json", "null"))
     except ValueError:
         return None
     caption = caption_of(row) if isinstance(row, dict) else None

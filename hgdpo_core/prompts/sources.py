@@ -3,9 +3,7 @@
 A remote list is copied into the store each time it is read; when it cannot be reached later, the copy serves.
 """
 
-import csv
 import io
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -20,6 +18,7 @@ from hgdpo_core.config import PromptSource, content_hash
 from hgdpo_core.errors import InputError, StorageError
 from hgdpo_core.storage import MissingKeyError, Store
 from hgdpo_core.storage.shards import read_table, write_table
+from hgdpo_core.text_files import csv_rows, decode_text, parse_json
 
 FORMATS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 COLUMNS = ("prompt", "Prompt", "caption", "text")
@@ -91,11 +90,12 @@ def _read(source: PromptSource) -> list[str]:
     data = _read_bytes(address)
     if suffix == ".parquet":
         return _parquet_texts(data, source)
-    text = _decode(data, address)
+    text = decode_text(data, address)
     if suffix == ".txt":
         return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-    rows = _json_rows(text, address) if suffix == ".jsonl" else _csv_rows(text, address, tabs=suffix == ".tsv")
-    return _column(rows, source)
+    if suffix == ".jsonl":
+        return _column(_json_rows(text, address), source)
+    return _column([row for _, row in csv_rows(text, address, tabs=suffix == ".tsv")], source)
 
 
 # -- bytes and text
@@ -120,41 +120,7 @@ def _read_bytes(address: str) -> bytes:
         raise (UnreachableError if remote else InputError)(message) from None
 
 
-def _decode(data: bytes, address: str) -> str:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{address} is UTF-16 text (byte 0 is {data[0]:#04x}): expected UTF-8; convert it, for "
-                         "example with iconv -f UTF-16 -t UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        at = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)  # utf-8-sig counts behind its mark
-        line = data.count(b"\n", 0, at) + 1
-        raise InputError(f"{address} is not UTF-8 text: byte {at} (line {line}) is {data[at]:#04x}; if it was saved "
-                         "as Latin-1, convert it, for example with iconv -f LATIN1 -t UTF-8") from None
-    if "\0" in text:
-        raise InputError(f"{address} is a binary file with the name of a text file: expected prompts as text")
-    return text
-
-
 # -- rows
-
-
-def _csv_rows(text: str, address: str, *, tabs: bool) -> list[dict[str, Any]]:
-    try:
-        if tabs:
-            return _tsv_rows(text)
-        return list(csv.DictReader(io.StringIO(text, newline="")))
-    except csv.Error as error:
-        raise InputError(f"{address} cannot be read as a table: {error}; is it comma or tab separated text?") from None
-
-
-def _tsv_rows(text: str) -> list[dict[str, Any]]:
-    """Rows of a TSV, whose quotes are characters (as in PartiPrompts) unless all of it is quoted as CSV is."""
-    try:
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", strict=True))
-    except csv.Error:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
-        return list(reader)
 
 
 def _json_rows(text: str, address: str) -> list[dict[str, Any]]:
@@ -163,8 +129,8 @@ def _json_rows(text: str, address: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise InputError(f"line {number} of {address} is not JSON: {error}") from None
         rows.append(row if isinstance(row, dict) else {"prompt": row})
     return rows
@@ -176,8 +142,9 @@ def _parquet_texts(data: bytes, source: PromptSource) -> list[str]:
         file = pq.ParquetFile(io.BytesIO(data))
         names = _find_columns(file.schema_arrow.names, source)
         return _column(file.read(columns=list(names)).to_pylist(), source)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{source.source} is not a Parquet file: {error}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # damaged pages: each codec has its own
+        raise InputError(f"{source.source} is not a Parquet file, or a damaged one: {_first_line(error)}; get it "
+                         "again") from None
 
 
 def _read_data_set(source: PromptSource) -> list[str]:

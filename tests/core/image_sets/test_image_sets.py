@@ -118,8 +118,10 @@ def test_images_of_one_stem_share_their_text(folder):
     ("metadata.jsonl", b'{"file_name": "a.png", "txt": "one"}', "line 1 of"),
     ("metadata.jsonl", b'"a.png"', "line 1 of"),
     ("metadata.csv", b"file,text\na.png,one\n", "has no columns file_name and text or caption or prompt: it has file"),
-    ("metadata.csv", b'file_name,text\na.png,"one\n', "line 1 of .* is no CSV"),
-    ("sub/c.txt", "Mädchen".encode("latin-1"), r"sub/c\.txt is not UTF-8 text: byte 1 is 0xe4; .* iconv -f LATIN1"),
+    ("metadata.csv", b'file_name,text\na.png,"one\n', "cannot be read as a table: unexpected end of data"),
+    ("metadata.csv", b"file_name,text\na.png,a dancer, golden dress\n", "line 2 of .* has 3 cells, its header has 2"),
+    ("metadata.jsonl", b"[" * 100_000, "line 1 of"),
+    ("sub/c.txt", "Mädchen".encode("latin-1"), r"sub/c\.txt is not UTF-8 text: byte 1 .line 1. is 0xe4; .* iconv -f LATIN1"),
 ])
 def test_broken_captions_are_one_line(folder, name, text, message):
     (folder / name).write_bytes(text)

@@ -80,6 +80,49 @@ def test_a_cell_beyond_what_csv_allows_is_one_line(tmp_path):
         read(tmp_path / "a.csv")
 
 
+@pytest.mark.parametrize("row", ["a dancer, golden dress", 'a "red" top, a hat', "a,,"])
+def test_a_row_of_more_cells_than_the_header_is_refused_and_never_cut(tmp_path, row):
+    (tmp_path / "a.csv").write_text(f"prompt\na man\n{row}\n")
+    with pytest.raises(InputError, match=r'line 3 of .*a\.csv has \d cells, its header has 1: .*"double quotes"'):
+        read(tmp_path / "a.csv")
+    (tmp_path / "a.tsv").write_text("prompt\tn\na man\t1\ta woman\n")
+    with pytest.raises(InputError, match="line 2 of .* has 3 cells, its header has 2"):
+        read(tmp_path / "a.tsv")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('prompt\n"a man\na woman\n', "cannot be read as a table: unexpected end of data"),
+    ('prompt\n"a" man\n', "cannot be read as a table"),
+    ("prompt,prompt\na,b\n", "names a column twice"),
+])
+def test_a_table_that_would_be_read_wrongly_is_refused(tmp_path, text, message):
+    """An opening quote without its end would make one prompt of all that follow."""
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"prompt": "\\ud800"}', '{"prompt": ' + "1" * 5000 + "}"])
+def test_json_that_python_chokes_on_is_one_line(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a man"}}\n{line}\n')
+    with pytest.raises(InputError, match="line 2 of .* is not JSON") as error:
+        read(tmp_path / "a.jsonl")
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_parquet_is_one_line_or_whole(tmp_path):
+    pq.write_table(pa.table({"prompt": [f"a woman number {i}" for i in range(200)]}), tmp_path / "a.parquet")
+    whole, refused = (tmp_path / "a.parquet").read_bytes(), 0
+    for at in range(0, len(whole), 23):
+        (tmp_path / "a.parquet").write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1:])
+        try:
+            read(tmp_path / "a.parquet")
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 10
+
+
 # -- data sets
 
 
