@@ -1,5 +1,6 @@
 """Target against tuned model: same prompts, same seeds; win rates, score changes, defects, colours, with intervals."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,11 +82,19 @@ def plan_evaluation(store: Store, model: Model, sampler: SamplerConfig, pool: Dr
 
 
 def refuse_seen_prompts(evaluation: Sequence[str], training: Sequence[str]) -> None:
-    """InputError when a prompt of the evaluation occurs in training."""
-    seen = sorted(set(evaluation) & set(training))
+    """InputError when a prompt of the evaluation is one of training to a text encoder, which reads neither case nor
+    the number of spaces.
+    """
+    trained = set(map(_as_read, training))
+    seen = sorted(prompt for prompt in set(evaluation) if _as_read(prompt) in trained)
     if seen:
-        raise InputError(f"{len(seen)} of {len(evaluation)} evaluation prompts occur in training, the first is "
-                         f"{seen[0]!r}: evaluate on prompts the model was not tuned on")
+        raise InputError(f"{len(seen)} of {len(evaluation)} evaluation prompts occur in training (case and "
+                         f"spaces aside), the first is {seen[0]!r}: evaluate on prompts the model was not tuned on")
+
+
+def _as_read(prompt: str) -> str:
+    """As CLIP's tokenizer reads a text before it cuts it into tokens."""
+    return " ".join(unicodedata.normalize("NFC", prompt).lower().split())
 
 
 def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapping[str, ShardFolder],

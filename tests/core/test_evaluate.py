@@ -108,5 +108,11 @@ def test_prompts_outside_the_evaluation_do_not_count(store, models):
 
 def test_seen_prompts_are_refused():
     refuse_seen_prompts(["a"], ["b"])
-    with pytest.raises(InputError, match="1 of 2 evaluation prompts occur in training, the first is 'a'"):
+    with pytest.raises(InputError, match="1 of 2 evaluation prompts occur in training .*, the first is 'a'"):
         refuse_seen_prompts(["a", "c"], ["a", "b"])
+
+
+@pytest.mark.parametrize("prompt", ["a woman in red ", "A Woman in red", "a  woman\tin red", "a woman in red\u00a0"])
+def test_a_prompt_that_a_text_encoder_reads_alike_is_not_held_out(prompt):
+    with pytest.raises(InputError, match="1 of 2 evaluation prompts occur in training .case and spaces aside."):
+        refuse_seen_prompts(["a man", prompt], ["a woman in red"])
