@@ -140,7 +140,7 @@ def collect(options: argparse.Namespace) -> int:
     from hgdpo_core.storage import Store
     from hgdpo_core.storage.garbage import collect_garbage
 
-    report = collect_garbage(Store(options.root or default_root()), dry_run=options.dry_run)
+    report = collect_garbage(Store(default_root() if options.root is None else options.root), dry_run=options.dry_run)
     print(f"{'would remove' if options.dry_run else 'removed'} {len(report.files)} files, {report.bytes:,} bytes")
     for name in report.files:
         print(name)
@@ -156,8 +156,8 @@ def export(options: argparse.Namespace) -> int:
     folder = Path(options.to)
     if options.push:
         check_push(options.push, folder, public=options.public)
-    for path in export_run(Store(options.root or default_root()), folder, options.run_id, fused=options.fused,
-                           target=options.target):
+    store = Store(default_root() if options.root is None else options.root)
+    for path in export_run(store, folder, options.run_id, fused=options.fused, target=options.target):
         print(path)
     if options.push:
         print(push_folder(folder, options.push, public=options.public))

@@ -41,7 +41,7 @@ def hgdpo_rescore(
     explain_own_errors()
     if (reason := reason_to_skip()) is not None:
         return _completed("Skipped", f"skipped: {reason}")
-    store = Store(root or default_root())
+    store = Store(default_root() if root is None else root)
     plan = find_work(store, scorers, preset, overrides, verify)
     if plan_only:
         return {"plan": plan.rows(), "skipped": [item.model_dump() for item in plan.skipped]}

@@ -20,7 +20,7 @@ def rescore(options: argparse.Namespace) -> int:
     from hgdpo_core.storage import Store
     from tasks.handover import handed_over
 
-    store = Store(options.root or default_root())
+    store = Store(default_root() if options.root is None else options.root)
     store.check_writable()
     inputs = {"root": store.root, "names": options.scorers, "preset": options.preset,
               "overrides": options.overrides, "verify": options.verify}
@@ -95,7 +95,7 @@ def _score_pools(options: argparse.Namespace) -> int:
     from hgdpo_core.run import default_root
     from hgdpo_core.storage import Store
 
-    store = Store(options.root or default_root())
+    store = Store(default_root() if options.root is None else options.root)
     plan = plan_wanted(store, options.scorers, preset=options.preset, overrides=options.overrides)
     skipped = list(plan.skipped)
     for version, jobs in plan.by_version():

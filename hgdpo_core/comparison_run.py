@@ -79,7 +79,7 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
                      "lora_weights": tuple(lora_weights or ())})
     if overrides:
         config = apply_overrides(config, overrides)
-    store = Store(root or default_root())
+    store = Store(default_root() if root is None else root)
     evaluation_prompts = read_prompts(config.evaluation.prompts, store)
     check_syntax([config.target.negative_prompt], config.target.prompt_syntax)
     check_syntax(evaluation_prompts.prompts, config.evaluation.prompt_syntax)

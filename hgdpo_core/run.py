@@ -70,7 +70,7 @@ def resolve_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompt
     config = build_config(preset, target=target, prompts=prompts, images=images)
     if overrides:
         config = apply_overrides(config, overrides)
-    store = (DryStore if dry else Store)(root or default_root())
+    store = (DryStore if dry else Store)(default_root() if root is None else root)
     default_device()  # a GPU asked for that is not there
     training, evaluation = read_prompts(config.prompts, store), read_prompts(config.evaluation.prompts, store)
     check_syntax([config.target.negative_prompt, *training.prompts], config.target.prompt_syntax)

@@ -31,6 +31,7 @@ from hgdpo_core.images import IMAGE_SUFFIXES
 from hgdpo_core.models.fingerprints import hash_files
 from hgdpo_core.prompts.sources import LOCAL_PROTOCOLS, refuse_secret_address
 from hgdpo_core.storage import Store, is_temporary, scratch_folder
+from hgdpo_core.storage.roots import local_address
 from hgdpo_core.storage.shards import read_table, write_table
 
 Kind = Literal["folder", "tars", "parquet"]
@@ -140,7 +141,10 @@ def list_files(place: str) -> tuple[Store, list[_File]]:
             raise InputError(f"images: {place} cannot be listed over http: download it, or give a path or the URL of a "
                              "bucket")
         return _list_below(place, place)
-    path = Path(place.removeprefix(f"{protocol}://") if remote else place).expanduser()
+    try:
+        path = Path(local_address(place)).expanduser()
+    except ConfigError as error:
+        raise InputError(f"images: {error}") from None
     if not path.exists() and not WILD.search(str(path)):
         raise InputError(f"images: {place} is not a folder; expected images with metadata.jsonl or .txt captions, or "
                          ".tar or .parquet files")

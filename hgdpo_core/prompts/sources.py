@@ -8,15 +8,16 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hgdpo_core.config import PromptSource, content_hash
-from hgdpo_core.errors import InputError, StorageError
+from hgdpo_core.errors import ConfigError, InputError, StorageError
 from hgdpo_core.storage import MissingKeyError, Store
+from hgdpo_core.storage.roots import local_address
 from hgdpo_core.storage.shards import read_table, write_table
 from hgdpo_core.text_files import csv_rows, decode_text, parse_json
 
@@ -25,7 +26,8 @@ COLUMNS = ("prompt", "Prompt", "caption", "text")
 CATEGORIES = ("Category", "category")
 LOCAL_PROTOCOLS = ("file", "local")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SECRET_IN_QUERY = re.compile(r"[?&](x-amz-signature|x-goog-signature|signature|sig|[a-z_]*token|[a-z_]*key)=", re.I)
+SECRET_IN_QUERY = re.compile(r"[?&;#](sig|[\w.-]*(signature|token|key|password|passwd|pwd|secret|credentials?|auth))=",
+                             re.I)
 
 
 class UnreachableError(StorageError):
@@ -59,14 +61,28 @@ def _kind(address: str) -> str:
     if not found:
         return "remote" if _is_hub_id(address) else "local"
     refuse_secret_address(address, "prompts")
-    return "local" if protocol.lower() in LOCAL_PROTOCOLS else "remote"
+    if protocol.lower() not in LOCAL_PROTOCOLS:
+        return "remote"
+    try:
+        local_address(address)
+    except ConfigError as error:
+        raise InputError(f"prompts: {error}") from None
+    return "local"
 
 
 def refuse_secret_address(address: str, what: str) -> None:
     """InputError, which does not quote it, for a URL of the user's `what` that holds a secret."""
-    if urlsplit(address).password or SECRET_IN_QUERY.search(address):
+    if _has_user(address) or SECRET_IN_QUERY.search(unquote(address)):
         raise InputError(f"the address of the {what} holds a password, key or signature, which would end up in logs: "
                          "put the credentials into the environment, or download the data and give its path")
+
+
+def _has_user(address: str) -> bool:
+    """Whether a user, which may be a token, stands before the host; one that is no URL at all counts as a secret."""
+    try:
+        return "@" in unquote(urlsplit(address).netloc)
+    except ValueError:
+        return True
 
 
 def _is_hub_id(address: str) -> bool:

@@ -33,15 +33,26 @@ def parse_root(text: str) -> Root:
     protocol = scheme[1].lower() if scheme else "file"
     rest = text[scheme.end():] if scheme else text
     if protocol in ("file", "local"):
-        folder = _local_folder(rest)
+        folder = _local_folder(local_address(text))
         return Root(f"file://{folder}", "file", folder)
     _refuse_secret(text, "root")
     if protocol in S3_PROTOCOLS:
         _endpoint()
-    url = f"{protocol}://{rest.strip('/')}"
+    # S3 would take `bucket//prefix` for another key, which is written and read, but never listed.
+    url = f"{protocol}://{re.sub('//+', '/', rest).strip('/')}"
     if url.endswith("://"):
         raise ConfigError(f"root {url!r} names no bucket: expected {url}<bucket>/<folder>")
     return Root(url, protocol, _filesystem_class(protocol)._strip_protocol(url).rstrip("/"))
+
+
+def local_address(text: str) -> str:
+    """The path in a path or a file URL; ConfigError for `file://data/x`, in which data is a host and not a folder."""
+    scheme = _SCHEME.match(text)
+    rest = text[scheme.end():] if scheme else text
+    if scheme and rest and not rest.startswith("/"):
+        raise ConfigError(f"{text} names the host {rest.partition('/')[0]}, not a folder: write file:///{rest} for a "
+                          f"path from the top, or {rest} for one from here")
+    return rest
 
 
 def connect(protocol: str) -> Any:

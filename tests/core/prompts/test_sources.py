@@ -202,11 +202,20 @@ def test_a_list_over_http(tmp_path):
 @pytest.mark.parametrize("address", [
     "https://me:secret@host/p.txt", "https://host/p.txt?X-Amz-Date=1&X-Amz-Signature=secret",
     "https://host/p.txt?access_token=secret", "https://host/p.txt?api_key=secret",
+    "https://host/p.txt?X-Amz-Security-Token=secret", "https://host/p.txt?api-key=secret",
+    "https://host/p.txt?access-token=secret", "https://host/p.txt?password=secret", "https://secret@host/p.txt",
+    "https://host/p.txt?a=1%26token%3Dsecret", "https://host/p.txt#access_token=secret", "https://secret%40host/p.txt",
+    "https://[secret/p.txt",
 ])
 def test_an_address_with_a_secret_is_refused_without_quoting_it(address):
     with pytest.raises(InputError, match="holds a password, key or signature") as error:
         read(address)
     assert "secret" not in str(error.value)
+
+
+def test_a_file_url_with_a_host_is_refused():
+    with pytest.raises(InputError, match="file://data/p.txt names the host data, not a folder: write file:///data"):
+        read("file://data/p.txt")
 
 
 # -- settings

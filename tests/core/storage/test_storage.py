@@ -156,7 +156,15 @@ def test_secrets_in_the_endpoint_are_refused_and_not_echoed(monkeypatch, variabl
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize("root", ["", "s3://", "nosuchthing://x", "simplecache::s3://bucket"])
+def test_doubled_slashes_name_the_same_root(server):
+    store = Store("s3://bucket//doubled///runs/")
+    assert store.root == "s3://bucket/doubled/runs"
+    store.write_bytes("d/x", b"1")
+    assert store.list("d") == {"x": 1} and [key for key, *_ in store.walk()] == ["d/x"]
+
+
+@pytest.mark.parametrize("root", ["", "s3://", "nosuchthing://x", "simplecache::s3://bucket", "file://data/x",
+                                  "local://data"])
 def test_senseless_roots_are_refused(root):
     with pytest.raises(ConfigError):
         Store(root)
