@@ -1,14 +1,19 @@
 """Images at the edges: encoded bytes to pixels and back."""
 
+import functools
 import io
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from hgdpo_core.colours import to_srgb
 from hgdpo_core.config import ImageFormat
 from hgdpo_core.errors import InputError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".jpe", ".jfif", ".avif", ".tif", ".tiff", ".gif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "TIFF", "GIF")
+"""What is opened, whatever a file is called: for PostScript Pillow would start Ghostscript."""
 
 
 def encode_image(pixels: np.ndarray, image_format: ImageFormat) -> bytes:
@@ -19,30 +24,32 @@ def encode_image(pixels: np.ndarray, image_format: ImageFormat) -> bytes:
     return buffer.getvalue()
 
 
+def open_image(file: BinaryIO) -> Image.Image:
+    """An image of FORMATS of which the header is read; Pillow's errors for any other file."""
+    return Image.open(file, formats=_installed_formats())
+
+
+@functools.cache
+def _installed_formats() -> tuple[str, ...]:
+    Image.init()  # a Pillow may be built without a codec
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def decode_image(data: bytes) -> Image.Image:
     """RGB image of encoded bytes, turned as its EXIF says; InputError when they do not decode.
 
-    Transparency is dropped (the colour below it shows) and 16 bits are scaled to 8. An image of more pixels than
+    Profiles are turned into sRGB, transparency is laid on white, 16 bits are scaled to 8. An image of more pixels than
     Pillow takes for harmless (179 million) is refused before it is unpacked.
     """
     try:
-        return _to_eight_bits(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).convert("RGB")
+        return to_srgb(ImageOps.exif_transpose(open_image(io.BytesIO(data))))
     except (InputError, MemoryError):
         raise
     except UnidentifiedImageError:  # whose message is an address in memory
-        raise InputError(f"{len(data)} bytes do not decode as an image: Pillow knows no such format") from None
+        raise InputError(f"{len(data)} bytes do not decode as an image: expected {', '.join(FORMATS)}") from None
     except Exception as error:  # broken bytes: every codec has its own family of errors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{len(data)} bytes do not decode as an image: {reason}") from None
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow itself would cut 16 bits off at 255, which turns a picture white."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise InputError("its pixels have 32 bits, whose white nobody states: save it with 8 or 16 bits a colour")
-    return image
 
 
 def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -1,7 +1,7 @@
 """From pictures to the pixels a scorer sees, with PIL and torch alone. Each rule equals its original's torchvision.
 
-Every scorer sees what a viewer shows: EXIF rotation is applied, transparency is dropped (the colour below it
-shows), grey and palette become RGB. So a score belongs to the picture, not to its file's mode. The originals agree
+Every scorer sees what a viewer shows: EXIF rotation and colour profiles are applied, transparency is laid on white,
+grey and palette become RGB. So a score belongs to the picture, not to its file's mode. The originals agree
 on opaque pictures without an EXIF rotation; they know no other.
 """
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from hgdpo_core.colours import to_srgb
 from hgdpo_core.errors import InputError
 from hgdpo_core.parallel import threads
 
@@ -28,7 +29,7 @@ def to_pictures(images: Images) -> list[Image.Image]:
             raise InputError(f"images: expected PIL images or uint8 [B, H, W, 3], got {array.dtype} "
                              f"{list(array.shape)}: multiply by 255 and move the colours last")
         return [Image.fromarray(image) for image in array]
-    return [ImageOps.exif_transpose(image).convert("RGB") for image in images]
+    return [to_srgb(ImageOps.exif_transpose(image)) for image in images]
 
 
 def check_counts(images: Images, prompts: Sequence[str]) -> None:

@@ -7,8 +7,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
+from hgdpo_core.colours import to_srgb
 from hgdpo_core.errors import InputError
 from hgdpo_core.images import decode_image, fit_image, to_model_range
 
@@ -35,17 +36,18 @@ def halves(width: int, height: int) -> Image.Image:
 def test_every_mode_becomes_its_colours():
     orange = (200, 100, 10)
     assert colour(saved(Image.new("RGB", (4, 4), orange))) == orange
-    assert colour(saved(Image.new("RGBA", (4, 4), (*orange, 128)))) == orange
-    assert colour(saved(Image.new("RGBA", (4, 4), (*orange, 0)))) == orange  # the colour below the transparency
+    assert colour(saved(Image.new("RGBA", (4, 4), (*orange, 255)))) == orange
+    assert colour(saved(Image.new("RGBA", (4, 4), (*orange, 128)))) == pytest.approx((227, 177, 132), abs=1)
+    assert colour(saved(Image.new("RGBA", (4, 4), (*orange, 0)))) == (255, 255, 255)
     assert colour(saved(Image.new("L", (4, 4), 77))) == (77, 77, 77)
-    assert colour(saved(Image.new("LA", (4, 4), (77, 0)))) == (77, 77, 77)
+    assert colour(saved(Image.new("LA", (4, 4), (77, 0)))) == (255, 255, 255)
     assert colour(saved(Image.new("1", (4, 4), 1))) == (255, 255, 255)
     assert colour(saved(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG", quality=100)) == (255, 0, 0)
     palette = Image.new("RGB", (4, 4), orange).quantize(4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert colour(saved(palette)) == orange
-        assert colour(saved(palette, transparency=b"\x00\x10")) == orange
+        assert colour(saved(palette, transparency=b"\x00" * 4)) == (255, 255, 255)
         assert colour(saved(palette, "GIF")) == orange
 
 
@@ -63,7 +65,7 @@ def test_sixteen_bits_are_scaled_and_not_cut():
 
 @pytest.mark.parametrize("image", [Image.new("F", (4, 4), 0.5), Image.new("I", (4, 4), 70_000)])
 def test_pixels_without_a_known_white_are_refused(image):
-    with pytest.raises(InputError, match="32 bits, whose white nobody states: save it with 8 or 16 bits"):
+    with pytest.raises(InputError, match="32 bits, whose white is not stated: save it with 8 or 16 bits"):
         decode_image(saved(image, "TIFF"))
 
 
@@ -137,3 +139,54 @@ def test_broken_bytes_are_one_line_whatever_is_broken(kind):
             refused += 1
             assert "\n" not in str(error) and "object at" not in str(error)
     assert refused >= 20
+
+
+def profile(red, green, blue) -> bytes:
+    """A matrix profile of these primaries (XYZ under D50) and gamma 2.2."""
+    def fixed(values) -> bytes:
+        return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(2.2 * 256)) + b"\0\0"
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"made\0" + bytes(78)
+    white = (0.9642, 1, 0.8249)
+    tags = {b"desc": text, b"wtpt": fixed(white), b"rXYZ": fixed(red), b"gXYZ": fixed(green), b"bXYZ": fixed(blue),
+            b"rTRC": curve, b"gTRC": curve, b"bTRC": curve, b"cprt": b"text\0\0\0\0none\0"}
+    at, table, data = 132 + 12 * len(tags), b"", b""
+    for name, value in tags.items():
+        value += bytes(-len(value) % 4)
+        table += name + struct.pack(">II", at + len(data), len(value))
+        data += value
+    body = struct.pack(">I", len(tags)) + table + data
+    start = struct.pack(">IIi", 128 + len(body), 0, 0x02100000) + b"mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28)
+    return start + fixed(white)[8:] + bytes(48) + body
+
+
+WIDE = profile((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("shown", [(224, 172, 150), (200, 30, 40), (40, 180, 70)])
+def test_an_embedded_profile_is_turned_into_srgb_once(kind, shown):
+    """Display P3, as phones write it."""
+    options = {"quality": 100} if kind in ("JPEG", "WEBP") else {}
+    srgb, wide = ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(WIDE))
+    stored = ImageCms.profileToProfile(Image.new("RGB", (32, 32), shown), srgb, wide)
+    image = decode_image(saved(stored, kind, icc_profile=WIDE, **options))
+    assert image.getpixel((5, 5)) == pytest.approx(shown, abs=4)
+    assert to_srgb(image).getpixel((5, 5)) == image.getpixel((5, 5))
+    cut_out = stored.copy()
+    cut_out.putalpha(0)
+    assert colour(saved(cut_out, "PNG", icc_profile=WIDE)) == (255, 255, 255)
+
+
+def test_a_profile_of_srgb_or_a_broken_one_changes_no_pixel():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for icc in (srgb, b"no profile", WIDE[:200]):
+        assert colour(saved(Image.new("RGB", (4, 4), (200, 100, 10)), icc_profile=icc)) == (200, 100, 10)
+    assert colour(saved(Image.new("L", (4, 4), 77), icc_profile=WIDE)) == (77, 77, 77)
+
+
+def test_postscript_is_refused_and_starts_no_interpreter():
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    with pytest.raises(InputError, match="do not decode as an image: expected PNG, JPEG"):
+        decode_image(page)
