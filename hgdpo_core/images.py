@@ -1,13 +1,16 @@
 """Images at the edges: encoded bytes to pixels and back."""
 
+import contextlib
 import functools
 import io
+from collections.abc import Iterable
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hgdpo_core.colours import to_srgb
+from hgdpo_core.colours import is_converted, to_srgb
 from hgdpo_core.config import ImageFormat
 from hgdpo_core.errors import InputError
 
@@ -22,6 +25,15 @@ def encode_image(pixels: np.ndarray, image_format: ImageFormat) -> bytes:
     options = {"png": {"compress_level": 1}, "webp": {"lossless": True}, "jpeg": {"quality": 95, "subsampling": 0}}
     Image.fromarray(pixels).save(buffer, format=image_format.upper(), **options[image_format])
     return buffer.getvalue()
+
+
+def any_converted(files: Iterable[Path]) -> bool:
+    """Whether an image of some local files has a profile or transparency; read are headers, up to the first."""
+    for file in files:
+        with contextlib.suppress(Exception), file.open("rb") as data:  # broken ones have no pixels
+            if is_converted(open_image(data)):
+                return True
+    return False
 
 
 def open_image(file: BinaryIO) -> Image.Image:

@@ -101,4 +101,6 @@ def shell_command(verb: str, options: Mapping[str, str | None], overrides: Mappi
 def _read_images(source: str | None, store: Store) -> ImageSet | None:
     if source is None:
         return None
-    return read_image_set(str(find_images(store)) if is_built_in(source) else source)
+    if is_built_in(source):
+        return read_image_set(str(find_images(store)))
+    return read_image_set(source, leave_out=store.local_path(""))

@@ -29,7 +29,7 @@ def prepare(preset: str, root: str | None, prompts: str | None, target: str | No
         logger.warning("Prompts: %s", unread)
     logger.info("Target: %s (%s, %s)", run.target.path.name, run.target.fingerprint[:12], run.target.dtype)
     if run.images is not None:
-        logger.info("Images for SFT: %d", len(run.images))
+        logger.info("Images for SFT: %s", run.images.describe())
     return run
 
 

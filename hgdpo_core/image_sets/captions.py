@@ -38,13 +38,16 @@ class Captioned:
 
 def find_uncaptioned(place: str) -> Uncaptioned:
     """The images below a folder, path or URL, without a caption; InputError when there is no image at all."""
-    store, files = list_files(place)
+    store, files, _ = list_files(place)
     keys = [file.key for file in files]
     names = select_images(keys)
     if not names:
         raise InputError(f"images: {place} holds no image files, beside which captions are written: unpack .tar and "
                          ".parquet files into a folder first")
-    captions = read_captions(store, names, keys)
+    captions, problems = read_captions(store, names, keys)
+    if problems:
+        raise InputError(f"images: the caption of {min(problems)} cannot be read, and is not overwritten: "
+                         f"{problems[min(problems)]}")
     missing = tuple(name for name in names if not captions.get(name, "").strip())
     return Uncaptioned(store, missing, len(names))
 

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from hgdpo_core.errors import InputError
+from hgdpo_core.image_sets.trees import local_tree
 from hgdpo_core.images import IMAGE_SUFFIXES
 from hgdpo_core.storage import PARALLEL_REQUESTS, Store, is_temporary
 from hgdpo_core.text_files import csv_rows, decode_text, parse_json
@@ -40,8 +41,10 @@ def find_captioned_images(folder: str) -> list[CaptionedImage]:
     names = select_images(files)
     if not names:
         raise _no_image(folder)
-    captions = read_captions(store, names, files)
+    captions, problems = read_captions(store, names, files)
     missing = [name for name in names if name not in captions]
+    if problems:
+        raise InputError(f"images: the caption of {root / min(problems)} cannot be read: {problems[min(problems)]}")
     if missing:
         raise InputError(f"images: {len(missing)} of {len(names)} images have no caption, the first is "
                          f"{root / missing[0]}: add a line to metadata.jsonl or a .txt file of the same name")
@@ -57,7 +60,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    return [name for name, *_ in local_tree(folder)[0]]
 
 
 def _no_image(place: str) -> InputError:
@@ -66,7 +69,8 @@ def _no_image(place: str) -> InputError:
 
 def select_images(files: Iterable[str]) -> list[str]:
     """The images among relative paths, folder by folder in name order."""
-    images = [name for name in files if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not is_temporary(name)]
+    images = [name for name in files if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not is_temporary(name)
+              and not PurePosixPath(name).name.startswith("._")]
     return sorted(images, key=lambda name: name.split("/"))
 
 
@@ -75,8 +79,11 @@ def caption_file(image: str) -> str:
     return str(PurePosixPath(image).with_suffix(".txt"))
 
 
-def read_captions(store: Store, images: Sequence[str], files: Iterable[str]) -> dict[str, str]:
-    """Captions of those `images` (keys of `store`) that have one, read from the metadata and text files of `files`."""
+def read_captions(store: Store, images: Sequence[str],
+                  files: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Captions of those `images` (keys of `store`) that have one, read from the metadata and text files of `files`,
+    and why the text file of an image cannot be read.
+    """
     known, wanted = set(files), set(images)
     captions: dict[str, str] = {}
     metadata = [name for name in known if PurePosixPath(name).name in METADATA]
@@ -88,9 +95,16 @@ def read_captions(store: Store, images: Sequence[str], files: Iterable[str]) -> 
                 captions[image] = caption
     texts = {text for name in images if (text := caption_file(name)) in known}
     beside: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for keys in _groups(sorted(texts), 32 * PARALLEL_REQUESTS):
-        beside |= {key: decode_text(data, store.url(key)).strip() for key, data in store.read_many(keys).items()}
-    return captions | {name: beside[text] for name in images if (text := caption_file(name)) in beside}
+        for key, data in store.read_many(keys).items():
+            try:
+                beside[key] = decode_text(data, PurePosixPath(key).name).strip()
+            except InputError as error:
+                problems[key] = str(error)
+    captions = captions | {name: beside[text] for name in images if (text := caption_file(name)) in beside}
+    unreadable = {name: problems[text] for name in images if (text := caption_file(name)) in problems}
+    return {name: text for name, text in captions.items() if name not in unreadable}, unreadable
 
 
 def _groups(items: list[str], size: int) -> Iterator[list[str]]:

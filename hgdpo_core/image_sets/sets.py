@@ -11,11 +11,13 @@ stay where they are: memory holds an index of some hundred bytes an image.
 """
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -27,7 +29,8 @@ from hgdpo_core.errors import ConfigError, InputError, StorageError
 from hgdpo_core.image_sets.folders import METADATA, FolderReader, caption_file, read_captions, select_images
 from hgdpo_core.image_sets.tables import TableReader, index_tables
 from hgdpo_core.image_sets.tars import TarReader, index_tars
-from hgdpo_core.images import IMAGE_SUFFIXES
+from hgdpo_core.image_sets.trees import local_tree
+from hgdpo_core.images import IMAGE_SUFFIXES, any_converted
 from hgdpo_core.models.fingerprints import hash_files
 from hgdpo_core.prompts.sources import LOCAL_PROTOCOLS, refuse_secret_address
 from hgdpo_core.storage import Store, is_temporary, scratch_folder
@@ -42,13 +45,17 @@ CAPTIONING: dict[Kind, str] = {
     "parquet": "fill its column, or unpack them into a folder, for which `hgdpo caption` writes them",
 }
 INDEX = pa.schema([("name", pa.string()), ("caption", pa.string()), ("file", pa.int32()), ("start", pa.int64()),
-                   ("bytes", pa.int64())])
-"""`file` counts in ImageSet.files, `start` is a byte of a tar or a row of a table; a folder needs the name alone."""
-INDEX_FORMAT = 1
-"""Raised by hand when an index comes out differently: what a cache holds is made anew."""
+                   ("bytes", pa.int64()), ("problem", pa.string())])
+"""`file` counts in ImageSet.files, `start` is a byte of a tar or a row of a table; a folder needs the name alone.
+`problem`: why a caption that is there cannot be read."""
+INDEX_FORMAT = 2
+"""Raised by hand when an index comes out differently: what a cache holds is made again."""
+CONVERTED = b"converted"
+PASSED_OVER = b"passed_over"
 WILD = re.compile(r"[*?\[{]")
 BRACES = re.compile(r"\{([^{}]*)\}")
 SUFFIXES: dict[str, Kind] = {".tar": "tars", ".parquet": "parquet"}
+MOST_FILES = 100_000
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".zip")
 
 
@@ -71,6 +78,18 @@ class ImageSet:
     files: tuple[str, ...]
     """Keys of all that the set is made of; of tars and tables in the order that `file` counts."""
     index: pa.Table
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """What lies at the place and is no image of the set, by reason."""
+
+    @property
+    def converted(self) -> bool:
+        """Whether some image may have a profile or transparency, and so other pixels than before these counted."""
+        return (self.index.schema.metadata or {}).get(CONVERTED) == b"yes"
+
+    def describe(self) -> str:
+        """One line: how many images, and what was passed over."""
+        parts = [f"{count} {reason}" for reason, count in self.passed_over.items()]
+        return f"{len(self)} images" + (f"; passed over: {', '.join(parts)}" if parts else "")
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -98,13 +117,13 @@ class ImageSet:
             yield reader
 
 
-def read_image_set(place: str, *, known_id: str | None = None) -> ImageSet:
+def read_image_set(place: str, *, known_id: str | None = None, leave_out: Path | None = None) -> ImageSet:
     """Find the images and captions at a place; the id changes when a byte of either changes (see ImageSet).
 
     With `known_id` the bytes are not read for one. InputError when there is no image, or when over half have no
-    caption: fewer are set aside later.
+    caption: fewer are set aside later. `leave_out`: the root of the results, which may lie below the images.
     """
-    store, files = list_files(place)
+    store, files, passed = list_files(place, leave_out=leave_out)
     kind = _kind_of(place, files)
     keys = [file.key for file in files]
     if kind == "folder":
@@ -122,7 +141,18 @@ def read_image_set(place: str, *, known_id: str | None = None) -> ImageSet:
         raise InputError(f"images: {without.num_rows} of {index.num_rows} images have no caption, the first is "
                          f"{without['name'][0]} of {place}: {CAPTIONING[kind]}")
     return ImageSet(place=place, id=known_id or _identify(store, kind, chosen, index), kind=kind, base=store.root,
-                    files=tuple(file.key for file in chosen), index=index)
+                    files=tuple(file.key for file in chosen), index=index,
+                    passed_over=_count_passed(passed, files, chosen, index))
+
+
+def _count_passed(passed: Counter[str], files: Sequence[_File], chosen: Sequence[_File],
+                  index: pa.Table) -> dict[str, int]:
+    """Entries that are no file of the set, by kind; inside tars as their index counted them."""
+    inside = json.loads((index.schema.metadata or {}).get(PASSED_OVER, b"{}"))
+    used = {file.key for file in chosen}
+    others = Counter(f"files of the kind {PurePosixPath(file.key).suffix.lower() or 'without a suffix'}"
+                     for file in files if file.key not in used)
+    return dict(passed + others + Counter(inside))
 
 
 def _lacks_caption(index: pa.Table) -> pa.BooleanArray:
@@ -132,8 +162,11 @@ def _lacks_caption(index: pa.Table) -> pa.BooleanArray:
 # -- which files
 
 
-def list_files(place: str) -> tuple[Store, list[_File]]:
-    """The files at a place, a folder's all; InputError when there is no such place. Keys are of the store given."""
+def list_files(place: str, *, leave_out: Path | None = None) -> tuple[Store, list[_File], Counter[str]]:
+    """The files at a place, a folder's all, and what was passed over; InputError when there is no such place.
+
+    Keys are of the store given.
+    """
     protocol, remote, _ = place.partition("://")
     if remote and protocol.lower() not in LOCAL_PROTOCOLS:
         refuse_secret_address(place, "images")
@@ -148,10 +181,14 @@ def list_files(place: str) -> tuple[Store, list[_File]]:
     if not path.exists() and not WILD.search(str(path)):
         raise InputError(f"images: {place} is not a folder; expected images with metadata.jsonl or .txt captions, or "
                          ".tar or .parquet files")
-    return _list_below(str(path.absolute()), place, literal=path.exists())
+    if leave_out is not None and os.path.realpath(path) == os.path.realpath(leave_out):
+        raise InputError(f"images: {place} is the root of the results too: give another --root, or the folder with the "
+                         "images alone")
+    return _list_below(str(path.absolute()), place, literal=path.exists(), leave_out=leave_out)
 
 
-def _list_below(address: str, place: str, *, literal: bool = False) -> tuple[Store, list[_File]]:
+def _list_below(address: str, place: str, *, literal: bool = False,
+                leave_out: Path | None = None) -> tuple[Store, list[_File], Counter[str]]:
     base, pattern = address.rstrip("/"), "*"
     if not literal and (wild := WILD.search(address)):
         cut = address.rindex("/", 0, wild.start())
@@ -163,8 +200,10 @@ def _list_below(address: str, place: str, *, literal: bool = False) -> tuple[Sto
         store = Store(base or "/")
     except ConfigError as error:
         raise InputError(f"images: {place} is no usable address: {error}") from None
-    below = [_File(*found) for found in store.walk() if not is_temporary(found[0])]
-    return store, _matching(below, expand_braces(pattern), place)
+    folder = store.local_path("")
+    tree, passed = (store.walk(), Counter[str]()) if folder is None else local_tree(folder, leave_out=leave_out)
+    below = [_File(*found) for found in tree if not is_temporary(found[0])]
+    return store, _matching(below, expand_braces(pattern), place), passed
 
 
 def _matching(files: list[_File], patterns: Sequence[str], place: str) -> list[_File]:
@@ -189,9 +228,15 @@ def expand_braces(pattern: str) -> list[str]:
         return [pattern]
     first, dots, last = braces[1].partition("..")
     items = braces[1].split(",")
-    if dots and first.isdigit() and last.isdigit():
+    if dots and first.isdecimal() and last.isdecimal():
+        if int(last) - int(first) >= MOST_FILES:
+            raise InputError(f"images: {braces[0]} stands for {int(last) - int(first) + 1} files: expected at most "
+                             f"{MOST_FILES}; give * instead")
         items = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     rests = expand_braces(pattern[braces.end():])
+    if len(items) * len(rests) > MOST_FILES:
+        raise InputError(f"images: {pattern} stands for {len(items) * len(rests)} files: expected at most "
+                         f"{MOST_FILES}; give * instead")
     return [f"{pattern[:braces.start()]}{item}{rest}" for item in items for rest in rests]
 
 
@@ -234,13 +279,23 @@ def _remembered_index(store: Store, kind: Kind, files: list[_File]) -> pa.Table:
 def _read_index(store: Store, kind: Kind, keys: list[str]) -> pa.Table:
     if kind == "folder":
         names = select_images(keys)
-        captions = read_captions(store, names, keys)
+        captions, problems = read_captions(store, names, keys)
         empty = pa.nulls(len(names))
-        columns = [pa.array(names), pa.array([captions.get(name) for name in names], pa.string()), empty, empty, empty]
-        return pa.table(columns, names=INDEX.names).cast(INDEX)
-    rows = index_tars(store, keys) if kind == "tars" else index_tables(store, keys)
+        columns = [pa.array(names), *([empty] * 4), empty]
+        columns[1] = pa.array([captions.get(name) for name in names], pa.string())
+        columns[5] = pa.array([problems.get(name) for name in names], pa.string())
+        folder = store.local_path("")
+        converted = folder is None or any_converted(folder / name for name in names)
+        return pa.table(columns, names=INDEX.names).cast(INDEX).replace_schema_metadata(_facts(converted, {}))
+    passed: Counter[str] = Counter()
+    rows = index_tars(store, keys, passed) if kind == "tars" else index_tables(store, keys)
     batches = [pa.RecordBatch.from_pylist(part, schema=INDEX) for part in _parts(rows, 10_000)]
-    return pa.Table.from_batches(batches, schema=INDEX).combine_chunks()
+    index = pa.Table.from_batches(batches, schema=INDEX).combine_chunks()
+    return index.replace_schema_metadata(_facts(True, passed))  # to know better, all images would have to travel
+
+
+def _facts(converted: bool, passed: Mapping[str, int]) -> dict[bytes, bytes]:
+    return {CONVERTED: b"yes" if converted else b"no", PASSED_OVER: json.dumps(passed).encode()}
 
 
 def _parts(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
@@ -306,7 +361,7 @@ def open_offered_images(store: Store, place: str, images_id: str) -> ImageSet:
     """The images that `offer_images` offered; InputError when they are no longer those of `images_id`."""
     if place == f"images/{images_id}":
         return read_image_set(store.url(place), known_id=images_id)
-    images = read_image_set(place)
+    images = read_image_set(place, leave_out=store.local_path(""))
     if images.id != images_id:
         raise InputError(f"the images in {place} are {images.id}, this training was planned with {images_id}: start "
                          "the run that planned it again")

@@ -25,18 +25,28 @@ def index_tables(store: Store, files: Sequence[str]) -> Iterator[dict[str, Any]]
             url = store.url(key).removeprefix("file://")
             _image_column(table.schema_arrow, url)
             column = _caption_column(table.schema_arrow, url)
-            row = 0
-            for batch in table.iter_batches(columns=[column]):
-                for caption in batch.column(0).to_pylist():
-                    yield {"name": f"{key}#{row}", "caption": caption, "file": number, "start": row, "bytes": 0}
-                    row += 1
+            for row, caption in enumerate(_captions(table, column, url)):
+                yield {"name": f"{key}#{row}", "caption": caption, "file": number, "start": row, "bytes": 0}
+
+
+def _captions(table: pq.ParquetFile, column: str, url: str) -> Iterator[str | None]:
+    try:
+        for batch in table.iter_batches(columns=[column]):
+            yield from batch.column(0).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise InputError(f"images: the captions of {url} are damaged: {str(error).splitlines()[0]}; get it "
+                         "again") from None
 
 
 def _open(store: Store, key: str) -> pq.ParquetFile:
     url = store.url(key).removeprefix("file://")
     try:
         return pq.ParquetFile(store.open(key), buffer_size=PAGE_BYTES, pre_buffer=False)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, StorageError):
+            raise
         raise InputError(f"images: {url} is cut off or no Parquet file: {str(error).splitlines()[0]}; get it "
                          "again") from None
 
@@ -109,7 +119,7 @@ class TableReader:
         try:
             for batch in table.iter_batches(ROWS_AT_A_TIME, row_groups=groups, columns=[column]):
                 yield from map(_bytes, batch.column(0).to_pylist())
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, StorageError):
                 raise
             raise InputError(f"images: {self._files[self._file]} is broken: {str(error).splitlines()[0]}; get it "

@@ -1,12 +1,15 @@
-"""Webdataset shards: tars whose members of one stem are a sample, an image with its text in .txt or .json.
+"""Webdataset shards: tars whose members of one name up to its first dot are a sample, an image with its text in .txt
+or .json. Where several images share that name, each goes with the text of its whole name ("look 1.5", "look 1.7").
 
 Read with `tarfile` and not through a streaming library: an index of where each image lies is made once, so that a run
 which stops goes on at any image, and only the bytes asked for travel.
 """
 
+import contextlib
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
@@ -26,17 +29,22 @@ MAX_TEXT_BYTES = 2**20
 TEXTS = (".txt", ".json")
 
 
-def index_tars(store: Store, files: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A row of `sets.INDEX` for every sample with an image; InputError for a tar that is cut off or none."""
+def index_tars(store: Store, files: Sequence[str], passed: Counter[str]) -> Iterator[dict[str, Any]]:
+    """A row of `sets.INDEX` for every sample with an image, what else is in them counted in `passed` by its kind.
+
+    InputError for a tar that is cut off or none.
+    """
     with ThreadPoolExecutor(PARALLEL_TARS) as pool:
-        for number, samples in enumerate(pool.map(lambda key: list(_samples(store, key)), files)):
+        for number, (samples, others) in enumerate(pool.map(lambda key: _samples(store, key), files)):
+            passed.update(others)
             yield from ({**sample, "file": number} for sample in samples)
 
 
-def _samples(store: Store, key: str) -> Iterator[dict[str, Any]]:
+def _samples(store: Store, key: str) -> tuple[list[dict[str, Any]], Counter[str]]:
     """In the order of their images; an image and its text need not be neighbours, as they are in webdataset's own."""
     images: dict[str, dict[str, Any]] = {}
-    texts: dict[str, dict[str, str]] = {}
+    texts: dict[str, dict[str, str]] = {}  # by the text's whole name, then by suffix
+    passed: Counter[str] = Counter()
     url = store.url(key).removeprefix("file://")
     try:
         with (io.BufferedReader(_raw(store.open(key)), HEADER_BYTES) as file,
@@ -44,19 +52,51 @@ def _samples(store: Store, key: str) -> Iterator[dict[str, Any]]:
             for member in tar:
                 setattr(tar, "members", [])  # noqa: B010 - tarfile would keep every member; its stub hides the list
                 name = PurePosixPath(member.name)
+                stem, suffix = str(name.with_suffix("")) if name.name else "", name.suffix.lower()
                 if not member.isfile() or name.name.startswith("."):
-                    continue
-                stem, suffix = str(name.parent / name.name.partition(".")[0]), name.suffix.lower()
-                if suffix in IMAGE_SUFFIXES:
-                    images.setdefault(stem, {"name": f"{key}/{name}", "start": member.offset_data,
-                                             "bytes": member.size})
+                    passed["hidden or special members of tars"] += not member.isdir()
+                elif suffix in IMAGE_SUFFIXES:
+                    images[str(name)] = {"name": f"{key}/{name}", "start": member.offset_data, "bytes": member.size}
                 elif suffix in TEXTS and member.size <= MAX_TEXT_BYTES:
-                    text = decode_text(_content(tar, member), f"{name} in {url}")
-                    texts.setdefault(stem, {})[suffix] = text
+                    with contextlib.suppress(InputError):  # as one that is not there: the image is counted without
+                        texts.setdefault(stem, {})[suffix] = decode_text(_content(tar, member), f"{name} in {url}")
+                else:
+                    passed[f"members of tars of the kind {suffix or 'without a suffix'}"] += 1
     except tarfile.TarError as error:
         raise InputError(f"images: {url} is cut off or no tar: {error}; get it again (a compressed one has to be "
                          "unpacked to .tar)") from None
-    yield from ({**image, "caption": _caption(texts.get(stem, {}))} for stem, image in images.items())
+    chosen = _pair(images, texts)
+    passed["images of tars beside another of their sample"] += len(images) - len(chosen)
+    return [{**images[name], "caption": caption} for name, caption in chosen.items()], +passed
+
+
+def _pair(images: Mapping[str, Any], texts: Mapping[str, dict[str, str]]) -> dict[str, str | None]:
+    """The image of each sample, all that have a text of their whole name, with its caption."""
+    samples: dict[str, list[str]] = {}
+    for name in images:
+        samples.setdefault(_sample(name), []).append(name)
+    fields: dict[str, list[str]] = {}
+    for stem in texts:
+        fields.setdefault(_sample(stem), []).append(stem)
+    chosen: dict[str, str | None] = {}
+    for sample, names in samples.items():
+        own = {name: caption for name in names if (caption := _caption(texts.get(_stem(name), {})))}
+        if not own:
+            first = names[0]
+            # a sample's text may be 0001.caption.txt; one of look 1.7 is not that of look 1.5
+            stems = [sample] if _stem(first) != sample else fields.get(sample, [])
+            own = {first: next((caption for stem in stems if (caption := _caption(texts.get(stem, {})))), None)}
+        chosen |= own
+    return {name: chosen[name] for name in images if name in chosen}
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _sample(name: str) -> str:
+    path = PurePosixPath(name)
+    return str(path.parent / path.name.partition(".")[0])
 
 
 def _raw(file: BinaryIO) -> Any:

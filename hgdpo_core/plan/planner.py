@@ -38,7 +38,9 @@ def plan_run(run: Run, *, with_probe: bool = False) -> RunPlan:
     run = replace(run, store=DryStore(run.store.root))
     runner = PlanningRunner(run, with_probe)
     make_all(run, runner)
-    notes = []
+    notes = [f"prompts: {run.prompts.describe()}; evaluation: {run.evaluation_prompts.describe()}"]
+    if run.images is not None:
+        notes.append(f"images for SFT: {run.images.describe()}")
     if any(stage.seconds for stage in runner.stages):
         notes.append("times are estimates for one device of the kind they were measured on; loading models and waiting "
                      "for the store come on top")

@@ -27,6 +27,8 @@ from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest, read_table
 
 SMALLEST_SCALE = 0.5
+PIXELS_VERSION = 2
+"""In the settings of sets with profiles or transparency, whose pixels were others before: sRGB, on white."""
 SCHEMA = pa.schema([("file_name", pa.string()), ("caption", pa.string()), ("latents", pa.binary()),
                     ("prompt_embeds", pa.binary())])
 MIRRORED = pa.field("mirrored", pa.binary())  # of a folder with flips
@@ -43,6 +45,8 @@ def image_latent_folder(store: Store, images: ImageSet, model: Model, size: tupl
                 "dtype": model.dtype, "clip_skip": model.clip_skip, "width": size[0], "height": size[1]}
     if flips:
         settings["flips"] = True
+    if images.converted:
+        settings["pixels"] = PIXELS_VERSION
     settings |= model.encoding()
     return ShardFolder.create(store, f"latents/images-{images.id}/{content_hash(settings)}", settings)
 
@@ -163,11 +167,11 @@ def _usable(kind: Kind, rows: pa.Table, contents: Iterator[bytes | str], size: t
             rejected: list[dict[str, str]], batch_size: int) -> Iterator[list[_Picture]]:
     """The usable images in batches of `batch_size`; the others go to `rejected`."""
     batch: list[_Picture] = []
-    names, captions = rows["name"].to_pylist(), rows["caption"].to_pylist()
+    names, captions, problems = (rows[column].to_pylist() for column in ("name", "caption", "problem"))
     for start in range(0, len(names), batch_size):
         part = slice(start, start + batch_size)
         data = [next(contents) for _ in names[part]]
-        opened = threads().map(partial(_open, kind, size), names[part], captions[part], data)
+        opened = threads().map(partial(_open, kind, size), names[part], captions[part], problems[part], data)
         for name, picture in zip(names[part], opened, strict=True):
             if isinstance(picture, str):
                 rejected.append({"file_name": name, "reason": picture})
@@ -180,10 +184,11 @@ def _usable(kind: Kind, rows: pa.Table, contents: Iterator[bytes | str], size: t
         yield batch
 
 
-def _open(kind: Kind, size: tuple[int, int], name: str, caption: str | None, data: bytes | str) -> _Picture | str:
+def _open(kind: Kind, size: tuple[int, int], name: str, caption: str | None, problem: str | None,
+          data: bytes | str) -> _Picture | str:
     """The picture as training wants it, or why it is of no use."""
     if not (caption or "").strip():
-        return f"it has no caption: {CAPTIONING[kind]}"
+        return f"its caption cannot be read: {problem}" if problem else f"it has no caption: {CAPTIONING[kind]}"
     if isinstance(data, str):
         return data
     try:

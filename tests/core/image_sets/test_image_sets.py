@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -121,12 +122,57 @@ def test_images_of_one_stem_share_their_text(folder):
     ("metadata.csv", b'file_name,text\na.png,"one\n', "cannot be read as a table: unexpected end of data"),
     ("metadata.csv", b"file_name,text\na.png,a dancer, golden dress\n", "line 2 of .* has 3 cells, its header has 2"),
     ("metadata.jsonl", b"[" * 100_000, "line 1 of"),
-    ("sub/c.txt", "Mädchen".encode("latin-1"), r"sub/c\.txt is not UTF-8 text: byte 1 .* iconv -f LATIN1"),
 ])
 def test_broken_captions_are_one_line(folder, name, text, message):
     (folder / name).write_bytes(text)
     with pytest.raises(InputError, match=message):
         read_image_set(str(folder))
+
+
+@pytest.mark.parametrize(("data", "advice"), [("Mädchen".encode("latin-1"), "iconv -f LATIN1"),
+                                              ("a portrait".encode("utf-16"), "iconv -f UTF-16")])
+def test_one_caption_that_cannot_be_read_costs_its_image_only(folder, data, advice):
+    (folder / "sub" / "c.txt").write_bytes(data)
+    images = read_image_set(str(folder))
+    assert captions(images)["sub/c.jpg"] is None and captions(images)["a.png"] == "one"
+    assert advice in images.index["problem"][3].as_py() and images.index["problem"].null_count == 3
+
+
+def test_what_lies_there_is_used_or_counted(folder, tmp_path):
+    """Other kinds of images, linked folders, what a Mac leaves, pipes, loops, names that no store takes."""
+    for name, kind in (("a.jfif", "JPEG"), ("b.avif", "AVIF"), ("c.tif", "TIFF"), ("d.gif", "GIF")):
+        (folder / name).write_bytes(picture(9, kind))
+        (folder / name).with_suffix(".txt").write_text("a portrait")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "y.png").write_bytes(picture(9))
+    (tmp_path / "other" / "y.txt").write_text("linked")
+    (folder / "more").symlink_to(tmp_path / "other")
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.png").symlink_to(tmp_path / "nothing")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "._a.png").write_bytes(b"\0\5")
+    (folder / "x\\y.png").write_bytes(picture(9))
+    (folder / "movie.mp4").write_bytes(b"")
+    (folder / "root").mkdir()
+    (folder / "root" / "made.png").write_bytes(picture(9))
+    images = read_image_set(str(folder), leave_out=folder / "root")
+    assert captions(images)["more/y.png"] == "linked" and len(images) == 4 + 4 + 1
+    assert images.passed_over == {
+        "links to a folder above": 1, "links to nothing": 1, "pipes, sockets and devices": 1, "._ files of a Mac": 1,
+        "names with a backslash (rename them)": 1, "the root of the results": 1, "files of the kind .mp4": 1}
+    lying = [path for path in folder.rglob("*") if not path.is_dir() and path.name != "made.png"]
+    linked, folders = ["more/y.png", "more/y.txt"], ["loop", "root"]
+    assert len(lying) + len(linked) + len(folders) == len(images.files) + sum(images.passed_over.values())
+    assert "9 images; passed over: 1 " in images.describe()
+    assert read_image_set(str(folder), leave_out=folder / "root") == images
+    with pytest.raises(InputError, match="is the root of the results too: give another --root"):
+        read_image_set(str(folder), leave_out=folder)
+
+
+def test_only_sets_whose_pixels_changed_are_encoded_again(folder):
+    assert not read_image_set(str(folder)).converted
+    Image.new("RGBA", (8, 8), (1, 2, 3, 4)).save(folder / "a.png")
+    assert read_image_set(str(folder)).converted
 
 
 def test_a_few_images_may_lack_a_caption_but_not_most(folder):
@@ -200,10 +246,31 @@ def test_unusable_tars_are_one_line(tars):
         read_image_set(str(tars))
 
 
+@pytest.mark.parametrize("pattern", ["set-{000000000..999999999}.tar", "{0..999}{0..999}.tar"])
+def test_braces_that_stand_for_too_many_files_are_one_line(pattern):
+    with pytest.raises(InputError, match="expected at most 100000; give . instead"):
+        expand_braces(pattern)
+
+
 def test_braces_are_written_out():
     assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand_braces("{a,b}/{1..2}.tar") == ["a/1.tar", "a/2.tar", "b/1.tar", "b/2.tar"]
     assert expand_braces("plain.tar") == ["plain.tar"]
+
+
+def test_dots_in_the_names_of_a_tar(tmp_path):
+    grey = {number: picture(number) for number in range(7)}
+    write_tar(tmp_path / "a.tar", {
+        "look 1.5.png": grey[0], "look 1.5.txt": b"ivory dress", "look 1.7.png": grey[1], "look 1.7.txt": b"coral coat",
+        "0001.png": grey[2], "0001.mask.png": grey[3], "0001.caption.txt": b"whole sample", "hat 2.5.png": grey[4],
+        "hat 2.7.txt": b"not this one", "3.png": grey[5], "3.txt": "café".encode("latin-1"), "3.cls": b"7"})
+    images = read_image_set(str(tmp_path))
+    assert contents(images) == [("a.tar/look 1.5.png", "ivory dress", grey[0]),
+                                ("a.tar/look 1.7.png", "coral coat", grey[1]),
+                                ("a.tar/0001.png", "whole sample", grey[2]),
+                                ("a.tar/hat 2.5.png", None, grey[4]), ("a.tar/3.png", None, grey[5])]
+    assert images.passed_over == {"images of tars beside another of their sample": 1,
+                                  "members of tars of the kind .cls": 1}
 
 
 # -- Parquet
