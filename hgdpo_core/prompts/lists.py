@@ -37,6 +37,13 @@ class PromptList:
     duplicates: tuple[str, ...] = ()
     empty: int = 0
     remark: str = ""
+    other_category: int = 0
+    beyond_limit: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that came in: every one is used or counted by the reason why it is not."""
+        return len(self.prompts) + len(self.duplicates) + self.empty + self.other_category + self.beyond_limit
 
     @property
     def id(self) -> str:
@@ -48,6 +55,10 @@ class PromptList:
         dropped = [f"{self.empty} empty"] if self.empty else []
         if self.duplicates:
             dropped.append(f"{len(self.duplicates)} duplicate (the first: {self.duplicates[0]!r:.80})")
+        if self.other_category:
+            dropped.append(f"{self.other_category} of another category")
+        if self.beyond_limit:
+            dropped.append(f"{self.beyond_limit} beyond the limit")
         parts = [f"{len(self.prompts)} prompts"] + ([f"dropped {' and '.join(dropped)}"] if dropped else [])
         long = [len(prompt) for prompt in self.prompts if len(prompt) > LONG_PROMPT_CHARACTERS]
         if long:
@@ -63,10 +74,11 @@ def read_prompts(source: PromptSource, store: Store | None = None) -> PromptList
     """
     if built_in.is_built_in(source.source):
         return PromptList(built_in.read_prompts(source.split, source.limit))
-    texts, remark = read_texts(source, store)
-    result = replace(clean_prompts(texts), remark=remark)
+    found = read_texts(source, store)
+    result = replace(clean_prompts(found.texts), remark=found.remark, other_category=found.other_category)
     if source.limit is not None:
-        result = replace(result, prompts=result.prompts[: source.limit])
+        result = replace(result, prompts=result.prompts[: source.limit],
+                         beyond_limit=max(0, len(result.prompts) - source.limit))
     if not result.prompts:
         raise InputError(f"{source.source} holds no prompt: expected at least one line or row with text")
     return result

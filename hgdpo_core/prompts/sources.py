@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -34,25 +34,34 @@ class UnreachableError(StorageError):
     """A remote list cannot be had at the moment, or is gone."""
 
 
-def read_texts(source: PromptSource, store: Store | None) -> tuple[list[str], str]:
-    """All texts of a file or data set in order, empty ones too, and a remark (empty for none).
+class Texts(NamedTuple):
+    """All texts of a source in order, empty ones too; how many rows of other categories there were; a remark."""
+
+    texts: list[str]
+    other_category: int = 0
+    remark: str = ""
+
+
+def read_texts(source: PromptSource, store: Store | None) -> Texts:
+    """The texts of a file or data set (of a remote one's copy: those that were kept).
 
     InputError for a source that cannot be used, UnreachableError for a remote one that is out of reach and of which
     `store` holds no copy.
     """
     kind = _kind(source.source)
     if kind == "local":
-        return _read(source), ""
+        return _read(source)
     key = f"prompts/sources/{content_hash(source)}.parquet"
     try:
-        texts = _read(source)
+        found = _read(source)
     except UnreachableError as error:
         if store is None or not store.exists(key):
             raise
-        return read_table(store, key)["text"].to_pylist(), f"from the copy in {store.url(key)}, because {error}"
+        return Texts(read_table(store, key)["text"].to_pylist(),
+                     remark=f"from the copy in {store.url(key)}, because {error}")
     if store is not None:
-        write_table(store, key, pa.table({"text": pa.array(texts, pa.string())}))
-    return texts, ""
+        write_table(store, key, pa.table({"text": pa.array(found.texts, pa.string())}))
+    return found
 
 
 def _kind(address: str) -> str:
@@ -93,7 +102,7 @@ def _suffix(address: str) -> str:
     return PurePosixPath(address.split("?")[0]).suffix.lower()
 
 
-def _read(source: PromptSource) -> list[str]:
+def _read(source: PromptSource) -> Texts:
     address, suffix = source.source, _suffix(source.source)
     if _is_hub_id(address) or (suffix not in FORMATS and Path(address).expanduser().is_dir()):
         return _read_data_set(source)
@@ -108,7 +117,7 @@ def _read(source: PromptSource) -> list[str]:
         return _parquet_texts(data, source)
     text = decode_text(data, address)
     if suffix == ".txt":
-        return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+        return Texts(text.replace("\r\n", "\n").removesuffix("\n").split("\n"))
     if suffix == ".jsonl":
         return _column(_json_rows(text, address), source)
     return _column([row for _, row in csv_rows(text, address, tabs=suffix == ".tsv")], source)
@@ -152,7 +161,7 @@ def _json_rows(text: str, address: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _parquet_texts(data: bytes, source: PromptSource) -> list[str]:
+def _parquet_texts(data: bytes, source: PromptSource) -> Texts:
     """Only the columns of text and category are read: beside them may lie images."""
     try:
         file = pq.ParquetFile(io.BytesIO(data))
@@ -163,7 +172,7 @@ def _parquet_texts(data: bytes, source: PromptSource) -> list[str]:
                          "again") from None
 
 
-def _read_data_set(source: PromptSource) -> list[str]:
+def _read_data_set(source: PromptSource) -> Texts:
     """Texts of a data set in a folder or on the hub, streamed: only as much is fetched as `limit` needs."""
     try:
         import datasets
@@ -175,7 +184,7 @@ def _read_data_set(source: PromptSource) -> list[str]:
         rows: Any = _open_data_set(datasets, source)
         names = rows.column_names or list(next(iter(rows), {}))
         if not names:
-            return []
+            return Texts([])
         rows = rows.select_columns(list(_find_columns(names, source)))
         return _column(list(_take(rows, source)), source)
     except InputError:
@@ -232,9 +241,10 @@ def _find_columns(known: Sequence[str], source: PromptSource) -> tuple[str, ...]
     return column, category
 
 
-def _column(rows: list[dict[str, Any]], source: PromptSource) -> list[str]:
+def _column(rows: list[dict[str, Any]], source: PromptSource) -> Texts:
     if not rows:
-        return []
+        return Texts([])
+    given = len(rows)
     column, *category = _find_columns(list(rows[0]), source)
     for name in category:
         found = sorted({str(row.get(name)) for row in rows})
@@ -244,7 +254,7 @@ def _column(rows: list[dict[str, Any]], source: PromptSource) -> list[str]:
     bad = next((n for n, row in enumerate(rows, start=1) if not isinstance(row.get(column) or "", str)), None)
     if bad is not None:
         raise InputError(f"row {bad} of {source.source} has a {column} that is not text: {rows[bad - 1][column]!r}")
-    return [row.get(column) or "" for row in rows]
+    return Texts([row.get(column) or "" for row in rows], given - len(rows))
 
 
 def _first_line(error: BaseException) -> str:

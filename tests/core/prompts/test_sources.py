@@ -36,7 +36,7 @@ def read(path, store=None, **settings):
 
 def test_parti_prompts():
     people = read(parti(), column="Prompt", category="People")
-    assert len(people.prompts) == 177 and people.describe() == "177 prompts"
+    assert len(people.prompts) == 177 and people.describe() == "177 prompts; dropped 1455 of another category"
     everything = read(parti(), column="Prompt").prompts
     assert any(prompt.startswith('"G I G G L E" painted') for prompt in everything)  # its quotes are text
 
@@ -121,6 +121,16 @@ def test_damaged_parquet_is_one_line_or_whole(tmp_path):
             refused += 1
             assert "\n" not in str(error)
     assert refused > 10
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2, 9])
+def test_every_row_is_used_or_counted(tmp_path, limit):
+    rows = ["a,People", "b,People", "a,People", ",People", "c,Cats", "d,Dogs"]
+    (tmp_path / "a.csv").write_text("\n".join(["prompt,Category", *rows]) + "\n")
+    found = read(tmp_path / "a.csv", category="People", limit=limit)
+    assert found.rows == len(rows) and found.other_category == 2 and found.empty == 1
+    assert found.beyond_limit == (1 if limit == 1 else 0)
+    assert "1 empty and 1 duplicate (the first: 'a') and 2 of another category" in found.describe()
 
 
 # -- data sets
