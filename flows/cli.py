@@ -140,10 +140,14 @@ def collect(options: argparse.Namespace) -> int:
     from hgdpo_core.storage import Store
     from hgdpo_core.storage.garbage import collect_garbage
 
-    report = collect_garbage(Store(default_root() if options.root is None else options.root), dry_run=options.dry_run)
-    print(f"{'would remove' if options.dry_run else 'removed'} {len(report.files)} files, {report.bytes:,} bytes")
-    for name in report.files:
+    store = Store(default_root() if options.root is None else options.root)
+    planned = collect_garbage(store, dry_run=True)
+    print(f"would remove {len(planned.files)} files of {store.root}, {planned.bytes:,} bytes")
+    for name in planned.files:
         print(name)
+    if not options.dry_run:
+        report = collect_garbage(store)
+        print(f"removed {len(report.files)} files, {report.bytes:,} bytes")
     return 0
 
 

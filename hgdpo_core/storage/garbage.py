@@ -1,15 +1,23 @@
 """Clean-up of what no manifest names: data files of writers that yielded or died, and their leftovers."""
 
 import json
+import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 
-from hgdpo_core.errors import StorageError
-from hgdpo_core.storage import Store, is_temporary
+from hgdpo_core.errors import ConfigError, StorageError
+from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import DATA_NAME, MANIFEST_NAME
 
 DAY_SECONDS = 86_400
+FOLDERS = frozenset({"ablations", "evaluations", "features", "images", "latent_distances", "latents", "models", "plots",
+                     "pools", "prompts", "rescores", "runs", "scores", "triplets"})
+"""What a root holds; nothing outside them is ever removed, but probes of the root itself."""
+OURS = re.compile(r"(prompts/[^/]+/prompts\.parquet|prompts/sources/[^/]+\.parquet|runs/[^/]+/config\.json"
+                  r"|(pools|scores|triplets|latents|latent_distances|features)/(.+/)?(config|shard-\d{5,})\.json"
+                  r"|models/[^/]+/model\.json)")
+TEMPORARY = re.compile(r"\.tmp-(probe-)?[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,8 @@ def collect_garbage(store: Store, *, older_than_seconds: float = DAY_SECONDS,
     """Remove unnamed shard data, temporary files and unfinished uploads older than `older_than_seconds`.
 
     The age spares running writers, whose data file comes before its manifest. Manifests, `quarantine/`,
-    `rejected/` and whatever else is not a shard's data file are never touched. StorageError when the root
-    cannot be listed.
+    `rejected/` and whatever else is not a shard's data file are never touched, and nothing outside the folders of a
+    root. StorageError when the root cannot be listed, ConfigError when it is none of ours.
     """
     before = time.time() - older_than_seconds
     sizes: dict[str, int] = {}
@@ -44,9 +52,14 @@ def collect_garbage(store: Store, *, older_than_seconds: float = DAY_SECONDS,
         sizes[key] = size
         if changed < before:
             old.add(key)
+    if sizes and not any(OURS.fullmatch(key) or TEMPORARY.fullmatch(key) for key in sizes):
+        raise ConfigError(f"{store.root} is no root of this project: it holds no pools, runs or models of ours, and "
+                          "nothing in it was touched; give the --root of a run")
+    sizes = {key: size for key, size in sizes.items() if "/" not in key or key.partition("/")[0] in FOLDERS}
+    old &= sizes.keys()
     named, kept_folders = _named_files(store, sizes)
-    garbage = [key for key in sorted(old) if is_temporary(key) or (
-        _is_data(key) and _folder(key) not in kept_folders and key not in named)]
+    garbage = [key for key in sorted(old) if TEMPORARY.fullmatch(key.rpartition("/")[2]) or (
+        "/" in key and _is_data(key) and _folder(key) not in kept_folders and key not in named)]
     if not dry_run:
         garbage = [key for key in garbage if _remove(store, key)]
     uploads, problems = _end_uploads(store, before, dry_run)

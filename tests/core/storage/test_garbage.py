@@ -9,12 +9,14 @@ import pyarrow as pa
 import pytest
 from faulty_s3 import served_bucket
 
+from hgdpo_core.errors import ConfigError
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.garbage import collect_garbage
 from hgdpo_core.storage.shards import ShardFolder
 
 KEY = "pools/pool-1"
 HOUR = 3600
+LEFTOVER = f"{KEY}/.tmp-0123456789abcdef0123456789abcdef"
 
 
 def some_table(seed):
@@ -31,7 +33,7 @@ def folder(tmp_path):
     folder.reject("shard-00000", some_table(1))
     folder.store.write_bytes(f"{KEY}/quarantine/20250101T000000Z-shard-00000-0123456789ab.parquet", b"bad")
     folder.store.write_bytes("models/m-1/weights.safetensors", b"weights")
-    folder.store.write_bytes(f"{KEY}/.tmp-0123", b"half")
+    folder.store.write_bytes(LEFTOVER, b"half")
     return folder
 
 
@@ -54,7 +56,7 @@ def test_nothing_young_is_touched(folder):
 def test_a_dry_run_lists_what_a_real_run_removes(folder):
     store = folder.store
     age(store, 25 * HOUR)
-    before, expected = {key for key, _, _ in store.walk()}, {f"{KEY}/.tmp-0123", *unnamed(folder)}
+    before, expected = {key for key, _, _ in store.walk()}, {LEFTOVER, *unnamed(folder)}
     dry = collect_garbage(store, dry_run=True)
     assert set(dry.files) == expected and len(expected) == 2 and dry.dry_run
     assert {key for key, _, _ in store.walk()} == before
@@ -75,7 +77,7 @@ def test_an_unreadable_manifest_protects_its_folder(folder):
     folder.store.write_bytes(f"{KEY}/shard-00000.json", b'{"file": "shard-')
     age(folder.store, 25 * HOUR)
     report = collect_garbage(folder.store)
-    assert report.kept_folders == (KEY,) and report.files == (f"{KEY}/.tmp-0123",)
+    assert report.kept_folders == (KEY,) and report.files == (LEFTOVER,)
 
 
 def test_the_manifest_of_a_newer_version_protects_its_data(folder):
@@ -100,6 +102,28 @@ def test_a_file_named_since_the_listing_is_spared(folder, monkeypatch):
     monkeypatch.setattr(Store, "read_many", commit_after_reading)
     report = collect_garbage(folder.store)
     assert old not in report.files and folder.store.exists(old)
+
+
+def test_strangers_files_are_never_removed(folder, tmp_path):
+    store = folder.store
+    strangers = ["work/.tmp-0123456789abcdef0123456789abcdef", "shard-00000-0123456789ab.parquet", "pools/.tmp-mine",
+                 "data/shard-00000-0123456789ab.parquet"]
+    for key in strangers:
+        store.write_bytes(key, b"theirs")
+    age(store, 25 * HOUR)
+    expected = {LEFTOVER, *unnamed(folder)}
+    assert set(collect_garbage(store).files) == expected
+    assert all(store.exists(key) for key in strangers)
+
+
+def test_a_folder_that_is_no_root_is_refused(tmp_path):
+    other = Store(str(tmp_path / "home"))
+    for key in ("data/shard-00000-0123456789ab.parquet", "models/bert/config.json", "a/.tmp-1"):
+        other.write_bytes(key, b"theirs")
+    age(other, 25 * HOUR)
+    with pytest.raises(ConfigError, match="is no root of this project: .* nothing in it was touched"):
+        collect_garbage(other)
+    assert len(list(other.walk())) == 3
 
 
 def test_an_empty_or_missing_root_is_clean(tmp_path):
@@ -136,6 +160,7 @@ def test_unnamed_data_and_unfinished_uploads_on_s3(server):
 def test_a_young_upload_is_somebody_at_work(server):
     server.behave()
     store = Store("s3://garbage/young")
+    store.write_json("runs/figures-0123456789ab/config.json", {})
     upload = store._objects.start_upload("models/large")
     hour_ago = datetime.now(UTC) - timedelta(hours=1)
     server.rewrite = lambda body: re.sub(b"<Initiated>.*?</Initiated>",
@@ -152,9 +177,10 @@ def test_a_young_upload_is_somebody_at_work(server):
 def test_a_server_that_may_not_list_uploads_still_gets_its_files_removed(server):
     server.behave()
     store = Store("s3://garbage/may-not")
-    store.write_bytes(f"{KEY}/.tmp-0123", b"half")
+    store.write_json("runs/figures-0123456789ab/config.json", {})
+    store.write_bytes(LEFTOVER, b"half")
     server.refuse_all = (501, "NotImplemented")
     server.only_refuse = "uploads"
     report = collect_garbage(store, older_than_seconds=-60)
-    assert report.files == (f"{KEY}/.tmp-0123",)
+    assert report.files == (LEFTOVER,)
     assert len(report.problems) == 1 and report.problems[0].startswith("unfinished uploads were not all ended")
