@@ -7,9 +7,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from hgdpo_core.built_in import DATA_SET, SPLITS, is_built_in
 from hgdpo_core.errors import ConfigError
@@ -51,6 +59,15 @@ class StageConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take true for 1."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
+            raise ValueError(f"expected {getattr(kind, '__name__', kind)}, not true or false")
+        return value
 
     def identity(self, of: IdOf = "result") -> dict[str, Any]:
         """Plain data for an id: the settings that enter it by their definitions, nested ones by theirs."""
@@ -153,7 +170,8 @@ class PoolConfig(DrawingConfig):
     """The pool of N candidates per prompt (paper Eq. 4)."""
 
     images_per_prompt: int = Field(default=20, ge=1, description="N of the paper")
-    seed: int = Field(default=0, ge=0, description="run seed; an image's own seed is derived from it, the prompt and j")
+    seed: int = Field(default=0, ge=0, lt=2**63,
+                      description="run seed; an image's own seed is derived from it, the prompt and j")
 
 
 class ScorerConfig(StageConfig):
@@ -174,6 +192,15 @@ class ScorerConfig(StageConfig):
             raise ValueError(f"there is no such scorer; there are {', '.join(sorted(SCORERS))}")
         return name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_does(cls, value: Any) -> Any:
+        """`name` or `name=source`, where the other defaults serve."""
+        if not isinstance(value, str):
+            return value
+        name, _, source = value.partition("=")
+        return {"name": name.strip(), "source": source.strip() or None}
+
 
 class TripletConfig(StageConfig):
     """Which two candidates of a pool become winner and loser (paper Eq. 6, Table 5)."""
@@ -191,18 +218,18 @@ class TrainingConfig(StageConfig):
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
     batch_size: int = Field(ge=1, description="samples (SFT) or pairs (DPO) per process and micro step")
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=1)
     warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=1000)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e12)
     optimizer: Optimizer = "adamw"
     mixed_precision: MixedPrecision = "auto"
     gradient_checkpointing: bool = False
     flip: Annotated[bool, InIds(result="changed")] = Field(
         default=False, description="mirror half of the samples, drawn anew each time; winner and loser of a pair "
         "together. Doubles the cached latents")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     checkpoint_every: Annotated[int, OWN_TO_RUNS] = Field(
         default=500, ge=1, description="optimizer steps between resume points")
     log_every: Annotated[int, OWN_TO_RUNS] = Field(default=1, ge=1, description="optimizer steps between log rows")
@@ -233,8 +260,8 @@ class DpoConfig(TrainingConfig):
     SDXL example, which carry a factor 1/2.
     """
 
-    beta: float = Field(default=2500.0, gt=0)
-    lambda_stat: float = Field(default=10_000.0, ge=0,
+    beta: float = Field(default=2500.0, gt=0, le=1e12)
+    lambda_stat: float = Field(default=10_000.0, ge=0, le=1e18,
                                description="weight of the statistic matching loss; 0 switches it off")
     lora_rank: int = Field(default=8, ge=1, description="lora_alpha always equals it, so the LoRA's scale is 1 (ours)")
     share_noise: bool = Field(default=True, description="winner and loser of a pair share their noise")
@@ -246,8 +273,8 @@ class EvaluationConfig(StageConfig):
 
     prompts: PromptSource
     images_per_prompt: int = Field(default=1, ge=1)
-    seed: int = Field(default=1_000, ge=0)
-    lora_weight: float = Field(default=0.5, gt=0, description="scale of the LoRA at inference (paper A.3: 0.5)")
+    seed: int = Field(default=1_000, ge=0, lt=2**63)
+    lora_weight: float = Field(default=0.5, gt=0, le=100, description="scale of the LoRA at inference (paper A.3: 0.5)")
     prompt_syntax: PromptSyntax = Field(default="plain", description="how the evaluation's prompts are written")
     scorers: tuple[ScorerConfig, ...] = Field(min_length=1, description='short: "pickscore=my/folder,clip"')
 
@@ -376,8 +403,17 @@ def apply_overrides(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
         if not isinstance(node, dict) or leaf not in node:
             known = ", ".join(sorted(node)) if isinstance(node, dict) else "none below that name"
             raise ConfigError(f"override {dotted!r} names no setting; settings at that place: {known}")
-        node[leaf] = value
+        if dotted == "preset":
+            raise ConfigError(f"preset {value!r} as an override would only rename what runs: name it with --preset")
+        node[leaf] = _merged(node[leaf], value)
     return validate(type(config), data)
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """Settings `new` put into those that stand there; with a source they describe another thing, as a whole."""
+    if not isinstance(old, dict) or not isinstance(new, Mapping) or "source" in new:
+        return new
+    return {**old, **{name: _merged(old.get(name), value) for name, value in new.items()}}
 
 
 def validate(kind: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:

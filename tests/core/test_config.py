@@ -151,3 +151,32 @@ def test_settings_come_back_from_a_record_that_holds_their_identity():
 @pytest.mark.parametrize("value", [[], ["a"], ["a", 'ü"\n'], [(1, "b"), (2, "c")], [{"b": 1, "a": [1, 2]}], {"a": 1}])
 def test_a_list_is_hashed_as_its_one_text(value):
     assert content_hash(value, 64) == hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"dpo.adam_betas": [2, 3]}, "dpo.adam_betas"), ({"dpo.adam_betas": [0.9, 1]}, "dpo.adam_betas"),
+    ({"dpo.seed": 2**65}, "dpo.seed"), ({"pool.seed": 2**63}, "pool.seed"), ({"evaluation.seed": 2**63}, "seed"),
+    ({"dpo.learning_rate": 1e308}, "dpo.learning_rate"), ({"sft.weight_decay": 1e308}, "sft.weight_decay"),
+    ({"dpo.beta": True}, "expected float, not true or false"), ({"pool.images_per_prompt": True}, "expected int"),
+    ({"dpo.beta": 1e308}, "dpo.beta"), ({"evaluation.lora_weight": 1e300}, "evaluation.lora_weight"),
+    ({"preset": "x"}, "would only rename what runs: name it with --preset"),
+])
+def test_settings_have_bounds(overrides, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        apply_overrides(build_config("figures"), overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_of_a_stages_settings_leaves_the_others():
+    figures = build_config("figures")
+    config = apply_overrides(figures, {"dpo": {"beta": 5}, "pool": {"seed": 3}, "evaluation": {"seed": 4}})
+    assert config.dpo == figures.dpo.model_copy(update={"beta": 5.0})
+    assert config.pool == figures.pool.model_copy(update={"seed": 3}) and config.evaluation.seed == 4
+    replaced = apply_overrides(build_config("sd15", target="a/b", prompts="p.txt"),
+                               {"evaluation.prompts": {"source": "e.txt"}}).evaluation.prompts
+    assert replaced.source == "e.txt" and replaced.category is None
+
+
+def test_a_scorer_is_named_as_in_an_evaluation():
+    scorer = apply_overrides(build_config("figures"), {"scorer": "clip=my/folder"}).scorer
+    assert (scorer.name, scorer.source) == ("clip", "my/folder")
