@@ -29,8 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.targets import add_device_options, clock_of, dense_rate, describe, open_target, some_prompts
 from hgdpo_core.config import PoolConfig, RunConfig
+from hgdpo_core.devices import DTYPES
 from hgdpo_core.images import decode_image
-from hgdpo_core.models import DTYPES, Model
+from hgdpo_core.models import Model
 from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.models.sd15 import KlCodec
 from hgdpo_core.prompts import image_seed

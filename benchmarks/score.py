@@ -25,7 +25,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from hgdpo_core.models import DTYPES
+from hgdpo_core.devices import DTYPES
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.scorers import pickscore
 from hgdpo_core.scorers.weights import freeze

@@ -7,8 +7,8 @@ from flows.bars import terminal_bar
 
 def caption(options: argparse.Namespace) -> int:
     """Write captions by LLaVA for images that have none, as a .txt beside each."""
+    from hgdpo_core.devices import default_device, resolve_dtype
     from hgdpo_core.image_sets.captions import find_uncaptioned, write_captions
-    from hgdpo_core.models import default_device, resolve_dtype
 
     images, device = find_uncaptioned(options.images), default_device()
     if not images.names:

@@ -10,9 +10,10 @@ from typing import Any
 from hgdpo_core import __version__
 from hgdpo_core.built_in import find_images, is_built_in
 from hgdpo_core.config import RunConfig, apply_overrides, content_hash
+from hgdpo_core.devices import default_device
 from hgdpo_core.evaluate import refuse_seen_prompts
 from hgdpo_core.image_sets import ImageSet, read_image_set
-from hgdpo_core.models import Model, default_device, find_model
+from hgdpo_core.models import Model, find_model
 from hgdpo_core.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.syntax import check_syntax

@@ -8,10 +8,10 @@ from pathlib import Path
 from PIL import Image
 
 from hgdpo_core.config import ScorerConfig
+from hgdpo_core.devices import default_device
 from hgdpo_core.errors import InputError, StoppedError
 from hgdpo_core.image_sets.folders import CaptionedImage, find_captioned_images, find_images
 from hgdpo_core.images import decode_image
-from hgdpo_core.models import default_device
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.scorers import load_judge
 

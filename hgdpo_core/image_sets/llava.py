@@ -9,8 +9,8 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from hgdpo_core.devices import DTYPES
 from hgdpo_core.errors import InputError, ModelError
-from hgdpo_core.models import DTYPES
 from hgdpo_core.models.files import first_line, looks_like_hub_id, read_config
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.networks import check_finite, refuse_report

@@ -6,23 +6,10 @@ writes and merges LoRAs; `published.py` keeps models in the store; `places.py` s
 """
 
 from hgdpo_core.models.backbone import FAMILIES, Backbone, Conditioning, load_backbone
-from hgdpo_core.models.model import (
-    DTYPES,
-    Lora,
-    Model,
-    check_lora,
-    cpu_has_fast_bfloat16,
-    default_device,
-    device_name,
-    find_model,
-    load_pipeline,
-    recorded_syntax,
-    resolve_dtype,
-)
+from hgdpo_core.models.model import Lora, Model, check_lora, find_model, load_pipeline, recorded_syntax
 from hgdpo_core.models.sd15 import Sd15
 
 FAMILIES["sd15"] = Sd15()
 
-__all__ = ["DTYPES", "FAMILIES", "Backbone", "Conditioning", "Lora", "Model", "check_lora", "cpu_has_fast_bfloat16",
-           "default_device", "device_name", "find_model", "load_backbone", "load_pipeline",
-           "recorded_syntax", "resolve_dtype"]
+__all__ = ["FAMILIES", "Backbone", "Conditioning", "Lora", "Model", "check_lora", "find_model",
+           "load_backbone", "load_pipeline", "recorded_syntax"]

@@ -1,6 +1,5 @@
 """The target model and the tuned one: found, checked and fingerprinted without loading; loaded when work needs them."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from hgdpo_core.config import PromptSyntax, TargetConfig, content_hash
-from hgdpo_core.errors import ConfigError, HGDPOError, ModelError
+from hgdpo_core.devices import DTYPES, resolve_dtype
+from hgdpo_core.errors import HGDPOError, ModelError
 from hgdpo_core.models.files import SD15_CONFIGS, check_channels, check_files, check_vae, find_files, read_config
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.hub import first_line
@@ -21,7 +21,6 @@ from hgdpo_core.models.text_weights import has_flat_text_encoder, read_flat_text
 
 BROKEN = "the weights are broken (or, in float16, overflow: set target.dtype to float32)"
 VAE_VERSION = 2  # 1 rounded the VAE's weights to the target's precision before it encoded in float32
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -179,34 +178,3 @@ def _load_vae(path: Path, dtype: torch.dtype) -> AutoencoderKL:
             vae = AutoencoderKL.from_single_file(str(path), config=str(SD15_CONFIGS), subfolder="vae", **options)
     check_finite(path, {"vae": vae}, BROKEN)
     return vae
-
-
-def resolve_dtype(dtype: str) -> str:
-    """`auto` as a named precision: bfloat16 where the machine is fast at it, else float32."""
-    if dtype != "auto":
-        return dtype
-    if default_device().startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "bfloat16" if cpu_has_fast_bfloat16() else "float32"
-
-
-def cpu_has_fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def default_device() -> str:
-    """$HGDPO_DEVICE (cpu or cuda), else the accelerator torch sees, else the CPU; ConfigError for one not there."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = os.environ.get("HGDPO_DEVICE") or found
-    if wanted not in ("cpu", "cuda"):
-        raise ConfigError(f"HGDPO_DEVICE is {wanted!r}: expected cpu or cuda (CUDA_VISIBLE_DEVICES says which GPU)")
-    if wanted == "cuda" != found:
-        raise ConfigError(f"HGDPO_DEVICE asks for cuda, but torch {torch.__version__} sees no GPU here: make one "
-                          "visible (driver, CUDA_VISIBLE_DEVICES, a CUDA build of torch), or use cpu")
-    return wanted
-
-
-def device_name(device: str) -> str:
-    """What a manifest records: the GPU's name, or cpu."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hgdpo_core.config import canonical_json
-from hgdpo_core.models import Lora, Model, default_device, device_name
+from hgdpo_core.devices import default_device, device_name
+from hgdpo_core.models import Lora, Model
 from hgdpo_core.models.published import fetch_model, find_record
 from hgdpo_core.models.sizes import model_size
 from hgdpo_core.pipeline import make_all

@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from hgdpo_core.devices import default_device
 from hgdpo_core.errors import CorruptShardError, InputError, ModelError
-from hgdpo_core.models import default_device
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import load_prompts, prompt_id
 from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, Skipped, shards_of

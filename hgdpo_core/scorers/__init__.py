@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from hgdpo_core.config import ScorerConfig
+from hgdpo_core.devices import DTYPES
 from hgdpo_core.errors import ConfigError, ModelError
-from hgdpo_core.models import DTYPES
 from hgdpo_core.scorers import aesthetic, clip, hps, imagereward, inspector, pickscore, tinted
 from hgdpo_core.scorers.pictures import Images
 

@@ -15,9 +15,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import pyarrow as pa
 
+from hgdpo_core.devices import default_device, device_name, free_memory, is_out_of_memory
 from hgdpo_core.errors import ConfigError, StoppedError, StorageError
-from hgdpo_core.memory import free_memory, is_out_of_memory
-from hgdpo_core.models import default_device, device_name
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.parallel import Writer
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent

@@ -10,9 +10,9 @@ import pyarrow as pa
 import torch
 
 from hgdpo_core.config import ScorerConfig, content_hash
+from hgdpo_core.devices import DTYPES, default_device
 from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import mean_pairwise_distance
-from hgdpo_core.models import DTYPES, default_device
 from hgdpo_core.parallel import threads
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import prompt_id

@@ -16,9 +16,10 @@ import pyarrow as pa
 import torch
 
 from hgdpo_core.config import content_hash
+from hgdpo_core.devices import default_device
 from hgdpo_core.errors import InputError
 from hgdpo_core.images import decode_image, to_model_range
-from hgdpo_core.models import Backbone, Model, default_device, load_backbone
+from hgdpo_core.models import Backbone, Model, load_backbone
 from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.parallel import threads

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, content_hash
+from hgdpo_core.devices import default_device
 from hgdpo_core.errors import ConfigError, StorageError
-from hgdpo_core.models import Model, default_device
+from hgdpo_core.models import Model
 from hgdpo_core.models.image_generator import ImageGenerator, chunks
 from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.models.sizes import ModelSize

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Self
 import pyarrow as pa
 
 from hgdpo_core.config import PromptSyntax, ScorerConfig, content_hash
+from hgdpo_core.devices import default_device
 from hgdpo_core.images import decode_image
-from hgdpo_core.models import default_device, recorded_syntax
+from hgdpo_core.models import recorded_syntax
 from hgdpo_core.models.places import Place, refuse_other_model
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.parallel import threads

@@ -20,9 +20,9 @@ import psutil
 import torch
 
 from hgdpo_core import errors
+from hgdpo_core.devices import use_cpu
 from hgdpo_core.errors import HGDPOError, StoppedError
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.training.parts import use_cpu
 from hgdpo_core.training.processes import LAUNCHED, forget_launchers, is_first_process, launch_environment
 from hgdpo_core.training.request import TrainRequest, encode_images, find_result, run_train
 from hgdpo_core.training.tune import Tuned

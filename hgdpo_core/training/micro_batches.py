@@ -13,8 +13,8 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from hgdpo_core.config import TrainingConfig
+from hgdpo_core.devices import is_out_of_memory
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.memory import is_out_of_memory
 from hgdpo_core.training.data import DataOrder, SampleSource, sample_generator
 from hgdpo_core.training.parts import Objective
 from hgdpo_core.training.processes import agree, share_of, sum_gradients

@@ -12,8 +12,9 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import nn
 
+from hgdpo_core.devices import cpu_has_fast_bfloat16, use_cpu
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.models import Conditioning, cpu_has_fast_bfloat16, default_device
+from hgdpo_core.models import Conditioning
 from hgdpo_core.models.backbone import Denoiser
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 
@@ -145,8 +146,3 @@ def cast_frozen(module: nn.Module, precision: Precision) -> None:
         for parameter in module.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-
-
-def use_cpu() -> bool:
-    """Whether training runs on the CPU."""
-    return default_device() == "cpu"

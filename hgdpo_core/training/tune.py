@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hgdpo_core.config import DpoConfig, SftConfig, TrainingConfig, content_hash
-from hgdpo_core.models import Backbone, Model, default_device, device_name, load_backbone
+from hgdpo_core.devices import default_device, device_name
+from hgdpo_core.models import Backbone, Model, load_backbone
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.published import fetch_model, publish_model
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent

@@ -14,6 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
 from hgdpo_core.config import PromptSyntax, RunConfig, SamplerConfig, StageConfig, TrainingConfig
+from hgdpo_core.devices import is_out_of_memory
 from hgdpo_core.images import decode_image, encode_image
 from hgdpo_core.models import Backbone
 from hgdpo_core.models.lora import worn_at
@@ -21,7 +22,6 @@ from hgdpo_core.models.sampling import initial_noise, sample_latents
 from hgdpo_core.prompts import image_seed
 from hgdpo_core.rendering.grids import row_grid
 from hgdpo_core.storage import Store
-from hgdpo_core.training.micro_batches import is_out_of_memory
 from hgdpo_core.training.parts import resolve_precision
 
 logger = logging.getLogger(__name__)

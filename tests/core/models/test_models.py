@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hgdpo_core.config import TargetConfig, apply_overrides
+from hgdpo_core.devices import default_device, resolve_dtype
 from hgdpo_core.errors import ConfigError, ModelError, StorageError
-from hgdpo_core.models import default_device, find_model, load_pipeline, resolve_dtype
+from hgdpo_core.models import find_model, load_pipeline
 from hgdpo_core.models.lora import add_lora, save_lora
 from hgdpo_core.models.published import fetch_model, publish_model
 from hgdpo_core.presets import figures
@@ -152,7 +153,7 @@ def test_the_device_is_the_one_asked_for_else_the_accelerator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert default_device() == "cuda"
     monkeypatch.setenv("HGDPO_DEVICE", "cpu")
-    for module in ("models.model", "training.parts"):
+    for module in ("devices", "training.parts"):
         monkeypatch.setattr(f"hgdpo_core.{module}.cpu_has_fast_bfloat16", lambda: False)
     assert default_device() == "cpu" and resolve_dtype("auto") == "float32" and resolve_dtype("float16") == "float16"
     assert resolve_precision("auto") == "no"  # training goes where the rest goes
