@@ -39,7 +39,7 @@ demo: $(INSTALLED)
 	@$(PREFECT_ENV) "$(BIN)/hgdpo" run --preset figures --root output/demo --publish output/demo
 
 test: $(INSTALLED) lint
-	@$(PREFECT_ENV) HF_HUB_OFFLINE=1 "$(BIN)/python" -m pytest
+	@$(PREFECT_ENV) HF_HUB_OFFLINE=1 "$(BIN)/python" -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 # One file after another; what has passed at this commit is skipped. The summary is in output/slow/summary.txt.
 test-slow: $(INSTALLED)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..dataset import HELD_OUT_SEED, render_batch, sample_figures, to_model_range
-from .loop import Plan, in_batches, save_tensors, train
+from .loop import Plan, fast_autocast, in_batches, save_tensors, train
 
 PLAN = Plan(steps=9000, batch=16, learning_rate=2e-3)
 PICTURES = 24000
@@ -117,7 +117,7 @@ def encode(vae: AutoencoderKL, images: np.ndarray, *, name: str, batch: int = 64
     """The posterior means, unscaled, float32 `[B,8,8,8]`, of uint8 pictures `[B,64,64,3]`."""
     means = []
     for part in in_batches(len(images), batch, name):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with fast_autocast():
             posterior = cast(AutoencoderKLOutput, vae.encode(to_model_range(images[part]))).latent_dist
         means.append(posterior.mean.float())
     # The convolutions may answer in channels-last order, which slows everything that reads it.
@@ -127,7 +127,7 @@ def encode(vae: AutoencoderKL, images: np.ndarray, *, name: str, batch: int = 64
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Pictures `[B,3,64,64]`, about [-1, 1], float32, of unscaled latents."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with fast_autocast():
         decoded = vae.decode(latents, return_dict=False)[0]  # type: ignore
     return cast(Tensor, decoded).float().contiguous()
 
