@@ -1,5 +1,6 @@
 """Tables of texts: one table as HTML, as Markdown and as lines for a terminal. Texts are escaped here."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -86,8 +87,8 @@ def _justify(column: Sequence[str]) -> list[str]:
 
 
 def _markdown(text: str) -> str:
-    """Text that cannot end a cell or start markup."""
-    return escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+    """Text that cannot end a cell or start markup: a prompt may hold an image that every reader would fetch."""
+    return re.sub(r"([\\`*~|\[\]])", r"\\\1", escape(" ".join(text.splitlines()), quote=False))
 
 
 def _is_number(text: str) -> bool:

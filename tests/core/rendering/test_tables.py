@@ -29,6 +29,12 @@ def test_markdown_keeps_cells_apart():
     assert Table(("a",), [("two\nlines",)]).markdown() == "| a |\n| --- |\n| two lines |"
 
 
+def test_markdown_of_a_prompt_fetches_nothing():
+    prompt = "![x](https://a.org/x) `<img src=y>` *a*"
+    assert Table(("prompt",), [(prompt,)]).markdown().splitlines()[2] == (
+        "| !\\[x\\](https://a.org/x) \\`&lt;img src=y&gt;\\` \\*a\\* |")
+
+
 def test_text_has_even_columns_and_numbers_to_the_right():
     rows = [("a", "1,200.5", "x", ""), ("longer", NO_SCORE, "12", "-3")]
     assert Table(("name", "score", "mixed", "gap"), rows).text() == (
