@@ -186,7 +186,10 @@ def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConf
     settings = pool_settings(model, sampler, pool)
     pool_id = f"n{pool.images_per_prompt}-{content_hash(settings)}"
     key = f"pools/{pool_id}"
-    planned, manifests = _read_plan(store, key), ShardFolder(store, key, settings).manifests()
+    folder = ShardFolder(store, key, settings)
+    planned, manifests = _read_plan(store, key), folder.manifests()
+    lost = _recover_plan(folder, {i: manifest for i, manifest in manifests.items() if i not in planned}, prompts)
+    planned |= {shard.index: shard for shard in lost}
     # Two runs may have planned one index at the same moment: the committed shard holds, other prompts move on.
     assigned = {i: shard for i, shard in planned.items() if i not in manifests or _holds(manifests[i], shard)}
     known = {prompt: shard.index for shard in assigned.values() for prompt in shard.prompts}
@@ -197,8 +200,8 @@ def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConf
     known |= {prompt: shard.index for shard in added for prompt in shard.prompts}
     expected = {"shards": len(assigned), "rows": len(known) * pool.images_per_prompt}
     folder = ShardFolder.create(store, key, settings | {"expected": expected})
-    if added:
-        _write_plan(store, key, added)
+    if lost or added:
+        _write_plan(store, key, [*lost, *added])
     wanted = sorted({known[prompt] for prompt in prompts})
     shards = tuple(assigned[index] for index in wanted)
     missing = tuple(shard for shard in shards if not _holds(manifests.get(shard.index), shard))
@@ -235,6 +238,25 @@ def _read_plan(store: Store, key: str) -> dict[int, PlannedShard]:
             grouped.setdefault(index, []).append(prompt)
         for index, prompts in grouped.items():
             shards.setdefault(index, PlannedShard(index, tuple(prompts)))
+    return shards
+
+
+def _recover_plan(folder: ShardFolder, manifests: Mapping[int, ShardManifest],
+                  prompts: Sequence[str]) -> list[PlannedShard]:
+    """Committed shards that the plan no longer names, as far as they hold requested prompts: their rows name them all.
+
+    A file of the plan was lost, or was damaged and deleted; without this, finished images would be generated again.
+    """
+    requested = {prompt_id(prompt): prompt for prompt in prompts} if manifests else {}
+    shards = []
+    for index, manifest in sorted(manifests.items()):
+        texts, ids = requested, manifest.details.get("prompt_ids", [])
+        if not texts.keys() & set(ids):
+            continue
+        if not texts.keys() >= set(ids):
+            rows = folder.read_columns(index, ["prompt_id", "prompt"], manifest=manifest)
+            texts = dict(zip(rows["prompt_id"].to_pylist(), rows["prompt"].to_pylist(), strict=True))
+        shards.append(PlannedShard(index, tuple(texts[key] for key in ids)))
     return shards
 
 

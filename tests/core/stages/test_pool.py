@@ -14,7 +14,7 @@ from hgdpo_core.images import decode_image
 from hgdpo_core.models import find_model, image_generator
 from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.prompts import image_seed
-from hgdpo_core.stages.pool import generate_pool, plan_pool
+from hgdpo_core.stages.pool import generate_pool, open_pool, plan_pool
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -110,6 +110,17 @@ def test_finished_shards_are_found_and_a_longer_list_adds_only_the_rest(tmp_path
     assert longer.pool_id == first.pool_id
     assert [shard.prompts for shard in longer.missing] == [(PROMPTS[2],)]
     assert longer.folder.config["expected"] == {"shards": 2, "rows": 9}
+
+
+@pytest.mark.parametrize("asked", [PROMPTS, PROMPTS[1:]])
+def test_a_lost_plan_makes_no_image_again(tmp_path, model, asked):
+    """Its file was deleted, as the message about a damaged one advises: the shards themselves name their prompts."""
+    _, plan = draw(tmp_path, model)
+    for path in (tmp_path / plan.folder.key / "plan").iterdir():
+        path.unlink()
+    again = plan_pool(plan.folder.store, model, SAMPLER, plan.pool, asked)
+    assert again.shards == plan.shards and again.missing == ()
+    assert open_pool(plan.folder, model, SAMPLER, plan.pool, plan.indices).shards == plan.shards  # as a worker reads it
 
 
 def test_an_index_planned_twice_keeps_its_shard_and_the_other_prompts_move_on(tmp_path, model):
