@@ -18,7 +18,7 @@ from hgdpo_core.config import WorkersConfig, content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.execution.jobs import ShardRequest, cut, run_name, write_recipe
 from hgdpo_core.execution.runner import InProcess, Runner, make_here
-from hgdpo_core.progress import Progress, ShouldStop, StageProgress, silent, silent_stages
+from hgdpo_core.progress import Progress, ShouldStop, StageProgress, silent_stages
 from hgdpo_core.stages import Stage
 from hgdpo_core.storage import Store
 from hgdpo_core.training.request import TrainRequest, find_result
@@ -86,13 +86,12 @@ class DeploymentRunner:
         least = getattr(self.workers, stage.least_runs) if stage.least_runs else 1
         return cut(stage, missing, getattr(self.workers, stage.images_per_run), least_runs=least)
 
-    def train(self, request: TrainRequest, progress: Progress, encode_progress: Progress = silent) -> Tuned:
+    def train(self, request: TrainRequest, progress: Progress) -> Tuned:
         """Train as a flow run of `hgdpo-train/train`; its steps are shown by that run."""
         found = find_result(request)
         if found is not None:
             return found
         parameters = request.model_dump(mode="json")
-        # The id of the result would do, but SFT knows it only once the images are encoded.
         work_id = f"{request.kind}-{content_hash(parameters)}"
         name = f"{request.kind} {request.latents.split('/')[1]}"
         job = Job(name=name, deployment=TRAIN_DEPLOYMENT, request=parameters, tags=[request.kind],

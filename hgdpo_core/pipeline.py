@@ -63,15 +63,18 @@ class Result:
 
 
 def run_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages,
-            times: StageTimes | None = None) -> Result:
-    """The whole method; what exists is not made again. `times` keeps what each step took, for `write_report`."""
-    made = make_all(run, runner, on, times)
+            times: StageTimes | None = None, objective: str = "dpo") -> Result:
+    """The whole method; what exists is not made again. `times` keeps what each step took, for `write_report`.
+
+    `objective`: see `train_lora`.
+    """
+    made = make_all(run, runner, on, times, objective)
     comparison = compare_models(run, made.images, made.image_scores)
     return Result(made, comparison, check_tuning(run, made.lora, comparison))
 
 
 def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages,
-             times: StageTimes | None = None) -> Made:
+             times: StageTimes | None = None, objective: str = "dpo") -> Made:
     """All steps up to the scores of both models' images. A plan runs this too, with a runner that makes nothing."""
     times = times or StageTimes()
     on = times.watch(on)
@@ -86,7 +89,7 @@ def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_s
     with times.stage("latents"):
         latents = encode_triplets(run, triplets, target, runner, on)
     with times.stage("dpo"):
-        lora = train_lora(run, target, triplets, latents, runner, on)
+        lora = train_lora(run, target, triplets, latents, runner, on, objective=objective)
     with times.stage("distances"):
         distances = measure_distances(run, pool, scores, target, runner, on)
     models = {"target": target, "tuned": lora.applied_to(target, run.config.evaluation.lora_weight)}
@@ -112,8 +115,9 @@ def tune_target(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silen
     runner.make([stage], on)
     stage.refuse_if_empty()
     config = run.config.sft
-    request = TrainRequest.for_sft(run.store, run.images, run.target, stage.size, config, share=runner.copy_to_store,
-                                   validation=_validation(run, config) if validate else None)
+    request = TrainRequest.of("sft", run.store, run.target, stage.folder, stage.indices, config,
+                              copy_to_store=runner.copy_to_store,
+                              validation=_validation(run, config) if validate else None)
     tuned = _train(request, runner, on, on_training)
     return tuned.as_target(run.target), tuned.log
 
@@ -162,12 +166,15 @@ def encode_triplets(run: Run, triplets: TripletStage, model: Model, runner: Runn
 
 def train_lora(run: Run, model: Model, triplets: TripletStage, latents: LatentStage, runner: Runner = IN_PROCESS,
                on: StageProgress = silent_stages, on_training: OnTraining | None = None, *,
-               validate: bool = True) -> Tuned:
-    """A LoRA of the target by Diffusion-DPO with the statistic matching loss (Eq. 9). `validate`: as `tune_target`."""
+               validate: bool = True, objective: str = "dpo") -> Tuned:
+    """A LoRA of the target by Diffusion-DPO with the statistic matching loss (Eq. 9). `validate`: as `tune_target`.
+
+    `objective`: name in `OBJECTIVES` of another one that trains a LoRA on triplets, under the settings `dpo`.
+    """
     config = run.config.dpo
-    request = TrainRequest.for_dpo(run.store, model, triplets.folder, latents.folder, triplets.indices, config,
-                                   share=runner.copy_to_store,
-                                   validation=_validation(run, config) if validate else None)
+    request = TrainRequest.of(objective, run.store, model, latents.folder, triplets.indices, config,
+                              triplets=triplets.folder.key, copy_to_store=runner.copy_to_store,
+                              validation=_validation(run, config) if validate else None)
     return _train(request, runner, on, on_training)
 
 
@@ -214,7 +221,7 @@ def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], sco
 def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[Alarm]:
     """What a good win rate or a falling loss may hide."""
     return check_run(lora.log, comparison.win_rates, comparison.defects, comparison.variety_change,
-                     run.config.training_judge, find_objective("dpo").checks)
+                     run.config.training_judge, find_objective(lora.objective).checks)
 
 
 def write_report(run: Run, result: Result, times: StageTimes | None = None) -> Published:

@@ -14,8 +14,7 @@ from tasks.validation import showing_validation
 @task(name="train", task_run_name="{request.kind}", **STAGE)
 def make_tuned(request: TrainRequest, should_stop: ShouldStop) -> str:
     """The id of the tuned model in `models/`."""
-    with (stage_progress("encode") as encoding, stage_progress(request.kind.upper()) as bar,
-          showing_validation(request, bar) as progress):
-        tuned = run_train_everywhere(request, progress=progress, encode_progress=encoding, should_stop=should_stop)
+    with stage_progress(request.kind.upper()) as bar, showing_validation(request, bar) as progress:
+        tuned = run_train_everywhere(request, progress=progress, should_stop=should_stop)
     get_run_logger().info("%s: %s %s", request.kind, "found" if tuned.found else "trained", tuned.model_id)
     return tuned.model_id

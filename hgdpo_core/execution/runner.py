@@ -23,7 +23,7 @@ class Runner(Protocol):
         """
         ...
 
-    def train(self, request: TrainRequest, progress: Progress, encode_progress: Progress = silent) -> Tuned:
+    def train(self, request: TrainRequest, progress: Progress) -> Tuned:
         """Train, or return what an earlier training gave."""
         ...
 
@@ -39,8 +39,8 @@ class InProcess:
     def make(self, stages: Sequence[Stage], on: StageProgress = silent_stages) -> list[int]:
         return [make_here(stage, on, self.should_stop) for stage in stages]
 
-    def train(self, request: TrainRequest, progress: Progress = silent, encode_progress: Progress = silent) -> Tuned:
-        return run_train(request, progress=progress, encode_progress=encode_progress, should_stop=self.should_stop)
+    def train(self, request: TrainRequest, progress: Progress = silent) -> Tuned:
+        return run_train(request, progress=progress, should_stop=self.should_stop)
 
 
 def make_here(stage: Stage, on: StageProgress = silent_stages, should_stop: ShouldStop = never_stop) -> int:

@@ -127,7 +127,7 @@ class PlanningRunner:
         """Add a row for each stage; returns how many of its shards are missing."""
         return [self._add(stage) for stage in stages]
 
-    def train(self, request: TrainRequest, progress: Progress = silent, encode_progress: Progress = silent) -> Tuned:
+    def train(self, request: TrainRequest, progress: Progress = silent) -> Tuned:
         """Add the row of a training; returns its model, or what stands for it."""
         latents, config, store = self._counted[request.latents], request.settings, self.run.store
         training = PlannedTraining(find_objective(request.kind), config, self.run.target, self.model, self.size)

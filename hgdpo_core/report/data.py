@@ -54,9 +54,10 @@ class ReportData:
     pools: Sequence[PoolSample] = ()
     rank_distances: np.ndarray | None = None
     """Of pools' latents, as `read_distances` reads them: [pools, N - 1, 2]."""
+    objective: str = "dpo"
+    """Name of the one that trained the LoRA."""
     training_log: Sequence[Mapping[str, float]] = ()
-    """Rows with step, loss, dpo_loss, stat_loss, margin, implicit_accuracy, winner_error, loser_error,
-    grad_norm, learning_rate; a column that is missing has no chart."""
+    """Its rows: step, loss, grad_norm, learning_rate and those of the objective; a missing column has no chart."""
     sft_log: Sequence[Mapping[str, float]] = ()
     """Rows with step, loss, grad_norm, learning_rate."""
     timings: Mapping[str, float] = field(default_factory=dict)

@@ -58,7 +58,7 @@ def _page(data: ReportData, encode: ImageEncoder) -> str:
         lora_weights(data.sweep),
         pools(data.pools, encode),
         latent_statistics(data.rank_distances),
-        training_charts("dpo", data.training_log),
+        training_charts(data.objective, data.training_log),
         training_charts("sft", data.sft_log),
         counts(data.counts),
         timings(data.timings),

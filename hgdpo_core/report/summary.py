@@ -53,8 +53,9 @@ def write_run_report(run: Run, pool: PoolPlan, scores: ShardFolder, distances: n
         title=f"HG-DPO on {run.config.target.source}", training_judge=run.config.training_judge,
         counts={"prompts": len(run.prompts.prompts), "pool_images": pool.images, "triplets": counts.triplets,
                 "rejected": counts.rejected, "evaluation_prompts": len(comparison.prompts)},
-        pools=sample_pools(pool, scores, POOLS, run.config.triplets), rank_distances=distances, training_log=lora.log,
-        sft_log=sft_log, warnings=[alarm.message for alarm in alarms], timings=timings, artifacts=artifacts,
+        pools=sample_pools(pool, scores, POOLS, run.config.triplets), rank_distances=distances,
+        objective=lora.objective, training_log=lora.log, sft_log=sft_log,
+        warnings=[alarm.message for alarm in alarms], timings=timings, artifacts=artifacts,
         **_comparison_data(run, images, comparison))
     return _write(run, data, {
         **_comparison_summary(run, comparison), "warnings": [alarm.as_dict() for alarm in alarms],

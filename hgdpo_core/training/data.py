@@ -62,18 +62,6 @@ class ImageBatch:
         return Conditioning(self.prompt_embeds)
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What latents were made of, as a request names it. A set of images of one person would be named here too."""
-
-    triplets: str | None = None
-    """Key of their folder in the store."""
-    images: str | None = None
-    """A folder of captioned images, or its key in the store."""
-    images_id: str | None = None
-    """What the images were when the training was planned."""
-
-
 class SampleSource(Protocol[BatchT_co]):
     """Random access to the samples of a training."""
 

@@ -37,7 +37,7 @@ from hgdpo_core.training import (
     turn,
 )
 from hgdpo_core.training.checkpoints import Checkpoints
-from hgdpo_core.training.data import LatentPairs, Origin, PairBatch
+from hgdpo_core.training.data import LatentPairs, PairBatch
 from hgdpo_core.training.loop import run_training
 
 CHARTS = (
@@ -158,27 +158,23 @@ def _check(batch: PairBatch, pairs: int, flip: bool) -> None:
 
 
 class Dpo:
-    """The entry in `OBJECTIVES`; its samples are triplets, whose latents a stage before has cached."""
+    """The entry in `OBJECTIVES`; its samples are triplets as pairs of latents."""
 
     name, title = "dpo", "DPO training"
     config = DpoConfig
     charts, checks = CHARTS, PREFERENCE_CHECKS
 
-    def complete_latents(self, store: Store, origin: Origin, latents: ShardFolder, indices: Sequence[int],
-                         find_model: Callable[[], Model], progress: Progress, should_stop: ShouldStop) -> None:
-        """Nothing is missing: the latents of triplets are a stage of their own."""
-
     def samples(self, latents: ShardFolder, indices: Sequence[int]) -> LatentPairs:
         return LatentPairs(latents, indices)
 
-    def require_fit(self, store: Store, origin: Origin, samples: SampleSource[PairBatch], indices: Sequence[int],
+    def require_fit(self, store: Store, triplets: str | None, samples: SampleSource[PairBatch], indices: Sequence[int],
                     model: Model, config: DpoConfig) -> None:
-        assert origin.triplets is not None
+        assert triplets is not None
         if not len(samples):
-            raise InputError(f"{origin.triplets} holds no triplet to train on: every pool was rejected, see its "
+            raise InputError(f"{triplets} holds no triplet to train on: every pool was rejected, see its "
                              "rejected/")
         if not config.allow_foreign_triplets:
-            _refuse_foreign(ShardFolder.open(store, origin.triplets), indices, model)
+            _refuse_foreign(ShardFolder.open(store, triplets), indices, model)
 
     def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> PairBatch:
         winners, losers = (torch.randn(count, *latent_shape) for _ in range(2))

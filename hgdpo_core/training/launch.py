@@ -24,7 +24,7 @@ from hgdpo_core.devices import use_cpu
 from hgdpo_core.errors import HGDPOError, StoppedError
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.training.processes import LAUNCHED, forget_launchers, is_first_process, launch_environment
-from hgdpo_core.training.request import TrainRequest, encode_images, find_result, run_train
+from hgdpo_core.training.request import TrainRequest, find_result, run_train
 from hgdpo_core.training.tune import Tuned
 
 LOOK_SECONDS = 1.0
@@ -35,13 +35,12 @@ logger = logging.getLogger(__name__)
 
 
 def run_train_everywhere(request: TrainRequest, *, processes: int | None = None, progress: Progress = silent,
-                         encode_progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
+                         should_stop: ShouldStop = never_stop) -> Tuned:
     """`run_train`, in as many processes as this machine has GPUs (or `processes`); in this one where that is one."""
     forget_launchers()
     processes = processes or (1 if use_cpu() else max(1, torch.cuda.device_count()))
     if processes == 1 or find_result(request) is not None:
-        return run_train(request, progress=progress, encode_progress=encode_progress, should_stop=should_stop)
-    encode_images(request, progress=encode_progress, should_stop=should_stop)
+        return run_train(request, progress=progress, should_stop=should_stop)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "request.json").write_text(request.model_dump_json())

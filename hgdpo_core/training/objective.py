@@ -12,12 +12,11 @@ from hgdpo_core.config import TrainingConfig
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.models import Backbone, Model
 from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.progress import Progress, ShouldStop
 from hgdpo_core.rendering.charts import ChartSpec
 from hgdpo_core.statistics.checks import LogCheck
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training.data import Origin, SampleSource, epoch_order
+from hgdpo_core.training.data import SampleSource, epoch_order
 from hgdpo_core.training.dpo import Dpo
 from hgdpo_core.training.parts import Objective, OnLog
 from hgdpo_core.training.sft import Sft
@@ -49,18 +48,13 @@ class TrainingObjective(Protocol):
         """Warnings about a finished training, from its log and the evaluation behind it."""
         ...
 
-    def complete_latents(self, store: Store, origin: Origin, latents: ShardFolder, indices: Sequence[int],
-                         find_model: Callable[[], Model], progress: Progress, should_stop: ShouldStop) -> None:
-        """Encode what is missing, where no stage before the training does."""
-        ...
-
     def samples(self, latents: ShardFolder, indices: Sequence[int]) -> SampleSource[Any]:
         """What the training reads, from shards of latents."""
         ...
 
-    def require_fit(self, store: Store, origin: Origin, samples: SampleSource[Any], indices: Sequence[int],
+    def require_fit(self, store: Store, triplets: str | None, samples: SampleSource[Any], indices: Sequence[int],
                     model: Model, config: Any) -> None:
-        """InputError for samples that this model should not be trained on."""
+        """InputError for samples that this model should not be trained on; `triplets`: key of what they come from."""
         ...
 
     def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> Any:

@@ -10,7 +10,6 @@ from torch import nn
 
 from hgdpo_core.config import SftConfig
 from hgdpo_core.errors import InputError
-from hgdpo_core.image_sets import open_offered_images
 from hgdpo_core.losses import denoising_error
 from hgdpo_core.models import Backbone, Conditioning, Model, load_backbone
 from hgdpo_core.models.averaging import WeightAverage
@@ -18,7 +17,6 @@ from hgdpo_core.models.backbone import Denoiser, NoiseSchedule
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.rendering.charts import ChartSpec
-from hgdpo_core.stages.image_latents import cache_image_latents
 from hgdpo_core.statistics.checks import LogCheck
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
@@ -35,7 +33,7 @@ from hgdpo_core.training import (
     turn,
 )
 from hgdpo_core.training.checkpoints import Checkpoints
-from hgdpo_core.training.data import ImageBatch, LatentImages, Origin
+from hgdpo_core.training.data import ImageBatch, LatentImages
 from hgdpo_core.training.loop import run_training
 from hgdpo_core.training.processes import is_first_process
 
@@ -120,27 +118,18 @@ def _check(batch: ImageBatch, empty_embeds: torch.Tensor, images: int, flip: boo
 
 
 class Sft:
-    """The entry in `OBJECTIVES`; its samples are captioned images, which it encodes itself."""
+    """The entry in `OBJECTIVES`; its samples are captioned images as latents."""
 
     name, title = "sft", "Supervised fine-tuning"
     config = SftConfig
     charts = CHARTS
     checks: tuple[LogCheck, ...] = ()
 
-    def complete_latents(self, store: Store, origin: Origin, latents: ShardFolder, indices: Sequence[int],
-                         find_model: Callable[[], Model], progress: Progress, should_stop: ShouldStop) -> None:
-        if latents.completed(indices) == set(indices):
-            return
-        model = find_model()
-        assert origin.images is not None and origin.images_id is not None
-        images = open_offered_images(store, origin.images, origin.images_id)
-        cache_image_latents(images, latents, model, progress=progress, should_stop=should_stop)
-
     def samples(self, latents: ShardFolder, indices: Sequence[int]) -> LatentImages:
         return LatentImages(latents, indices)
 
-    def require_fit(self, store: Store, origin: Origin, samples: SampleSource[ImageBatch], indices: Sequence[int],
-                    model: Model, config: SftConfig) -> None:
+    def require_fit(self, store: Store, triplets: str | None, samples: SampleSource[ImageBatch],
+                    indices: Sequence[int], model: Model, config: SftConfig) -> None:
         """Any images will do; that there are some, their encoding has checked."""
 
     def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> ImageBatch:

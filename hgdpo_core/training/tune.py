@@ -16,7 +16,6 @@ from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.storage import Store, scratch_folder
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 from hgdpo_core.training.checkpoints import Checkpoints
-from hgdpo_core.training.data import Origin
 from hgdpo_core.training.loop import run_training
 from hgdpo_core.training.objective import find_objective
 from hgdpo_core.training.parts import Hooks, LogRow, OnLog, TrainingResult
@@ -36,6 +35,11 @@ class Tuned:
     log: list[dict[str, float]]
     found: bool
 
+    @property
+    def objective(self) -> str:
+        """Name of the objective that trained it, which its id begins with."""
+        return self.model_id.rpartition("-")[0]
+
     def applied_to(self, model: Model, weight: float) -> Model:
         """A LoRA's target with the LoRA at a weight."""
         return model.with_lora(self.path, weight)
@@ -46,10 +50,11 @@ class Tuned:
 
 
 def tune(store: Store, kind: str, model: Model, latents: ShardFolder, indices: Sequence[int], config: TrainingConfig,
-         origin: Origin, *, validation: Validation | None = None, progress: Progress = silent,
+         triplets: str | None = None, *, validation: Validation | None = None, progress: Progress = silent,
          should_stop: ShouldStop = never_stop) -> Tuned:
     """Train by the objective of that name on shards of latents; the result is kept in `models/`.
 
+    `triplets` is the key of those that the latents were made of, None for latents of images.
     With a `validation`, images every `validation_every` steps are kept beside it.
     """
     training, model_id = find_objective(kind), tuned_id(kind, model.identity(), latents, indices, config)
@@ -58,7 +63,7 @@ def tune(store: Store, kind: str, model: Model, latents: ShardFolder, indices: S
         return found
     check_tracker(config.tracker)
     samples = training.samples(latents, indices)
-    training.require_fit(store, origin, samples, indices, model, config)
+    training.require_fit(store, triplets, samples, indices, model, config)
     backbone = load_backbone(model, _loading_device(), dtype="float32")
     validate = _painter(store, model_id, backbone, validation, config)
     objective, watch = training.prepare(backbone, model, config), training.watch(logger.warning)
@@ -76,13 +81,13 @@ def tune(store: Store, kind: str, model: Model, latents: ShardFolder, indices: S
 
 def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftConfig, **options: Any) -> Tuned:
     """SFT on all latents of a folder of images: a whole model. Options as of `tune`."""
-    return tune(store, "sft", model, latents, sorted(latents.manifests()), config, Origin(), **options)
+    return tune(store, "sft", model, latents, sorted(latents.manifests()), config, **options)
 
 
 def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardFolder, indices: Sequence[int],
               config: DpoConfig, **options: Any) -> Tuned:
     """Diffusion-DPO + SML on triplets: a LoRA. Options as of `tune`."""
-    return tune(store, "dpo", model, latents, indices, config, Origin(triplets=triplets.key), **options)
+    return tune(store, "dpo", model, latents, indices, config, triplets.key, **options)
 
 
 def _painter(store: Store, model_id: str, backbone: Backbone, validation: Validation | None,

@@ -13,6 +13,7 @@ from hgdpo_core.errors import ConfigError, StoppedError
 from hgdpo_core.figures.dataset import write_image_folder
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.models import find_model
+from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.training import launch
 from hgdpo_core.training.launch import main, run_train_everywhere
@@ -26,7 +27,9 @@ def request_(tmp_path, target_folder):
     write_image_folder(tmp_path / "images", 4, seed=0)
     model = find_model(TargetConfig(source=str(target_folder), dtype="float32"))
     images = read_image_set(str(tmp_path / "images"))
-    return TrainRequest.for_sft(Store(str(tmp_path / "root")), images, model, (32, 32), SFT)
+    latents = image_latent_folder(Store(str(tmp_path / "root")), images, model, (32, 32))
+    cache_image_latents(images, latents, model, device="cpu")
+    return TrainRequest.of("sft", latents.store, model, latents, [*images.shards], SFT)
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Trainings as requests: the same model from the store and a request alone, found the second time."""
 
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +9,7 @@ from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.execution.runner import IN_PROCESS
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.models import find_model
+from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.training.request import TrainRequest, find_result, run_train
 
@@ -32,8 +31,13 @@ def images(tmp_path):
     return folder
 
 
-def sft(root, images, model, *, share=False):
-    request = TrainRequest.for_sft(Store(str(root)), read_image_set(str(images)), model, (32, 32), SFT, share=share)
+def sft(root, images, model, *, cached=True):
+    """A request that went over the wire; with `cached`, the latents that it names exist."""
+    image_set = read_image_set(str(images))
+    latents = image_latent_folder(Store(str(root)), image_set, model, (32, 32))
+    if cached:
+        cache_image_latents(image_set, latents, model, device="cpu")
+    request = TrainRequest.of("sft", latents.store, model, latents, [*image_set.shards], SFT)
     return TrainRequest.model_validate_json(request.model_dump_json())
 
 
@@ -41,24 +45,17 @@ def test_sft_is_made_from_a_request_and_found_the_second_time(tmp_path, images, 
     request = sft(tmp_path / "root", images, model)
     assert find_result(request) is None
     seen = []
-    made = run_train(request, progress=lambda *at: seen.append(at), encode_progress=lambda *at: seen.append(at))
-    assert {unit for _, _, unit in seen} == {"images", "steps"} and not made.found
+    made = run_train(request, progress=lambda *at: seen.append(at))
+    assert {unit for _, _, unit in seen} == {"steps"} and not made.found
     found = find_result(request)
     assert found is not None and found.model_id == made.model_id and found.log == made.log
     assert IN_PROCESS.train(request).found
 
 
-def test_shared_images_are_read_from_the_store(tmp_path, images, model):
-    alone = run_train(sft(tmp_path / "a", images, model))
-    request = sft(tmp_path / "b", images, model, share=True)
-    shutil.rmtree(images)
-    assert run_train(request).model_id == alone.model_id
-
-
-def test_images_that_changed_since_are_refused(tmp_path, images, model):
-    request = sft(tmp_path / "root", images, model)
-    (images / "0.txt").write_text("another caption")
-    with pytest.raises(InputError, match="planned with 2-"):
+def test_missing_latents_are_refused_in_one_line(tmp_path, images, model):
+    request = sft(tmp_path / "root", images, model, cached=False)
+    assert find_result(request) is None
+    with pytest.raises(InputError, match="lacks 1 of the 1 shards to train on: run the pipeline again"):
         run_train(request)
 
 
