@@ -13,7 +13,7 @@ from hgdpo_core.built_in import find_target, is_built_in
 from hgdpo_core.config import TargetConfig, content_hash
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.backbone import find_family
-from hgdpo_core.models.fingerprints import fingerprint_path
+from hgdpo_core.models.fingerprints import fingerprint_path, refuse_special_files
 from hgdpo_core.models.hub import first_line
 from hgdpo_core.models.lora_files import LORA_NAME, is_lora, lora_file
 from hgdpo_core.models.networks import check_component, check_single_networks, check_single_vae
@@ -60,11 +60,13 @@ def find_files(config: TargetConfig) -> TargetFiles:
     A hub id is downloaded here (safetensors only), or found in the hub's local cache.
     """
     path, commit = _locate(config)
+    refuse_special_files(path)
     if is_lora(path):
         raise ModelError(f"{path} is a LoRA: expected a whole model (diffusers folder, single file or hub id)")
     configs = None
     if path.is_file():
         configs = Path(config.component_configs).expanduser() if config.component_configs else SD15_CONFIGS
+        refuse_special_files(configs)
     elif config.component_configs:
         raise ModelError(f"target.component_configs is for a single file, and {path} is a folder with its own: "
                          "leave it out")
@@ -102,6 +104,7 @@ def _find_vae(source: str) -> Path:
         except Exception as error:  # see _locate
             raise _no_download("target.vae", source, error) from None
     path = path / "vae" if (path / "model_index.json").exists() else path  # a whole pipeline: its VAE
+    refuse_special_files(path)
     check_vae(path)
     return path
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ HASHED_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json", ".tx
 
 def fingerprint_path(path: Path) -> str:
     """sha256 (64 hex digits) of one file, or of the names and hashes of a folder's weights and configs."""
+    refuse_special_files(path)
     if path.is_file():
         return _file_hash(path)
     files = sorted(f for f in path.rglob("*") if f.suffix in HASHED_SUFFIXES and not _is_ours(f.relative_to(path))
@@ -30,6 +32,17 @@ def fingerprint_path(path: Path) -> str:
     except OSError as error:
         raise ModelError(f"{error.filename or path} cannot be read: {error.strerror or error}; make it readable or get "
                          "the model again") from None
+
+
+def refuse_special_files(path: Path) -> None:
+    """ModelError for a pipe, socket or device at or below `path`: whatever opens one may wait for ever."""
+    for file in (path, *path.rglob("*")):
+        try:
+            mode = file.stat().st_mode
+        except OSError:  # a link that leads nowhere or in a circle: refused by what needs the file
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ModelError(f"{file} is no file but a pipe, socket or device: remove it, or get the model again")
 
 
 def _is_ours(name: Path) -> bool:
@@ -64,8 +77,8 @@ def _file_hash(path: Path) -> str:
 
 
 def _state(path: Path) -> str:
-    stat = path.stat()
-    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    status = path.stat()
+    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
 
 
 def _sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 from hgdpo_core.errors import StorageError
 from hgdpo_core.storage.failures import MissingKeyError, attempt
 from hgdpo_core.storage.keys import TEMPORARY_PREFIX, Entries, checked, is_temporary
-from hgdpo_core.storage.local import LocalFiles, place
+from hgdpo_core.storage.local import LocalFiles, open_file, place
 from hgdpo_core.storage.ranges import RangeReader
 from hgdpo_core.storage.remote import PARALLEL_CHUNKS, RemoteObjects
 from hgdpo_core.storage.roots import PARALLEL_REQUESTS, parse_root
@@ -128,7 +128,7 @@ class Store:
         """A readable, seekable file; only the ranges asked for travel, each tried again by itself."""
         path = self.local_path(key)
         if path is not None:
-            return self._attempt("read", key, path.open, "rb")
+            return self._attempt("read", key, open_file, path)
         size = self._existing_size(key)
         return io.BufferedReader(RangeReader(functools.partial(self._read_range, key), size))
 
