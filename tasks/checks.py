@@ -1,4 +1,4 @@
-"""Look for what a good win rate or a falling loss may hide."""
+"""Checks for problems that a good win rate or a falling loss may hide."""
 
 from prefect import task
 from prefect.logging import get_run_logger
@@ -14,10 +14,10 @@ from tasks.ui import show_text
 
 @task(name="checks", **STAGE)
 def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[Alarm]:
-    """The warnings of the run; each is in the log, and all are in the UI."""
+    """The warnings of the run; they are logged, and shown in the UI."""
     warnings = pipeline.check_tuning(run, lora, comparison)
     for warning in warnings:
         get_run_logger().warning(warning.message)
     show_text("warnings", "\n".join(f"- {warning.message}" for warning in warnings) or "No check raised a warning.",
-              "What the checks found")
+              "Warnings of the checks")
     return warnings

@@ -17,7 +17,7 @@ from tasks.ui import show_table
 @task(name="evaluate a weight", **STAGE)
 def compare_weight(run: ComparisonRun, images: Mapping[str, PoolPlan], scores: pipeline.Scores,
                    who: str) -> Comparison:
-    """The tuned LoRA at one weight of a sweep; the comparison at the chosen weight alone is shown at length."""
+    """The tuned LoRA at one weight of a sweep; only the comparison at the chosen weight is shown in full."""
     result = pipeline.compare_models(run, images, scores, who)
     rates = {name: rate.rate for name, rate in result.win_rates.items()}
     get_run_logger().info("LoRA weight %s: win rates %s", result.lora_weight, rates)
@@ -28,18 +28,18 @@ def compare_weight(run: ComparisonRun, images: Mapping[str, PoolPlan], scores: p
 def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], scores: pipeline.Scores) -> Comparison:
     """Win rates, score changes, defects and colours, with intervals; kept in `evaluations/`."""
     result = pipeline.compare_models(run, images, scores)
-    found = result.findings()
+    findings = result.findings()
     changes = {name: {"change": row["mean"], "change_low": row["ci_low"], "change_high": row["ci_high"],
-                      "sign_test_p": row["sign_test_p"]} for name, row in found["score_change"].items()}
-    rows = [{"scorer": name, **rate, **changes[name]} for name, rate in found["win_rate"].items()]
+                      "sign_test_p": row["sign_test_p"]} for name, row in findings["score_change"].items()}
+    rows = [{"scorer": name, **rate, **changes[name]} for name, rate in findings["win_rate"].items()]
     show_table("win-rates", rows, "Tuned model against target, held-out prompts, same seeds; 95 % intervals")
     if result.defects:
-        show_table("defects", [{"scorer": name, **row} for name, row in found["defect_rate"].items()],
-                   "Share of defective images; the difference is tuned minus target")
-    colours = [{"what": name, **row} for name, row in found["colour_change"].items() if isinstance(row, dict)]
+        show_table("defects", [{"scorer": name, **row} for name, row in findings["defect_rate"].items()],
+                   "Fraction of defective images; the difference is tuned minus target")
+    colours = [{"what": name, **row} for name, row in findings["colour_change"].items() if isinstance(row, dict)]
     show_table("colour-shift", colours, "Colours of the tuned model against the target's; 95 % intervals")
     for row in rows:
         get_run_logger().info("Win rate by %s: %s", row["scorer"], {k: v for k, v in row.items() if k != "scorer"})
-    for name, row in found["defect_rate"].items():
+    for name, row in findings["defect_rate"].items():
         get_run_logger().info("Defective images by %s: %s", name, row)
     return result

@@ -104,7 +104,7 @@ def test_a_command_opens_each_input_once(tmp_path, monkeypatch):
     def first_task(flow, **parameters):
         given = {name: parameters[name] for name in ("preset", "root", "prompts", "target", "images", "overrides")}
         with disable_run_logger():
-            run = tasks.prepare.prepare.fn(**given)
+            run = tasks.prepare.prepare.fn(**given, dry=False)
         assert len(read) == 2, "the training and the evaluation prompts, once each"
         assert run.config.dpo.beta == 7 and flow is hgdpo
         raise StoppedError("far enough")
