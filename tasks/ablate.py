@@ -22,7 +22,7 @@ SHOWN_PLOTS = 8
 
 @task(name="prepare ablation", **STAGE)
 def prepare_ablation(**parameters: Any) -> Ablation:
-    """The checked ablation; takes the parameters of `open_ablation`. Mistakes in them fail here, before a model loads."""
+    """The checked ablation; takes the parameters of `open_ablation`. Mistakes fail here, before a model loads."""
     ablation = take_opened(open_ablation, **parameters)
     plan = plan_ablation(ablation)
     get_run_logger().info("Ablation %s in %s: %s", ablation.ablation_id, ablation.run.store.root, plan)

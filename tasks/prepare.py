@@ -17,7 +17,7 @@ from tasks.ui import show_table
 
 @task(name="prepare", **STAGE)
 def prepare(**parameters: Any) -> Run:
-    """The checked run; takes the parameters of `open_run`. Mistakes in them fail here, before a model loads."""
+    """The checked run; takes the parameters of `open_run`. Mistakes fail here, before a model loads."""
     logger = get_run_logger()
     run = take_opened(open_run, **parameters)
     logger.info("Run %s in %s", run.run_id, run.store.root)

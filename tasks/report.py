@@ -44,5 +44,5 @@ def _show(data: ReportData) -> None:
         if samples:
             show_image(key, pair_grid(samples), f"Where the tuned model {what} most")
     locations = "\n".join(f"- {name}: `{url}`" for name, url in data.artifacts.items())
-    show_text("result", f"## {headline(data)}\n\n{locations}", "The result in a sentence, and where report and LoRA are")
+    show_text("result", f"## {headline(data)}\n\n{locations}", "The result in a sentence; report and LoRA")
     get_run_logger().info(headline(data))

@@ -28,7 +28,7 @@ def find_work(store: Store, scorers: Sequence[str], preset: str | None, override
                        verify=verify)
     logger.info("%s: %s", store.root, plan.describe())
     for item in plan.skipped:
-        logger.warning("Left alone: %s: %s", item.what, item.reason)
+        logger.warning("Skipped: %s: %s", item.what, item.reason)
     if not plan.nothing_to_do:
         show_table("rescore-plan", plan.rows(), "What is scored and ranked again")
     return plan

@@ -49,4 +49,4 @@ def test_a_stop_is_one_line_that_says_how_to_go_on(monkeypatch, capsys, error, w
 
     monkeypatch.setattr("hgdpo_core.run.open_run", stop)
     assert cli.main(["run"]) == 130
-    assert capsys.readouterr().err == (f"hgdpo: {word}; what is finished is kept, run the same command to go on\n")
+    assert capsys.readouterr().err == (f"hgdpo: {word}; what is finished is kept, run the same command to continue\n")
