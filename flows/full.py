@@ -12,14 +12,12 @@ from hgdpo_core.execution.runner import Runner
 from hgdpo_core.pipeline import Made, Result
 from hgdpo_core.progress import StageProgress, StageTimes
 from hgdpo_core.run import Run
-from tasks.checks import check_tuning
-from tasks.evaluate import compare_models
+from tasks.evaluate import check_tuning, compare_models
 from tasks.generate import generate_evaluation, make_pool
 from tasks.prepare import prepare, show_plan
 from tasks.report import publish
 from tasks.score import score_evaluation, score_pool
-from tasks.sft import tune_target
-from tasks.train import train_lora
+from tasks.training import train_lora, tune_target
 from tasks.triplets import encode_triplets, make_triplets, measure_distances
 from tasks.ui import explain_own_errors, stage_progress
 

@@ -1,4 +1,4 @@
-"""Compare the two models on the held-out prompts."""
+"""Compare the two models on the held-out prompts, and check for what a good win rate may hide."""
 
 from collections.abc import Mapping
 
@@ -10,8 +10,10 @@ from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.run import Run
 from hgdpo_core.stages.pool import PoolPlan
+from hgdpo_core.statistics.checks import Alarm
+from hgdpo_core.training.tune import Tuned
 from tasks.options import STAGE
-from tasks.ui import show_table
+from tasks.ui import show_table, show_text
 
 
 @task(name="evaluate a weight", **STAGE)
@@ -43,3 +45,14 @@ def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], sco
     for name, row in findings["defect_rate"].items():
         get_run_logger().info("Defective images by %s: %s", name, row)
     return result
+
+
+@task(name="checks", **STAGE)
+def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[Alarm]:
+    """The warnings of the run; they are logged, and shown in the UI."""
+    warnings = pipeline.check_tuning(run, lora, comparison)
+    for warning in warnings:
+        get_run_logger().warning(warning.message)
+    show_text("warnings", "\n".join(f"- {warning.message}" for warning in warnings) or "No check raised a warning.",
+              "Warnings of the checks")
+    return warnings

@@ -26,7 +26,7 @@ from ..renderer import PARTS
 from .generated_pairs import make_generated_pairs
 from .judge_data import KINDS, UNKNOWN, Pairs, augment, cached_pairs, make_pairs
 from .loop import Plan, open_in_float32, train
-from .tokenizer import JUDGE_TOKENS, load_tokenizer, tokenize
+from .tokenizer import JUDGE_TOKENS, load_tokenizer, special_ids, text_settings, tokenize
 
 PLAN = Plan(steps=2200, batch=48, learning_rate=1e-3, weight_decay=0.05)
 PAIRS = 20000
@@ -46,13 +46,10 @@ PARTS_WEIGHT = 2.0
 
 def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
     """An untrained CLIPModel with about 1.4 million parameters, for 64 px images."""
-    # Without its own ids the text tower looks for CLIP's token 49407, never finds it, and pools the same for any text.
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2,
-                num_attention_heads=4, max_position_embeddings=JUDGE_TOKENS, projection_dim=128, **ids)
+    text = text_settings(tokenizer, JUDGE_TOKENS)
     vision = dict(image_size=64, patch_size=8, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
                   num_attention_heads=4, projection_dim=128)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128, **ids))
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128, **special_ids(tokenizer)))
 
 
 def save_processor(tokenizer_folder: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
@@ -47,6 +48,17 @@ def train_tokenizer(folder: Path, *, max_tokens: int) -> CLIPTokenizer:
 def load_tokenizer(folder: Path, max_tokens: int = TARGET_TOKENS) -> CLIPTokenizer:
     """A new tokenizer: one that has been called keeps its padding, and would write it into its files."""
     return CLIPTokenizer.from_pretrained(folder, model_max_length=max_tokens)
+
+
+def text_settings(tokenizer: CLIPTokenizer, positions: int) -> dict[str, Any]:
+    """The settings of a CLIP text encoder for this tokenizer, small enough for a CPU."""
+    return dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+                num_attention_heads=4, max_position_embeddings=positions, projection_dim=128, **special_ids(tokenizer))
+
+
+def special_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    """Token ids for a text encoder: with CLIP's own it would look for 49407, not find it, and pool the same for any text."""
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], length: int = TARGET_TOKENS) -> Tensor:

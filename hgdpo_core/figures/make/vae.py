@@ -31,16 +31,10 @@ EDGE_WEIGHT = 0.5
 
 def new_vae() -> AutoencoderKL:
     """An untrained AutoencoderKL with 0.98 million parameters."""
-    return AutoencoderKL(
-        sample_size=64,
-        latent_channels=LATENT_CHANNELS,
-        # diffusers declares these as tuples of one element.
-        block_out_channels=cast(Any, (16, 32, 64, 64)),
-        down_block_types=cast(Any, ("DownEncoderBlock2D",) * 4),
-        up_block_types=cast(Any, ("UpDecoderBlock2D",) * 4),
-        layers_per_block=1,
-        norm_num_groups=8,
-    )
+    # diffusers declares these as tuples of one element.
+    blocks: dict[str, Any] = dict(block_out_channels=(16, 32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 4,
+                                  up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1)
+    return AutoencoderKL(sample_size=64, latent_channels=LATENT_CHANNELS, norm_num_groups=8, **blocks)
 
 
 def edge_error(difference: Tensor, weight: Tensor) -> Tensor:
