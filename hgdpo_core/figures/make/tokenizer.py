@@ -57,7 +57,7 @@ def text_settings(tokenizer: CLIPTokenizer, positions: int) -> dict[str, Any]:
 
 
 def special_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
-    """Token ids for a text encoder: with CLIP's own it would look for 49407, not find it, and pool the same for any text."""
+    """Token ids of this tokenizer: with the ids of CLIP a text encoder finds no end token and pools all texts alike."""
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
