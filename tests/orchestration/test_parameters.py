@@ -59,9 +59,9 @@ def test_help_is_quick_for_it_imports_nothing_heavy():
             "try:\n    main(['--help'])\n"
             "except SystemExit:\n"
             "    print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))")
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    loaded = set(json.loads(said.splitlines()[-1]))
-    assert "usage: hgdpo" in said and "flows" in loaded
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = set(json.loads(output.splitlines()[-1]))
+    assert "usage: hgdpo" in output and "flows" in loaded
     assert not loaded & {"torch", "prefect", "pydantic", "numpy", "pyarrow", "fsspec", "huggingface_hub"}
 
 
