@@ -39,14 +39,14 @@ def begin(store: Store, plan: RescorePlan) -> Night | None:
     """The record of the re-scoring, written before its work; None when there is nothing to do."""
     run = open_night(store, plan)
     if run is not None:
-        get_run_logger().info("Re-scoring %s, in %s", run.name, store.url(run.key("config.json")))
+        get_run_logger().info("Rescore run %s, in %s", run.name, store.url(run.key("config.json")))
     return run
 
 
 @task(name="score again", task_run_name="score again by {version.scorer.name}", **STAGE)
 def score_again(store: Store, version: ScorerVersion, jobs: Sequence[ScoreJob],
                 runner: Runner) -> list[Skipped]:
-    """The missing scores of all pools by one scorer; returns the pools given up."""
+    """The missing scores of all pools by one scorer; returns the pools skipped."""
     logger = get_run_logger()
     if isinstance(runner, InProcess):  # one load serves all pools; a shard run is of one pool and loads its own
         with stage_progress(version.scorer.name) as progress:
@@ -57,7 +57,7 @@ def score_again(store: Store, version: ScorerVersion, jobs: Sequence[ScoreJob],
         logger.info("%s %s: pool %s, %d images in %d shards, in %s", version.scorer.name, version.fingerprint[:12],
                     job.pool_id, job.images, len(job.missing), job.scores)
     for item in skipped:
-        logger.warning("Given up: %s: %s", item.what, item.reason)
+        logger.warning("Skipped: %s: %s", item.what, item.reason)
     return skipped
 
 
