@@ -90,11 +90,11 @@ def run_pipeline(root: str, count: int, prompts_per_shard: int) -> Row:
 
     prompts = [f"a person, number {i}" for i in range(count)]
     plan: PoolPlan = timed("plan", lambda: plan_pool(store, model, SAMPLER, pool, prompts))
-    generator, scorer = NullGenerator(), NullScorer()
+    generator, network = NullGenerator(), NullScorer()
     timed("pool", lambda: generate_pool(plan, generator=generator))  # pyright: ignore[reportArgumentType]
     scores = score_folder(store, plan.pool_id, scorer)
     timed("scores", lambda: score_pool(store, plan.folder, scores, scorer, plan.indices, device="cpu",
-                                       judge=scorer))  # pyright: ignore[reportArgumentType]
+                                       judge=network))  # pyright: ignore[reportArgumentType]
     triplets = triplet_folder(store, plan.folder, scores, "prompts", TripletConfig())
     timed("triplets", lambda: build_triplets(plan.folder, scores, triplets, prompts, plan.indices, TripletConfig()))
     timed("plans again", lambda: _find_all(store, model, pool, prompts, plan, scores))

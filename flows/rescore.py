@@ -9,11 +9,11 @@ from flows import parameters as p
 from flows.lifecycle import cancel_shard_runs, run_with
 from flows.nightly import reason_to_skip
 from flows.runner import ShardRunnerName
+from flows.terminal import open_store
 from hgdpo_core.execution.runner import Runner
 from hgdpo_core.rescore.night import Night
 from hgdpo_core.rescore.plan import RescorePlan, Skipped
 from hgdpo_core.rescore.wanted import wanted_workers
-from hgdpo_core.run import default_root
 from hgdpo_core.storage import Store
 from tasks.rescore import begin, find_work, rank, report_drift, score_again
 from tasks.ui import explain_own_errors
@@ -37,7 +37,7 @@ def hgdpo_rescore(
     explain_own_errors()
     if (reason := reason_to_skip()) is not None:
         return _completed("Skipped", f"skipped: {reason}")
-    store = Store(default_root() if root is None else root)
+    store = open_store(root)
     plan = find_work(store, scorers, preset, overrides, verify)
     if plan_only:
         return {"plan": plan.rows(), "skipped": [item.model_dump() for item in plan.skipped]}

@@ -17,6 +17,8 @@ from .skeleton import BUILDS, Build, Limb, Point, Skeleton, bend, build_skeleton
 DEFECTS = ("missing_limb", "detached_limb", "extra_limb", "no_head", "two_heads", "wrong_colour", "wrong_caption")
 
 PARTS = ("head", "torso", "arm", "leg")
+WHOLE = {"arms": 2, "legs": 2, "heads": 1, "loose": 0}
+"""What can be counted in a correct image: attached arms and legs, heads, and limbs that hang in the air."""
 OUTLINE: Colour = (44, 36, 48)
 OUTLINE_PX = 4.5
 SHOE: Colour = (74, 52, 48)
@@ -38,16 +40,6 @@ class Shape:
     colour: Colour
     outlined: bool = True
     part: str = ""  # one of PARTS, or none of them
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What can be counted in an image: attached arms and legs, heads, and limbs that hang in the air."""
-
-    arms: int = 2
-    legs: int = 2
-    heads: int = 1
-    loose: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,14 +132,14 @@ def choose_limb(rng: np.random.Generator) -> str:
     return str(rng.choice(["left_arm", "left_leg", "right_arm", "right_leg"]))
 
 
-def count_parts(seed: int, defect: str | None) -> Anatomy:
-    """The anatomy of the image that `render` draws with this seed and defect."""
+def count_parts(seed: int, defect: str | None) -> dict[str, int]:
+    """WHOLE for the image that `render` draws with this seed and defect."""
     if defect in ("no_head", "two_heads"):
-        return Anatomy(heads=0 if defect == "no_head" else 2)
+        return {**WHOLE, "heads": 0 if defect == "no_head" else 2}
     if defect not in ("missing_limb", "detached_limb", "extra_limb"):
-        return Anatomy()
+        return WHOLE
     kind = "arms" if choose_limb(np.random.default_rng([seed, 2])).endswith("arm") else "legs"
-    return replace(Anatomy(loose=int(defect == "detached_limb")), **{kind: 3 if defect == "extra_limb" else 1})
+    return {**WHOLE, "loose": int(defect == "detached_limb"), kind: 3 if defect == "extra_limb" else 1}
 
 
 def break_limbs(limbs: dict[str, Limb], defect: str | None, build: Build, rng: np.random.Generator) -> dict[str, Limb]:

@@ -48,7 +48,7 @@ class Pairs:
 
 
 def count_indices(seed: int, defect: str | None, smeared: bool) -> list[int]:
-    found = {**vars(count_parts(seed, defect)), "smeared": int(smeared)}
+    found = {**count_parts(seed, defect), "smeared": int(smeared)}
     return [options.index(found[name]) for name, options in COUNTS.items()]
 
 

@@ -100,9 +100,9 @@ def train_target(folder: Path, vae: AutoencoderKL, plan: Plan, *, images: int, s
 
 def save_pipeline(folder: Path, model: TextToNoise, vae: AutoencoderKL) -> None:
     parts: dict[str, Any] = dict(vae=vae, text_encoder=model.text_encoder, unet=model.unet, scheduler=new_scheduler(),
-                                 tokenizer=load_tokenizer(folder / "tokenizer"))
-    pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
-                                       requires_safety_checker=False)
+                                 tokenizer=load_tokenizer(folder / "tokenizer"), safety_checker=None,
+                                 feature_extractor=None)
+    pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         nn.Module.half(part)
     pipeline.vae.register_to_config(_name_or_path=None)  # a path of this machine

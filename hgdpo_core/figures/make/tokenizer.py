@@ -56,7 +56,7 @@ def text_settings(tokenizer: CLIPTokenizer, positions: int) -> dict[str, Any]:
                 num_attention_heads=4, max_position_embeddings=positions, projection_dim=128, **special_ids(tokenizer))
 
 
-def special_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
+def special_ids(tokenizer: CLIPTokenizer) -> dict[str, Any]:
     """Token ids of this tokenizer: with the ids of CLIP a text encoder finds no end token and pools all texts alike."""
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
