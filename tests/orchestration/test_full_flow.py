@@ -183,6 +183,7 @@ def test_plan_and_gc_commands(parameters, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
     path = tmp_path / "pools" / "n3-left" / "shard-00000-000000000000.parquet"
     path.parent.mkdir(parents=True)
+    (path.parent / "config.json").write_text("{}")  # by which the root is one of ours
     path.write_bytes(b"left by a killed writer")
     os.utime(path, (0, 0))
     assert main(["gc", "--root", str(tmp_path), "--dry-run"]) == 0
