@@ -3,7 +3,7 @@
     python -m benchmarks.dpo_step                                  # the figures target on the CPU
     python -m benchmarks.dpo_step --clock cpu --threads 1          # on a machine that others use too
     python -m benchmarks.dpo_step --size sd15 --device cuda --batch 4
-    python -m benchmarks.dpo_step --size tiny --dtype float32      # seconds, to see that the road of sd15 runs
+    python -m benchmarks.dpo_step --size tiny --dtype float32      # seconds, to see that the pipeline of sd15 runs
 
 The example (examples/research_projects/diffusion_dpo/train_diffusion_dpo.py) decodes its images, encodes them and their
 captions in every step, in the process that trains. It is written out here in its own order with its own defaults; only
@@ -35,7 +35,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from benchmarks.score import make_pictures
+from benchmarks.score import make_images
 from benchmarks.targets import add_device_options, clock_of, describe, open_target, some_prompts
 from hgdpo_core.config import DpoConfig
 from hgdpo_core.images import encode_image, to_model_range
@@ -79,18 +79,18 @@ class Pairs:
 
 
 def make_pairs(model: Model, size: tuple[int, int], count: int, folder: Path) -> Pairs:
-    """`count` pairs of soft pictures; their latents and text embeddings in one shard, as the product caches them."""
-    pictures = make_pictures(2 * count, *size)
+    """`count` pairs of soft images; their latents and text embeddings in one shard, as the product caches them."""
+    images = make_images(2 * count, *size)
     captions = some_prompts(count)
     backbone = load_backbone(model, codec_dtype="float32")
-    latents = [row.numpy().tobytes() for picture in pictures
-               for row in backbone.codec.encode(torch.from_numpy(to_model_range(picture))[None])]
+    latents = [row.numpy().tobytes() for image in images
+               for row in backbone.codec.encode(torch.from_numpy(to_model_range(image))[None])]
     embeds = [row.float().numpy().tobytes() for row in backbone.text.encode_captions(captions).embeds]
     table = pa.table({"prompt_id": captions, "winner": latents[:count], "loser": latents[count:],
                       "prompt_embeds": embeds}, schema=SCHEMA)
     shards = ShardFolder.create(Store(str(folder)), "latents/benchmark", {"stage": "latents"})
     shards.commit(0, table, details=backbone.shapes(size))
-    files = [encode_image(np.asarray(picture), "png") for picture in pictures]
+    files = [encode_image(np.asarray(image), "png") for image in images]
     return Pairs(files[:count], files[count:], captions, LatentPairs(shards, [0]))
 
 
@@ -134,11 +134,11 @@ class Example:
         return loss.detach().item()
 
     def _row(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.pairs.latents))
-        return self.pairs.latents.order(self.config.seed, epoch)[place]
+        epoch, index = divmod(position, len(self.pairs.latents))
+        return self.pairs.latents.order(self.config.seed, epoch)[index]
 
     def _loss(self, rows: Sequence[int], generators: list[torch.Generator]) -> torch.Tensor:
-        pixels = [_read_picture(files[row]) for files in (self.pairs.winners, self.pairs.losers) for row in rows]
+        pixels = [_read_image(files[row]) for files in (self.pairs.winners, self.pairs.losers) for row in rows]
         feed = torch.stack(pixels).to(self.accelerator.device, self.vae.dtype)
         with torch.no_grad():  # frozen, so the example's own graph ends here too
             latents = self.vae.encode(feed).latent_dist.mode() * self.vae.config.scaling_factor
@@ -166,7 +166,7 @@ class Example:
         return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
-def _read_picture(data: bytes) -> torch.Tensor:
+def _read_image(data: bytes) -> torch.Tensor:
     """What the example's transforms make of an image of the right size."""
     return torch.from_numpy(to_model_range(Image.open(io.BytesIO(data)).convert("RGB")))
 
@@ -269,7 +269,7 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[float, list[Row]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and say whether the losses agree."""
+    """Measure, print, and report whether the losses agree."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_device_options(parser)
     parser.add_argument("--batch", type=int, help="pairs; default: the preset's")

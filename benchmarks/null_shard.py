@@ -1,4 +1,4 @@
-"""The shard flow with a generator that draws nothing, and a parent that makes only a pool: orchestration alone."""
+"""The shard flow without generating, and a parent that makes only a pool: orchestration alone."""
 
 from collections.abc import Iterator, Sequence
 
@@ -50,5 +50,5 @@ def null_parent(root: str, shards: int, per_run: int) -> None:
     """Make a pool on the workers, as the flow `hgdpo` does, and nothing else."""
     with watch_this_run() as watch:
         pool = plan(root, shards)
-        workers = WorkersConfig(draw_images_per_run=per_run)  # an image a shard
+        workers = WorkersConfig(draw_images_per_run=per_run)  # one image per shard
         DeploymentRunner(workers, pool.folder.store, watch).make([pool])

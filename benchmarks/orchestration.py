@@ -1,4 +1,4 @@
-"""What orchestration costs, with a generator that draws nothing.
+"""The cost of orchestration, without generating anything.
 
     python -m benchmarks.orchestration --shards 300 --runs 300 --workers 2
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.planning --prompts 1000 100000 --shards 3000
 
-First prompts that nobody drew yet: read, assigned to shards, cut into shard runs, in a process of its own for each
+First prompts without images: read, assigned to shards, cut into shard runs, in a process of its own for each
 number, so that its peak of memory is its own. Then roots whose pool and scores are finished, in a local folder and on
 moto's S3 server: `hgdpo plan` of it. Their data files are placeholders, for a plan opens none. CPU seconds stand beside
 the wall clock's, for machines that are busy with other work.
@@ -104,7 +104,7 @@ def _plan_pool(run: Run) -> PoolPlan:
 
 def _finish(folder: ShardFolder, indices: list[int], details: Callable[[int], dict[str, Any]],
             made_from: ShardFolder | None = None) -> None:
-    """Manifests as `commit` writes them, and data files that nobody opens, without its looks at what is there."""
+    """Manifests as `commit` writes them, and data files that are never opened, without the checks of `commit`."""
     digest = hashlib.sha256(DATA).hexdigest()
     inputs = made_from.manifests() if made_from else {}
 

@@ -1,14 +1,14 @@
-"""Drawing a pool side by side: our road against a loop of diffusers' pipeline, each with its best batch.
+"""Generating a pool side by side: our pipeline against a loop of diffusers' pipeline, each with its best batch.
 
     python -m benchmarks.pool                                     # the figures target on the CPU
     python -m benchmarks.pool --clock cpu --threads 1             # on a machine that others use too
     python -m benchmarks.pool --size sd15 --device cuda --prompts 4 --batches 8 16 32 --trials channels_last compile
-    python -m benchmarks.pool --size tiny --dtype float32         # seconds, to see that the road of sd15 runs
+    python -m benchmarks.pool --size tiny --dtype float32         # seconds, to see that the pipeline of sd15 runs
 
-The loop is what a user would write: prompt by prompt, `num_images_per_prompt`, one generator an image, every image
+The loop is what a user would write: prompt by prompt, `num_images_per_prompt`, one generator per image, every image
 saved as PNG. Ours is `generate_pool`, from prompts to committed shards. Same weights, precision, scheduler, steps,
 guidance and seeds; models are loaded before the clock starts, and every batch size is warmed up. A batch that does not
-fit is passed over. The script fails where the images differ by more than the tolerance it prints.
+fit is skipped. The script fails where the images differ by more than the tolerance it prints.
 """
 
 import argparse
@@ -43,7 +43,7 @@ MEAN_IN_HALF_PRECISION = 0.5
 """Of 255: the tolerance. In half precision another batch size alone moves single pixels by some steps."""
 TRIALS = ("channels_last", "compile")
 Images = Callable[[], np.ndarray]
-"""Reads what was drawn, uint8 [B, H, W, 3], in the order of prompts and indices; after the clock has stopped."""
+"""Reads the images, uint8 [B, H, W, 3], in the order of prompts and indices; after the clock has stopped."""
 
 
 @dataclass
@@ -66,20 +66,20 @@ class Loop:
         self.pipeline = pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
 
-    def draw(self, prompts: Sequence[str], batch: int, folder: Path | None) -> Images:
+    def generate(self, prompts: Sequence[str], batch: int, folder: Path | None) -> Images:
         """Saved in `folder` where one is given."""
         pool, sampler, images = self.config.pool, self.config.sampler, []
         for number, prompt in enumerate(prompts):
             for first in range(0, pool.images_per_prompt, batch):
                 indices = range(first, min(first + batch, pool.images_per_prompt))
-                drawn: Any = self.pipeline(
+                generated: Any = self.pipeline(
                     prompt, width=sampler.width, height=sampler.height, num_inference_steps=sampler.steps,
                     guidance_scale=sampler.guidance_scale, num_images_per_prompt=len(indices),
                     generator=[torch.Generator().manual_seed(image_seed(0, prompt, j)) for j in indices])
                 if folder is not None:
-                    for j, image in zip(indices, drawn.images, strict=True):
+                    for j, image in zip(indices, generated.images, strict=True):
                         image.save(folder / f"{number}-{j}.png")
-                images += drawn.images
+                images += generated.images
         return lambda: np.stack([np.asarray(image) for image in images])
 
 
@@ -90,7 +90,7 @@ class Ours:
         self.config = config
         self.generator = ImageGenerator(model, config.sampler, config.pool, device)
 
-    def draw(self, prompts: Sequence[str], batch: int, folder: Path | None) -> Images:
+    def generate(self, prompts: Sequence[str], batch: int, folder: Path | None) -> Images:
         """As the shards hold them; torch.OutOfMemoryError where the batch had to be halved."""
         if folder is None:
             raise ValueError("a pool needs a folder")
@@ -125,7 +125,7 @@ def _read_images(plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:
     return np.stack([np.asarray(decode_image(row["image"])) for row in rows])
 
 
-def flops_an_image(generator: ImageGenerator) -> int:
+def flops_per_image(generator: ImageGenerator) -> int:
     """Floating point operations of one image's denoising and decoding, counted on shapes alone."""
     sampler, backbone = generator.sampler, generator.backbone
     denoiser: Any = copy.deepcopy(backbone.denoiser).to("meta")
@@ -142,7 +142,7 @@ def flops_an_image(generator: ImageGenerator) -> int:
     return step.get_total_flops() * sampler.steps + decoding.get_total_flops()
 
 
-def measure(draw: Callable[[Sequence[str], int, Path | None], Images], prompts: Sequence[str],
+def measure(generate: Callable[[Sequence[str], int, Path | None], Images], prompts: Sequence[str],
             batches: Sequence[int], options: argparse.Namespace, now: Callable[[], float], what: str, *,
             save: bool = True) -> Row:
     """The best batch that fits: its images a second, the median of the repeats; and its images."""
@@ -150,14 +150,14 @@ def measure(draw: Callable[[Sequence[str], int, Path | None], Images], prompts: 
     for batch in batches:
         try:
             with tempfile.TemporaryDirectory() as name:  # warms up every size of batch that comes
-                draw(prompts, batch, Path(name))
+                generate(prompts, batch, Path(name))
             seconds, images = [], np.empty(0)
             for _ in range(options.repeats):
                 with tempfile.TemporaryDirectory() as name:
                     start = now()
-                    drawn = draw(prompts, batch, Path(name) if save else None)
+                    read = generate(prompts, batch, Path(name) if save else None)
                     seconds.append(now() - start)
-                    images = drawn()
+                    images = read()
         except torch.OutOfMemoryError:
             print(f"{what}: a batch of {batch} does not fit", file=sys.stderr)
             continue
@@ -200,18 +200,18 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[list[Row], float
     prompts = some_prompts(options.prompts)
     dense = dense_rate(options.device, options.dtype, now)
     loop = Loop(model, config, options.device)
-    rows = [measure(loop.draw, prompts, options.loop_batches, options, now, "loop of pipe(), images saved")]
-    rows.append(measure(loop.draw, prompts, [rows[0].batch], options, now, "the same, images not saved", save=False))
+    rows = [measure(loop.generate, prompts, options.loop_batches, options, now, "loop of pipe(), images saved")]
+    rows.append(measure(loop.generate, prompts, [rows[0].batch], options, now, "the same, not saved", save=False))
     del loop
     ours = Ours(model, config, options.device)
-    rows.append(measure(ours.draw, prompts, options.batches, options, now, "ours, shards committed"))
+    rows.append(measure(ours.generate, prompts, options.batches, options, now, "ours, shards committed"))
     for name in options.trials:
-        rows.append(measure(ours.trial(name).draw, prompts, [rows[2].batch], options, now, f"trial: ours, {name}"))
-    return rows, flops_an_image(ours.generator), dense
+        rows.append(measure(ours.trial(name).generate, prompts, [rows[2].batch], options, now, f"trial: ours, {name}"))
+    return rows, flops_per_image(ours.generator), dense
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and say whether the images agree."""
+    """Measure, print, and report whether the images agree."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_device_options(parser)
     parser.add_argument("--prompts", type=int, default=4)

@@ -1,12 +1,12 @@
-"""What planning and committing cost a prompt, from a hundred prompts to many, with a generator that draws nothing.
+"""The cost of planning and committing per prompt, from a hundred prompts to many, without generating anything.
 
     python -m benchmarks.scaling                        # 100, 1 000, 10 000 prompts
     python -m benchmarks.scaling --prompts 100 1000 10000 100000
 
-Each number runs in a process of its own on a local disk, after a walk of a few prompts that pays what is paid once:
-prompts -> plan of the pool -> shards of one-pixel images -> scores by a judge that looks at nothing -> triplets -> the
-same plans again, which find everything. Processor seconds, so that other work on the machine does not count; memory is
-the process's peak above what that first walk took.
+Each number runs in a process of its own on a local disk, after a run of a few prompts that pays what is paid once:
+prompts -> plan of the pool -> shards of one-pixel images -> scores by a scorer that reads nothing -> triplets -> the
+same plans again, where everything exists. Processor seconds, so that other work on the machine does not count; memory
+is the process's peak above what that first run took.
 """
 
 import argparse
@@ -52,8 +52,8 @@ class NullGenerator:
                        "seed": image_seed(0, prompt, index), "image": self.image, "width": 1, "height": 1}
 
 
-class NullJudge:
-    """Stands in for a scorer: every image scores its place in the batch."""
+class NullScorer:
+    """Stands in for a scorer: the score of an image is its position in the batch."""
 
     fingerprint = "null"
 
@@ -64,7 +64,7 @@ class NullJudge:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: milliseconds a prompt by stage, and MiB."""
+    """One line of the table: milliseconds per prompt by stage, and MiB."""
 
     prompts: int
     milliseconds: dict[str, float]
@@ -75,8 +75,8 @@ class Row:
         return sum(self.milliseconds.values())
 
 
-def walk(root: str, count: int, prompts_per_shard: int) -> Row:
-    """The road of `count` prompts below `root`."""
+def run_pipeline(root: str, count: int, prompts_per_shard: int) -> Row:
+    """The pipeline for `count` prompts below `root`."""
     store, model = Store(root), find_model(TargetConfig(source="figures", dtype="float32"))
     scorer = ScorerConfig(name="pickscore", source="figures", batch_size=256)
     pool = PoolConfig(images_per_prompt=IMAGES_PER_PROMPT, prompts_per_shard=prompts_per_shard)
@@ -90,11 +90,11 @@ def walk(root: str, count: int, prompts_per_shard: int) -> Row:
 
     prompts = [f"a person, number {i}" for i in range(count)]
     plan: PoolPlan = timed("plan", lambda: plan_pool(store, model, SAMPLER, pool, prompts))
-    generator, judge = NullGenerator(), NullJudge()
+    generator, network = NullGenerator(), NullScorer()
     timed("pool", lambda: generate_pool(plan, generator=generator))  # pyright: ignore[reportArgumentType]
     scores = score_folder(store, plan.pool_id, scorer)
     timed("scores", lambda: score_pool(store, plan.folder, scores, scorer, plan.indices, device="cpu",
-                                       judge=judge))  # pyright: ignore[reportArgumentType]
+                                       judge=network))  # pyright: ignore[reportArgumentType]
     triplets = triplet_folder(store, plan.folder, scores, "prompts", TripletConfig())
     timed("triplets", lambda: build_triplets(plan.folder, scores, triplets, prompts, plan.indices, TripletConfig()))
     timed("plans again", lambda: _find_all(store, model, pool, prompts, plan, scores))
@@ -104,7 +104,7 @@ def walk(root: str, count: int, prompts_per_shard: int) -> Row:
 def _find_all(store: Store, model: Model, pool: PoolConfig, prompts: list[str], plan: PoolPlan, scores: Any) -> None:
     missing = plan_pool(store, model, SAMPLER, pool, prompts).missing
     if missing or missing_scores(plan.folder, scores, plan.indices):
-        sys.exit("error: what was just made is not found again")
+        sys.exit("error: the plan does not find what was just made")
 
 
 def _peak_mib() -> float:
@@ -113,8 +113,8 @@ def _peak_mib() -> float:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """A Markdown table; costs are milliseconds of processor time a prompt, changes against the first row."""
-    lines = [f"| prompts | {' | '.join(STAGES)} | all | change | peak MiB above the first walk |",
+    """A Markdown table; costs are milliseconds of processor time per prompt, changes against the first row."""
+    lines = [f"| prompts | {' | '.join(STAGES)} | all | change | peak MiB above the first run |",
              "|" + "---|" * (len(STAGES) + 4)]
     for row in rows:
         stages = " | ".join(f"{row.milliseconds[stage]:.2f}" for stage in STAGES)
@@ -128,7 +128,7 @@ def _in_own_process(count: int, prompts_per_shard: int) -> Row:
                str(prompts_per_shard)]
     line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
     *costs, peak = map(float, line.split())
-    print(f"{count} prompts: {sum(costs):.2f} ms a prompt", file=sys.stderr)
+    print(f"{count} prompts: {sum(costs):.2f} ms per prompt", file=sys.stderr)
     return Row(count, dict(zip(STAGES, costs, strict=True)), peak)
 
 
@@ -137,16 +137,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompts", type=int, nargs="+", default=[100, 1_000, 10_000])
     parser.add_argument("--prompts-per-shard", type=int, default=20)
-    parser.add_argument("--only", type=int, help="walk the road for so many prompts and print bare numbers")
+    parser.add_argument("--only", type=int, help="run the pipeline for so many prompts and print bare numbers")
     options = parser.parse_args(arguments)
     if options.only:
         with tempfile.TemporaryDirectory() as name:
-            walk(f"{name}/first", options.prompts_per_shard, options.prompts_per_shard)
-            row = walk(f"{name}/measured", options.only, options.prompts_per_shard)
+            run_pipeline(f"{name}/first", options.prompts_per_shard, options.prompts_per_shard)
+            row = run_pipeline(f"{name}/measured", options.only, options.prompts_per_shard)
         print(*(row.milliseconds[stage] for stage in STAGES), row.peak_mib)
         return 0
     rows = [_in_own_process(count, options.prompts_per_shard) for count in options.prompts]
-    print(f"{options.prompts_per_shard} prompts a shard, {IMAGES_PER_PROMPT} images a prompt, local disk\n\n"
+    print(f"{options.prompts_per_shard} prompts per shard, {IMAGES_PER_PROMPT} images per prompt, local disk\n\n"
           f"{format_table(rows)}")
     return 0
 

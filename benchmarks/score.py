@@ -5,7 +5,7 @@
     python benchmarks/score.py --size tiny            # seconds, to see that it runs
     python benchmarks/score.py --source folder        # real weights: a folder or hub id, as for the scorer
 
-Both sides get the same weights, pictures and prompts; the table's errors are against the snippet in float32. On a
+Both sides get the same weights, images and prompts; the table's errors are against the snippet in float32. On a
 machine that others use too, `--clock cpu --threads 1` counts this process's own processor seconds; either way only
 the ratios carry over to another machine.
 """
@@ -48,7 +48,7 @@ PROMPTS = ["a woman in a red coat walks a small dog along the river at dusk",
 
 
 @dataclass
-class Judge:
+class Parts:
     """The parts that both sides use."""
 
     model: Any
@@ -67,15 +67,15 @@ class Row:
     scores: torch.Tensor
 
 
-def random_judge(size: str) -> Judge:
-    """A PickScore-shaped judge with random weights and a small tokenizer in which every word is a token."""
+def random_scorer(size: str) -> Parts:
+    """A scorer in the shape of PickScore with random weights and a small tokenizer in which every word is a token."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.train_from_iterator(PROMPTS, trainers.BpeTrainer(
         vocab_size=2000, special_tokens=["<|startoftext|>", "<|endoftext|>"], end_of_word_suffix="</w>",
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     state = json.loads(bpe.to_str())["model"]
-    merges: Any = [tuple(merge) for merge in state["merges"]]  # transformers' own type says otherwise
+    merges: Any = [tuple(merge) for merge in state["merges"]]  # transformers' own type is wrong
     tokenizer = CLIPTokenizer(vocab=state["vocab"], merges=merges)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}
@@ -87,34 +87,34 @@ def random_judge(size: str) -> Judge:
     torch.manual_seed(0)
     with quiet_transformers():
         model = CLIPModel(config)
-    return Judge(model, tokenizer, CLIPImageProcessorPil(size={"shortest_edge": side},
+    return Parts(model, tokenizer, CLIPImageProcessorPil(size={"shortest_edge": side},
                                                          crop_size={"height": side, "width": side}))
 
 
-def make_pictures(count: int, width: int, height: int) -> list[Image.Image]:
+def make_images(count: int, width: int, height: int) -> list[Image.Image]:
     """Soft colours with grain, all different."""
     random = np.random.default_rng(0)
-    pictures = []
+    images = []
     for _ in range(count):
         soft = Image.fromarray(random.integers(0, 256, (6, 4, 3), dtype=np.uint8)).resize((width, height), 3)
         grain = random.integers(-12, 13, (height, width, 3))
-        pictures.append(Image.fromarray((np.asarray(soft) + grain).clip(0, 255).astype(np.uint8)))
-    return pictures
+        images.append(Image.fromarray((np.asarray(soft) + grain).clip(0, 255).astype(np.uint8)))
+    return images
 
 
 @torch.no_grad()
-def score_as_published(judge: Judge, picture: Image.Image, prompt: str) -> float:
+def score_as_published(parts: Parts, image: Image.Image, prompt: str) -> float:
     """The model card's `calc_probs` for one image, up to its softmax, with transformers 5's names for the same."""
-    device = judge.model.device
-    image_inputs = judge.processor(images=[picture], return_tensors="pt").to(device)
-    limit = min(77, judge.model.config.text_config.max_position_embeddings)
-    text_inputs = judge.tokenizer(prompt, padding=True, truncation=True, max_length=limit,
+    device = parts.model.device
+    image_inputs = parts.processor(images=[image], return_tensors="pt").to(device)
+    limit = min(77, parts.model.config.text_config.max_position_embeddings)
+    text_inputs = parts.tokenizer(prompt, padding=True, truncation=True, max_length=limit,
                                   return_tensors="pt").to(device)
-    image_embs = judge.model.get_image_features(pixel_values=image_inputs["pixel_values"].to(judge.model.dtype))
+    image_embs = parts.model.get_image_features(pixel_values=image_inputs["pixel_values"].to(parts.model.dtype))
     image_embs = image_embs.pooler_output / torch.norm(image_embs.pooler_output, dim=-1, keepdim=True)
-    text_embs = judge.model.get_text_features(**text_inputs).pooler_output
+    text_embs = parts.model.get_text_features(**text_inputs).pooler_output
     text_embs = text_embs / torch.norm(text_embs, dim=-1, keepdim=True)
-    return float((judge.model.logit_scale.exp() * (text_embs @ image_embs.T)[0])[0])
+    return float((parts.model.logit_scale.exp() * (text_embs @ image_embs.T)[0])[0])
 
 
 def measure(run: Callable[[list[int]], list[float]], indices: Sequence[int], batch: int, clock: Callable[[], float],
@@ -140,26 +140,26 @@ def _wait_for(device: str) -> None:
 def compare(options: argparse.Namespace) -> list[Row]:
     """The snippet and ours in each precision."""
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    judge = _real_judge(options.source) if options.source else random_judge(options.size)
-    pictures = make_pictures(options.images, options.width, options.height)
+    parts = _real_scorer(options.source) if options.source else random_scorer(options.size)
+    images = make_images(options.images, options.width, options.height)
     prompts = [PROMPTS[i // options.images_per_prompt % len(PROMPTS)] for i in range(options.images)]
     indices, rows = range(options.images), []
     for name in options.dtypes:
-        judge.model = freeze(judge.model.to(DTYPES[name]), options.device)
-        ours = pickscore.PickScore(judge.model, judge.tokenizer, judge.processor, "")
+        parts.model = freeze(parts.model.to(DTYPES[name]), options.device)
+        ours = pickscore.PickScore(parts.model, parts.tokenizer, parts.processor, "")
         for what, batch, run in (
                 ("model card, one by one", 1,
-                 lambda chosen: [score_as_published(judge, pictures[i], prompts[i]) for i in chosen]),
+                 lambda chosen: [score_as_published(parts, images[i], prompts[i]) for i in chosen]),
                 ("ours", options.batch,
-                 lambda chosen, ours=ours: ours.score([pictures[i] for i in chosen],
+                 lambda chosen, ours=ours: ours.score([images[i] for i in chosen],
                                                       [prompts[i] for i in chosen]).tolist())):
             rows.append(Row(what, name, batch, *measure(run, indices, batch, clock, options.device)))
     return rows
 
 
-def _real_judge(source: str) -> Judge:
+def _real_scorer(source: str) -> Parts:
     folder, processor_folder, _ = pickscore.locate(source)
-    return Judge(CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(processor_folder),
+    return Parts(CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(processor_folder),
                  CLIPImageProcessorPil.from_pretrained(processor_folder))
 
 
@@ -178,7 +178,7 @@ def format_table(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=sorted(SIZES), default="full", help="of the random judge")
+    parser.add_argument("--size", choices=sorted(SIZES), default="full", help="of the random scorer")
     parser.add_argument("--source", help="real PickScore weights, a folder or hub id, instead of random ones")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"],
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     rows = compare(options)
     print(f"{options.source or options.size + ', random weights'}, {options.images} images of {options.width}x"
-          f"{options.height}, {options.images_per_prompt} a prompt, {options.device}, {torch.get_num_threads()} "
+          f"{options.height}, {options.images_per_prompt} per prompt, {options.device}, {torch.get_num_threads()} "
           f"threads, {options.clock} clock, torch {torch.__version__}\n\n{format_table(rows)}")
     return 0
 

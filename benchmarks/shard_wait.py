@@ -2,13 +2,13 @@
 
     python -m benchmarks.shard_wait                                  # the figures target, local disk and a slow store
     python -m benchmarks.shard_wait --size sd15 --device cuda --prompts 6 --prompts-per-shard 2 --batch 8
-    python -m benchmarks.shard_wait --size tiny --dtype float32      # seconds, to see that the road of sd15 runs
+    python -m benchmarks.shard_wait --size tiny --dtype float32      # seconds, to see that the pipeline of sd15 runs
 
-`generate_pool` is watched from outside: the time in the solver's loop and in the VAE counts as drawing, and between
+`generate_pool` is watched from outside: the time in the solver's loop and in the VAE counts as generating, and between
 the first image's start and the last commit's end everything else is waiting. The first shard's prompts and the last
-shard's commit have nothing to hide behind, so they are said apart. `--slow` seconds are added to every write of the
-store, as a far one would; the last row runs with that and writes where it draws, as the code did before, to show what
-is hidden.
+shard's commit have nothing to hide behind, so they are reported apart. `--slow` seconds are added to every write of the
+store, as a far one would; the last row runs with that and writes in the generating thread, as the code did
+before, to show what is hidden.
 """
 
 import argparse
@@ -62,18 +62,18 @@ class Row:
 
     what: str
     total: float
-    drawing: float
+    generating: float
     waiting: float
     last_commit: float
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """Of the time from the first batch to the last one that the denoiser waited."""
-        return self.waiting / (self.drawing + self.waiting)
+        return self.waiting / (self.generating + self.waiting)
 
 
 class InlineWriter(base.Writer):
-    """Writes where it is asked to, before the next shard is drawn."""
+    """Writes where it is asked to, before the next shard is generated."""
 
     def start(self, job: Callable[[], Any]) -> None:
         job()
@@ -101,7 +101,7 @@ def watching(watch: Watch, *, inline: bool) -> Iterator[None]:
 
 def run(what: str, generator: ImageGenerator, options: argparse.Namespace, folder: Path, slow: float, *,
         inline: bool) -> Row:
-    """Draw a pool anew and say where its time went."""
+    """Generate a pool again and report where its time went."""
     store = SlowStore(str(folder))
     plan = plan_pool(store, generator.model, generator.sampler, generator.pool, some_prompts(options.prompts))
     store.seconds = slow
@@ -110,21 +110,21 @@ def run(what: str, generator: ImageGenerator, options: argparse.Namespace, folde
         start = time.perf_counter()
         generate_pool(plan, generator=generator)
         end = time.perf_counter()
-    drawing = sum(b - a for a, b in watch.busy)
+    generating = sum(b - a for a, b in watch.busy)
     first, last = watch.busy[0][0], watch.busy[-1][1]
-    return Row(what, end - start, drawing, last - first - drawing, end - last)
+    return Row(what, end - start, generating, last - first - generating, end - last)
 
 
 def format_table(rows: Sequence[Row]) -> str:
     """A Markdown table."""
-    lines = ["| store | seconds | drawing | waiting | share | last encode and commit |", "|---|---|---|---|---|---|"]
-    lines += [f"| {row.what} | {row.total:.2f} | {row.drawing:.2f} | {row.waiting:.3f} | {100 * row.share:.2f} % | "
-              f"{row.last_commit:.2f} |" for row in rows]
+    lines = ["| store | seconds | generating | waiting | fraction | last encode and commit |", "|---" * 6 + "|"]
+    lines += [f"| {row.what} | {row.total:.2f} | {row.generating:.2f} | {row.waiting:.3f} | "
+              f"{100 * row.fraction:.2f} % | {row.last_commit:.2f} |" for row in rows]
     return "\n".join(lines)
 
 
 def compare(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """The local disk, a slow store, and the slow store without writing beside drawing."""
+    """The local disk, a slow store, and the slow store without writing beside generating."""
     clock_of(options)
     model, config = open_target(options.size, folder, options.dtype)
     pool = PoolConfig(images_per_prompt=options.images_per_prompt, prompts_per_shard=options.prompts_per_shard,

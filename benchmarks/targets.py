@@ -1,4 +1,4 @@
-"""What the benchmarks share: targets to draw with, a clock, and how fast a device multiplies."""
+"""Common to the benchmarks: targets to generate with, a clock, and how fast a device multiplies."""
 
 import argparse
 import time
@@ -19,7 +19,7 @@ from hgdpo_core.presets import figures, sd15
 
 SIZES = ("figures", "sd15", "tiny")
 """figures: the built-in target. sd15: Stable Diffusion 1.5 with random weights. tiny: its shape, narrow, to see that
-the road of sd15 runs."""
+the pipeline of sd15 runs."""
 NARROW: dict[str, dict[str, Any]] = {
     "unet": {"block_out_channels": (32, 32, 64, 64), "norm_num_groups": 8, "cross_attention_dim": 32,
              "attention_head_dim": 4},
@@ -51,16 +51,16 @@ def open_target(size: str, folder: Path, dtype: Any) -> tuple[Model, RunConfig]:
     """The target of a size in `SIZES`, random weights written to `folder`, and the preset that suits it."""
     if size == "figures":
         return find_model(TargetConfig(source="figures", dtype=dtype)), figures()
-    place = random_target(folder / "target", NARROW if size == "tiny" else {})
-    config = sd15(str(place), "prompts.txt")
+    path = random_target(folder / "target", NARROW if size == "tiny" else {})
+    config = sd15(str(path), "prompts.txt")
     if size == "tiny":
         small = config.sampler.model_copy(update={"width": 64, "height": 96, "steps": 3})
         config = config.model_copy(update={"sampler": small})
-    return find_model(TargetConfig(source=str(place), dtype=dtype)), config
+    return find_model(TargetConfig(source=str(path), dtype=dtype)), config
 
 
 def some_prompts(count: int) -> list[str]:
-    """Captions of the figures world, which any tokenizer reads."""
+    """Captions of the figures setting, which any tokenizer reads."""
     return figures_prompts("validation", count, seed=0)
 
 
@@ -75,7 +75,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def clock_of(options: argparse.Namespace) -> Callable[[], float]:
-    """The clock that the options name; with --threads set as they say."""
+    """The clock of the options; sets --threads too."""
     if options.threads:
         torch.set_num_threads(options.threads)
     read = time.process_time if options.clock == "cpu" else time.perf_counter

@@ -1,7 +1,7 @@
 """The two automations that make a lost run retryable: one that went silent, and one that never left Pending.
 
-Prefect sees by itself that a flow's process died under a living worker. It does not see that both died, or that a
-worker died before it started the process: such a run stays as it is, and its Retry stays hidden.
+Prefect notices by itself that a flow's process died under a living worker. It does not notice that both died, or that
+a worker died before it started the process: such a run stays as it is, and its Retry stays hidden.
 
     python -m deployments.automations      # create or update both on the server that PREFECT_API_URL names
 """
@@ -17,7 +17,7 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 
 SILENT_SECONDS = 600
-"""Heartbeats come every 30 s. A window shorter than a restart of the server would mark runs that live as Crashed."""
+"""Heartbeats come every 30 s. A window shorter than a restart of the server would mark live runs as Crashed."""
 PENDING_SECONDS = 600
 FLOWS = ["hgdpo", "hgdpo-*"]
 
@@ -46,7 +46,7 @@ def automations(silent_seconds: float = SILENT_SECONDS, pending_seconds: float =
 
 
 def ship(wanted: list[Automation] | None = None) -> None:
-    """Create them on the configured server; one of the same name becomes this one."""
+    """Create them on the configured server; existing ones of the same name are updated."""
     for automation in wanted or automations():
         try:
             found: Any = Automation.read(name=automation.name)
@@ -71,7 +71,7 @@ def _missing(*, after: set[str], expect: set[str], within: float) -> EventTrigge
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Ship them with windows that suit the machines: a pod that waits for a node is Pending all the while."""
+    """Ship them with windows that fit the machines: a pod that waits for a node is Pending all the time."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--silent-seconds", type=float, default=SILENT_SECONDS, help="silent for so long: Crashed")
     parser.add_argument("--pending-seconds", type=float, default=PENDING_SECONDS, help="Pending for so long: Crashed")

@@ -1,9 +1,9 @@
-"""A Prefect server of this checkout's own, with work pools, deployments, automations and workers: `make up`.
+"""A local Prefect server for this checkout, with work pools, deployments, automations and workers: `make up`.
 
     python -m deployments.local up | schedule | down
 
-Everything lies in `.prefect/up` of the checkout and in `prefect.toml`, which tells a plain shell in the checkout where
-the server is. A server that somebody else runs is never used, and the user's own Prefect is never touched.
+Everything is in `.prefect/up` of the checkout and in `prefect.toml`, which has the address of the server for a plain
+shell in the checkout. A server that `up` did not start is never used, and the user's own Prefect is never touched.
 """
 
 import argparse
@@ -29,14 +29,22 @@ START_SECONDS = 600
 END_SECONDS = 15
 CPU_SHARD_WORKERS = 2
 KEEP_ALIVE = ("sh", "-c", 'while :; do "$@"; sleep 5; done', "keep-alive")
-"""A worker may die of its server: of a Retry before the run's last process is gone, or of a SQLite locked for long."""
+"""A worker may die: of a Retry before the run's last process is gone, or of a SQLite that is locked for long."""
 MARK = "HGDPO_LOCAL_PREFECT"
-"""Set in everything that `up` starts, and so in all that those start: `down` finds them by it."""
+"""Set in every process that `up` starts, and so in their children: `down` finds them by it."""
 TOML_MARK = "# Written by `make up`; `make down` removes it."
+OPTIONAL = ("shard_workers", "silent_seconds", "pending_seconds")
+UP = """
+Prefect UI: {ui}
+`make schedule` turns the nightly re-scoring on, `make down` ends all of it.
+Start a run on the workers with this line:
+
+    source .venv/bin/activate && prefect deployment run hgdpo/full
+"""
 
 
 class LocalError(Exception):
-    """Something stands in the way; the message says what to do."""
+    """`up`, `schedule` or `down` cannot go on; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +60,14 @@ class Pool:
 
 @dataclass(frozen=True)
 class Local:
-    """Where one local server keeps its things, and what it consists of."""
+    """The files and settings of one local server."""
 
     home: Path = ROOT / ".prefect" / "up"
     toml: Path = ROOT / "prefect.toml"
     deployments: Path = ROOT / "deployments" / "prefect.yaml"
     first_port: int = FIRST_PORT
     shard_workers: int | None = None
-    """Default: one a GPU; two where there is none."""
+    """Default: one per GPU; two where there is none."""
     silent_seconds: float | None = None
     pending_seconds: float | None = None
     environment: dict[str, str] = field(default_factory=dict)
@@ -82,13 +90,14 @@ class Local:
 
 def up(local: Local) -> str:
     """Start what is not running yet; returns the address of the UI."""
-    _refuse_foreign_toml(local)
+    if local.toml.exists() and not _is_ours(local.toml):
+        raise LocalError(f"{local.toml} was not written by `make up`: move it away, it would be overwritten")
     local.home.mkdir(parents=True, exist_ok=True)
     if not _is_up(local):
         down(local)  # what a crash or a reboot may have left
         _start_server(local)
     environment = _environment(local, local.url)
-    _run_inside(["up-inside"], local, environment)
+    _run_inside("up-inside", local, environment)
     print("Deploying", flush=True)
     _call([sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(local.deployments)],
           environment, local.home / "deploy.log")
@@ -98,13 +107,16 @@ def up(local: Local) -> str:
 
 
 def _is_up(local: Local) -> bool:
-    """Whether our own server, and not another on its port, answers."""
+    """Whether our own server, and not another one on its port, answers."""
     try:
         url = local.url
     except LocalError:
         return False
-    servers = [p for p in _ours(local) if "server" in _command(p) and "start" in _command(p)]
-    return bool(servers) and _healthy(url)
+    return bool(_servers(_ours(local))) and _healthy(url)
+
+
+def _servers(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if {"server", "start"} <= set(_command(process))]
 
 
 def _start_server(local: Local) -> None:
@@ -118,7 +130,7 @@ def _start_server(local: Local) -> None:
         if _await_health(url, server):
             local.record.write_text(json.dumps({"url": url}))
             return
-        if _is_free(port):  # it was not the port that somebody took meanwhile
+        if _is_free(port):  # the reason was not that another process took the port meanwhile
             raise LocalError(f"the Prefect server did not start: {_last_line(local.home / 'server.log')} "
                              f"({local.home / 'server.log'})")
     raise LocalError(f"no free port from {local.first_port} to {local.first_port + PORTS - 1}")
@@ -130,7 +142,7 @@ def _await_health(url: str, server: subprocess.Popen[bytes]) -> bool:
         if server.poll() is not None:
             return False
         if _healthy(url):
-            return server.poll() is None  # a healthy stranger beside our dead one is not ours
+            return server.poll() is None  # a healthy server beside our dead one is not ours
         time.sleep(0.3)
     server.kill()
     return False
@@ -138,8 +150,7 @@ def _await_health(url: str, server: subprocess.Popen[bytes]) -> bool:
 
 def _start_workers(local: Local, environment: dict[str, str]) -> None:
     running = {command[command.index("--name") + 1] for command in map(_command, _ours(local)) if "--name" in command}
-    gpus = _gpus()
-    host = socket.gethostname()
+    gpus, host = _gpus(), socket.gethostname()
     for pool in _pools(local, gpus):
         for number in range(pool.workers):
             name = f"{pool.name}-{number}@{host}"
@@ -186,10 +197,8 @@ def _up_inside(local: Local) -> None:
 
     with get_client(sync_client=True) as client:
         for pool in _pools(local, _gpus()):
-            try:
+            with contextlib.suppress(ObjectAlreadyExists):
                 client.create_work_pool(WorkPoolCreate(name=pool.name, type="process", concurrency_limit=pool.limit))
-            except ObjectAlreadyExists:
-                continue
     ship(automations(local.silent_seconds or SILENT_SECONDS, local.pending_seconds or PENDING_SECONDS))
 
 
@@ -204,7 +213,7 @@ def _schedule_inside(local: Local) -> None:
 
 
 def _end_runs_inside(local: Local) -> None:
-    """Say of every run that was live what became of it, so that a later `up` shows its Retry and starts nothing."""
+    """Give every live run a final state, so that a later `up` shows its Retry and starts nothing."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
     from prefect.client.schemas.objects import FlowRun, StateType
@@ -231,17 +240,17 @@ INSIDE = {"up-inside": _up_inside, "schedule-inside": _schedule_inside, "end-run
 
 def schedule(local: Local) -> None:
     """Turn the nightly run on."""
-    _run_inside(["schedule-inside"], local, _environment(local, local.url), quiet=False)
+    _run_inside("schedule-inside", local, _environment(local, local.url), quiet=False)
 
 
 def down(local: Local) -> int:
-    """End everything that `up` started, the runs at work included; returns how many processes that were."""
+    """End everything that `up` started, running flow runs included; returns the number of processes."""
     processes = _ours(local)
-    server = [p for p in processes if "server" in _command(p) and "start" in _command(p)]
-    others = [p for p in processes if p not in server]
+    servers = _servers(processes)
+    others = [process for process in processes if process not in servers]
     _end(others)
-    if server and others and _is_up(local):
-        _run_inside(["end-runs-inside"], local, _environment(local, local.url))
+    if servers and others and _is_up(local):
+        _run_inside("end-runs-inside", local, _environment(local, local.url))
     _end(_ours(local))
     if local.toml.exists() and _is_ours(local.toml):
         local.toml.unlink()
@@ -250,17 +259,11 @@ def down(local: Local) -> int:
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:
-    for process in processes:
-        _signal(process, "terminate")
-    _, alive = psutil.wait_procs(processes, timeout=END_SECONDS)
-    for process in alive:
-        _signal(process, "kill")
-    psutil.wait_procs(alive, timeout=END_SECONDS)
-
-
-def _signal(process: psutil.Process, how: str) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        getattr(process, how)()
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(process)
+        _, processes = psutil.wait_procs(processes, timeout=END_SECONDS)
 
 
 # -- below
@@ -272,16 +275,16 @@ def _environment(local: Local, url: str) -> dict[str, str]:
     return kept | {
         "PREFECT_HOME": str(local.home), "PREFECT_PROFILES_PATH": str(local.home / "profiles.toml"),
         "PREFECT_API_URL": url, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
-        "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is near, and small runs would mostly wait
-        # SQLite refuses a write that waits longer for another one: on a busy machine the usual 5 s are soon over.
+        "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is local, and small runs would mostly wait
+        # SQLite refuses a write that waits longer for another one: on a busy machine the default 5 s are soon over.
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60", "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
-        # Shard runs wait for a worker, which is not late; marking hundreds at once locks SQLite for minutes.
+        # Shard runs that wait for a worker are not late; marking hundreds at once locks SQLite for minutes.
         "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"), MARK: str(local.home)} | local.environment
 
 
 def _ours(local: Local) -> list[psutil.Process]:
-    """Every process that `up` started, directly or not; never this one or those it was started by."""
+    """Every process that `up` started, directly or not; never this one or its parents."""
     mine = {process.pid for process in psutil.Process().parents()} | {os.getpid()}
     found = []
     for process in psutil.process_iter():
@@ -314,26 +317,19 @@ def _call(command: list[str], environment: dict[str, str], log: Path) -> None:
         raise LocalError(f"{' '.join(command[2:5])} failed: {_last_line(log)} ({log})")
 
 
-def _run_inside(what: list[str], local: Local, environment: dict[str, str], *, quiet: bool = True) -> None:
-    options = ["--home", str(local.home)]
-    for name in ("shard_workers", "silent_seconds", "pending_seconds"):
-        value = getattr(local, name)
-        options += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
-    command = [sys.executable, "-m", "deployments.local", *what, *options]
+def _run_inside(command: str, local: Local, environment: dict[str, str], *, quiet: bool = True) -> None:
+    options = [f"--{name.replace('_', '-')}={getattr(local, name)}" for name in ("home", *OPTIONAL)
+               if getattr(local, name) is not None]
+    line = [sys.executable, "-m", "deployments.local", command, *options]
     if quiet:
-        _call(command, environment, local.home / f"{what[0]}.log")
-    elif subprocess.run(command, env=environment, cwd=ROOT).returncode != 0:
-        raise LocalError(f"{what[0]} failed")
+        _call(line, environment, local.home / f"{command}.log")
+    elif subprocess.run(line, env=environment, cwd=ROOT).returncode != 0:
+        raise LocalError(f"{command} failed")
 
 
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it printed nothing"
-
-
-def _refuse_foreign_toml(local: Local) -> None:
-    if local.toml.exists() and not _is_ours(local.toml):
-        raise LocalError(f"{local.toml} was not written by `make up`: move it away, it would be overwritten")
 
 
 def _is_ours(toml: Path) -> bool:
@@ -354,7 +350,7 @@ def _healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
             return answer.read() == b"true"
-    except (OSError, http.client.HTTPException, ValueError):  # nothing there, or a stranger that speaks otherwise
+    except (OSError, http.client.HTTPException, ValueError):  # nothing there, or another program on the port
         return False
 
 
@@ -363,17 +359,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deployments.local", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("command", choices=["up", "schedule", "down", *INSIDE])
     parser.add_argument("--home", type=Path, default=Local.home, help=argparse.SUPPRESS)
-    parser.add_argument("--shard-workers", type=int, help="workers for shards; default: one a GPU, else two")
+    parser.add_argument("--shard-workers", type=int, help="workers for shards; default: one per GPU, else two")
     parser.add_argument("--silent-seconds", type=float, help="no heartbeat for so long: Crashed; default 600")
     parser.add_argument("--pending-seconds", type=float, help="Pending for so long: Crashed; default 600")
     options = parser.parse_args(arguments)
-    local = Local(home=options.home, shard_workers=options.shard_workers, silent_seconds=options.silent_seconds,
-                  pending_seconds=options.pending_seconds)
+    local = Local(home=options.home, **{name: getattr(options, name) for name in OPTIONAL})
     try:
         if options.command in INSIDE:
             INSIDE[options.command](local)
         elif options.command == "up":
-            _tell(up(local))
+            print(UP.format(ui=up(local)))
         elif options.command == "schedule":
             schedule(local)
         else:
@@ -382,12 +377,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _tell(ui: str) -> None:
-    print(f"\nPrefect UI: {ui}\n`make schedule` turns the nightly re-scoring on, `make down` ends all of it.")
-    print("Start a run on the workers with this line:\n")
-    print("    source .venv/bin/activate && prefect deployment run hgdpo/full\n")
 
 
 if __name__ == "__main__":

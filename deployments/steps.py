@@ -1,13 +1,13 @@
-"""What a worker does before it runs a flow."""
+"""Steps of a worker before it runs a flow."""
 
 import os
 from pathlib import Path
 
 
 def enter_checkout() -> dict[str, str]:
-    """Work in the checkout this package lies in, wherever that is on this machine; else where the worker started.
+    """Work in the checkout of this package, wherever that is on this machine; else where the worker was started.
 
-    Relative paths of a run (prompts, images, the default root) then mean the same as in a shell there. Prefect's own
+    Relative paths of a run (prompts, images, the default root) are then the same as in a shell there. Prefect's own
     step takes an absolute path, which differs between machines, and without a step it copies the folder for each run.
     """
     checkout = Path(__file__).resolve().parents[1]

@@ -2,7 +2,7 @@
 
 import argparse
 
-from flows.bars import terminal_bar
+from flows.terminal import terminal_bar
 
 
 def caption(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Work as flow runs of its own: started one after another, awaited together, started again where work is missing."""
+"""Jobs as flow runs: started one after another, awaited together, started again where work is missing."""
 
 import functools
 import time
@@ -30,31 +30,31 @@ from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError, StorageErro
 from hgdpo_core.progress import ShouldStop
 
 LIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
-PAGE = 100  # runs a request; the server's limit is 200
+PAGE = 100  # runs per request; the server's limit is 200
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 5.0
 JOBS_A_PAUSE = 20  # so many open ones double the first pause
 NAMED_FAILURES = 5
 PATIENCE_SECONDS = 300.0
 RESTART_SECONDS = 5.0
-"""A worker dies of a run that it is given again while it still holds that run's last process (Prefect 3.8.8)."""
+"""A worker dies when it is given a run again while it still has that run's last process (Prefect 3.8.8)."""
 
 T = TypeVar("T")
 
 
 class ShardRunsError(HGDPOError):
-    """Some shard runs failed; the message names them and says how to go on. Finished shards are kept."""
+    """Some shard runs failed; the message names them and what to do. Finished shards are kept."""
 
 
 @dataclass
 class Job:
-    """One piece of work for a flow run of its own."""
+    """One job for a flow run of its own."""
 
     name: str
     deployment: str
     request: dict[str, Any]
     tags: list[str]
     tag: str
-    """Carried by every run of this piece, whoever started it."""
+    """On every run of this job, no matter which parent started it."""
     key: str
     """The idempotency key: the same attempt of the same parent never starts it twice."""
     is_done: Callable[[], bool]
@@ -63,9 +63,9 @@ class Job:
     starts: int = field(default=0, repr=False)
     """How often this attempt of the parent started it."""
     judged: UUID | None = field(default=None, repr=False)
-    """The final state that was looked into."""
+    """The final state that was already handled."""
     given_up: bool = field(default=False, repr=False)
-    """It never got a run, for too many others had failed."""
+    """It never got a run, since too many others had failed."""
     pending: tuple[UUID, float] | None = field(default=None, repr=False)
     """The state Pending that it is in, and when that was seen first, on this process's clock."""
 
@@ -101,12 +101,12 @@ OnChange = Callable[[Sequence[Job]], None]
 
 
 def run_jobs(jobs: Sequence[Job], workers: WorkersConfig, *, should_stop: ShouldStop, on_change: OnChange) -> None:
-    """Returns when the work of every job is there.
+    """Returns when the work of every job exists.
 
-    At most `workers.open_runs` wait or run at once. A run's Completed is not believed: its work is looked at. All runs
+    At most `workers.open_runs` wait or run at once. A run's Completed is not trusted: its work is checked. All runs
     end before this fails with ShardRunsError; once more than `workers.max_failed_shards` have failed, no further one
-    starts. A failed run that somebody retries meanwhile counts as live again, and one that stays Pending is marked
-    Crashed. StoppedError after `should_stop`.
+    starts. A failed run that is retried meanwhile counts as live again, and one that stays Pending is marked Crashed.
+    StoppedError after `should_stop`.
     """
     with get_client(sync_client=True) as client:
         _patiently(lambda: _require_deployments(client, jobs))
@@ -129,7 +129,7 @@ def cancel_children(parent_id: UUID) -> int:
 
 
 def _patiently(ask: Callable[[], T]) -> T:
-    """A busy SQLite answers 503 and a server that restarts not at all: ask again for some minutes."""
+    """A busy SQLite answers 503 and a restarting server not at all: ask again for some minutes."""
     ends, pause = time.monotonic() + PATIENCE_SECONDS, 1.0
     while True:
         try:
@@ -157,7 +157,7 @@ def _require_deployments(client: SyncPrefectClient, jobs: Sequence[Job]) -> None
 
 
 def _attach(client: SyncPrefectClient, jobs: Sequence[Job]) -> None:
-    """Find live runs of the same work, whoever started them, then this parent's own from an earlier attempt."""
+    """Find live runs of the same work, of any parent, then this parent's own from an earlier attempt."""
     waiting = [job for job in jobs if job.run is None]
     by_tag = _read_by(client, waiting, lambda part: FlowRunFilter(
         tags=FlowRunFilterTags(any_=[job.tag for job in part]), state=_of_types(LIVE)))
@@ -165,7 +165,7 @@ def _attach(client: SyncPrefectClient, jobs: Sequence[Job]) -> None:
         idempotency_key=FlowRunFilterIdempotencyKey(any_=[job.key for job in part])))
     own = {run.idempotency_key: run for run in by_key}
     for job in waiting:
-        # The tag says which range, the request says all of it: another parent may cut its ranges elsewhere.
+        # The tag names the range, the request all of it: another parent may cut its ranges differently.
         same = [run for run in by_tag if job.tag in run.tags and run.parameters.get("request") == job.request]
         job.run = same[0] if same else own.get(job.key)
         if job.run is not None:
@@ -176,7 +176,7 @@ def _attach(client: SyncPrefectClient, jobs: Sequence[Job]) -> None:
 
 
 def _start(client: SyncPrefectClient, job: Job) -> None:
-    """A new run, or the earlier one of the same key once more: Prefect would hand that one back as it ended."""
+    """A new run, or the earlier one of the same key again: Prefect would return that one as it ended."""
     if job.run is not None:
         state = AwaitingRetry(scheduled_time=datetime.now(UTC) + timedelta(seconds=RESTART_SECONDS),
                               message="Started again by its parent: work is missing.")
@@ -191,7 +191,7 @@ def _start(client: SyncPrefectClient, job: Job) -> None:
 
 
 def _start_more(client: SyncPrefectClient, jobs: Sequence[Job], open_runs: int, should_stop: ShouldStop) -> None:
-    """Every run that waits costs the server something at each look of a worker and of its own services."""
+    """Every waiting run costs the server something at each poll of a worker and of its own services."""
     free = max(open_runs - sum(job.open for job in jobs), 0)
     for job in [job for job in jobs if job.waits][:free]:
         if should_stop():
@@ -220,9 +220,9 @@ def _await_all(client: SyncPrefectClient, jobs: Sequence[Job], workers: WorkersC
             if error.response.status_code < 500:
                 raise
         except httpx.HTTPError:
-            pass  # the runs do not need the server to work on; nor is there a limit to how long it may be away
+            pass  # the runs do not need the server to continue, and it may be away for any time
         states = [(job.done, job.run.state.name if job.run and job.run.state else None) for job in jobs]
-        # Where many are open, something changes all the time, and reading them all would be the server's main work.
+        # Where many are open, something changes all the time, and reading them all would be most of the server's work.
         first = FIRST_PAUSE_SECONDS * (1 + sum(job.open for job in jobs) / JOBS_A_PAUSE)
         pause = min(first if states != before else pause * 1.5, LONGEST_PAUSE_SECONDS)
         before = states
@@ -261,7 +261,7 @@ def _crash_if_stuck(client: SyncPrefectClient, job: Job, seconds: float) -> None
 def _is_done(job: Job) -> bool:
     try:
         return job.is_done()
-    except StorageError as error:  # such as an input that a shard run found broken and moved to quarantine
+    except StorageError as error:  # such as a broken input that a shard run moved to quarantine
         get_run_logger().warning("%s: %s", job.name, error)
         return False
 
@@ -269,7 +269,7 @@ def _is_done(job: Job) -> bool:
 def _go_on_without(client: SyncPrefectClient, job: Job) -> None:
     """A run ended and its work is missing. What this attempt started and what failed is left to the user."""
     assert job.run is not None and job.run.state is not None
-    if job.starts == 0:  # somebody else's, or left from an earlier attempt
+    if job.starts == 0:  # another parent's, or left from an earlier attempt
         job.run = None
         _attach(client, [job])
         if job.run is None:

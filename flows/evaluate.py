@@ -1,4 +1,4 @@
-"""Two models on the same prompts and seeds: who wins, by how much, and what a person should look at."""
+"""Compare two models on the same prompts and seeds: win rates with intervals, and a report."""
 
 from typing import Any
 
@@ -7,21 +7,17 @@ from prefect.runtime import flow_run
 from prefect.states import State
 
 from flows import parameters as p
-from flows.full import cancel_shard_runs
-from flows.runner import ShardRunnerName, choose_runner
-from flows.watch import answer_stop, watch_this_run
+from flows.lifecycle import cancel_shard_runs, run_with
+from flows.runner import ShardRunnerName
 from hgdpo_core.comparison_run import ComparisonRun, weight_name
-from hgdpo_core.errors import StoppedError
 from hgdpo_core.execution.runner import Runner
+from hgdpo_core.progress import StageProgress, StageTimes
 from tasks.evaluate import compare_models, compare_weight
 from tasks.generate import generate_evaluation
 from tasks.prepare import prepare_comparison, show_comparison_plan
 from tasks.report import publish_comparison
 from tasks.score import score_evaluation
-from tasks.times import StageTimes
-from tasks.ui import explain_own_errors
-
-Overrides = dict[str, Any]
+from tasks.ui import explain_own_errors, stage_progress
 
 
 def _run_name() -> str:
@@ -33,8 +29,7 @@ def _last_part(source: str | None) -> str:
     return (source or "nothing").rstrip("/").rpartition("/")[2]
 
 
-@flow(name="hgdpo-evaluate", flow_run_name=_run_name, validate_parameters=True,
-      on_cancellation=[cancel_shard_runs])
+@flow(name="hgdpo-evaluate", flow_run_name=_run_name, on_cancellation=[cancel_shard_runs])
 def hgdpo_evaluate(
     tuned: str | None = p.TUNED.field(),
     target: str | None = p.EVALUATION_TARGET.field(),
@@ -47,11 +42,11 @@ def hgdpo_evaluate(
     lora_weights: list[float] | None = p.LORA_WEIGHTS.field(),
     preset: str = p.PRESET.field(),
     root: str | None = p.ROOT.field(),
-    overrides: Overrides = p.OVERRIDES.field(),
+    overrides: dict[str, Any] = p.OVERRIDES.field(),
     plan_only: bool = p.PLAN_ONLY.field(),
     shard_runner: ShardRunnerName = p.SHARD_RUNNER.field(),
 ) -> dict[str, Any] | State[Any]:
-    """Compare any two models or LoRA weights; returns the summary. Finished images and scores are found again."""
+    """Compare any two models or LoRA weights; returns the summary. Finished images and scores are used again."""
     explain_own_errors()
     times = StageTimes()
     with times.stage("prepare", makes=False):
@@ -61,18 +56,15 @@ def hgdpo_evaluate(
             lora_weights=lora_weights, overrides=overrides)
     if plan_only:
         return {"plan": show_comparison_plan(run)}
-    with watch_this_run() as watch:
-        try:
-            return _compare(run, choose_runner(shard_runner, run.config.workers, run.store, watch), times)
-        except StoppedError as error:
-            return answer_stop(watch, error)
+    return run_with(shard_runner, run.config.workers, run.store,
+                    lambda runner: _compare(run, runner, times, times.watch(stage_progress)))
 
 
-def _compare(run: ComparisonRun, runner: Runner, times: StageTimes) -> dict[str, Any]:
+def _compare(run: ComparisonRun, runner: Runner, times: StageTimes, on: StageProgress) -> dict[str, Any]:
     with times.stage("evaluation_images"):
-        images = generate_evaluation(run, run.models, runner)
+        images = generate_evaluation(run, run.models, runner, on)
     with times.stage("evaluation"):
-        scores = score_evaluation(run, images, runner)
+        scores = score_evaluation(run, images, runner, on)
         comparison = compare_models(run, images, scores)
         others = {who: compare_weight(run, images, scores, who) for who in images if who not in ("target", "tuned")}
     sweep = [others.get(weight_name(model), comparison) for model in run.sweep]

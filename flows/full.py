@@ -1,47 +1,35 @@
-"""The whole method, top to bottom: the user's model and prompts in, a LoRA, its proof and a report out."""
+"""The whole method, top to bottom: from the user's model and prompts to a LoRA, its evaluation and a report."""
 
 from typing import Any
 
 from prefect import flow
-from prefect.client.schemas.objects import FlowRun
 from prefect.states import State
 
 from flows import parameters as p
-from flows.children import cancel_children
-from flows.runner import ShardRunnerName, choose_runner
-from flows.watch import answer_stop, watch_this_run
-from hgdpo_core.errors import StoppedError
+from flows.lifecycle import cancel_shard_runs, run_with
+from flows.runner import ShardRunnerName
 from hgdpo_core.execution.runner import Runner
 from hgdpo_core.pipeline import Made, Result
+from hgdpo_core.progress import StageProgress, StageTimes
 from hgdpo_core.run import Run
-from tasks.checks import check_tuning
-from tasks.evaluate import compare_models
+from tasks.evaluate import check_tuning, compare_models
 from tasks.generate import generate_evaluation, make_pool
 from tasks.prepare import prepare, show_plan
 from tasks.report import publish
 from tasks.score import score_evaluation, score_pool
-from tasks.sft import tune_target
-from tasks.times import StageTimes
-from tasks.train import train_lora
+from tasks.training import train_lora, tune_target
 from tasks.triplets import encode_triplets, make_triplets, measure_distances
-from tasks.ui import explain_own_errors
-
-Overrides = dict[str, Any]
+from tasks.ui import explain_own_errors, stage_progress
 
 
-def cancel_shard_runs(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook: without it the shard runs of a cancelled run would go on, and those that wait would still start."""
-    cancel_children(flow_run.id)
-
-
-@flow(name="hgdpo", flow_run_name="{preset}", validate_parameters=True, on_cancellation=[cancel_shard_runs])
+@flow(name="hgdpo", flow_run_name="{preset}", on_cancellation=[cancel_shard_runs])
 def hgdpo(
     preset: str = p.PRESET.field(),
     root: str | None = p.ROOT.field(),
     prompts: str | None = p.PROMPTS.field(),
     target: str | None = p.TARGET.field(),
     images: str | None = p.IMAGES.field(),
-    overrides: Overrides = p.OVERRIDES.field(),
+    overrides: dict[str, Any] = p.OVERRIDES.field(),
     plan_only: bool = p.PLAN_ONLY.field(),
     probe: bool = p.PROBE.field(),
     shard_runner: ShardRunnerName = p.SHARD_RUNNER.field(),
@@ -50,38 +38,36 @@ def hgdpo(
     explain_own_errors()
     times = StageTimes()
     with times.stage("prepare", makes=False):
-        run = prepare(preset, root, prompts, target, images, overrides, plan_only)
+        run = prepare(preset=preset, root=root, prompts=prompts, target=target, images=images, overrides=overrides,
+                      dry=plan_only)
     if plan_only:
         return {"plan": show_plan(run, probe)}
-    with watch_this_run() as watch:
-        try:
-            return _run(run, choose_runner(shard_runner, run.config.workers, run.store, watch), times)
-        except StoppedError as error:
-            return answer_stop(watch, error)
+    return run_with(shard_runner, run.config.workers, run.store,
+                    lambda runner: _run(run, runner, times, times.watch(stage_progress)))
 
 
-def _run(run: Run, runner: Runner, times: StageTimes) -> dict[str, Any]:
+def _run(run: Run, runner: Runner, times: StageTimes, on: StageProgress) -> dict[str, Any]:
     """The steps of `hgdpo_core.pipeline.run_all`, one task each."""
     with times.stage("sft", makes=run.images is not None):
-        target, sft_log = tune_target(run, runner)
+        target, sft_log = tune_target(run, runner, on)
     with times.stage("pool"):
-        pool = make_pool(run, target, runner)
+        pool = make_pool(run, target, runner, on)
     with times.stage("score"):
-        scores = score_pool(run, pool, runner)
+        scores = score_pool(run, pool, runner, on)
     with times.stage("triplets"):
-        triplets = make_triplets(run, pool, scores, runner)
+        triplets = make_triplets(run, pool, scores, runner, on)
     with times.stage("latents"):
-        latents = encode_triplets(run, triplets, target, runner)
+        latents = encode_triplets(run, triplets, target, runner, on)
     with times.stage("dpo"):
-        lora = train_lora(run, target, triplets, latents, runner)
+        lora = train_lora(run, target, triplets, latents, runner, on)
     with times.stage("distances"):
-        distances = measure_distances(run, pool, scores, target, runner)
+        distances = measure_distances(run, pool, scores, target, runner, on)
 
     models = {"target": target, "tuned": lora.applied_to(target, run.config.evaluation.lora_weight)}
     with times.stage("evaluation_images"):
-        images = generate_evaluation(run, models, runner)
+        images = generate_evaluation(run, models, runner, on)
     with times.stage("evaluation"):
-        image_scores = score_evaluation(run, images, runner)
+        image_scores = score_evaluation(run, images, runner, on)
         comparison = compare_models(run, images, image_scores)
         warnings = check_tuning(run, lora, comparison)
     made = Made(target, sft_log, pool, scores, triplets, lora, images, image_scores, distances)

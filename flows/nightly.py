@@ -1,4 +1,4 @@
-"""When a scheduled run had better not start."""
+"""Whether a scheduled run should not start."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -14,9 +14,9 @@ ACTIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
 def reason_to_skip() -> str | None:
-    """Why this flow run should end at once; None for one that should work, and for one started without a deployment.
+    """Why this flow run should end at once; None for one that should run, and for one started without a deployment.
 
-    A person who types the command wants it now; a schedule gives way.
+    A run started by the command is never skipped; only scheduled ones give way.
     """
     if not deployment.id:
         return None
@@ -25,9 +25,9 @@ def reason_to_skip() -> str | None:
 
 
 def judge_schedule(scheduled: datetime, now: datetime, *, run_count: int, running: Sequence[str]) -> str | None:
-    """A run over 12 h late gives way to the next night, any run to a live `hgdpo/full`: both want the GPU.
+    """A run over 12 h late gives way to the next night, any run to a live `hgdpo/full`: both need the GPU.
 
-    A retry keeps the time it was first scheduled for, so its age says nothing.
+    A retry keeps the time it was first scheduled for, so its age does not count.
     """
     age = now - scheduled
     if run_count <= 1 and age > MAX_AGE:
@@ -40,7 +40,7 @@ def judge_schedule(scheduled: datetime, now: datetime, *, run_count: int, runnin
 
 
 def active_runs(flow_name: str) -> list[str]:
-    """Names of the flow's runs that work or are about to."""
+    """Names of the flow's runs that are running or about to."""
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
             flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])),

@@ -1,6 +1,6 @@
-"""Every parameter of the commands and flows, once: command lines and the forms of flows are made from these.
+"""Every parameter of the commands and flows, defined once, for command lines and the forms of flows.
 
-Free of Prefect and torch. A flow's signature has its names and types: `root: str | None = ROOT.field()`.
+Imports neither Prefect nor torch. A flow's signature repeats names and types: `root: str | None = ROOT.field()`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ Kind = Literal["value", "flag", "switch", "repeated", "several", "settings", "po
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a flow, and the option of a command line that gives it."""
+    """A parameter of a flow, and the command line option for it."""
 
     name: str
     help: str
@@ -26,21 +26,21 @@ class Parameter:
     kind: Kind = "value"
     """flag: given or not; switch: --x or --no-x; repeated: an option each; several: values behind one option."""
     read: Callable[[str], Any] | None = None
-    """The value of a text; default: the text."""
+    """Parses the text; without it, the value is the text."""
     metavar: str | None = None
     choices: Sequence[str] | None = None
     suggested: Sequence[str] | None = None
-    """What the form offers; the core says what is wrong with any other value."""
+    """What the form offers; the core checks any other value."""
     required: bool = False
     """On the command line; a form's fields may be left empty."""
     least: int | None = None
 
     def changed(self, **changes: Any) -> Self:
-        """The same parameter where a command means it a little differently."""
+        """The same parameter with some differences, for another command."""
         return replace(self, **changes)
 
     def field(self) -> Any:
-        """The default of a flow's parameter, with what the form shows beside it."""
+        """The default of a flow's parameter, with the description that the form shows."""
         from pydantic import Field
 
         shown: dict[str, Any] = {"enum": list(self.suggested)} if self.suggested else {}
@@ -52,21 +52,12 @@ class Parameter:
         if self.kind == "position":
             command.add_argument(self.name, nargs=None if self.required else "?", help=self._help())
             return
-        settings: dict[str, Any] = {"dest": self.name, "help": self._help(), "default": self.default}
-        if self.kind == "flag":
-            command.add_argument(option, action="store_true", **settings)
-            return
-        if self.kind == "switch":
-            command.add_argument(option, action=argparse.BooleanOptionalAction, **settings)
-            return
-        settings |= {"type": self.read, "metavar": self.metavar, "choices": self.choices, "required": self.required}
-        if self.kind == "settings":
-            settings |= {"action": _AddSetting, "metavar": "NAME=VALUE"}
-        elif self.kind == "repeated":
-            settings["action"] = "append"
-        elif self.kind == "several":
-            settings["nargs"] = "+"
-        command.add_argument(option, **settings)
+        settings: dict[str, Any] = {
+            "value": {}, "flag": {"action": "store_true"}, "switch": {"action": argparse.BooleanOptionalAction},
+            "settings": {"action": _AddSetting}, "repeated": {"action": "append"}, "several": {"nargs": "+"}}[self.kind]
+        if self.kind not in ("flag", "switch"):
+            settings |= {"type": self.read, "metavar": self.metavar, "choices": self.choices, "required": self.required}
+        command.add_argument(option, dest=self.name, help=self._help(), default=self.default, **settings)
 
     def _help(self) -> str:
         shown = self.kind == "value" and self.default is not None
@@ -78,8 +69,8 @@ class _AddSetting(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
                  option_string: str | None = None) -> None:
-        name, found, value = str(values).partition("=")
-        if not found:
+        name, separator, value = str(values).partition("=")
+        if not separator:
             parser.error(f"argument {option_string}: {values!r} is no setting: expected name=value, as dpo.beta=1000")
         setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: _value_of(value)})
 
@@ -96,7 +87,7 @@ def read_numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers: expected for example 0.25,0.5,1") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.25,0.5,1") from None
 
 
 def read_positive(text: str) -> int:
@@ -120,7 +111,7 @@ TARGET = Parameter("target", "your model: diffusers folder, .safetensors file or
 IMAGES = Parameter("images", "captioned images to fine-tune the model on first: a folder, or webdataset .tar or "
                    ".parquet files; path, URL or pattern")
 OVERRIDES = Parameter("overrides", 'settings by dotted name, as {"dpo.beta": 1000}; on the command line dpo.beta=1000, '
-                      "repeatable", {}, option="--set", kind="settings")
+                      "repeatable", {}, option="--set", kind="settings", metavar="NAME=VALUE")
 PLAN_ONLY = Parameter("plan_only", "show what would be made and what exists, and stop", False, option="--plan",
                       kind="flag")
 PROBE = Parameter("probe", "with a plan: time a batch of each stage on this machine; this loads the models", False,
@@ -147,7 +138,7 @@ EVALUATION_PROMPTS = PROMPTS.changed(help="prompt file: txt, csv, tsv, jsonl or 
                                      "preset's held-out prompts")
 EVALUATION_SCORERS = Parameter("scorers", "by name, or name=source; left out, the preset's", read=read_names,
                                metavar="NAME[=SOURCE],...")
-IMAGES_PER_PROMPT = Parameter("images_per_prompt", "images of each prompt by each model; left out, the preset's",
+IMAGES_PER_PROMPT = Parameter("images_per_prompt", "images per prompt and model; left out, the preset's",
                               read=int)
 EVALUATE = (TUNED, EVALUATION_TARGET, BASE, EVALUATION_PROMPTS, EVALUATION_SCORERS, IMAGES_PER_PROMPT, LORA_WEIGHT,
             TARGET_LORA_WEIGHT, LORA_WEIGHTS, PRESET, ROOT, OVERRIDES, PLAN_ONLY, SHARD_RUNNER)
@@ -155,8 +146,8 @@ EVALUATE = (TUNED, EVALUATION_TARGET, BASE, EVALUATION_PROMPTS, EVALUATION_SCORE
 # -- of hgdpo ablate
 
 SEEDS = Parameter("seeds", "trainings of every arm", 3, read=int, least=1)
-WORLDS = Parameter("worlds", "plain: the run's own scorer ranks the pools; tinted: the same scorer, fond of warm "
-                   "tints; left out, both for a built-in scorer, plain otherwise", kind="several", metavar="WORLD")
+WORLDS = Parameter("worlds", "plain: the run's own scorer ranks the pools; tinted: the same scorer with a bonus for "
+                   "warm tints; left out, both for a built-in scorer, plain otherwise", kind="several", metavar="WORLD")
 COMPARISONS = Parameter("comparisons", "which tables and charts of the paper to measure: pool_size, loser_rank, "
                         "dataset_size, statistics, beta, lora_weight; left out, all", kind="several", metavar="NAME")
 SPLIT = Parameter("split", "built-in prompts to measure on: test, or validation to choose settings by", "test")
@@ -166,15 +157,15 @@ ABLATE = (*INPUTS, SEEDS, WORLDS, COMPARISONS, SPLIT, PLAN_ONLY, SHARD_RUNNER)
 
 SCORERS = Parameter("scorers", "by name, or name=folder or hub id, on the command line repeatable; left out, the "
                     "preset's, without a preset those of the root's runs", [], option="--scorer", kind="repeated",
-                    metavar="NAME[=PLACE]")
+                    metavar="NAME[=LOCATION]")
 SCORERS_PRESET = PRESET.changed(help="take the scorers of this preset", default=None)
 SCORERS_OVERRIDES = OVERRIDES.changed(help='settings of the preset by dotted name, as {"scorer.source": "folder"}; on '
                                       "the command line scorer.source=folder, repeatable")
-VERIFY = Parameter("verify", "read every score again: what is corrupted goes to quarantine and is made again", False,
+VERIFY = Parameter("verify", "read every score again: corrupted ones go to quarantine and are made again", False,
                    kind="flag")
 RESCORE = (ROOT, SCORERS, SCORERS_PRESET, SCORERS_OVERRIDES, VERIFY, PLAN_ONLY, SHARD_RUNNER)
 
-# -- of a terminal alone
+# -- of the command line alone
 
 PUBLISH = Parameter("publish", "also copy summary.json and report.html there", metavar="FOLDER")
 JSON = Parameter("json", "print a plan as JSON instead of a table", False, kind="flag")
@@ -184,11 +175,11 @@ SCORE = (ROOT, SCORERS, SCORERS_PRESET, SCORERS_OVERRIDES,
          Parameter("prompt", "what the images should show, instead of captions"),
          Parameter("csv", "also write the scores of image files there", metavar="FILE"))
 CAPTION = (
-    Parameter("images", "folder of image files, path or URL; captions that are there stay as they are", required=True),
-    Parameter("model", "LLaVA in transformers' form: folder or hub id; left out, llava-hf/llava-1.5-7b-hf"),
-    Parameter("prompt", "what the model is asked about each image", metavar="TEXT"),
-    Parameter("batch_size", "images described together", 8, read=read_positive),
-    Parameter("max_new_tokens", "longest caption, by default about what SD 1.5 reads", 75, read=read_positive),
+    Parameter("images", "folder of image files, path or URL; existing captions stay as they are", required=True),
+    Parameter("model", "LLaVA in transformers' format: folder or hub id; left out, llava-hf/llava-1.5-7b-hf"),
+    Parameter("prompt", "the question about each image", metavar="TEXT"),
+    Parameter("batch_size", "batch size of the model", 8, read=read_positive),
+    Parameter("max_new_tokens", "longest caption; the default is about what SD 1.5 reads", 75, read=read_positive),
     Parameter("dtype", "precision of the model; auto: bfloat16 where it is fast, else float32", "auto",
               choices=("auto", "float32", "bfloat16", "float16")),
     PLAN_ONLY.changed(help="show how many images lack a caption, and stop"))
@@ -197,16 +188,16 @@ EXPORT = (
     ROOT.changed(help="where the run's results are"),
     Parameter("to", "a README.md already in it is kept", metavar="FOLDER", required=True),
     Parameter("fused", "also a whole pipeline with the LoRA merged in", False, kind="flag"),
-    Parameter("target", "with --fused: where the target model lies now, if it moved"),
+    Parameter("target", "with --fused: where the target model is now, if it moved"),
     Parameter("push", "also upload to the Hugging Face Hub, privately; the token is the environment variable HF_TOKEN",
               metavar="OWNER/NAME"),
-    Parameter("public", "with --push: for everyone to see", False, kind="flag"))
+    Parameter("public", "with --push: visible to everyone", False, kind="flag"))
 COLLECT = (ROOT, Parameter("dry_run", "list, remove nothing", False, kind="flag"))
 
 COMMAND_LINES: dict[str, tuple[Parameter, ...]] = {
     "run": (*RUN, PUBLISH, JSON), "plan": (*INPUTS, PROBE, JSON), "ablate": ABLATE, "evaluate": (*EVALUATE, PUBLISH),
     "rescore": RESCORE, "score": SCORE, "caption": CAPTION, "export": EXPORT, "gc": COLLECT}
-"""Command -> its options, those of a terminal alone behind those of its flow."""
+"""Command -> its options: those of its flow, then those of the command line alone."""
 
 
 def values_of(options: argparse.Namespace, parameters: Sequence[Parameter]) -> dict[str, Any]:

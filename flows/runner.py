@@ -1,4 +1,4 @@
-"""Where shards are made: in this process, or on workers as flow runs of the deployment `hgdpo-shard/shard`."""
+"""Where shards and models are made: in this process, or on workers as flow runs of their deployments."""
 
 import socket
 import time
@@ -52,16 +52,16 @@ class DeploymentRunner:
         What needs no model is made here.
         """
         missing = [stage.find_missing() for stage in stages]
-        here = [stage for stage in stages if not stage.runs_on_workers]
-        for stage in here:
-            make_here(stage, on, self._should_stop)
-        self._make_on_workers([(stage, lacking) for stage, lacking in zip(stages, missing, strict=True)
-                               if lacking and stage.runs_on_workers], on)
+        for stage in stages:
+            if not stage.runs_on_workers:
+                make_here(stage, on, self._should_stop)
+        work = [(stage, lacking) for stage, lacking in zip(stages, missing, strict=True)
+                if lacking and stage.runs_on_workers]
+        if work:
+            self._make_on_workers(work, on)
         return [len(lacking) for lacking in missing]
 
     def _make_on_workers(self, work: Sequence[tuple[Stage, list[int]]], on: StageProgress) -> None:
-        if not work:
-            return
         jobs: list[Job] = []
         for stage, missing in work:
             write_recipe(stage, copy_to_store=self.copy_to_store)
@@ -88,9 +88,9 @@ class DeploymentRunner:
 
     def train(self, request: TrainRequest, progress: Progress) -> Tuned:
         """Train as a flow run of `hgdpo-train/train`; its steps are shown by that run."""
-        found = find_result(request)
-        if found is not None:
-            return found
+        existing = find_result(request)
+        if existing is not None:
+            return existing
         parameters = request.model_dump(mode="json")
         work_id = f"{request.kind}-{content_hash(parameters)}"
         name = f"{request.kind} {request.latents.split('/')[1]}"
@@ -114,7 +114,7 @@ def _job(stage: Stage, request: ShardRequest) -> Job:
 
 
 class _Counter:
-    """Progress of others, by counting manifests in the folder now and then."""
+    """Progress of shard runs, by counting manifests in the folder now and then."""
 
     def __init__(self, stage: Stage, missing: Sequence[int], progress: Progress):
         self._folder, self._missing, self._progress, self._counted_at = stage.folder, set(missing), progress, 0.0
@@ -128,8 +128,8 @@ class _Counter:
 def check_workers(store: Store) -> None:
     """ConfigError when the root is a folder of this machine and workers of other machines are online.
 
-    Workers say their machine in their name, `<anything>@<host>`, as `make up` and docs/OPERATIONS.md have it. Without
-    any worker a line in the log says how to start one; the run waits for it.
+    A worker's name ends with its machine, `<anything>@<host>`, as `make up` and docs/OPERATIONS.md have it. Without any
+    worker a warning says how to start one; the run waits for it.
     """
     with get_client(sync_client=True) as client:
         try:
@@ -140,8 +140,7 @@ def check_workers(store: Store) -> None:
     if not online:
         get_run_logger().warning("No worker of the pool %s is online: this run waits until one starts (`make up`, or "
                                  "prefect worker start --pool %s --limit 1)", SHARD_POOL, SHARD_POOL)
-    names = (name.rpartition("@") for name in online)
-    hosts = sorted({host for _, at, host in names if at} - {socket.gethostname()})
+    hosts = sorted({name.rpartition("@")[2] for name in online if "@" in name} - {socket.gethostname()})
     if hosts and store.local_path("") is not None:
         raise ConfigError(f"the root {store.root} is a folder of this machine ({socket.gethostname()}), but workers of "
                           f"{', '.join(hosts)} are online and cannot see it: use a root that all of them reach, such "

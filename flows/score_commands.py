@@ -8,19 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.bars import terminal_bar
+from flows.terminal import call_opened, open_store, terminal_bar
 
 
 def rescore(options: argparse.Namespace) -> int:
-    """Score pools again whose scores are missing or by a scorer that changed; report what moved."""
+    """Score pools again whose scores are missing or by a scorer that changed; report what changed."""
     from flows.parameters import RESCORE, values_of
     from hgdpo_core.rescore.night import find_unfinished, last_report
     from hgdpo_core.rescore.plan import plan_root
-    from hgdpo_core.run import default_root
-    from hgdpo_core.storage import Store
-    from tasks.handover import handed_over
 
-    store = Store(default_root() if options.root is None else options.root)
+    store = open_store(options.root)
     store.check_writable()
     inputs = {"root": store.root, "names": options.scorers, "preset": options.preset,
               "overrides": options.overrides, "verify": options.verify}
@@ -33,13 +30,10 @@ def rescore(options: argparse.Namespace) -> int:
         report = last_report(store)
         print(plan.describe().capitalize() + (f"\nLast report: {store.url(report)}" if report else ""))
         return 0
-
     from flows.rescore import hgdpo_rescore
-    from flows.server import call_flow
 
-    with handed_over(plan_root, inputs, plan):
-        summary = call_flow(hgdpo_rescore, **{**values_of(options, RESCORE), "root": store.root})
-    _print_night(summary)
+    parameters = {**values_of(options, RESCORE), "root": store.root}
+    _print_rescore(call_opened(hgdpo_rescore, parameters, plan_root, inputs, plan))
     return 0
 
 
@@ -59,14 +53,13 @@ def _score_files(options: argparse.Namespace) -> int:
     from hgdpo_core.rescore.plan import find_versions
     from hgdpo_core.rescore.wanted import WantedScorer, wanted_scorers
     from hgdpo_core.score_images import images_to_score, score_images
-    from hgdpo_core.storage import Store
 
     images = images_to_score(options.images, options.prompt)
-    store = Store(options.root) if options.root else None
-    wanted = wanted_scorers(store, names=options.scorers, preset=options.preset, overrides=options.overrides)
-    wanted = wanted or [WantedScorer(scorer=ScorerConfig())]
-    find_versions(wanted, required=True)
-    scorers = [item.scorer for item in wanted]
+    store = open_store(options.root) if options.root else None
+    requested = wanted_scorers(store, names=options.scorers, preset=options.preset, overrides=options.overrides)
+    requested = requested or [WantedScorer(scorer=ScorerConfig())]
+    find_versions(requested, required=True)
+    scorers = [item.scorer for item in requested]
     columns = {}
     for scorer in scorers:
         with terminal_bar(scorer.name) as progress:
@@ -92,10 +85,8 @@ def _score_files(options: argparse.Namespace) -> int:
 def _score_pools(options: argparse.Namespace) -> int:
     from hgdpo_core.rescore import score_missing, summarise_pools
     from hgdpo_core.rescore.plan import plan_wanted
-    from hgdpo_core.run import default_root
-    from hgdpo_core.storage import Store
 
-    store = Store(default_root() if options.root is None else options.root)
+    store = open_store(options.root)
     plan = plan_wanted(store, options.scorers, preset=options.preset, overrides=options.overrides)
     skipped = list(plan.skipped)
     for version, jobs in plan.by_version():
@@ -110,7 +101,7 @@ def _score_pools(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_night(summary: dict[str, Any]) -> None:
+def _print_rescore(summary: dict[str, Any]) -> None:
     if "night" not in summary:
         print(summary["status"])
         return
@@ -127,7 +118,7 @@ def _print_night(summary: dict[str, Any]) -> None:
 
 def _print_skipped(skipped: Sequence[dict[str, Any]]) -> None:
     for item in skipped:
-        print(f"Left alone: {item['what']}: {item['reason']}")
+        print(f"Skipped: {item['what']}: {item['reason']}")
 
 
 def _print_table(rows: Sequence[dict[str, str]]) -> None:

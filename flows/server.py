@@ -1,4 +1,4 @@
-"""Flows started by a command, on a Prefect server for one run where none is configured."""
+"""Flows started by a command; where no Prefect server is configured, on a temporary one."""
 
 import os
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 def call_flow(flow: Flow[..., Any], **parameters: Any) -> Any:
-    """What the flow returns, run in this process; StoppedError where somebody cancelled it in the UI."""
+    """What the flow returns, run in this process; StoppedError where it was cancelled in the UI."""
     try:
         with some_server():
             return flow(**parameters)
@@ -30,7 +30,7 @@ def call_flow(flow: Flow[..., Any], **parameters: Any) -> Any:
 
 
 def _reach_this_machine() -> None:
-    """Let servers on this machine be reached without a web proxy, which knows nothing of them."""
+    """Keep requests to servers on this machine from going through a web proxy."""
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     hosts = [host.strip() for host in given.split(",") if host.strip()]
     if "*" not in hosts:
@@ -43,7 +43,7 @@ def some_server() -> Iterator[None]:
     """The configured server; without one, a temporary server that ends with the block.
 
     Prefect starts one by itself too, but with an empty PREFECT_API_URL (which `make` sets to keep the user's own
-    server out) its events worker takes the empty text for an address and fails for every event.
+    server out) its events worker takes the empty string for an address and fails for every event.
     """
     _reach_this_machine()
     if get_current_settings().api.url:

@@ -5,21 +5,14 @@ from typing import Any
 from prefect import flow
 from prefect.states import State
 
-from flows.watch import answer_stop, watch_this_run
-from hgdpo_core.errors import StoppedError
+from flows.lifecycle import run_watched
 from hgdpo_core.training.request import TrainRequest
 from tasks.training import make_tuned
 from tasks.ui import explain_own_errors
 
 
-@flow(name="hgdpo-train", validate_parameters=True)
+@flow(name="hgdpo-train")
 def hgdpo_train(request: TrainRequest) -> str | State[Any]:
     """SFT or DPO, from the last checkpoint where there is one; returns the tuned model's id."""
     explain_own_errors()
-    with watch_this_run() as watch:
-        try:
-            if watch():
-                raise StoppedError("stopped before it began")
-            return make_tuned(request, watch)
-        except StoppedError as error:
-            return answer_stop(watch, error)
+    return run_watched(lambda watch: make_tuned(request, watch))

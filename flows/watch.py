@@ -1,6 +1,6 @@
 """A run that may outlive its own record: killed and retried elsewhere, cancelled, or the child of a cancelled parent.
 
-Prefect does not tell a process that its run was marked Crashed and started again. So the run asks, and stops.
+Prefect does not notify a process that its run was marked Crashed and started again. So the run asks, and stops.
 """
 
 import contextvars
@@ -30,19 +30,19 @@ logger = get_logger("hgdpo.watch")
 
 
 class RunWatch:
-    """Whether the work of this attempt is still wanted; a `should_stop` that costs nothing to ask.
+    """Whether this attempt should stop; a `should_stop` that costs nothing to call.
 
-    A thread asks the server, so that a server that is slow or down never holds the work up: without an answer the
-    work goes on.
+    A thread asks the server, so that a server that is slow or down never delays the work: without an answer the work
+    continues.
     """
 
     def __init__(self, read: ReadRun, run_id: UUID, parent_id: UUID | None = None):
         self._read, self._run_id, self._parent_id = read, run_id, parent_id
         self._attempt: int | None = None
         self.cancelled = False
-        """The run or its parent was cancelled: say so and stop."""
+        """The run or its parent was cancelled: stop as Cancelled."""
         self.superseded = False
-        """The server has given this run up, perhaps started it again elsewhere: stop without a word."""
+        """The server has given this run up, perhaps started it again elsewhere: stop without reporting a state."""
 
     def __call__(self) -> bool:
         return self.cancelled or self.superseded
@@ -52,7 +52,7 @@ class RunWatch:
         try:
             run = self._read(self._run_id)
             parent = self._read(self._parent_id) if self._parent_id is not None else None
-        except Exception as error:  # whatever kept the answer away, the work itself is not in doubt
+        except Exception as error:  # whatever the reason for no answer, the work itself may continue
             logger.debug("the server did not say whether %s is still wanted: %s", self._run_id, error)
             return
         if self._attempt is None:
@@ -66,7 +66,7 @@ class RunWatch:
 
 @contextmanager
 def watch_this_run(seconds: float = CHECK_SECONDS) -> Iterator[RunWatch]:
-    """A watch over the flow run around it, asking every so many seconds."""
+    """A watch over the current flow run, asking every `seconds`."""
     parent = this_flow_run.parent_flow_run_id
     with get_client(sync_client=True) as client:
         watch = RunWatch(client.read_flow_run, UUID(this_flow_run.id), UUID(parent) if parent else None)
@@ -77,7 +77,7 @@ def watch_this_run(seconds: float = CHECK_SECONDS) -> Iterator[RunWatch]:
             while not ended.wait(seconds):
                 watch.ask()
 
-        # The thread sees this run's settings, or it would ask another server.
+        # The thread gets this run's settings, or it would ask another server.
         thread = threading.Thread(target=contextvars.copy_context().run, args=(keep_asking,), daemon=True)
         thread.start()
         try:

@@ -1,1 +1,1 @@
-"""One thin Prefect task a stage: log, show progress, make artifacts, call one core function."""
+"""One thin Prefect task per stage: log, show progress, make artifacts, call one core function."""

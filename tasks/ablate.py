@@ -1,4 +1,4 @@
-"""The paper's comparisons: what all arms share, one arm with one training seed, and the page."""
+"""The paper's comparisons: what all arms have in common, one arm with one training seed, and the page."""
 
 import io
 from typing import Any
@@ -7,12 +7,12 @@ from PIL import Image
 from prefect import task
 from prefect.logging import get_run_logger
 
-from hgdpo_core.ablate.arms import Arm, arm_labels
+from hgdpo_core.ablate.arms import Arm
 from hgdpo_core.ablate.conclude import conclude
 from hgdpo_core.ablate.cost import plan_ablation
 from hgdpo_core.ablate.measure import run_arm
 from hgdpo_core.ablate.program import Ablation, Shared, open_ablation, prepare_shared
-from hgdpo_core.execution.runner import IN_PROCESS, Runner
+from hgdpo_core.execution.runner import Runner
 from tasks.handover import take_opened
 from tasks.options import STAGE
 from tasks.ui import show_image, show_table, show_text, stage_progress
@@ -21,20 +21,18 @@ SHOWN_PLOTS = 8
 
 
 @task(name="prepare ablation", **STAGE)
-def prepare_ablation(preset: str, root: str | None, prompts: str | None, target: str | None, images: str | None,
-                     overrides: dict[str, Any], settings: dict[str, Any]) -> Ablation:
-    """The checked ablation; a mistake in its inputs fails here, before any model loads."""
-    ablation = take_opened(open_ablation, preset=preset, root=root, prompts=prompts, target=target, images=images,
-                           overrides=overrides, settings=settings)
+def prepare_ablation(**parameters: Any) -> Ablation:
+    """The checked ablation; takes the parameters of `open_ablation`. Mistakes fail here, before a model loads."""
+    ablation = take_opened(open_ablation, **parameters)
     plan = plan_ablation(ablation)
     get_run_logger().info("Ablation %s in %s: %s", ablation.ablation_id, ablation.run.store.root, plan)
-    show_table("ablation-plan", [plan], "All work, as if nothing were there yet")
+    show_table("ablation-plan", [plan], "All work, as if nothing existed yet")
     return ablation
 
 
 @task(name="shared", **STAGE)
-def share(ablation: Ablation, runner: Runner = IN_PROCESS) -> Shared:
-    """One fine-tuned target, one pool with its scores, the target's evaluation images: for all arms."""
+def make_shared(ablation: Ablation, runner: Runner) -> Shared:
+    """One fine-tuned target, one pool with its scores, the target's evaluation images, for all arms."""
     shared = prepare_shared(ablation, stage_progress, runner)
     get_run_logger().info("Pool %s: %d images; target's evaluation: %s", shared.pool.pool_id, shared.pool.images,
                           shared.target_images.pool_id)
@@ -42,7 +40,7 @@ def share(ablation: Ablation, runner: Runner = IN_PROCESS) -> Shared:
 
 
 @task(name="arm", task_run_name="{label}, {arm.world} world, seed {seed}", **STAGE)
-def measure(shared: Shared, arm: Arm, label: str, seed: int, runner: Runner = IN_PROCESS) -> dict[str, Any]:
+def measure(shared: Shared, arm: Arm, label: str, seed: int, runner: Runner) -> dict[str, Any]:
     """Train one arm with one seed and measure it; returns its win rates."""
     record = run_arm(shared, arm, seed, stage_progress, runner)
     rates = {name: rate["rate"] for name, rate in record.win_rate.items()}
@@ -51,7 +49,7 @@ def measure(shared: Shared, arm: Arm, label: str, seed: int, runner: Runner = IN
 
 
 @task(name="ablation page", **STAGE)
-def publish_ablation(shared: Shared, rows: list[dict[str, Any]], runner: Runner = IN_PROCESS) -> dict[str, Any]:
+def publish_ablation(shared: Shared, rows: list[dict[str, Any]], runner: Runner) -> dict[str, Any]:
     """`result.json`, `tables.md`, plots and `index.html` in `ablations/<id>/`; returns what result.json holds."""
     ablation = shared.ablation
     result = conclude(shared, stage_progress, runner)
@@ -63,8 +61,3 @@ def publish_ablation(shared: Shared, rows: list[dict[str, Any]], runner: Runner 
         show_image(f"ablation-{name}", Image.open(io.BytesIO(data)), name)
     get_run_logger().info("Ablation: %s", result["artifacts"]["page"])
     return result
-
-
-def labelled_arms(ablation: Ablation) -> list[tuple[Arm, str]]:
-    """Every arm once with its name, in the order of the tables."""
-    return list(arm_labels(ablation.tables).items())

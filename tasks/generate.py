@@ -7,27 +7,27 @@ from prefect.logging import get_run_logger
 
 from hgdpo_core import pipeline
 from hgdpo_core.comparison_run import ComparisonRun
-from hgdpo_core.execution.runner import IN_PROCESS, Runner
+from hgdpo_core.execution.runner import Runner
 from hgdpo_core.models import Model
+from hgdpo_core.progress import StageProgress
 from hgdpo_core.run import Run
 from hgdpo_core.stages.pool import PoolPlan
 from tasks.options import STAGE
-from tasks.ui import stage_progress
 
 
 @task(name="pool", **STAGE)
-def make_pool(run: Run, model: Model, runner: Runner = IN_PROCESS) -> PoolPlan:
+def make_pool(run: Run, model: Model, runner: Runner, on: StageProgress) -> PoolPlan:
     """N candidates for every training prompt."""
-    pool = pipeline.make_pool(run, model, runner, stage_progress)
+    pool = pipeline.make_pool(run, model, runner, on)
     _log(pool)
     return pool
 
 
 @task(name="evaluation images", **STAGE)
-def generate_evaluation(run: Run | ComparisonRun, models: Mapping[str, Model],
-                        runner: Runner = IN_PROCESS) -> dict[str, PoolPlan]:
-    """The held-out prompts by each model, under its name, with the seeds that every model gets."""
-    plans = pipeline.generate_evaluation(run, models, runner, stage_progress)
+def generate_evaluation(run: Run | ComparisonRun, models: Mapping[str, Model], runner: Runner,
+                        on: StageProgress) -> dict[str, PoolPlan]:
+    """Images for the held-out prompts by each model, under its name, with the same seeds for every model."""
+    plans = pipeline.generate_evaluation(run, models, runner, on)
     for plan in plans.values():
         _log(plan)
     return plans

@@ -1,6 +1,6 @@
 """Inputs that a command opened before it started Prefect, for the flow in the same process: none is opened twice.
 
-On a worker, and where a flow is called by itself, nothing waits here and the flow opens its inputs.
+On a worker, and where a flow is called by itself, nothing is kept here and the flow opens its inputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,24 +10,24 @@ from typing import Any, TypeVar
 from hgdpo_core.config import canonical_json
 
 T = TypeVar("T")
-_waiting: dict[tuple[str, str], Any] = {}
+_opened: dict[tuple[str, str], Any] = {}
 
 
 @contextmanager
 def handed_over(opener: Callable[..., T], parameters: Mapping[str, Any], opened: T) -> Iterator[None]:
-    """Inside the block, what `opener(**parameters)` returned waits for the flow that asks for the same."""
+    """Inside the block, what `opener(**parameters)` returned is kept for the flow that opens the same."""
     key = _key(opener, parameters)
-    _waiting[key] = opened
+    _opened[key] = opened
     try:
         yield
     finally:
-        _waiting.pop(key, None)
+        _opened.pop(key, None)
 
 
 def take_opened(opener: Callable[..., T], **parameters: Any) -> T:
     """What was handed over, once; else it is opened here, with the opener's errors."""
     key = _key(opener, parameters)
-    return _waiting.pop(key) if key in _waiting else opener(**parameters)
+    return _opened.pop(key) if key in _opened else opener(**parameters)
 
 
 def _key(opener: Callable[..., Any], parameters: Mapping[str, Any]) -> tuple[str, str]:

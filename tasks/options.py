@@ -1,4 +1,4 @@
-"""What every stage's task has in common."""
+"""The options of every stage's task."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from hgdpo_core.errors import CorruptShardError, StorageError
 
 
 async def can_heal(task: Any, run: Any, state: Any) -> bool:
-    """Retry only what can heal: storage and network. A wrong setting or input fails at once.
+    """Retry only errors that may pass: storage and network. A wrong setting or input fails at once.
 
-    So does a broken shard: it was moved aside, and the stage that makes it comes earlier in the run.
+    So does a broken shard: it was moved to quarantine, and the stage that makes it comes earlier in the run.
     """
     try:
         await state.aresult()
@@ -22,7 +22,7 @@ async def can_heal(task: Any, run: Any, state: Any) -> bool:
 
 
 STAGE: dict[str, Any] = {
-    "cache_policy": NO_CACHE,  # the store knows what is finished; a second memory could only disagree
+    "cache_policy": NO_CACHE,  # the store has what is finished; a second record could only disagree
     "retries": 2,
     "retry_delay_seconds": [5, 30],
     "retry_condition_fn": can_heal,

@@ -1,4 +1,4 @@
-"""Open the run: check everything a user handed in, say what was found."""
+"""Open the run: check all inputs, log what they are."""
 
 from typing import Any
 
@@ -16,12 +16,10 @@ from tasks.ui import show_table
 
 
 @task(name="prepare", **STAGE)
-def prepare(preset: str, root: str | None, prompts: str | None, target: str | None, images: str | None,
-            overrides: dict[str, Any], plan_only: bool = False) -> Run:
-    """The checked run; a mistake in its inputs fails here, before any model loads. For a plan nothing is written."""
+def prepare(**parameters: Any) -> Run:
+    """The checked run; takes the parameters of `open_run`. Mistakes fail here, before a model loads."""
     logger = get_run_logger()
-    run = take_opened(open_run, preset=preset, root=root, prompts=prompts, target=target, images=images,
-                      overrides=overrides, dry=plan_only)
+    run = take_opened(open_run, **parameters)
     logger.info("Run %s in %s", run.run_id, run.store.root)
     logger.info("Prompts: %s; evaluation: %s", run.prompts.describe(), run.evaluation_prompts.describe())
     unread = describe_unread(run.prompts.prompts, run.config.target.prompt_syntax)
@@ -35,20 +33,20 @@ def prepare(preset: str, root: str | None, prompts: str | None, target: str | No
 
 @task(name="prepare comparison", **STAGE)
 def prepare_comparison(**parameters: Any) -> ComparisonRun:
-    """The checked comparison; a mistake in its inputs fails here, before any model loads."""
+    """The checked comparison; takes the parameters of `open_comparison`. Mistakes fail here, before a model loads."""
     logger = get_run_logger()
     run = take_opened(open_comparison, **parameters)
     logger.info("Comparison %s in %s", run.run_id, run.store.root)
     logger.info("Prompts: %s", run.evaluation_prompts.describe())
     for who, model in (("Target", run.target), ("Tuned", run.tuned)):
-        worn = f" with {model.lora.path.name} at weight {model.lora.weight}" if model.lora else ""
-        logger.info("%s: %s%s (%s, %s)", who, model.path.name, worn, model.fingerprint[:12], model.dtype)
+        lora = f" with {model.lora.path.name} at weight {model.lora.weight}" if model.lora else ""
+        logger.info("%s: %s%s (%s, %s)", who, model.path.name, lora, model.fingerprint[:12], model.dtype)
     return run
 
 
 @task(name="plan", **STAGE)
 def show_plan(run: Run, with_probe: bool = False) -> dict[str, Any]:
-    """What the run would make and what it would find, as `RunPlan` holds it; makes nothing."""
+    """What the run would make and what exists, as in `RunPlan`; makes nothing."""
     if with_probe:
         get_run_logger().info("Timing a batch of each stage that has work to do: this loads the models")
     plan = plan_run(run, with_probe=with_probe)
@@ -64,7 +62,7 @@ def show_plan(run: Run, with_probe: bool = False) -> dict[str, Any]:
 
 @task(name="plan comparison", **STAGE)
 def show_comparison_plan(run: ComparisonRun) -> list[dict[str, Any]]:
-    """What the comparison would draw and what it would find; draws nothing."""
+    """What the comparison would generate and what exists; generates nothing."""
     rows = plan_comparison(run)
     show_table("plan", rows, f"What {run.run_id} would do")
     return rows

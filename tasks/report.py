@@ -38,11 +38,11 @@ def publish_comparison(run: ComparisonRun, images: Mapping[str, PoolPlan], compa
 
 
 def _show(data: ReportData) -> None:
-    """The page as artifacts of the UI."""
+    """The report as artifacts of the UI."""
     show_image("pairs", pair_grid(data.pairs), "Target and tuned model side by side, random held-out prompts")
     for key, samples, what in (("best-wins", data.best_wins, "gained"), ("worst-losses", data.worst_losses, "lost")):
         if samples:
             show_image(key, pair_grid(samples), f"Where the tuned model {what} most")
-    places = "\n".join(f"- {name}: `{url}`" for name, url in data.artifacts.items())
-    show_text("result", f"## {headline(data)}\n\n{places}", "The result in a sentence, and where report and LoRA lie")
+    locations = "\n".join(f"- {name}: `{url}`" for name, url in data.artifacts.items())
+    show_text("result", f"## {headline(data)}\n\n{locations}", "The result in a sentence; report and LoRA")
     get_run_logger().info(headline(data))

@@ -1,4 +1,4 @@
-"""Score pools again: find what is missing, score it, rank it, report what moved."""
+"""Score pools again: find what is missing, score it, rank it, report what changed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError, StorageError
-from hgdpo_core.execution.runner import IN_PROCESS, InProcess, Runner
+from hgdpo_core.execution.runner import InProcess, Runner
 from hgdpo_core.rescore import Ranking, rank_again, score_missing, score_stage
 from hgdpo_core.rescore.drift_report import drift_rows, headline, render_markdown
 from hgdpo_core.rescore.night import Night, close_night, open_night
@@ -28,7 +28,7 @@ def find_work(store: Store, scorers: Sequence[str], preset: str | None, override
                        verify=verify)
     logger.info("%s: %s", store.root, plan.describe())
     for item in plan.skipped:
-        logger.warning("Left alone: %s: %s", item.what, item.reason)
+        logger.warning("Skipped: %s: %s", item.what, item.reason)
     if not plan.nothing_to_do:
         show_table("rescore-plan", plan.rows(), "What is scored and ranked again")
     return plan
@@ -36,33 +36,33 @@ def find_work(store: Store, scorers: Sequence[str], preset: str | None, override
 
 @task(name="begin night", **STAGE)
 def begin(store: Store, plan: RescorePlan) -> Night | None:
-    """The night's record, written before its work; None when there is nothing to do."""
-    night = open_night(store, plan)
-    if night is not None:
-        get_run_logger().info("Night %s, in %s", night.name, store.url(night.key("config.json")))
-    return night
+    """The record of the re-scoring, written before its work; None when there is nothing to do."""
+    run = open_night(store, plan)
+    if run is not None:
+        get_run_logger().info("Rescore run %s, in %s", run.name, store.url(run.key("config.json")))
+    return run
 
 
 @task(name="score again", task_run_name="score again by {version.scorer.name}", **STAGE)
 def score_again(store: Store, version: ScorerVersion, jobs: Sequence[ScoreJob],
-                runner: Runner = IN_PROCESS) -> list[Skipped]:
-    """The missing scores of all pools by one scorer; returns the pools given up."""
+                runner: Runner) -> list[Skipped]:
+    """The missing scores of all pools by one scorer; returns the pools skipped."""
     logger = get_run_logger()
-    if isinstance(runner, InProcess):   # one load serves all pools; a shard run is of one pool and loads its own
+    if isinstance(runner, InProcess):  # one load serves all pools; a shard run is of one pool and loads its own
         with stage_progress(version.scorer.name) as progress:
             skipped = score_missing(store, jobs, progress=progress, should_stop=runner.should_stop)
     else:
-        skipped = _score_elsewhere(store, jobs, runner)
+        skipped = _score_on_workers(store, jobs, runner)
     for job in jobs:
         logger.info("%s %s: pool %s, %d images in %d shards, in %s", version.scorer.name, version.fingerprint[:12],
                     job.pool_id, job.images, len(job.missing), job.scores)
     for item in skipped:
-        logger.warning("Given up: %s: %s", item.what, item.reason)
+        logger.warning("Skipped: %s: %s", item.what, item.reason)
     return skipped
 
 
-def _score_elsewhere(store: Store, jobs: Sequence[ScoreJob], runner: Runner) -> list[Skipped]:
-    """The pools' shards by workers; returns the pools of which some failed, for the others go on."""
+def _score_on_workers(store: Store, jobs: Sequence[ScoreJob], runner: Runner) -> list[Skipped]:
+    """The pools' shards by workers; returns the pools with failed shards, for the others continue."""
     stages = [score_stage(store, job) for job in jobs]
     try:
         runner.make(stages, stage_progress)
@@ -77,7 +77,7 @@ def _score_elsewhere(store: Store, jobs: Sequence[ScoreJob], runner: Runner) -> 
 def _is_done(stage: Stage) -> bool:
     try:
         return not stage.find_missing()
-    except StorageError:  # a shard of images that is gone, or was found broken and moved to quarantine
+    except StorageError:  # a shard of images that is gone, or was broken and moved to quarantine
         return False
 
 
@@ -95,15 +95,15 @@ def rank(store: Store, job: RankJob) -> Ranking | Skipped:
 
 
 @task(name="drift", **STAGE)
-def report_drift(store: Store, night: Night, rankings: Sequence[Ranking], skipped: Sequence[Skipped]) -> dict[str, Any]:
-    """The drift report, in `rescores/<night>/` and in the UI; returns the night's summary."""
-    report = close_night(store, night, rankings, skipped)
+def report_drift(store: Store, run: Night, rankings: Sequence[Ranking], skipped: Sequence[Skipped]) -> dict[str, Any]:
+    """The drift report, in `rescores/<name>/` and in the UI; returns the summary."""
+    report = close_night(store, run, rankings, skipped)
     show_table("drift", drift_rows(report), "Rankings and scores, before and now")
-    show_text("drift-report", render_markdown(report), "What changed against the last scores of each pool")
+    show_text("drift-report", render_markdown(report), "What changed from the last scores of each pool")
     if report["skipped"]:
-        show_table("rescore-skipped", report["skipped"], "Left alone, and why")
-    get_run_logger().info("%s Report: %s", headline(report), store.url(night.key("report.html")))
-    return {"night": night.name, "root": store.root, "headline": headline(report), "drift": drift_rows(report),
+        show_table("rescore-skipped", report["skipped"], "Skipped, with reasons")
+    get_run_logger().info("%s Report: %s", headline(report), store.url(run.key("report.html")))
+    return {"night": run.name, "root": store.root, "headline": headline(report), "drift": drift_rows(report),
             "triplets": report["triplets"], "skipped": report["skipped"],
-            "artifacts": {"report": store.url(night.key("report.html")),
+            "artifacts": {"report": store.url(run.key("report.html")),
                           "triplets": [store.url(ranking.key) for ranking in rankings]}}

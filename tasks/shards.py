@@ -1,4 +1,4 @@
-"""Make the missing shards of a range: what a shard flow run does."""
+"""Make the missing shards of a range: the work of a shard flow run."""
 
 from typing import Any
 
@@ -15,18 +15,18 @@ from tasks.ui import show_table, stage_progress
 
 @task(name="make shards", task_run_name="{request.stage} {request.shards}", **STAGE)
 def make_shards(request: ShardRequest, should_stop: ShouldStop) -> list[dict[str, Any]]:
-    """A row for each shard of the range that was made now; those that were there are left alone."""
+    """A row for each shard of the range that was made now; existing ones stay as they are."""
     logger = get_run_logger()
     rows: list[dict[str, Any]] = []
 
-    def tell(manifest: ShardManifest) -> None:
+    def add_row(manifest: ShardManifest) -> None:
         rows.append({"shard": manifest.index, "rows": manifest.rows, "bytes": manifest.bytes,
                      "seconds": round(manifest.seconds, 1), "device": manifest.device})
         logger.info("Shard %d of %s: %d rows, %d bytes, %.1f s on %s", manifest.index, request.folder, manifest.rows,
                     manifest.bytes, manifest.seconds, manifest.device)
 
     with stage_progress(request.stage) as progress:
-        done = run_shards(request, progress=progress, should_stop=should_stop, on_shard=tell)
+        done = run_shards(request, progress=progress, should_stop=should_stop, on_shard=add_row)
     logger.info("%s %s of %s: %d of %d shards made now, %d %s", request.stage, request.shards, request.folder,
                 len(rows), len(request.indices), done, STAGES[request.stage].unit)
     if rows:

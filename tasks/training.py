@@ -1,20 +1,59 @@
-"""Train what a request asks for: what a training flow run does."""
+"""Train models: the steps of a run, and the work of a training flow run."""
+
+from functools import partial
 
 from prefect import task
 from prefect.logging import get_run_logger
 
-from hgdpo_core.progress import ShouldStop
+from hgdpo_core import pipeline
+from hgdpo_core.execution.runner import Runner
+from hgdpo_core.models import Model
+from hgdpo_core.progress import ShouldStop, StageProgress
+from hgdpo_core.run import Run
+from hgdpo_core.stages.image_latents import find_set_aside
+from hgdpo_core.stages.latents import LatentStage
+from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.training.launch import run_train_everywhere
+from hgdpo_core.training.parts import LogRow
 from hgdpo_core.training.request import TrainRequest
+from hgdpo_core.training.tune import Tuned
 from tasks.options import STAGE
-from tasks.ui import stage_progress
-from tasks.validation import showing_validation
+from tasks.ui import show_table, stage_progress
+from tasks.validation import training_progress
+
+
+@task(name="sft", **STAGE)
+def tune_target(run: Run, runner: Runner, on: StageProgress) -> tuple[Model, list[LogRow]]:
+    """The target for all later stages, and the training log (empty without images)."""
+    logger = get_run_logger()
+    model, log = pipeline.tune_target(run, runner, on, partial(training_progress, on=on))
+    if run.images is None:
+        logger.info("No images: the target stays as it is")
+        return model, log
+    logger.info("SFT: %s", model.path.name)
+    latents = pipeline.image_latent_stage(run).folder
+    skipped = find_set_aside(latents, len(run.images))
+    if skipped.describe():
+        logger.warning("Images for SFT: %s; %s/rejected lists them", skipped.describe(),
+                       latents.store.url(latents.key))
+        show_table("images-set-aside", skipped.reasons, skipped.describe())
+    return model, log
+
+
+@task(name="dpo", **STAGE)
+def train_lora(run: Run, model: Model, triplets: TripletStage, latents: LatentStage, runner: Runner,
+               on: StageProgress) -> Tuned:
+    """A LoRA of the target by Diffusion-DPO with the statistic matching loss."""
+    lora = pipeline.train_lora(run, model, triplets, latents, runner, on, partial(training_progress, on=on))
+    get_run_logger().info("LoRA: %s %s", "existing" if lora.found else "trained", lora.path)
+    show_table("dpo-log", lora.log[:: max(1, len(lora.log) // 50)], "Training of the LoRA, every few steps")
+    return lora
 
 
 @task(name="train", task_run_name="{request.kind}", **STAGE)
 def make_tuned(request: TrainRequest, should_stop: ShouldStop) -> str:
     """The id of the tuned model in `models/`."""
-    with stage_progress(request.kind.upper()) as bar, showing_validation(request, bar) as progress:
+    with training_progress(request) as progress:
         tuned = run_train_everywhere(request, progress=progress, should_stop=should_stop)
-    get_run_logger().info("%s: %s %s", request.kind, "found" if tuned.found else "trained", tuned.model_id)
+    get_run_logger().info("%s: %s %s", request.kind, "existing" if tuned.found else "trained", tuned.model_id)
     return tuned.model_id

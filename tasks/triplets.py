@@ -1,11 +1,12 @@
-"""Rank the pools, keep best and worst as triplets, cache what training reads."""
+"""Rank the pools, keep best and worst as triplets, cache the latents that training reads."""
 
 from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core import pipeline
-from hgdpo_core.execution.runner import IN_PROCESS, Runner
+from hgdpo_core.execution.runner import Runner
 from hgdpo_core.models import Model
+from hgdpo_core.progress import StageProgress
 from hgdpo_core.run import Run
 from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.latents import LatentStage
@@ -13,13 +14,13 @@ from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.storage.shards import ShardFolder
 from tasks.options import STAGE
-from tasks.ui import show_table, stage_progress
+from tasks.ui import show_table
 
 
 @task(name="triplets", **STAGE)
-def make_triplets(run: Run, pool: PoolPlan, scores: ShardFolder, runner: Runner = IN_PROCESS) -> TripletStage:
+def make_triplets(run: Run, pool: PoolPlan, scores: ShardFolder, runner: Runner, on: StageProgress) -> TripletStage:
     """Best and worst of every pool as Parquet, with a data set card."""
-    triplets = pipeline.make_triplets(run, pool, scores, runner, stage_progress)
+    triplets = pipeline.make_triplets(run, pool, scores, runner, on)
     counts, folder = triplets.counts(), triplets.folder.key
     get_run_logger().info("Triplets: %d, and %d pools without a pair, in %s", counts.triplets, counts.rejected, folder)
     show_table("triplets", [{"triplets": counts.triplets, "rejected": counts.rejected, "folder": folder}],
@@ -28,17 +29,17 @@ def make_triplets(run: Run, pool: PoolPlan, scores: ShardFolder, runner: Runner 
 
 
 @task(name="latents", **STAGE)
-def encode_triplets(run: Run, triplets: TripletStage, model: Model, runner: Runner = IN_PROCESS) -> LatentStage:
+def encode_triplets(run: Run, triplets: TripletStage, model: Model, runner: Runner, on: StageProgress) -> LatentStage:
     """Latents of the triplets' images and the prompts' text embeddings."""
-    latents = pipeline.encode_triplets(run, triplets, model, runner, stage_progress)
+    latents = pipeline.encode_triplets(run, triplets, model, runner, on)
     get_run_logger().info("Latents: %s", latents.folder.key)
     return latents
 
 
 @task(name="latent distances", **STAGE)
-def measure_distances(run: Run, pool: PoolPlan, scores: ShardFolder, model: Model,
-                      runner: Runner = IN_PROCESS) -> DistanceStage:
+def measure_distances(run: Run, pool: PoolPlan, scores: ShardFolder, model: Model, runner: Runner,
+                      on: StageProgress) -> DistanceStage:
     """How far the channel statistics of worse images are from the best one's, in some pools (paper Figure 5b)."""
-    distances = pipeline.measure_distances(run, pool, scores, model, runner, stage_progress)
+    distances = pipeline.measure_distances(run, pool, scores, model, runner, on)
     get_run_logger().info("Latent distances: %s", distances.folder.key)
     return distances

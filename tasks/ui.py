@@ -1,4 +1,4 @@
-"""How a stage shows itself: a bar in the terminal, progress and artifacts in the Prefect UI."""
+"""What stages show: a bar in the terminal, progress and artifacts in the Prefect UI."""
 
 import base64
 import io
@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from PIL import Image
@@ -29,29 +28,15 @@ from hgdpo_core.progress import Progress
 UPDATE_SECONDS = 5.0  # a call to the server costs more than many batches of a small model
 MAX_DATA_URI_BYTES = 400_000
 
-_worked: ContextVar[list[str] | None] = ContextVar("worked", default=None)
-
 
 def artifact_key(name: str) -> str:
-    """A name as Prefect takes it for a key: `hps_v2.0 progress` becomes `hps-v2-0-progress`."""
+    """A name in the form of Prefect's keys: `hps_v2.0 progress` becomes `hps-v2-0-progress`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @contextmanager
-def watch_work() -> Iterator[list[str]]:
-    """A list that fills with the names of the stages inside which had work to do: empty where all was found."""
-    worked: list[str] = []
-    token = _worked.set(worked)
-    try:
-        yield worked
-    finally:
-        _worked.reset(token)
-
-
-@contextmanager
 def stage_progress(stage: str) -> Iterator[Progress]:
-    """A callback for core programs; the bar appears with the first piece of work and not when all was found."""
-    worked = _worked.get()
+    """A callback for the core; the bar appears with the first piece of work, so not for a stage that exists."""
     bar: tqdm | None = None
     artifact: Any = None
     updated = 0.0
@@ -59,8 +44,6 @@ def stage_progress(stage: str) -> Iterator[Progress]:
     def report(done: int, total: int, unit: str) -> None:
         nonlocal bar, artifact, updated
         if bar is None:
-            if worked is not None:
-                worked.append(stage)
             bar = tqdm(total=total, desc=f"{stage:>10}", unit=f" {unit}", dynamic_ncols=True, mininterval=0.5)
             artifact = create_progress_artifact(progress=0.0, key=artifact_key(f"{stage}-progress"),
                                                 description=f"{stage}: {total} {unit}")
@@ -77,14 +60,14 @@ def stage_progress(stage: str) -> Iterator[Progress]:
 
 
 def show_table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
-    """A table artifact of JSON values, as Prefect wants them; fractions get four digits, for narrow columns."""
+    """A table artifact of JSON values, as Prefect requires; fractions get four digits, for narrow columns."""
     table = [{name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
              for row in rows]
     create_table_artifact(table=table, key=artifact_key(key), description=description)
 
 
 class LiveTable:
-    """One table artifact that follows the work, written again at most every few seconds."""
+    """One table artifact that follows the work, updated at most every few seconds."""
 
     def __init__(self, key: str, description: str):
         self._key, self._description = key, description
@@ -111,20 +94,20 @@ def show_text(key: str, markdown: str, description: str) -> None:
 
 
 def show_image(key: str, image: Image.Image, description: str) -> None:
-    """An image artifact as a data URI, made smaller until it is one the UI likes."""
-    picture = image.convert("RGB")
+    """An image artifact as a data URI, shrunk until it is small enough for the UI."""
+    image = image.convert("RGB")
     while True:
         buffer = io.BytesIO()
-        picture.save(buffer, format="WEBP", quality=82)
+        image.save(buffer, format="WEBP", quality=82)
         if buffer.tell() <= MAX_DATA_URI_BYTES:
             break
-        picture = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4), Image.Resampling.LANCZOS)
+        image = image.resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.LANCZOS)
     uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
     create_image_artifact(image_url=uri, key=artifact_key(key), description=description)
 
 
 class _OneLine(logging.Filter):
-    """Our own errors explain themselves: their traceback would only bury the line that says what to do."""
+    """The messages of our own errors are complete: a traceback would only bury the line that says what to do."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and isinstance(record.exc_info[1], HGDPOError):

@@ -1,10 +1,10 @@
-"""Show the pictures that a training draws on its way, while it is under way."""
+"""Show the validation images of a training while it is running."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hgdpo_core.progress import Progress
+from hgdpo_core.progress import Progress, StageProgress
 from hgdpo_core.storage import Store
 from hgdpo_core.training.request import TrainRequest, result_id
 from hgdpo_core.training.validation import validation_grid, validation_steps
@@ -15,7 +15,7 @@ LOOK_SECONDS = 30.0
 
 @contextmanager
 def showing_validation(request: TrainRequest, progress: Progress) -> Iterator[Progress]:
-    """`progress`, which also looks for new pictures now and then and shows them as an artifact; and at the end."""
+    """`progress`, which also looks for new images now and then, and at the end, and shows them as an artifact."""
     if request.validation is None:
         yield progress
         return
@@ -35,17 +35,17 @@ def showing_validation(request: TrainRequest, progress: Progress) -> Iterator[Pr
             assert grid is not None  # it has steps
             show_image(f"{request.kind}-validation", grid, f"{request.kind} in training, up to step {steps[-1]}")
 
-    def tell(done: int, total: int, unit: str) -> None:
+    def report(done: int, total: int, unit: str) -> None:
         progress(done, total, unit)
         if time.monotonic() - looked > LOOK_SECONDS:
             look()
 
-    yield tell
+    yield report
     look()
 
 
 @contextmanager
-def training_progress(request: TrainRequest) -> Iterator[Progress]:
-    """A training's bar and artifact, and the images that it generates on its way."""
-    with stage_progress(request.kind.upper()) as bar, showing_validation(request, bar) as progress:
+def training_progress(request: TrainRequest, on: StageProgress = stage_progress) -> Iterator[Progress]:
+    """A training's bar and artifact, and the validation images that it generates on its way."""
+    with on(request.kind.upper()) as bar, showing_validation(request, bar) as progress:
         yield progress

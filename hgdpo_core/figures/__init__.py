@@ -1,8 +1,8 @@
-"""The built-in world: drawn people, a miniature Stable Diffusion that paints them, a judge shaped like PickScore,
-and an inspector that counts limbs.
+"""The figures setting, built in: drawn people, a miniature Stable Diffusion that generates them, a scorer shaped like
+PickScore (the judge), and a classifier that counts limbs (the inspector).
 
-Everything is 64 x 64 pixels and runs on a laptop's CPU without a download. The weights lie in `weights/`
-inside the package; `weights/README.md` says how they were trained and how good they are. To train them anew:
+Everything is 64 x 64 pixels and runs on a laptop's CPU without a download. The weights are in `weights/` inside the
+package; `weights/README.md` describes how they were trained and how good they are. To train them again:
 
     python -m hgdpo_core.figures --output hgdpo_core/figures/weights
 """
@@ -12,18 +12,8 @@ from pathlib import Path
 from .people import Figure, caption, parse_caption, prompts, sample_figure
 from .renderer import DEFECTS, render
 
-__all__ = [
-    "DEFECTS",
-    "Figure",
-    "caption",
-    "inspector_path",
-    "judge_path",
-    "parse_caption",
-    "prompts",
-    "render",
-    "sample_figure",
-    "target_path",
-]
+__all__ = ["DEFECTS", "Figure", "caption", "inspector_path", "judge_path", "parse_caption", "prompts", "render",
+           "sample_figure", "target_path"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -39,5 +29,5 @@ def judge_path() -> Path:
 
 
 def inspector_path() -> Path:
-    """The folder of the shipped inspector, an independent witness for evaluation."""
+    """The folder of the shipped inspector, an independent scorer for evaluation."""
     return _WEIGHTS / "inspector"

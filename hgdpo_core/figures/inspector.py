@@ -1,9 +1,9 @@
-"""The inspector: a second witness beside the judge, of another kind and another seed.
+"""The inspector: a second scorer beside the judge, of another architecture and trained with another seed.
 
-Where the judge is a transformer that compares a text with a picture, this is a small convolutional network that only
-looks: it names the six attributes drawn, counts arms, legs, heads and loose limbs, and says whether the picture is
-smeared. It never sees a caption, a pool or a picture of the target. Its score for a caption is the log-odds that all
-it was asked for is there and nothing is wrong.
+Where the judge is a transformer that compares a text with an image, this is a small convolutional classifier of images:
+it predicts the six attributes, counts arms, legs, heads and loose limbs, and detects smeared images. It never sees a
+caption, a pool or an image of the target in training. Its score for a caption is the log-odds that everything the
+caption names is there and nothing is wrong.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .dataset import to_model_range
 from .people import VOCABULARIES, Figure
 
-# What can be counted: right pictures hold 2, 2, 1 and 0, and are not smeared (0).
+# What can be counted: correct images have 2, 2, 1 and 0, and are not smeared (0).
 COUNTS = {"arms": (1, 2, 3), "legs": (1, 2, 3), "heads": (0, 1, 2), "loose": (0, 1), "smeared": (0, 1)}
 RIGHT = (2, 2, 1, 0, 0)
 SIZES = (*(len(words) for words in VOCABULARIES.values()), *(len(counts) for counts in COUNTS.values()))
@@ -27,7 +27,7 @@ BATCH = 256
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut; `stride` 2 halves the picture."""
+    """Two 3x3 convolutions around a shortcut; `stride` 2 halves the image."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -42,32 +42,26 @@ class Block(nn.Module):
 
 
 class Inspector(nn.Module):
-    """1.2 million parameters; pictures `[B,3,64,64]` in [-1, 1] to the logits of each question, `[B,size]` each."""
+    """1.2 million parameters; images `[B,3,64,64]` in [-1, 1] to the logits of each question, `[B,size]` each."""
 
     calibration: Tensor
-    """Temperature and threshold of the log-odds, chosen on validation pictures; not trained with the rest."""
+    """Temperature and threshold of the log-odds, chosen on validation images; not trained with the rest."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 32, 5, 2, 2)
-        self.blocks = nn.Sequential(
-            Block(32, 32, 1), Block(32, 64, 2), Block(64, 64, 1), Block(64, 128, 2), Block(128, 128, 1)
-        )
+        self.blocks = nn.Sequential(Block(32, 32, 1), Block(32, 64, 2), Block(64, 64, 1), Block(64, 128, 2),
+                                    Block(128, 128, 1))
         self.norm = nn.GroupNorm(8, 128)
         self.hidden = nn.Linear(128 * 16, 256)
         self.heads = nn.Linear(256, sum(SIZES))
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
 
-    def forward(self, pictures: Tensor) -> list[Tensor]:
-        seen = F.silu(self.norm(self.blocks(self.stem(pictures))))
+    def forward(self, images: Tensor) -> list[Tensor]:
+        seen = F.silu(self.norm(self.blocks(self.stem(images))))
         # 4 x 4 cells keep where things are: a limb counts where it is attached.
         cells = F.adaptive_avg_pool2d(seen, 4).flatten(1)
         return list(self.heads(F.silu(self.hidden(cells))).float().split(SIZES, dim=-1))
-
-    def log_odds(self, figures: list[Figure], pictures: Tensor) -> Tensor:
-        """Uncalibrated log-odds `[B]` that each picture shows its figure, whole and sharp."""
-        labels = torch.tensor([right_labels(figure) for figure in figures])
-        return log_odds_of(self(pictures), labels)
 
 
 def log_odds_of(logits: list[Tensor], labels: Tensor) -> Tensor:
@@ -77,21 +71,25 @@ def log_odds_of(logits: list[Tensor], labels: Tensor) -> Tensor:
     return (log_p - torch.log(-torch.expm1(log_p))).float()
 
 
+def attribute_indices(figure: Figure) -> list[int]:
+    """The figure's six attributes as indices into VOCABULARIES."""
+    return [words.index(word) for words, word in zip(VOCABULARIES.values(), astuple(figure), strict=True)]
+
+
 def right_labels(figure: Figure) -> list[int]:
-    """The answers for a right picture of the figure, as indices into the questions' options."""
-    words = [words.index(word) for words, word in zip(VOCABULARIES.values(), astuple(figure), strict=True)]
-    return words + [counts.index(right) for counts, right in zip(COUNTS.values(), RIGHT, strict=True)]
+    """The answers for a correct image of the figure, as indices into the questions' options."""
+    counts = [counts.index(right) for counts, right in zip(COUNTS.values(), RIGHT, strict=True)]
+    return attribute_indices(figure) + counts
 
 
 @torch.no_grad()
 def inspect(inspector: Inspector, figures: list[Figure], images: np.ndarray) -> Tensor:
-    """Calibrated log-odds float32 `[B]` that each uint8 picture `[B,64,64,3]` shows its figure; a picture below 0
-    is defective."""
+    """Calibrated log-odds float32 `[B]` that each uint8 image `[B,64,64,3]` shows its figure, whole and sharp; an image
+    below 0 is defective."""
     temperature, threshold = inspector.calibration.tolist()
-    parts = [
-        inspector.log_odds(figures[first : first + BATCH], to_model_range(images[first : first + BATCH]))
-        for first in range(0, len(images), BATCH)
-    ]
+    labels = torch.tensor([right_labels(figure) for figure in figures])
+    parts = [log_odds_of(inspector(to_model_range(images[first:first + BATCH])), labels[first:first + BATCH])
+             for first in range(0, len(images), BATCH)]
     return (torch.cat(parts) - threshold) / temperature
 
 
@@ -106,5 +104,5 @@ def save_inspector(inspector: Inspector, folder: Path) -> None:
 
 def load_inspector(folder: Path, device: str = "cpu") -> Inspector:
     inspector = Inspector()
-    inspector.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
+    inspector.load_state_dict(load_file(folder / "model.safetensors"))
     return inspector.to(device).eval().requires_grad_(False)

@@ -1,8 +1,7 @@
-"""Who can appear in the figures world: attributes, their captions, and the three splits.
+"""Who can appear in the figures setting: attributes, their captions, and the three splits.
 
-A figure is six attributes; its caption names all six and nothing else, so a caption and a figure are two
-spellings of one thing. Every caption belongs to one of `train`, `validation` and `test` for ever: the split
-is a hash of its text, not a random draw.
+A figure is six attributes; its caption names all six and nothing else, so each can be computed from the other. Every
+caption belongs to one of `train`, `validation` and `test`, always the same: a hash of its text decides.
 """
 
 import hashlib
@@ -20,14 +19,7 @@ TROUSERS = ("red", "orange", "green", "blue", "purple", "brown", "black", "white
 POSES = ("standing", "waving", "cheering", "arms out", "posing", "walking", "sitting", "jumping")
 PLACES = ("in a park", "at the beach", "in the street", "in the snow", "at night", "in a room")
 
-VOCABULARIES = {
-    "person": PEOPLE,
-    "hair": HAIR,
-    "top": TOPS,
-    "trousers": TROUSERS,
-    "pose": POSES,
-    "place": PLACES,
-}
+VOCABULARIES = {"person": PEOPLE, "hair": HAIR, "top": TOPS, "trousers": TROUSERS, "pose": POSES, "place": PLACES}
 SPLITS = ("train", "validation", "test")
 
 _CAPTION = re.compile(
@@ -55,13 +47,10 @@ class Figure:
 
 
 def caption(figure: Figure) -> str:
-    """The one caption of a figure, such as "a woman with red hair in a blue top and black trousers, waving,
-    at night"."""
+    """The caption of a figure, such as "a woman with red hair in a blue top and black trousers, waving, at night"."""
     article = "an" if figure.top[0] in "aeiou" else "a"
-    return (
-        f"a {figure.person} with {figure.hair} hair in {article} {figure.top} top "
-        f"and {figure.trousers} trousers, {figure.pose}, {figure.place}"
-    )
+    return (f"a {figure.person} with {figure.hair} hair in {article} {figure.top} top "
+            f"and {figure.trousers} trousers, {figure.pose}, {figure.place}")
 
 
 def parse_caption(text: str) -> Figure:
@@ -99,23 +88,19 @@ def figures_of(split: str) -> tuple[Figure, ...]:
 
 
 def prompts(split: str, count: int, seed: int) -> list[str]:
-    """`count` distinct captions of a split, the same for the same seed; a longer list begins with the shorter
-    one.
+    """`count` distinct captions of a split, the same for the same seed; a longer list begins with the shorter one.
 
     Report results on `test`, choose settings on `validation`, draw pools and train on `train`.
     """
     figures = figures_of(split)
     if not 0 <= count <= len(figures):
-        raise ValueError(
-            f"split {split!r} holds {len(figures)} distinct captions; ask for at most that, got {count}"
-        )
+        raise ValueError(f"split {split!r} holds {len(figures)} distinct captions; ask for at most that, got {count}")
     order = np.random.default_rng(seed).permutation(len(figures))
     return [caption(figures[i]) for i in order[:count]]
 
 
 def change_attributes(figure: Figure, rng: np.random.Generator, *, names: tuple[str, ...] = ()) -> Figure:
-    """The figure with each of the named attributes changed to another word; without names, one to three at
-    random."""
+    """The figure with each of the named attributes changed to another word; without names, one to three at random."""
     if not names:
         count = int(rng.choice([1, 2, 3], p=[0.6, 0.25, 0.15]))
         names = tuple(rng.choice(list(VOCABULARIES), size=count, replace=False))

@@ -1,9 +1,8 @@
-"""Draw a figure: an articulated person in a place, in 64 x 64 pixels, right or with a chosen defect.
+"""Render a figure: an articulated person in a place, in 64 x 64 pixels, correct or with a chosen defect.
 
-The person is a list of simple shapes, drawn twice on a canvas of 256 x 256: first fattened in a dark outline
-colour, then in their own colours; the fattened silhouette is also the mask. One seed fixes everything. A
-defect has its own random generator, so the defective picture of a seed differs from the right one only by its
-defect.
+The person is a list of simple shapes, drawn twice on a canvas of 256 x 256: first fattened in a dark outline colour,
+then in their own colours; the fattened silhouette is also the mask. One seed fixes everything. A defect has its own
+random generator, so the defective image of a seed differs from the correct one only by its defect.
 """
 
 from dataclasses import dataclass, replace
@@ -13,65 +12,34 @@ from PIL import Image, ImageDraw
 
 from .people import Figure, change_attributes
 from .scenes import CANVAS_PX, Colour, draw_scene, shade
-from .skeleton import BUILDS, Build, Point, Skeleton, bend, build_skeleton
+from .skeleton import BUILDS, Build, Limb, Point, Skeleton, bend, build_skeleton
 
-DEFECTS = (
-    "missing_limb",
-    "detached_limb",
-    "extra_limb",
-    "no_head",
-    "two_heads",
-    "wrong_colour",
-    "wrong_caption",
-)
+DEFECTS = ("missing_limb", "detached_limb", "extra_limb", "no_head", "two_heads", "wrong_colour", "wrong_caption")
 
 PARTS = ("head", "torso", "arm", "leg")
+WHOLE = {"arms": 2, "legs": 2, "heads": 1, "loose": 0}
+"""What can be counted in a correct image: attached arms and legs, heads, and limbs that hang in the air."""
 OUTLINE: Colour = (44, 36, 48)
 OUTLINE_PX = 4.5
 SHOE: Colour = (74, 52, 48)
 SKINS: tuple[Colour, ...] = ((255, 222, 196), (240, 196, 158), (206, 152, 110), (150, 102, 70))
-COLOURS: dict[str, Colour] = {
-    "black": (50, 48, 56),
-    "white": (246, 246, 242),
-    "brown": (134, 84, 46),
-    "red": (222, 48, 46),
-    "orange": (246, 138, 34),
-    "yellow": (250, 216, 50),
-    "green": (46, 158, 74),
-    "blue": (48, 100, 220),
-    "purple": (138, 70, 186),
-    "pink": (248, 136, 184),
-}
-HAIR_COLOURS: dict[str, Colour] = {
-    "black": (40, 36, 42),
-    "brown": (122, 74, 40),
-    "blond": (244, 206, 92),
-    "red": (204, 78, 32),
-    "white": (236, 236, 238),
-    "pink": (248, 120, 180),
-}
+COLOURS: dict[str, Colour] = {"black": (50, 48, 56), "white": (246, 246, 242), "brown": (134, 84, 46),
+                              "red": (222, 48, 46), "orange": (246, 138, 34), "yellow": (250, 216, 50),
+                              "green": (46, 158, 74), "blue": (48, 100, 220), "purple": (138, 70, 186),
+                              "pink": (248, 136, 184)}
+HAIR_COLOURS: dict[str, Colour] = {"black": (40, 36, 42), "brown": (122, 74, 40), "blond": (244, 206, 92),
+                                   "red": (204, 78, 32), "white": (236, 236, 238), "pink": (248, 120, 180)}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A stroke through points with round ends (`width` > 0), or an outlined polygon (`width` 0). A disc is
-    one point."""
+    """A stroke with round ends through points (`width` > 0; one point is a disc), or a polygon (`width` 0)."""
 
     points: tuple[Point, ...]
     width: float
     colour: Colour
     outlined: bool = True
     part: str = ""  # one of PARTS, or none of them
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What can be counted on a picture: attached arms and legs, heads, and limbs that hang in the air."""
-
-    arms: int = 2
-    legs: int = 2
-    heads: int = 1
-    loose: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,23 +52,15 @@ class Palette:
 
 def choose_palette(figure: Figure, rng: np.random.Generator) -> Palette:
     skin = SKINS[int(rng.integers(len(SKINS)))]
-    return Palette(
-        skin=shade(skin, rng, 4),
-        hair=shade(HAIR_COLOURS[figure.hair], rng, 5),
-        top=shade(COLOURS[figure.top], rng, 6),
-        trousers=shade(COLOURS[figure.trousers], rng, 6),
-    )
+    return Palette(skin=shade(skin, rng, 4), hair=shade(HAIR_COLOURS[figure.hair], rng, 5),
+                   top=shade(COLOURS[figure.top], rng, 6), trousers=shade(COLOURS[figure.trousers], rng, 6))
 
 
-def limb_shapes(name: str, joints: tuple[Point, Point, Point], build: Build, palette: Palette) -> list[Shape]:
+def limb_shapes(name: str, joints: Limb, build: Build, palette: Palette) -> list[Shape]:
     """An arm with its hand, or a leg with its shoe."""
     if name.endswith("arm"):
-        return [
-            Shape(joints, build.arm_width, palette.top),
-            Shape((joints[2],), build.arm_width + 3, palette.skin),
-        ]
-    outwards = -6 if name.startswith("left") else 6
-    x, y = joints[2]
+        return [Shape(joints, build.arm_width, palette.top), Shape((joints[2],), build.arm_width + 3, palette.skin)]
+    (x, y), outwards = joints[2], -6 if name.startswith("left") else 6
     shoe = Shape(((x, y + 1), (x + outwards, y + 1)), 19, SHOE)
     return [Shape(joints, build.leg_width, palette.trousers), shoe]
 
@@ -123,10 +83,7 @@ def back_hair(person: str, centre: Point, radius: float, colour: Colour) -> list
     if person == "woman":
         return [Shape(((x + s * 22, y - 4), (x + s * 27, y + radius + 16)), 31, colour) for s in (-1, 1)]
     if person == "girl":
-        return [
-            Shape(((x + s * (radius + 3), y - 8), (x + s * (radius + 12), y + 14)), 21, colour)
-            for s in (-1, 1)
-        ]
+        return [Shape(((x + s * (radius + 3), y - 8), (x + s * (radius + 12), y + 14)), 21, colour) for s in (-1, 1)]
     return []
 
 
@@ -135,11 +92,7 @@ def front_hair(person: str, centre: Point, radius: float, colour: Colour) -> lis
     x, y = centre
     arc = [np.radians(a) for a in range(195, 350, 15)]
     crown = tuple((x + radius * 0.98 * float(np.cos(a)), y + radius * 0.98 * float(np.sin(a))) for a in arc)
-    fringe = (
-        (x + radius * 0.8, y - radius * 0.30),
-        (x + 2, y - radius * 0.42),
-        (x - radius * 0.8, y - radius * 0.22),
-    )
+    fringe = ((x + radius * 0.8, y - radius * 0.30), (x + 2, y - radius * 0.42), (x - radius * 0.8, y - radius * 0.22))
     shapes = [Shape(crown, 9, colour), Shape(crown + fringe, 0, colour, outlined=False)]
     if person == "boy":
         shapes += [Shape(((x - 6, y - radius), (x + 8, y - radius - 11)), 11, colour)]
@@ -155,12 +108,8 @@ def head_shapes(person: str, centre: Point, build: Build, palette: Palette, chee
     eyes = [Shape(((x + s * 11, y - 2), (x + s * 11, y + 3)), 8, dark, outlined=False) for s in (-1, 1)]
     blush = (min(palette.skin[0] + 14, 255), int(palette.skin[1] * 0.76), int(palette.skin[2] * 0.74))
     cheeks = [Shape(((x + s * 20, y + 9),), 11, blush, outlined=False) for s in (-1, 1)]
-    smile = Shape(
-        ((x - 7, y + 17), (x, y + 19 + 3 * cheer), (x + 7, y + 17)),
-        5 + 3 * cheer,
-        (176, 44, 52),
-        outlined=False,
-    )
+    smile = Shape(((x - 7, y + 17), (x, y + 19 + 3 * cheer), (x + 7, y + 17)), 5 + 3 * cheer, (176, 44, 52),
+                  outlined=False)
     face = [Shape((centre,), 2 * build.head, palette.skin)]
     return face + cheeks + eyes + [smile] + front_hair(person, centre, build.head, palette.hair)
 
@@ -179,26 +128,25 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, fatten: float, fill: Col
 
 
 def choose_limb(rng: np.random.Generator) -> str:
-    """The limb that a defect befalls."""
+    """The limb that has the defect."""
     return str(rng.choice(["left_arm", "left_leg", "right_arm", "right_leg"]))
 
 
-def count_parts(seed: int, defect: str | None) -> Anatomy:
-    """The anatomy of the picture that `render` draws with this seed and defect."""
+def count_parts(seed: int, defect: str | None) -> dict[str, int]:
+    """WHOLE for the image that `render` draws with this seed and defect."""
     if defect in ("no_head", "two_heads"):
-        return Anatomy(heads=0 if defect == "no_head" else 2)
+        return {**WHOLE, "heads": 0 if defect == "no_head" else 2}
     if defect not in ("missing_limb", "detached_limb", "extra_limb"):
-        return Anatomy()
+        return WHOLE
     kind = "arms" if choose_limb(np.random.default_rng([seed, 2])).endswith("arm") else "legs"
-    return replace(Anatomy(loose=int(defect == "detached_limb")), **{kind: 3 if defect == "extra_limb" else 1})
+    return {**WHOLE, "loose": int(defect == "detached_limb"), kind: 3 if defect == "extra_limb" else 1}
 
 
-def break_limbs(
-    limbs: dict[str, tuple[Point, Point, Point]], defect: str | None, build: Build, rng: np.random.Generator
-) -> dict[str, tuple[Point, Point, Point]]:
+def break_limbs(limbs: dict[str, Limb], defect: str | None, build: Build, rng: np.random.Generator) -> dict[str, Limb]:
     """The limbs with one missing, torn off, or grown in addition; unchanged for any other defect."""
     name = choose_limb(rng)
-    side = -1 if name.startswith("left") else 1
+    side_name, kind = name.split("_")
+    side = -1 if side_name == "left" else 1
     if defect == "missing_limb":
         return {key: joints for key, joints in limbs.items() if key != name}
     if defect == "detached_limb":
@@ -208,12 +156,11 @@ def break_limbs(
     if defect == "extra_limb":
         root, middle, _ = limbs[name]
         angle = float(np.degrees(np.arctan2(side * (middle[0] - root[0]), middle[1] - root[1])))
-        is_arm = name.endswith("arm")
-        lengths = (build.upper_arm, build.forearm) if is_arm else (build.thigh * 0.9, build.shin * 0.9)
+        lengths = (build.upper_arm, build.forearm) if kind == "arm" else (build.thigh * 0.9, build.shin * 0.9)
         # Far enough from the real limb to be seen as one more.
         other = angle + 62 if angle < 70 else angle - 62
         grown = bend(root, (other, other + float(rng.normal(0, 12))), lengths, side)
-        return {**limbs, f"{name.split('_')[0]}_extra_{name.split('_')[1]}": grown}
+        return {**limbs, f"{side_name}_extra_{kind}": grown}
     return limbs
 
 
@@ -226,24 +173,22 @@ def person_shapes(figure: Figure, seed: int, defect: str | None) -> tuple[list[S
     cheer = float(rng.uniform(0, 0.6)) + 0.8 * (figure.pose in ("cheering", "jumping", "waving"))
     heads = head_centres(skeleton.head, build.head, defect)
     hair = [s for centre in heads for s in back_hair(figure.person, centre, build.head, palette.hair)]
-    shapes = name_part("head", hair)
+    shapes = of_part("head", hair)
     if figure.pose == "sitting":
         x, y = build.hip + 10, 8.0
         stool = ((-x, y), (x, y), (x - 3, skeleton.ground), (-x + 3, skeleton.ground))
         shapes.append(Shape(stool, 0, (112, 106, 118)))
-    parts = {
-        "legs": [s for n in limbs if n.endswith("leg") for s in limb_shapes(n, limbs[n], build, palette)],
-        "torso": torso_shapes(skeleton, build, palette),
-        "arms": [s for n in limbs if n.endswith("arm") for s in limb_shapes(n, limbs[n], build, palette)],
-    }
-    order = ("torso", "arms", "legs") if figure.pose == "sitting" else ("legs", "torso", "arms")
-    shapes += [shape for part in order for shape in name_part(part.removesuffix("s"), parts[part])]
+    parts = {"leg": [s for n in limbs if n.endswith("leg") for s in limb_shapes(n, limbs[n], build, palette)],
+             "torso": torso_shapes(skeleton, build, palette),
+             "arm": [s for n in limbs if n.endswith("arm") for s in limb_shapes(n, limbs[n], build, palette)]}
+    order = ("torso", "arm", "leg") if figure.pose == "sitting" else ("leg", "torso", "arm")
+    shapes += [shape for part in order for shape in of_part(part, parts[part])]
     for centre in heads:
-        shapes += name_part("head", head_shapes(figure.person, centre, build, palette, min(cheer, 1.0)))
+        shapes += of_part("head", head_shapes(figure.person, centre, build, palette, min(cheer, 1.0)))
     return shapes, skeleton
 
 
-def name_part(part: str, shapes: list[Shape]) -> list[Shape]:
+def of_part(part: str, shapes: list[Shape]) -> list[Shape]:
     return [replace(shape, part=part) for shape in shapes]
 
 
@@ -256,14 +201,13 @@ def head_centres(head: Point, radius: float, defect: str | None) -> list[Point]:
 
 
 def place_shapes(shapes: list[Shape], skeleton: Skeleton, seed: int) -> tuple[list[Shape], Point]:
-    """The shapes scaled, mirrored or not, and set on the canvas; and the point of the floor under the
-    person."""
+    """The shapes scaled, mirrored or not, and placed on the canvas; and the point of the floor under the person."""
     rng = np.random.default_rng([seed, 3])
     floor = float(rng.uniform(238, 248))
     height, half = skeleton.ground - skeleton.head[1] + 44, skeleton.reach + 18
     scale = min(float(rng.uniform(0.94, 1.06)), floor / height, CANVAS_PX / 2 / half)
     mirror = -1 if rng.random() < 0.5 else 1
-    room = min(20.0, CANVAS_PX / 2 - scale * half)  # sideways, without leaving the picture
+    room = min(20.0, CANVAS_PX / 2 - scale * half)  # sideways, without leaving the canvas
     x0 = CANVAS_PX / 2 + room * float(rng.uniform(-1, 1))
 
     def place(point: Point) -> Point:
@@ -286,11 +230,10 @@ def alter_figure(figure: Figure, seed: int, defect: str | None) -> Figure:
 def render_with_mask(
     figure: Figure, seed: int, *, defect: str | None = None, size_px: int = 64
 ) -> tuple[Image.Image, Image.Image]:
-    """A picture of the figure (RGB) and the mask of its person (mode L, 255 on the person), both `size_px`
-    square.
+    """An image of the figure (RGB) and the mask of its person (mode L, 255 on the person), both `size_px` square.
 
-    `defect` is None or one of `DEFECTS`; `wrong_colour` changes one colour, `wrong_caption` one to three
-    attributes. The same arguments give the same pixels.
+    `defect` is None or one of `DEFECTS`; `wrong_colour` changes one colour, `wrong_caption` one to three attributes.
+    The same arguments give the same pixels.
     """
     if defect is not None and defect not in DEFECTS:
         raise ValueError(f"defect must be None or one of {', '.join(DEFECTS)}; got {defect!r}")
@@ -316,13 +259,12 @@ def draw_person(draw: ImageDraw.ImageDraw, draw_mask: ImageDraw.ImageDraw, shape
 
 
 def render(figure: Figure, seed: int, *, defect: str | None = None, size_px: int = 64) -> Image.Image:
-    """A picture of the figure, RGB, `size_px` square. See `render_with_mask`."""
+    """An image of the figure, RGB, `size_px` square. See `render_with_mask`."""
     return render_with_mask(figure, seed, defect=defect, size_px=size_px)[0]
 
 
 def render_parts(figure: Figure, seed: int, *, defect: str | None = None, cells: int = 8) -> np.ndarray:
-    """How much of each cell of a `cells` x `cells` grid each of PARTS covers in the picture: float32
-    `[cells,cells,4]` in 0..1."""
+    """The fraction of each cell of a `cells` x `cells` grid that each of PARTS covers: float32 `[cells,cells,4]`."""
     figure = alter_figure(figure, seed, defect)
     shapes, _ = place_shapes(*person_shapes(figure, seed, defect), seed)
     canvas = Image.new("L", (CANVAS_PX, CANVAS_PX))

@@ -104,14 +104,8 @@ def draw_room(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
         draw.ellipse((x + 14 * k - 10, 138, x + 14 * k + 10, 186), fill=(96, 160, 104))
 
 
-SCENES = {
-    "in a park": draw_park,
-    "at the beach": draw_beach,
-    "in the street": draw_street,
-    "in the snow": draw_snow,
-    "at night": draw_night,
-    "in a room": draw_room,
-}
+SCENES = {"in a park": draw_park, "at the beach": draw_beach, "in the street": draw_street, "in the snow": draw_snow,
+          "at night": draw_night, "in a room": draw_room}
 
 
 def draw_scene(place: str, rng: np.random.Generator) -> Image.Image:

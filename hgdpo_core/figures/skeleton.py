@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 Point = tuple[float, float]
+Limb = tuple[Point, Point, Point]
+"""Root, middle and end."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Pose:
     right_arm: tuple[float, float]
     left_leg: tuple[float, float]
     right_leg: tuple[float, float]
-    lift: float = 0.0  # share of a leg's length between the lowest foot and the ground
+    lift: float = 0.0  # fraction of a leg's length between the lowest foot and the ground
     tilt: float = 0.0
 
 
@@ -65,9 +67,9 @@ POSES = {
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Joints in canvas pixels. A limb is (root, middle, end); `left` and `right` as the viewer sees them."""
+    """Joints in canvas pixels; `left` and `right` as the viewer sees them."""
 
-    limbs: dict[str, tuple[Point, Point, Point]]
+    limbs: dict[str, Limb]
     shoulders: tuple[Point, Point]
     hips: tuple[Point, Point]
     neck: Point
@@ -77,15 +79,12 @@ class Skeleton:
 
 
 def bone(root: Point, angle: float, length: float, side: int) -> Point:
-    """The other end of a bone that leaves `root` at `angle` degrees from straight down, outwards on `side`
-    (-1 or 1)."""
+    """The other end of a bone that leaves `root` at `angle` degrees from straight down, outwards on `side` (-1, 1)."""
     radians = math.radians(angle)
     return root[0] + side * length * math.sin(radians), root[1] + length * math.cos(radians)
 
 
-def bend(
-    root: Point, angles: tuple[float, float], lengths: tuple[float, float], side: int
-) -> tuple[Point, Point, Point]:
+def bend(root: Point, angles: tuple[float, float], lengths: tuple[float, float], side: int) -> Limb:
     """A limb of two bones."""
     middle = bone(root, angles[0], lengths[0], side)
     return root, middle, bone(middle, angles[1], lengths[1], side)

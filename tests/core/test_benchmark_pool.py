@@ -49,7 +49,7 @@ def test_operations_are_counted_on_shapes(tmp_path):
     for steps, scale in ((1, 5.0), (2, 5.0), (3, 5.0), (2, 1.0)):
         sampler = config.sampler.model_copy(update={"steps": steps, "guidance_scale": scale})
         generator = ImageGenerator(model, sampler, config.pool, "cpu")
-        counts[steps, scale] = pool.flops_an_image(generator)
+        counts[steps, scale] = pool.flops_per_image(generator)
     step = counts[2, 5.0] - counts[1, 5.0]
     decoding = counts[1, 5.0] - step
     assert counts[3, 5.0] == decoding + 3 * step
@@ -58,10 +58,10 @@ def test_operations_are_counted_on_shapes(tmp_path):
     assert step > 2 * linear.weight.numel() and decoding > 0
 
 
-def test_waiting_is_told_from_drawing(capsys):
+def test_waiting_is_measured_apart_from_generating(capsys):
     assert shard_wait.main([*TINY, "--prompts-per-shard", "1", "--batch", "2", "--slow", "0.2"]) == 0
     rows = table(capsys.readouterr().out)
     assert [row[0] for row in rows] == ["local disk", "0.2 s a write", "0.2 s a write, written in line"]
-    assert float(rows[2][3]) >= 0.4  # the first shard's data and manifest, before the second was drawn
+    assert float(rows[2][3]) >= 0.4  # the first shard's data and manifest, before the second was generated
     with pytest.raises(SystemExit):
         shard_wait.main([*TINY, "--clock", "cpu"])

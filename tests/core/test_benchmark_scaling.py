@@ -6,7 +6,7 @@ from hgdpo_core.storage.shards import ShardFolder
 
 
 def test_every_stage_does_its_work(tmp_path):
-    row = scaling.walk(str(tmp_path), 5, 2)
+    row = scaling.run_pipeline(str(tmp_path), 5, 2)
     assert row.prompts == 5 and set(row.milliseconds) == set(scaling.STAGES) and row.total > 0
     store, rows = Store(str(tmp_path)), {}
     for key, _, _ in store.walk():

@@ -17,17 +17,17 @@ ASKED = {"seeds": 1, "worlds": ["tinted"], "comparisons": ["statistics"]}
 
 @pytest.fixture(scope="module")
 def parameters(tmp_path_factory, target_folder, judge_folder):
-    place = tmp_path_factory.mktemp("user")
-    (place / "prompts.txt").write_text("".join(f"a woman in a red top, number {i}\n" for i in range(3)))
-    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(4)))
-    judge = {"name": "pickscore", "source": str(judge_folder)}
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "prompts.txt").write_text("".join(f"a woman in a red top, number {i}\n" for i in range(3)))
+    (folder / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(4)))
+    scorer = {"name": "pickscore", "source": str(judge_folder)}
     return {
-        "root": str(place / "root"), "target": str(target_folder), "prompts": str(place / "prompts.txt"),
+        "root": str(folder / "root"), "target": str(target_folder), "prompts": str(folder / "prompts.txt"),
         "overrides": {
             "ablation.pool_sizes": [2, 3], "ablation.loser_ranks": [2, 3],
             "ablation.lambdas": [1e4], "target.dtype": "float32",
-            "scorer.source": str(judge_folder), "evaluation.scorers": [judge],
-            "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
+            "scorer.source": str(judge_folder), "evaluation.scorers": [scorer],
+            "evaluation.prompts": {"source": str(folder / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
             "sampler.steps": 1, "pool.images_per_prompt": 3, "pool.prompts_per_shard": 4, "dpo.max_steps": 2,
             "dpo.batch_size": 2, "dpo.learning_rate": 5e-2}}
 

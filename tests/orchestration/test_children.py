@@ -69,13 +69,13 @@ class Server:
         if self.down:
             self.down -= 1
             raise httpx.ConnectError("refused")
-        wanted = flow_run_filter
+        filters = flow_run_filter
         found = [run for run in self.runs.values()
-                 if (wanted.id is None or run.id in wanted.id.any_)
-                 and (wanted.tags is None or set(wanted.tags.any_) & set(run.tags))
-                 and (wanted.state is None or run.state.type in wanted.state.type.any_)
-                 and (wanted.idempotency_key is None or run.idempotency_key in wanted.idempotency_key.any_)
-                 and (wanted.parent_flow_run_id is None or "mine" in run.tags)]
+                 if (filters.id is None or run.id in filters.id.any_)
+                 and (filters.tags is None or set(filters.tags.any_) & set(run.tags))
+                 and (filters.state is None or run.state.type in filters.state.type.any_)
+                 and (filters.idempotency_key is None or run.idempotency_key in filters.idempotency_key.any_)
+                 and (filters.parent_flow_run_id is None or "mine" in run.tags)]
         return found[offset:offset + limit]
 
     def set_flow_run_state(self, run_id, state):
@@ -126,7 +126,7 @@ def test_each_job_gets_one_run_and_its_work_is_awaited(server):
     assert row["state"] == "Completed" and row["work"] == "done" and row["seconds"] == 3.0 and row["attempts"] == 1
 
 
-def test_a_live_run_of_the_same_work_is_joined_whoever_started_it(server):
+def test_a_live_run_of_the_same_work_is_joined_no_matter_who_started_it(server):
     server.add("theirs", state=Running(), tags=["shard:pool-1:0"], request={"shards": "0"}, key="other:0",
                script=[server.finish("0")])
     run(server, "0", "1")
@@ -197,7 +197,7 @@ def test_work_that_cannot_be_looked_at_is_missing(server):
         run_jobs([broken], WorkersConfig(), should_stop=lambda: False, on_change=lambda jobs: None)
 
 
-def test_a_run_that_somebody_retries_while_others_work_counts_as_live_again(server):
+def test_a_run_that_is_retried_while_others_work_counts_as_live_again(server):
     def retry():
         failed = [r for r in server.runs.values() if r.state.is_failed()]
         for r in failed:
@@ -220,7 +220,7 @@ def test_after_too_many_failures_no_further_run_starts(server):
     assert states["3"] == "Cancelled" and states["2"] == "Completed"  # what runs is not disturbed
 
 
-def test_no_more_runs_are_open_at_once_than_wanted(server):
+def test_no_more_runs_are_open_at_once_than_set(server):
     most = 0
 
     def count():
@@ -245,7 +245,7 @@ def test_a_run_that_stays_pending_is_crashed_so_that_it_can_be_retried(server, m
     now = [0.0]
     monkeypatch.setattr(children.time, "monotonic", lambda: now[0])
     server.on_poll = lambda: now.__setitem__(0, now[0] + 100)
-    # A new state Pending counts anew: the first worker gave it back, and the second one lives.
+    # A new state Pending counts again: the first worker gave it back, and the second one is alive.
     scripts = {"0": [Pending(), Pending()], "1": [Pending(), None, None, None, Pending(), None, None, Running(),
                                                   server.finish("1")]}
     server.fresh = scripts.__getitem__
@@ -286,7 +286,7 @@ def test_a_stop_is_heeded_while_starting_and_while_waiting(server):
     assert server.created == ["0", "1", "3"]
 
 
-def test_a_server_without_the_deployment_is_told_in_one_line(server):
+def test_a_server_without_the_deployment_is_reported_in_one_line(server):
     server.deployed = False
     with pytest.raises(ConfigError, match=r"no deployment hgdpo-shard/shard: run `make up`"):
         run(server, "0")

@@ -1,4 +1,4 @@
-"""What is deployed where, and the local server's manners."""
+"""What is deployed where, and the local server."""
 
 import importlib
 import os
@@ -93,7 +93,7 @@ def test_the_users_own_prefect_is_kept_out(monkeypatch, tmp_path):
     assert environment["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
 
 
-def test_a_prefect_toml_of_somebody_else_is_left_alone(tmp_path):
+def test_a_foreign_prefect_toml_is_left_alone(tmp_path):
     here = Local(home=tmp_path / "home", toml=tmp_path / "prefect.toml")
     here.toml.write_text("[api]\nurl = 'http://mine'\n")
     with pytest.raises(LocalError, match="not written by `make up`"):
@@ -122,12 +122,12 @@ def test_a_taken_port_is_seen():
         assert not local._is_free(taken.getsockname()[1])
 
 
-def test_a_stranger_on_the_port_that_speaks_no_http_is_no_healthy_server():
-    with socket.create_server(("127.0.0.1", 0)) as stranger:
-        speaks = threading.Thread(target=lambda: stranger.accept()[0].sendall(b"220 ready\r\n"))
-        speaks.start()
-        assert not local._healthy(f"http://127.0.0.1:{stranger.getsockname()[1]}/api")
-        speaks.join()
+def test_another_program_on_the_port_is_no_healthy_server():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        thread = threading.Thread(target=lambda: other.accept()[0].sendall(b"220 ready\r\n"))
+        thread.start()
+        assert not local._healthy(f"http://127.0.0.1:{other.getsockname()[1]}/api")
+        thread.join()
 
 
 def test_gpus_are_those_the_shell_may_use(monkeypatch):

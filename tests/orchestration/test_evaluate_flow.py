@@ -1,4 +1,4 @@
-"""`hgdpo evaluate` on tiny models and a real Prefect server: two models, several images a prompt, found again."""
+"""`hgdpo evaluate` on tiny models and a real Prefect server: two models, several images per prompt, used again."""
 
 import json
 from pathlib import Path
@@ -19,10 +19,10 @@ SETTINGS = {"target.dtype": "float32", "sampler.width": 32, "sampler.height": 32
 
 @pytest.fixture(scope="module")
 def parameters(tmp_path_factory, target_folder, judge_folder):
-    place = tmp_path_factory.mktemp("comparison")
-    (place / "prompts.txt").write_text("".join(f"a man in a blue top <b>{i}</b>\n" for i in range(6)))
-    return {"root": str(place / "root"), "target": str(target_folder), "images_per_prompt": 2,
-            "tuned": str(tiny.save_target(place / "other", seed=1)), "prompts": str(place / "prompts.txt"),
+    folder = tmp_path_factory.mktemp("comparison")
+    (folder / "prompts.txt").write_text("".join(f"a man in a blue top <b>{i}</b>\n" for i in range(6)))
+    return {"root": str(folder / "root"), "target": str(target_folder), "images_per_prompt": 2,
+            "tuned": str(tiny.save_target(folder / "other", seed=1)), "prompts": str(folder / "prompts.txt"),
             "scorers": [f"pickscore={judge_folder}"], "overrides": SETTINGS}
 
 
@@ -42,9 +42,9 @@ def test_the_summary_holds_what_was_measured(summary, parameters):
     assert summary["defect_rate"]["pickscore"]["n"] == 6
     assert set(summary["colour_shift"]) == {"hue", "saturation", "value", "hue_degrees"}
     assert set(summary["timings"]) == {"prepare", "evaluation_images", "evaluation"}
-    place = Path(parameters["root"]) / "runs" / summary["run_id"]
-    assert json.loads((place / "summary.json").read_text()) == summary
-    page = (place / "report.html").read_text()
+    folder = Path(parameters["root"]) / "runs" / summary["run_id"]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    page = (folder / "report.html").read_text()
     assert "a man in a blue top &lt;b&gt;" in page and "<b>0</b>" not in page and "Defective images" in page
     assert "hgdpo evaluate" in page and "The first of a prompt" in page
 

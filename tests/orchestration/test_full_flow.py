@@ -19,17 +19,17 @@ from hgdpo_core.errors import InputError
 def parameters(tmp_path_factory, target_folder, judge_folder):
     from hgdpo_core.figures.dataset import write_image_folder
 
-    place = tmp_path_factory.mktemp("user")
-    (place / "prompts.txt").write_text("".join(f"a woman in a red top, number {i}\n" for i in range(6)))
-    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(8)))
-    write_image_folder(place / "images", 4, seed=0)
-    judge = {"name": "pickscore", "source": str(judge_folder)}
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "prompts.txt").write_text("".join(f"a woman in a red top, number {i}\n" for i in range(6)))
+    (folder / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(8)))
+    write_image_folder(folder / "images", 4, seed=0)
+    scorer = {"name": "pickscore", "source": str(judge_folder)}
     return {
-        "root": str(place / "root"), "target": str(target_folder), "prompts": str(place / "prompts.txt"),
-        "images": str(place / "images"),
+        "root": str(folder / "root"), "target": str(target_folder), "prompts": str(folder / "prompts.txt"),
+        "images": str(folder / "images"),
         "overrides": {
-            "target.dtype": "float32", "scorer.source": str(judge_folder), "evaluation.scorers": [judge],
-            "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
+            "target.dtype": "float32", "scorer.source": str(judge_folder), "evaluation.scorers": [scorer],
+            "evaluation.prompts": {"source": str(folder / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
             "sampler.steps": 2, "pool.images_per_prompt": 3, "pool.prompts_per_shard": 4, "sft.max_steps": 2,
             "sft.batch_size": 2, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2,
             "licence": "cc-by-4.0"}}
@@ -43,7 +43,7 @@ def summary(server, parameters):
 def test_the_summary_keeps_its_contract(summary, parameters):
     assert set(summary) >= {"preset", "root", "win_rate", "colour_shift", "lora_weight", "triplets", "pool_images",
                             "timings", "artifacts", "warnings", "score_change", "defect_rate", "colour_change"}
-    assert summary["warnings"] == []  # two steps are too few for any guard to judge
+    assert summary["warnings"] == []  # two steps are too few for any check
     rate = summary["win_rate"]["pickscore"]
     assert set(rate) == {"rate", "ci_low", "ci_high", "wins", "losses", "ties", "n"}
     assert rate["n"] == 8 == rate["wins"] + rate["losses"] + rate["ties"]
@@ -55,7 +55,7 @@ def test_the_summary_keeps_its_contract(summary, parameters):
     assert all(seconds >= 0 for seconds in summary["timings"].values())
 
 
-def test_an_evaluation_draws_one_image_a_prompt(summary, parameters):
+def test_an_evaluation_generates_one_image_per_prompt(summary, parameters):
     from hgdpo_core.storage import Store
     from hgdpo_core.storage.shards import ShardFolder
 
@@ -68,9 +68,9 @@ def test_an_evaluation_draws_one_image_a_prompt(summary, parameters):
 
 
 def test_the_report_stands_beside_the_summary(summary, parameters):
-    place = Path(parameters["root"]) / "runs" / summary["run_id"]
-    assert json.loads((place / "summary.json").read_text()) == summary
-    page = (place / "report.html").read_text()
+    folder = Path(parameters["root"]) / "runs" / summary["run_id"]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    page = (folder / "report.html").read_text()
     assert "a man in a blue top, number" in page and "<script" not in page
     assert "--set sampler.steps=2" in page  # the command that repeats this run
 
@@ -108,14 +108,14 @@ def test_plain_diffusers_opens_target_and_lora_and_reproduces_an_image_of_the_po
     pipeline.set_progress_bar_config(disable=True)
     row = ShardFolder.open(store, key(summary, "pool")).read(0).to_pylist()[4]
 
-    def draw():
+    def generate():
         return np.asarray(pipeline(row["prompt"], width=32, height=32, num_inference_steps=2, guidance_scale=1.5,
                                    generator=torch.Generator().manual_seed(row["seed"])).images[0]).astype(int)
 
-    assert np.abs(draw() - np.asarray(decode_image(row["image"])).astype(int)).max() <= 1
-    plain = draw()
+    assert np.abs(generate() - np.asarray(decode_image(row["image"])).astype(int)).max() <= 1
+    plain = generate()
     pipeline.load_lora_weights(store.local_path(key(summary, "lora")))
-    assert np.abs(draw() - plain).max() > 1
+    assert np.abs(generate() - plain).max() > 1
 
 
 def test_an_export_carries_the_run_out_of_the_store(summary, parameters, tmp_path):
@@ -181,14 +181,15 @@ def test_plan_and_gc_commands(parameters, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "timed on" in captured.out and "this loads the models" in captured.err
     assert list(tmp_path.iterdir()) == []
-    place = tmp_path / "pools" / "n3-left" / "shard-00000-000000000000.parquet"
-    place.parent.mkdir(parents=True)
-    place.write_bytes(b"left by a killed writer")
-    os.utime(place, (0, 0))
+    path = tmp_path / "pools" / "n3-left" / "shard-00000-000000000000.parquet"
+    path.parent.mkdir(parents=True)
+    (path.parent / "config.json").write_text("{}")  # by which the root is one of ours
+    path.write_bytes(b"left by a killed writer")
+    os.utime(path, (0, 0))
     assert main(["gc", "--root", str(tmp_path), "--dry-run"]) == 0
-    assert "would remove 1 files" in capsys.readouterr().out and place.exists()
+    assert "would remove 1 files" in capsys.readouterr().out and path.exists()
     assert main(["gc", "--root", str(tmp_path)]) == 0
-    assert not place.exists()
+    assert not path.exists()
 
 
 def test_the_same_road_on_s3(server, parameters, summary):

@@ -211,7 +211,7 @@ def committed(store):
 @pytest.mark.slow
 def test_random_kills_change_nothing(workers, parameters, tmp_path):
     chance = random.Random(SEED)
-    wanted = live.row_hashes(live.run_undisturbed(parameters | {"root": str(tmp_path / "undisturbed")}))
+    expected = live.row_hashes(live.run_undisturbed(parameters | {"root": str(tmp_path / "undisturbed")}))
     kills, rounds = 0, 0
     while kills < KILLS:
         rounds += 1
@@ -221,7 +221,7 @@ def test_random_kills_change_nothing(workers, parameters, tmp_path):
         kills = kill_at_random(workers, parent, store, kills, chance)
         finish(workers, parent)
         assert_no_committed_shard_was_begun_again(workers.painted_at(), store, PROMPTS, "n4")
-        assert live.row_hashes(store) == wanted
+        assert live.row_hashes(store) == expected
         (workers.faults / "painted.log").unlink()
 
 
@@ -263,7 +263,7 @@ def assert_no_committed_shard_was_begun_again(painted, store, prompts, pool):
     ends = {(key.split("/")[1][:2], manifest["details"]["prompt_ids"][0]):
             datetime.fromisoformat(manifest["created_at"]).timestamp() for key, manifest in committed(store).items()}
     for begun, prompt in painted:
-        if prompt in prompts:  # held-out prompts are drawn by two models
+        if prompt in prompts:  # both models generate held-out prompts
             assert begun <= ends[pool, prompt_id(prompt)] + 1, f"{prompt!r} was made again"
 
 

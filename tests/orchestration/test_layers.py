@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "flows": {"hgdpo_core", "tasks", "flows", "prefect"},
     "deployments": {"hgdpo_core", "tasks", "flows", "deployments", "prefect"},
 }
-GUARDED = set(MAY_IMPORT) | {"prefect", "tests"}
+CHECKED = set(MAY_IMPORT) | {"prefect", "tests"}
 PURE = ["losses", "selection", "metrics", "schedule", "statistics/intervals", "statistics/colours",
         "statistics/diversity"]
 
@@ -31,7 +31,7 @@ SCHEDULE_CONTRACT = {"losses.py", "schedule.py"}  # public functions that take d
 NETWORKS = {"StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL"}
 CIRCLES_ALLOWED: dict[tuple[str, str], str] = {
     ("config", "scorers"): "a setting that names a scorer is checked against the one list of scorers, when it is given",
-    ("config", "built_in"): "a source is checked to be built in; built_in uses the store only to place drawn images",
+    ("config", "built_in"): "a source is checked to be built in; built_in uses the store only to write images",
 }
 """An import that may close a circle, and why."""
 
@@ -52,7 +52,7 @@ def test_no_layer_reaches_upward(layer):
     files = sorted((ROOT / layer).rglob("*.py"))
     assert files
     for path in files:
-        reached = {name.split(".")[0] for name in imports(path)} & GUARDED
+        reached = {name.split(".")[0] for name in imports(path)} & CHECKED
         assert reached <= MAY_IMPORT[layer], f"{path.relative_to(ROOT)} imports {reached - MAY_IMPORT[layer]}"
 
 
@@ -89,7 +89,7 @@ def test_a_family_of_models_is_known_to_models_alone():
         assert not names & NETWORKS, name
 
 
-def test_the_guard_sees_what_it_is_for():
+def test_network_attributes_are_found():
     assert network_attributes(ast.parse("pipeline.unet.to('cpu'); encode(self.pipeline.vae)")) == {
         "pipeline.unet", "self.pipeline.vae"}
     assert not network_attributes(ast.parse("config.target.vae"))

@@ -1,4 +1,4 @@
-"""Commands and flows have the same parameters, and what a command opened its flow does not open again."""
+"""Commands and flows have the same parameters, and a flow does not open again what its command opened."""
 
 import argparse
 import json
@@ -40,7 +40,7 @@ def test_a_command_has_the_parameters_of_its_flow(command):
     assert all("".join(parameter.help.split()) in shown for parameter in parameters)
 
 
-def test_what_only_a_terminal_needs_stands_apart():
+def test_options_of_the_command_line_alone():
     extra = {name: {item.name for item in p.COMMAND_LINES[name]} - {item.name for item in parameters}
              for name, (_, parameters) in FLOWS.items()}
     assert extra == {"run": {"publish", "json"}, "evaluate": {"publish"}, "ablate": set(), "rescore": set()}
@@ -59,9 +59,9 @@ def test_help_is_quick_for_it_imports_nothing_heavy():
             "try:\n    main(['--help'])\n"
             "except SystemExit:\n"
             "    print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))")
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    loaded = set(json.loads(said.splitlines()[-1]))
-    assert "usage: hgdpo" in said and "flows" in loaded
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = set(json.loads(output.splitlines()[-1]))
+    assert "usage: hgdpo" in output and "flows" in loaded
     assert not loaded & {"torch", "prefect", "pydantic", "numpy", "pyarrow", "fsspec", "huggingface_hub"}
 
 
@@ -69,15 +69,15 @@ def test_help_is_quick_for_it_imports_nothing_heavy():
     (["run", "--set", "dpo.beta"], "expected name=value, as dpo.beta=1000"),
     (["evaluate"], "--tuned"),
     (["run", "--shard-runner", "elsewhere"], "invalid choice"),
-    (["evaluate", "--tuned", "x", "--lora-weights", "a"], "is no list of numbers"),
+    (["evaluate", "--tuned", "x", "--lora-weights", "a"], "is not a list of numbers"),
 ])
-def test_a_mistyped_option_is_said_with_what_was_expected(typed, message, capsys):
+def test_the_message_for_a_mistyped_option_names_what_was_expected(typed, message, capsys):
     with pytest.raises(SystemExit):
         main(typed)
     assert message in capsys.readouterr().err
 
 
-def test_what_waits_is_taken_once_and_only_for_the_same_parameters():
+def test_opened_inputs_are_taken_once_and_only_for_the_same_parameters():
     opened = []
 
     def open_it(**parameters):
@@ -104,7 +104,7 @@ def test_a_command_opens_each_input_once(tmp_path, monkeypatch):
     def first_task(flow, **parameters):
         given = {name: parameters[name] for name in ("preset", "root", "prompts", "target", "images", "overrides")}
         with disable_run_logger():
-            run = tasks.prepare.prepare.fn(**given)
+            run = tasks.prepare.prepare.fn(**given, dry=False)
         assert len(read) == 2, "the training and the evaluation prompts, once each"
         assert run.config.dpo.beta == 7 and flow is hgdpo
         raise StoppedError("far enough")

@@ -29,7 +29,7 @@ NOW = datetime(2031, 1, 2, 15, tzinfo=UTC)
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A pool of four candidates, scored by version one of a judge that is a table."""
+    """A pool of four candidates, scored by version one of a scorer that is a table."""
     monkeypatch.setitem(scorers.SCORERS, "pickscore", table_judge([]))
     store = Store(str(tmp_path / "root"))
     draw(store, "n4", PROMPTS, 4)
@@ -39,8 +39,8 @@ def root(tmp_path, monkeypatch):
 
 def artifacts(key):
     with get_client(sync_client=True) as client:
-        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
-        return [str(item.data) for item in client.read_artifacts(artifact_filter=wanted)]
+        filters = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+        return [str(item.data) for item in client.read_artifacts(artifact_filter=filters)]
 
 
 # -- the flow
@@ -108,8 +108,8 @@ def test_scores_are_made_by_shard_runs_where_workers_are(server, root, monkeypat
     chosen = Elsewhere()
     monkeypatch.setattr("flows.rescore.choose_runner", lambda name, *_: chosen if name == "deployment" else None)
     assert main(["rescore", "--root", root, "--scorer", "pickscore=two", "--shard-runner", "deployment"]) == 0
-    night, = Store(root).list_folders("rescores")
-    report = Store(root).read_json(f"rescores/{night}/report.json")
+    name, = Store(root).list_folders("rescores")
+    report = Store(root).read_json(f"rescores/{name}/report.json")
     assert chosen.ranges == [("score", "n4", "0"), ("score", "n4", "1")]
     assert [(pool["pool_id"], pool["images_scored"]) for pool in report["pools"]] == [("n4", 16)]
     assert report["pools"][0]["ranking"]["tau"]["min"] == -1

@@ -1,4 +1,4 @@
-"""What a stage's task tries again, and how an error of ours is told."""
+"""Which errors a stage's task retries, and how our own errors are logged."""
 
 import asyncio
 import logging

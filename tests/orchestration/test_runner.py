@@ -62,7 +62,7 @@ def test_models_are_shared_where_workers_may_be_elsewhere(workers):
 def test_a_folder_as_root_is_refused_when_workers_of_other_machines_are_online(workers, tmp_path, caplog):
     check_workers(Store(str(tmp_path)))
     assert "No worker of the pool hgdpo-gpu is online" in caplog.text
-    workers += [f"gpu-0@{HERE}", "a name of somebody's own"]
+    workers += [f"gpu-0@{HERE}", "a name without a machine"]
     check_workers(Store(str(tmp_path)))
     workers.append("gpu-0@elsewhere")
     with pytest.raises(ConfigError, match="workers of elsewhere are online and cannot see it"):

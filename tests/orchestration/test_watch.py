@@ -1,4 +1,4 @@
-"""A run asks whether it is still wanted, and stops the way that fits the answer."""
+"""A run asks whether it should stop, and ends in the state that fits the answer."""
 
 import os
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ RUN, PARENT = uuid4(), uuid4()
 
 
 class Server:
-    """Answers with what the test says the runs are now; an exception is raised."""
+    """Answers with the runs as the test sets them; an exception is raised."""
 
     def __init__(self):
         self.runs = {RUN: (Running(), 1), PARENT: (Running(), 1)}
@@ -83,8 +83,8 @@ def test_without_an_answer_the_work_goes_on(server):
 
 
 def test_how_a_stopped_attempt_ends(server, monkeypatch):
-    error = StoppedError("stopped while drawing")
-    with pytest.raises(StoppedError, match="while drawing"):
+    error = StoppedError("stopped while generating")
+    with pytest.raises(StoppedError, match="while generating"):
         answer_stop(asked(server), error)
     server.runs[RUN] = (Cancelling(), 1)
     assert answer_stop(asked(server), error).is_cancelled()

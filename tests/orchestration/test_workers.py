@@ -45,7 +45,7 @@ def parameters(tmp_path_factory):
 
 
 def manifests(store, stage=""):
-    """What every manifest of a stage says, to see that none was written twice."""
+    """The manifests of a stage, to see that none was written twice."""
     return {key: store.read_json(key) for key, _, _ in store.walk(stage) if key.endswith(".json") and "/shard-" in key}
 
 
@@ -164,9 +164,9 @@ def test_a_cancelled_parent_takes_its_shard_runs_along(workers, parameters, tmp_
 def test_two_models_are_compared_on_workers(workers, parameters, tmp_path):
     overrides = {name: value for name, value in parameters["overrides"].items()
                  if name.startswith(("sampler.", "target.")) or name == "pool.prompts_per_shard"}
-    judge = parameters["overrides"]["scorer.source"]
+    source = parameters["overrides"]["scorer.source"]
     there = {"root": "s3://bucket/compared", "target": parameters["target"], "overrides": overrides,
-             "tuned": str(tiny.save_target(tmp_path / "other", seed=1)), "scorers": [f"pickscore={judge}"],
+             "tuned": str(tiny.save_target(tmp_path / "other", seed=1)), "scorers": [f"pickscore={source}"],
              "prompts": parameters["overrides"]["evaluation.prompts"]["source"]}
     parent = workers.start("hgdpo-evaluate/evaluate", there)
     ended = workers.await_final(parent)
@@ -181,17 +181,17 @@ def test_two_models_are_compared_on_workers(workers, parameters, tmp_path):
 
 @pytest.mark.slow
 def test_a_night_and_the_next(workers, parameters, tmp_path):
-    """A judge that changed: its scores alone are made, by shard runs, and the next night finds nothing to do."""
+    """A scorer that changed: only its scores are made, by shard runs, and the next run has nothing to do."""
     finished = parameters | {"root": "s3://bucket/nights"}
     assert workers.await_final(workers.start("hgdpo/full", finished))["state_type"] == "COMPLETED", workers.told()
     store = live.Store("s3://bucket/nights")
     pools, painted = manifests(store, "pools"), workers.painted()
-    tonight = {"root": store.root, "scorers": [f"pickscore={tiny.save_judge(tmp_path / 'judge', seed=1)}"]}
+    rescore = {"root": store.root, "scorers": [f"pickscore={tiny.save_judge(tmp_path / 'judge', seed=1)}"]}
 
-    night = workers.start("hgdpo-rescore/nightly", tonight)
-    ended = workers.await_final(night)
+    run = workers.start("hgdpo-rescore/nightly", rescore)
+    ended = workers.await_final(run)
     assert (ended["state_type"], ended["state_name"]) == ("COMPLETED", "Completed"), ended["state"]["message"]
-    scored = workers.children(night)
+    scored = workers.children(run)
     assert len(scored) == 3 and all(run["name"].startswith("pickscore, n") for run in scored)
     assert manifests(store, "pools") == pools and workers.painted() == painted
     made, = store.list_folders("rescores")
@@ -199,7 +199,7 @@ def test_a_night_and_the_next(workers, parameters, tmp_path):
     assert sum(pool["images_scored"] for pool in report["pools"]) == 3 * len(PROMPTS) + 2 * 2
     assert report["skipped"] == [] and len(report["triplets"]) == 1
 
-    again = workers.start("hgdpo-rescore/nightly", tonight)
+    again = workers.start("hgdpo-rescore/nightly", rescore)
     ended = workers.await_final(again)
     assert (ended["state_type"], ended["state_name"]) == ("COMPLETED", "NothingToDo")
     assert workers.children(again) == [] and store.list_folders("rescores") == [made]

@@ -1,7 +1,6 @@
-"""One training loop for the three networks: warm-up and cosine, gradient clip, moving average, resume.
+"""One training loop for all networks: warm-up and cosine, gradient clipping, moving average, resume.
 
-Step `k` draws its randomness from `[seed, k]` alone, so a resumed run sees the batches an undisturbed one
-would.
+Step `k` draws its randomness from `[seed, k]` alone, so a resumed run gets the batches of an uninterrupted one.
 """
 
 import copy
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from hgdpo_core.devices import cpu_has_fast_bfloat16
 
 LossOf = Callable[[np.random.Generator, torch.Generator], Tensor]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,14 @@ def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
         mine.copy_(theirs)
 
 
-def train(
-    module: nn.Module, loss_of: LossOf, plan: Plan, *, name: str, seed: int, checkpoint: Path
-) -> nn.Module:
+def train(module: Network, loss_of: LossOf, plan: Plan, *, name: str, seed: int, checkpoint: Path) -> Network:
     """Train `module` on `loss_of(rng, generator)` and return its moving average, in eval mode.
 
-    `checkpoint` is written every minute and at the end; if it exists, training goes on from it.
+    `checkpoint` is written every minute and at the end; if it exists, training resumes from it.
     """
     average = copy.deepcopy(module).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(
-        module.parameters(),
-        lr=plan.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=plan.weight_decay,
-        fused=True,
-    )
+    optimizer = torch.optim.AdamW(module.parameters(), lr=plan.learning_rate, betas=(0.9, 0.99),
+                                  weight_decay=plan.weight_decay, fused=True)
     parts = {"module": module, "average": average, "optimizer": optimizer}
     start, seconds = load_checkpoint(checkpoint, parts)
     saved = time.monotonic()
@@ -111,7 +105,7 @@ def save_checkpoint(path: Path, parts: dict, step: int, seconds: float) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file that is either whole or not there."""
+    """Write a safetensors file that is either complete or absent."""
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary)
     temporary.replace(path)
@@ -120,16 +114,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def open_in_float32(folder: Path) -> None:
     """Let a saved fp16 transformers model open in float32, as diffusers models do.
 
-    transformers opens a model in the dtype its configuration names, and writes there the one it was saved in;
-    a pipeline would then mix an fp16 text encoder with a float32 UNet, and fail.
+    transformers opens a model in the dtype of its configuration, which is the one it was saved in; a pipeline would
+    then mix an fp16 text encoder with a float32 UNet, and fail.
     """
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def load_checkpoint(path: Path, parts: dict) -> tuple[int, float]:
-    """Fill the parts from a checkpoint; returns the step to go on with and the seconds spent so far, or
-    zeros."""
+    """Fill the parts from a checkpoint; returns the next step and the seconds spent so far, or zeros without one."""
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=True, map_location="cpu")
@@ -142,9 +135,7 @@ def read_progress(path: Path) -> dict[str, float]:
     """The seconds of training that a checkpoint records; empty for a stage that keeps none."""
     if not path.exists():
         return {}
-    return {
-        "seconds": round(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["seconds"], 1)
-    }
+    return {"seconds": round(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["seconds"], 1)}
 
 
 def in_batches(total: int, size: int, name: str) -> Iterator[slice]:

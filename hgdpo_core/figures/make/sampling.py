@@ -1,4 +1,4 @@
-"""Pictures by a target, through plain diffusers: what the training and its evaluation need."""
+"""Images by a target, through plain diffusers: what the training and its evaluation need."""
 
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,11 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
-def draw_samples(
-    pipeline: Any, texts: list[str], *, steps: int, guidance: float, seeds: list[int]
-) -> np.ndarray:
-    """One picture a caption, uint8 `[B,64,64,3]`, each from its own seed."""
-    pictures = []
-    for part in in_batches(len(texts), BATCH, "target: sample"):
-        drawn = pipeline(
-            texts[part],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=64,
-            width=64,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-            output_type="np",
-        )
-        pictures.append((drawn.images * 255).round().astype(np.uint8))
-    return np.concatenate(pictures)
+def generate(pipeline: Any, texts: list[str], *, steps: int, guidance: float, seeds: list[int]) -> np.ndarray:
+    """One image per caption, uint8 `[B,64,64,3]`, each from its own seed."""
+    images = []
+    for part in in_batches(len(texts), BATCH, "target: generate"):
+        generated = pipeline(texts[part], num_inference_steps=steps, guidance_scale=guidance, height=64, width=64,
+                             generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]], output_type="np")
+        images.append((generated.images * 255).round().astype(np.uint8))
+    return np.concatenate(images)

@@ -1,4 +1,4 @@
-"""Captions and splits of the figures world."""
+"""Captions and splits of the figures setting."""
 
 import numpy as np
 import pytest

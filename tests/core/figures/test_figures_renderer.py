@@ -19,7 +19,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def test_a_seed_repeats_its_picture_and_another_does_not():
+def test_a_seed_repeats_its_image_and_another_does_not():
     assert (pixels(render(FIGURE, 5)) == pixels(render(FIGURE, 5))).all()
     assert (pixels(render(FIGURE, 5)) != pixels(render(FIGURE, 6))).any()
 
@@ -31,13 +31,11 @@ def test_size_and_mode():
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_a_defect_changes_a_visible_part_of_the_picture(defect):
+def test_a_defect_changes_a_visible_part_of_the_image(defect):
     rng = np.random.default_rng(0)
     for seed in range(25):
         figure = sample_figure(rng)
-        difference = np.abs(pixels(render(figure, seed)) - pixels(render(figure, seed, defect=defect))).max(
-            -1
-        )
+        difference = np.abs(pixels(render(figure, seed)) - pixels(render(figure, seed, defect=defect))).max(-1)
         # A walking leg or a boy's hair is the smallest thing a defect can touch.
         assert (difference > 24).sum() >= 8, (caption(figure), seed)
 

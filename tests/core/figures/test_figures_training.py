@@ -1,4 +1,4 @@
-"""The training command, at a scale where it learns nothing but goes all its ways."""
+"""The training command, at a scale where it learns nothing but takes every branch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import nn
 from hgdpo_core.figures.__main__ import main
 from hgdpo_core.figures.make.judge import preference_loss
 from hgdpo_core.figures.make.loop import Plan, rate_at, train
-from hgdpo_core.figures.make.stages import PLANS, STAGES, Run, run_stages
+from hgdpo_core.figures.make.stages import STAGES, Run, run_stages
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[s
 def test_the_command_trains_everything_and_then_has_nothing_to_do(trained):
     arguments, stages = trained
     assert main([*arguments, "--stages", "tokenizer,vae"]) == ["tokenizer", "vae"]
-    # As if killed here: what is done stays done, what follows still runs.
+    # As if killed here: what is done is skipped, what follows still runs.
     assert main(arguments) == stages[2:]
     assert main(arguments) == []
     weights = Path(arguments[1])
@@ -64,7 +64,7 @@ def small_problem(plan: Plan, checkpoint: Path, stop_at: int | None = None) -> t
     return train(module, loss_of, plan, name="line", seed=4, checkpoint=checkpoint), seen
 
 
-def test_a_killed_training_goes_on_as_if_undisturbed(tmp_path):
+def test_a_killed_training_resumes_bit_for_bit(tmp_path):
     plan = Plan(steps=30, batch=8, learning_rate=0.05, checkpoint_seconds=0)
     whole, batches = small_problem(plan, tmp_path / "whole.pt")
     with pytest.raises(KeyboardInterrupt):
@@ -76,7 +76,7 @@ def test_a_killed_training_goes_on_as_if_undisturbed(tmp_path):
 
 
 def test_the_learning_rate_rises_and_falls():
-    plan = replace(PLANS["target"], steps=1000, warm_up=100, learning_rate=1.0)
+    plan = replace(STAGES["target"].plan, steps=1000, warm_up=100, learning_rate=1.0)
     rates = [rate_at(step, plan) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and max(rates) == pytest.approx(1.0)
     assert rates.index(max(rates)) in (99, 100) and rates[-1] == pytest.approx(0.02, abs=1e-4)

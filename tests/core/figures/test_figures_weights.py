@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTo
 
 from hgdpo_core.errors import InputError
 from hgdpo_core.figures import DEFECTS, judge_path, parse_caption, prompts, render, target_path
-from hgdpo_core.figures.dataset import render_batch
+from hgdpo_core.figures.dataset import render_batch, to_model_range
 from hgdpo_core.figures.make.card import write_card
 from hgdpo_core.figures.make.evaluation import Judge
 from hgdpo_core.figures.make.stages import STAGES
@@ -53,17 +53,15 @@ def test_two_captions_have_two_embeddings(pipeline):
     """With CLIP's default end token, which this vocabulary lacks, all texts would pool to the same vector."""
     one, other = prompts("test", 2, seed=0)
     clip = CLIPModel.from_pretrained(judge_path())
-    for tokenizer, encoder in (
-        (CLIPTokenizer.from_pretrained(judge_path()), clip.text_model),
-        (pipeline.tokenizer, pipeline.text_encoder),
-    ):
+    for tokenizer, encoder in ((CLIPTokenizer.from_pretrained(judge_path()), clip.text_model),
+                               (pipeline.tokenizer, pipeline.text_encoder)):
         batch = tokenizer([one, other], padding="max_length", return_tensors="pt")
         with torch.no_grad():
             pooled = encoder(input_ids=batch.input_ids).pooler_output
         assert (pooled[0] - pooled[1]).abs().max() > 0.1
 
 
-def test_the_pipeline_opens_without_a_warning_and_draws(pipeline, caplog):
+def test_the_pipeline_opens_without_a_warning_and_generates(pipeline, caplog):
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     assert {part.dtype for part in parts} == {torch.float32}
     assert pipeline.safety_checker is None and pipeline.feature_extractor is None
@@ -78,24 +76,15 @@ def test_the_pipeline_opens_without_a_warning_and_draws(pipeline, caplog):
 
 def test_the_target_keeps_the_noise_schedule_of_sd15(pipeline):
     config = json.loads((target_path() / "scheduler" / "scheduler_config.json").read_text())
-    expected = {
-        "_class_name": "PNDMScheduler",
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "set_alpha_to_one": False,
-        "clip_sample": False,
-        "prediction_type": "epsilon",
-    }
+    expected = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+                "beta_end": 0.012, "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False,
+                "clip_sample": False, "prediction_type": "epsilon"}
     assert {key: config[key] for key in expected} == expected
 
 
 def test_scaled_latents_have_unit_deviation(pipeline):
     figures = [parse_caption(text) for text in prompts("test", 64, seed=1)]
-    pictures, _ = render_batch(figures, range(64))
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = to_model_range(render_batch(figures, range(64))[0])
     with torch.no_grad():
         latents = pipeline.vae.encode(images).latent_dist.mean * pipeline.vae.config.scaling_factor
     assert 0.9 < float(latents.std()) < 1.1
@@ -106,12 +95,9 @@ def test_the_judge_opens_as_pickscore_does(judge):
     text = prompts("test", 1, seed=2)[0]
     image = render(parse_caption(text), 3)
     model = CLIPModel.from_pretrained(judge_path()).eval()
-    processor = CLIPProcessor(
-        CLIPImageProcessorPil.from_pretrained(judge_path()), CLIPTokenizer.from_pretrained(judge_path())
-    )
-    inputs = processor(
-        text=[text], images=[image], padding=True, truncation=True, max_length=77, return_tensors="pt"
-    )
+    processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(judge_path()),
+                              CLIPTokenizer.from_pretrained(judge_path()))
+    inputs = processor(text=[text], images=[image], padding=True, truncation=True, max_length=77, return_tensors="pt")
     with torch.no_grad():
         texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
         images = model.get_image_features(inputs["pixel_values"]).pooler_output
@@ -121,24 +107,20 @@ def test_the_judge_opens_as_pickscore_does(judge):
     torch.testing.assert_close(score.detach(), expected[0], rtol=1e-3, atol=1e-3)
 
 
-def test_the_judge_prefers_right_pictures(judge):
+def test_the_judge_prefers_correct_images(judge):
     texts = prompts("test", 40, seed=5)
     figures = [parse_caption(text) for text in texts]
     seeds = range(2**43, 2**43 + len(texts))
     right = judge.score(texts, render_batch(figures, seeds)[0])
-    won = {
-        defect: float(
-            (right > judge.score(texts, render_batch(figures, seeds, [defect] * len(texts))[0]))
-            .float()
-            .mean()
-        )
-        for defect in DEFECTS
-    }
+    won = {}
+    for defect in DEFECTS:
+        broken = judge.score(texts, render_batch(figures, seeds, [defect] * len(texts))[0])
+        won[defect] = float((right > broken).float().mean())
     assert np.mean(list(won.values())) >= 0.92, won
     assert min(won.values()) >= 0.8, won
 
 
-def test_the_inspector_tells_broken_pictures_from_right_ones():
+def test_the_inspector_separates_broken_from_correct_images():
     inspector = load_scorer("inspector")
     texts = prompts("test", 40, seed=6)
     figures, seeds = [parse_caption(text) for text in texts], range(2**43, 2**43 + len(texts))
