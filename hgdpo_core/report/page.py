@@ -66,12 +66,10 @@ def _page(data: ReportData, encode: ImageEncoder) -> str:
         _repeat(data),
     )
     when = data.created_at.strftime("%Y-%m-%d %H:%M %Z").strip()
-    header = f"""<p class="eyebrow">HG-DPO · preset {escape(data.preset)}</p>
-<h1>{escape(data.title)}</h1>
-<p class="lead">{sentence(headline(data))}</p>
-<p class="reading">{sentence(read_interval(data))}</p>
+    below = f"""<p class="reading">{sentence(read_interval(data))}</p>
 <p class="meta">{when} · <code>{escape(data.root)}</code></p>"""
-    return html_page(data.title, header, "".join(sections))
+    return html_page(data.title, eyebrow=f"HG-DPO · preset {data.preset}", lead=headline(data), below=below,
+                     main="".join(sections))
 
 
 def _repeat(data: ReportData) -> str:
