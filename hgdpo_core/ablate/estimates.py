@@ -1,8 +1,8 @@
-"""Means over prompts and training seeds with 95 % intervals: both are resampled, and arms in pairs. Pure.
+"""Means over prompts and training seeds with 95 % intervals: both are resampled, and arms in pairs. Pure functions.
 
-The prompt is one unit, the training seed the other. Every arm sees the same prompts and the same seeds, so the draws
-are the same for all arms of one shape, and a difference between two arms is as sure as its pairs make it. With few
-seeds their part of the doubt is only roughly known; with one it is not in the interval at all.
+All arms have the same prompts and the same seeds, so the draws are the same for all arms of one shape, and differences
+between two arms are paired. With few seeds the variance between trainings is known only roughly; with one seed the
+interval does not contain it.
 """
 
 import functools
@@ -27,7 +27,7 @@ def resampled_means(values: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _draws(seeds: int, prompts: int) -> tuple[np.ndarray, np.ndarray]:
-    """How much each seed [R, S] and each prompt [R, P] weighs in each draw."""
+    """The weight of each seed [R, S] and of each prompt [R, P] in each draw."""
     rng = np.random.default_rng(0)
     prompt_counts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES)
     return rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds, prompt_counts / prompts
@@ -58,7 +58,7 @@ def outcomes(gains: np.ndarray) -> np.ndarray:
 
 
 def rate(means: np.ndarray) -> np.ndarray:
-    """Wins / (wins + losses) in 0..1 of mean `outcomes` [..., 2]; not a number where nothing was decided."""
+    """Wins / (wins + losses) in 0..1 of mean `outcomes` [..., 2]; nan without wins and losses."""
     decided = means.sum(axis=-1)
     return np.divide(means[..., 0], decided, out=np.full(decided.shape, np.nan), where=decided > 0)
 
@@ -66,8 +66,8 @@ def rate(means: np.ndarray) -> np.ndarray:
 def win_rate_estimate(gains: np.ndarray) -> Estimate:
     """Win rate over all seeds of score gains [S, P].
 
-    Where every decided prompt went one way, resampling finds no doubt: then the exact interval over the prompts, as if
-    the seeds were one, is given.
+    Where all decided prompts have the same outcome, resampling gives an interval of width 0: then the exact interval
+    over the prompts is returned, as if there were one seed.
     """
     result = estimate(outcomes(gains), rate)
     if result.value in (0.0, 1.0):
@@ -75,11 +75,6 @@ def win_rate_estimate(gains: np.ndarray) -> Estimate:
         exact = WinRate.from_counts(*((decided, 0, 0) if result.value else (0, decided, 0)))
         return Estimate(result.value, exact.ci_low, exact.ci_high)
     return result
-
-
-def scaled(value: Estimate, factor: float) -> Estimate:
-    """The same number in another unit."""
-    return Estimate(*(None if part is None else factor * part for part in (value.value, value.ci_low, value.ci_high)))
 
 
 def first(means: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""All numbers of an ablation in one place: what the tables, plots and pages are written from."""
+"""The results of an ablation, from which tables, plots and pages are made."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from hgdpo_core.ablate.arms import Arm
+from hgdpo_core.ablate.arms import Arm, PlannedTable
 from hgdpo_core.ablate.estimates import difference, estimate, first, outcomes, rate, win_rate_estimate
 from hgdpo_core.ablate.measure import ArmRecord, Diversity
 from hgdpo_core.ablate.program import Ablation
@@ -13,8 +13,8 @@ from hgdpo_core.ablate.settings import World
 from hgdpo_core.statistics.intervals import Estimate
 
 COLOURS = ("hue", "saturation", "value", "hue_degrees", "warmth", "distance")
-"""Signed changes in percent of the target's mean; the circular mean's in degrees; red minus blue, and how far the
-mean colour moved in RGB, both in levels of 255."""
+"""Signed changes in percent of the target's mean; of the circular mean in degrees; of red minus blue, and the distance
+of the mean colours in RGB, both in levels of 255."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,17 @@ class Results:
 
     ablation: Ablation
     records: Mapping[Arm, Sequence[ArmRecord]]
-    """One an arm and seed, in the order of the seeds."""
+    """One per arm and seed, in the order of the seeds."""
     target_colours: np.ndarray
     """`channel_means` of the target's images, float64 [P, 8]."""
     target_diversity: Diversity | None
     diversity: Mapping[Arm, Sequence[Diversity]]
     distances: Mapping[World, np.ndarray]
     """Figure 5b: float64 [pools, N - 1, 2], see `measure_rank_distances`."""
+
+    def scorers(self, planned: PlannedTable) -> list[str]:
+        """Names of the scorers of a table's arms."""
+        return list(self.records[planned.rows[0].arm][0].win_rate)
 
     def gains(self, arm: Arm, scorer: str) -> np.ndarray:
         """Score of the tuned model over the target, float64 [S, P]."""
@@ -40,7 +44,7 @@ class Results:
         return win_rate_estimate(self.gains(arm, scorer))
 
     def win_rate_gap(self, arm: Arm, other: Arm, scorer: str) -> Estimate:
-        """How much higher `arm`'s win rate is than that of `other`, in pairs of prompts and seeds."""
+        """Win rate of `arm` minus that of `other`, in pairs of prompts and seeds."""
         return difference(outcomes(self.gains(arm, scorer)), outcomes(self.gains(other, scorer)), rate)
 
     def score_change(self, arm: Arm, scorer: str) -> Estimate:
@@ -48,30 +52,30 @@ class Results:
         return estimate(self.gains(arm, scorer)[..., None], first)
 
     def defects(self, arm: Arm, scorer: str) -> Estimate | None:
-        """Share of defective images, tuned minus target; None for a scorer that cannot tell."""
+        """Fraction of defective images, tuned minus target; None for a scorer without a limit for defects."""
         if scorer not in self.records[arm][0].defects:
             return None
         return estimate(np.array([record.defects[scorer] for record in self.records[arm]])[..., None], first)
 
     def colour(self, arm: Arm, name: str) -> Estimate:
-        """One of COLOURS, of the arm against the target."""
+        """One of COLOURS, of the arm relative to the target."""
         values = self._colours(arm)
         return estimate(values, colour_statistic(name, values))
 
     def colour_gap(self, arm: Arm, other: Arm, name: str) -> Estimate:
-        """How much larger the size of one of COLOURS is for `arm` than for `other`."""
+        """The absolute value of one of COLOURS for `arm` minus that for `other`."""
         statistics = [colour_statistic(name, self._colours(one)) for one in (arm, other)]
         return difference(self._colours(arm), self._colours(other), lambda means: np.abs(statistics[0](means)))
 
     def diversity_of(self, arm: Arm | None) -> Estimate | None:
-        """Mean pairwise distance of a prompt's images; of the target for None. None where it was not measured."""
+        """Mean pairwise distance of a prompt's images; of the target for None. None if it was not measured."""
         records = self.diversity.get(arm, ()) if arm else [self.target_diversity] if self.target_diversity else ()
         if not records:
             return None
         return estimate(np.array([record.distances for record in records])[..., None], first)
 
     def _colours(self, arm: Arm) -> np.ndarray:
-        """Tuned beside target, float64 [S, P, 16]."""
+        """Tuned, then target, float64 [S, P, 16]."""
         tuned = np.array([record.colours for record in self.records[arm]])
         return np.concatenate([tuned, np.broadcast_to(self.target_colours, tuned.shape)], axis=-1)
 
@@ -79,7 +83,7 @@ class Results:
 def colour_statistic(name: str, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """One of COLOURS as a function of means [..., 16]: `channel_means` of the tuned model's images, then the target's.
 
-    Angles are drawn around that of `values`' own means, so that their interval does not tear at 180 degrees.
+    Angles are wrapped around that of the means of `values`, so that their interval is not split at 180 degrees.
     """
     if name in ("hue", "saturation", "value"):
         channel = ("hue", "saturation", "value").index(name)

@@ -40,6 +40,10 @@ class Estimate:
         low, high = interval or (None, None)
         return cls(value, low, high)
 
+    def scaled(self, factor: float) -> "Estimate":
+        """The same number in another unit."""
+        return Estimate(*(None if part is None else factor * part for part in (self.value, self.ci_low, self.ci_high)))
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values under the field names."""
         return asdict(self)
