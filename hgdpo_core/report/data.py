@@ -8,15 +8,12 @@ import numpy as np
 
 from hgdpo_core.config import StageConfig
 from hgdpo_core.evaluate import Comparison
-from hgdpo_core.metrics import ColourShift, WinRate
 from hgdpo_core.rendering.grids import PairSample, PoolSample
-from hgdpo_core.statistics.colours import ColourChange, ColourHistograms
-from hgdpo_core.statistics.intervals import DefectChange, Estimate, Interval, ScoreChange
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """The data of the page. Sections of empty or None fields are left out, or say that there is nothing."""
+    """The data of the page. Sections of empty or None fields are left out."""
 
     preset: str
     title: str
@@ -26,25 +23,12 @@ class ReportData:
     created_at: datetime
     command: str
     """Shell line that starts this run again."""
-    win_rates: Mapping[str, WinRate]
-    """Tuned over target by scorer name; the first is the headline, and its scores are shown below the pairs."""
-    lora_weight: float | None
-    """None if the tuned model has no LoRA."""
-    colour_shift: ColourShift | None
-    """Tuned against target on the evaluation images."""
+    comparison: Comparison
+    """The first scorer is that of the headline, and its scores are shown below the pairs."""
     counts: Mapping[str, int]
     """Shown in this order; underscores become spaces: prompts, pool_images, triplets, rejected, ..."""
     training_judge: str | None = None
-    """The scorer, among `win_rates`, that ranked the training pools: its win rate is no independent evidence."""
-    images_per_prompt: int = 1
-    score_changes: Mapping[str, ScoreChange] = field(default_factory=dict)
-    win_rate_intervals: Mapping[str, Interval | None] = field(default_factory=dict)
-    """Bootstrap over prompts, if there are several images per prompt."""
-    defects: Mapping[str, DefectChange] = field(default_factory=dict)
-    colour_change: ColourChange | None = None
-    histograms: tuple[ColourHistograms, ColourHistograms] | None = None
-    """Of target and tuned model."""
-    variety_change: Estimate | None = None
+    """The scorer of the comparison that ranked the training pools: its win rate is no independent evidence."""
     sweep: Sequence[Comparison] = ()
     """The tuned LoRA at several weights, ascending."""
     pairs: Sequence[PairSample] = ()

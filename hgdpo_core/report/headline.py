@@ -1,6 +1,6 @@
 """The result in plain sentences that claim no more than the intervals support."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hgdpo_core.metrics import WinRate
 from hgdpo_core.rendering.parts import count_of, percent, percent_interval
@@ -15,11 +15,9 @@ FINDINGS = {"better": "better", "worse": "worse", "open": "neither surely better
 
 def headline(data: ReportData) -> str:
     """The result in one sentence, with its interval and counts."""
-    if not data.win_rates:
-        return "This run has no evaluation."
-    name, rate = next(iter(data.win_rates.items()))
-    scorer, prompts = scorer_title(name), count_of(rate.n, "held-out prompt")
-    start = scorer if data.lora_weight is None else f"With the LoRA at weight {float(data.lora_weight)}, {scorer}"
+    name, rate = next(iter(data.comparison.win_rates.items()))
+    scorer, weight, prompts = scorer_title(name), data.comparison.lora_weight, count_of(rate.n, "held-out prompt")
+    start = scorer if weight is None else f"With the LoRA at weight {float(weight)}, {scorer}"
     if rate.rate is None:
         return f"{start} tells the two models apart on none of {prompts}."
     tally = f"{count_of(rate.wins, 'win')}, {count_of(rate.losses, 'loss', 'losses')}"
@@ -33,22 +31,19 @@ def headline(data: ReportData) -> str:
 
 def read_interval(data: ReportData) -> str:
     """What the headline's interval shows, what the choice of scorer does not show, and the verdicts of the others."""
-    if not data.win_rates:
-        return ""
-    name, rate = next(iter(data.win_rates.items()))
+    name, rate = next(iter(data.comparison.win_rates.items()))
     undecided = rate.ci_low is None
     reading = "Without a single win or loss there is no win rate." if undecided else READINGS[_verdict(rate)]
     if name == data.training_judge:
         reading += (" The same scorer chose the training pairs, so this measures whether training reached its aim, "
                     "not what people prefer.")
-    return reading + _other_scorers(data, name)
+    return reading + _other_scorers(data.comparison.win_rates)
 
 
-def _other_scorers(data: ReportData, headline_name: str) -> str:
+def _other_scorers(win_rates: Mapping[str, WinRate]) -> str:
     verdicts: dict[str, list[str]] = {verdict: [] for verdict in FINDINGS}
-    for name, rate in data.win_rates.items():
-        if name != headline_name:
-            verdicts[_verdict(rate)].append(scorer_title(name))
+    for name, rate in list(win_rates.items())[1:]:
+        verdicts[_verdict(rate)].append(scorer_title(name))
     findings = [f"{_join(names)} {'finds' if len(names) == 1 else 'find'} it {FINDINGS[verdict]}"
                 for verdict, names in verdicts.items() if names]
     return f" Of the other judges, {'; '.join(findings)}." if findings else ""

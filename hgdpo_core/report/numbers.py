@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from hgdpo_core.evaluate import Comparison
-from hgdpo_core.metrics import ColourShift
 from hgdpo_core.rendering import parts
 from hgdpo_core.rendering.charts import HISTOGRAMS, fraction_bar, histogram, interval_chart, rate_bar
 from hgdpo_core.rendering.parts import NOTHING, percent, percent_interval, section, signed, signed_interval
 from hgdpo_core.rendering.tables import Cell, Table, with_interval
 from hgdpo_core.report.data import ReportData
 from hgdpo_core.scorers import scorer_title
-from hgdpo_core.statistics.colours import WEAK_RESULTANT, ColourChange, ColourHistograms
+from hgdpo_core.statistics.colours import WEAK_RESULTANT, ColourChange
 from hgdpo_core.statistics.intervals import DefectChange, Estimate
 
 SCALE = '<p class="scale" aria-hidden="true"><span>0 %</span><span>50 %</span><span>100 %</span></p>'
@@ -20,39 +19,37 @@ UNDEFINED = "not defined"
 
 def win_rates(data: ReportData) -> str:
     """Bars with error bars, the table in the form of the paper's Table 1, counts, and mean scores."""
-    if not data.win_rates:
-        return ""
+    comparison, origin = data.comparison, "<small>ranked the training pools</small>"
     bars = "".join(f"<li><span>{escape(scorer_title(name))}</span><b>{percent(rate.rate)}</b>"
-                   f"{_origin(data, name)}{rate_bar(rate)}</li>" for name, rate in data.win_rates.items())
-    weight = "" if data.lora_weight is None else f" (LoRA weight {float(data.lora_weight)})"
-    several = ("" if data.images_per_prompt == 1 else
-               f" Each prompt's score is the mean over its {data.images_per_prompt} images.")
+                   f"{origin if name == data.training_judge else ''}{rate_bar(rate)}</li>"
+                   for name, rate in comparison.win_rates.items())
+    weight = "" if comparison.lora_weight is None else f" (LoRA weight {float(comparison.lora_weight)})"
+    several = ("" if comparison.images_per_prompt == 1 else
+               f" Each prompt's score is the mean over its {comparison.images_per_prompt} images.")
     intro = f"How often the tuned model{weight} scores above the target model.{several}"
-    tables = _paper_table(data) + _tally(data) + _score_table(data)
+    tables = _paper_table(comparison) + _tally(comparison) + _score_table(comparison)
     return section("Win rates", intro, f'<ul class="bars">{bars}</ul>{SCALE}{tables}')
 
 
-def _origin(data: ReportData, name: str) -> str:
-    return "<small>ranked the training pools</small>" if name == data.training_judge else ""
-
-
-def _paper_table(data: ReportData) -> str:
+def _paper_table(comparison: Comparison) -> str:
     """One row of the paper's Table 1, with intervals, which the paper omits."""
-    cells = [with_interval(percent(rate.rate), percent_interval(rate.ci_low, rate.ci_high))
-             for rate in data.win_rates.values()]
-    return Table(("Tuned model", *(scorer_title(name) for name in data.win_rates)), [("vs. target", *cells)],
+    return Table(("Tuned model", *map(scorer_title, comparison.win_rates)), [("vs. target", *_rate_cells(comparison))],
                  caption="In the form of the paper's Table 1: win rate by each scorer, the 95 % interval below.").html()
 
 
-def _tally(data: ReportData) -> str:
-    several = data.images_per_prompt > 1
+def _rate_cells(comparison: Comparison) -> list[Cell]:
+    return [with_interval(percent(rate.rate), percent_interval(rate.ci_low, rate.ci_high))
+            for rate in comparison.win_rates.values()]
+
+
+def _tally(comparison: Comparison) -> str:
+    several = comparison.images_per_prompt > 1
     rows = []
-    for name, rate in data.win_rates.items():
-        change = data.score_changes.get(name)
+    for name, rate in comparison.win_rates.items():
         cells = [f"{count:,}" for count in (rate.wins, rate.losses, rate.ties, rate.n)]
-        cells.append(NOTHING if change is None else parts.p_value(change.sign_test_p))
+        cells.append(parts.p_value(comparison.score_changes[name].sign_test_p))
         if several:
-            cells.append(percent_interval(*(data.win_rate_intervals.get(name) or (None, None))))
+            cells.append(percent_interval(*(comparison.win_rate_intervals[name] or (None, None))))
         rows.append((scorer_title(name), *cells))
     columns = ["Scorer", "Wins", "Losses", "Ties", "Prompts", "p"]
     caption = ("Win rate = wins / (wins + losses), Clopper-Pearson interval; ties count apart. p: two-sided exact sign "
@@ -63,12 +60,10 @@ def _tally(data: ReportData) -> str:
     return Table(columns, rows, caption=caption).html()
 
 
-def _score_table(data: ReportData) -> str:
-    if not data.score_changes:
-        return ""
+def _score_table(comparison: Comparison) -> str:
     rows = [(scorer_title(name), f"{change.mean_b:.3f}", f"{change.mean_a:.3f}",
              with_interval(signed(change.mean, 3), signed_interval(change.ci_low, change.ci_high, 3)))
-            for name, change in data.score_changes.items()]
+            for name, change in comparison.score_changes.items()]
     return Table(("Scorer", "Target", "Tuned", "Change"), rows, caption="Mean scores in each scorer's own units; below "
                  "the change its paired 95 % interval over prompts.").html()
 
@@ -96,11 +91,9 @@ def _weight_table(sweep: Sequence[Comparison]) -> str:
                "Value", "Variety"]
     rows = []
     for point in sweep:
-        rates = (with_interval(percent(rate.rate), percent_interval(rate.ci_low, rate.ci_high))
-                 for rate in point.win_rates.values())
         defective = (percent(point.defects[name].tuned) for name in sweep[0].defects)
         changes = (point.colour_change.saturation_percent, point.colour_change.value_percent, point.variety_change)
-        rows.append((f"{point.lora_weight:g}", *rates, *defective, *(_change(change, 1) for change in changes)))
+        rows.append((f"{point.lora_weight:g}", *_rate_cells(point), *defective, *(_change(one, 1) for one in changes)))
     return Table(columns, rows, caption="Win rates with their 95 % intervals; saturation, value and the variety of the "
                  "images as changes against the target.").html()
 
@@ -129,19 +122,15 @@ def defects(changes: Mapping[str, DefectChange]) -> str:
             if rows else "")
 
 
-def colours(shift: ColourShift | None, change: ColourChange | None,
-            histograms: tuple[ColourHistograms, ColourHistograms] | None) -> str:
+def colours(comparison: Comparison) -> str:
     """The shift of the colours with intervals, and their distributions."""
-    if shift is None:
-        return ""
+    shift, change = comparison.colour_shift, comparison.colour_change
     degrees = UNDEFINED if shift.hue_degrees is None else f"{signed(shift.hue_degrees, 2)}°"
-    ends = (None, None) if change is None else (change.hue_degrees.ci_low, change.hue_degrees.ci_high)
-    rows: list[tuple[str | Cell, ...]] = [
-        ("Hue as an angle", with_interval(degrees, signed_interval(*ends, 1, "°")), NOTHING)]
+    interval = signed_interval(change.hue_degrees.ci_low, change.hue_degrees.ci_high, 1, "°")
+    rows = [("Hue as an angle", with_interval(degrees, interval), NOTHING)]
     for name in ("hue", "saturation", "value"):
         size = getattr(shift, name)
-        rows.append((name.capitalize(),
-                     NOTHING if change is None else _change(getattr(change, f"{name}_percent"), 2, UNDEFINED),
+        rows.append((name.capitalize(), _change(getattr(change, f"{name}_percent"), 2, UNDEFINED),
                      UNDEFINED if size is None else f"{size:.2f} %"))
     table = Table(("Channel", "Change", "As in the paper"), rows, caption="Tuned against target over all pixels of the "
                   "evaluation images; below each change its 95 % bootstrap interval over prompts. The last column "
@@ -149,10 +138,9 @@ def colours(shift: ColourShift | None, change: ColourChange | None,
     intro = ("No shift is 0. For hue, which is an angle, use the first row: the shift of the mean weighted by "
              "saturation, + from red towards yellow. The other rows are plain means over pixels; the paper prints "
              "their absolute values.")
-    note = f'<p class="intro">{escape(_weak_hue(change))}</p>' if change is not None and change.hue_is_weak else ""
-    charts = "" if histograms is None else (
-        f'<div class="charts">{"".join(histogram(spec, *histograms) for spec in HISTOGRAMS)}</div>')
-    return section("Colours", intro, table + note + charts)
+    note = f'<p class="intro">{escape(_weak_hue(change))}</p>' if change.hue_is_weak else ""
+    charts = "".join(histogram(spec, comparison.target_histograms, comparison.tuned_histograms) for spec in HISTOGRAMS)
+    return section("Colours", intro, f'{table}{note}<div class="charts">{charts}</div>')
 
 
 def _weak_hue(change: ColourChange) -> str:
@@ -187,9 +175,9 @@ def artifacts(locations: Mapping[str, str]) -> str:
     return Table(("Artifact", "Location"), rows, "Artifacts", caption=caption).section() if rows else ""
 
 
-def variety(change: Estimate | None) -> str:
+def variety(change: Estimate) -> str:
     """Whether the images still differ from each other."""
-    if change is None or change.value is None:
+    if change.value is None:
         return ""
     text = (f"The spread of the tuned model's images changed by {signed(change.value, 1)} % of the target's (95 % "
             f"interval {signed_interval(change.ci_low, change.ci_high, 1, ' %')}): the distance of 8 x 8 thumbnails "

@@ -35,10 +35,11 @@ def render_report(data: ReportData) -> str:
 
 
 def _page(data: ReportData, encode: ImageEncoder) -> str:
-    scorer = next(iter(data.win_rates), None)
-    shown = "" if scorer is None else f" Below each image its score by {scorer_title(scorer)}."
-    if data.images_per_prompt > 1:
-        shown += f" The first of a prompt's {data.images_per_prompt} images is shown; scores are means over them all."
+    comparison = data.comparison
+    shown = f" Below each image its score by {scorer_title(next(iter(comparison.win_rates)))}."
+    if comparison.images_per_prompt > 1:
+        shown += (f" The first of a prompt's {comparison.images_per_prompt} images is shown; scores are means over "
+                  "them all.")
     sections = (
         listing("Warnings", data.warnings, "warnings"),
         numbers.win_rates(data),
@@ -47,9 +48,9 @@ def _page(data: ReportData, encode: ImageEncoder) -> str:
               encode),
         pairs("Best wins", "Where the tuned model gained most.", data.best_wins, encode),
         pairs("Worst losses", "Where the tuned model lost most.", data.worst_losses, encode),
-        numbers.defects(data.defects),
-        numbers.colours(data.colour_shift, data.colour_change, data.histograms),
-        numbers.variety(data.variety_change),
+        numbers.defects(comparison.defects),
+        numbers.colours(comparison),
+        numbers.variety(comparison.variety_change),
         numbers.lora_weights(data.sweep),
         pools(data.pools, encode),
         latent_statistics(data.rank_distances),

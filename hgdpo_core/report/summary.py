@@ -26,9 +26,6 @@ from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.tune import Tuned
 
 PAIRS, EXTREMES, POOLS = 24, 6, 4
-COMPARED = ("win_rates", "lora_weight", "images_per_prompt", "score_changes", "win_rate_intervals", "defects",
-            "colour_shift", "colour_change", "variety_change")
-"""Fields that ReportData takes from a Comparison."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +86,9 @@ def _write(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], comparison:
     timings = _making_seconds(run, seconds, cached)
     data = ReportData(
         preset=run.config.preset, config=run.config, root=run.store.root, created_at=datetime.now(UTC),
-        command=run.command, notes=_notes(run.config.evaluation.scorers), timings=timings, artifacts=artifacts,
-        histograms=(comparison.target_histograms, comparison.tuned_histograms),
-        pairs=pairs(random_positions(comparison, PAIRS)), best_wins=pairs(gains), worst_losses=pairs(losses),
-        **{name: getattr(comparison, name) for name in COMPARED}, **fields)
+        command=run.command, comparison=comparison, notes=_notes(run.config.evaluation.scorers), timings=timings,
+        artifacts=artifacts, pairs=pairs(random_positions(comparison, PAIRS)), best_wins=pairs(gains),
+        worst_losses=pairs(losses), **fields)
     contents = {
         "preset": run.config.preset, "root": run.store.root, "run_id": run.run_id, **comparison.findings(),
         "evaluation_id": comparison.evaluation_id, "evaluation_prompts": len(comparison.prompts), **summary,

@@ -61,11 +61,10 @@ def score_stage(store: Store, job: ScoreJob) -> ScoreStage:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The data set of triplets of a job, new or existing, and its shards."""
+    """The data set of triplets of a job, new or existing."""
 
     job: RankJob
     key: str
-    indices: tuple[int, ...]
     counts: TripletCounts
 
 
@@ -87,7 +86,7 @@ def rank_again(store: Store, job: RankJob, *, progress: Progress = silent,
     except CorruptShardError as error:
         return Skipped(what=what, reason=str(error))
     write_dataset_card(stage, card_licence(store, job.replaces or stage.folder.key))
-    return Ranking(job, stage.folder.key, tuple(indices), stage.counts())
+    return Ranking(job, stage.folder.key, stage.counts())
 
 
 def summarise_pools(store: Store, plan: RescorePlan) -> list[dict[str, Any]]:
