@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from hgdpo_core.ablate.estimates import difference, estimate, first, outcomes, rate, win_rate_estimate
-from hgdpo_core.ablate.result import colour_statistic
+from hgdpo_core.ablate.result import colour_statistic, difference, estimate, first, outcomes, rate, win_rate_estimate
 from hgdpo_core.statistics.intervals import Estimate
 
 
