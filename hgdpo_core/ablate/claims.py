@@ -31,7 +31,7 @@ class Claim:
         return "holds" if self.should_be_above_zero in (None, low > 0) else "opposite"
 
 
-def judge_claims(results: Results) -> list[Claim]:
+def evaluate_claims(results: Results) -> list[Claim]:
     """Every trend whose arms were measured."""
     config, prompts = results.ablation.run.config, len(results.ablation.run.prompts.prompts)
     claims: list[Claim] = []

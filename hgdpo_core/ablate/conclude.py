@@ -13,7 +13,7 @@ from PIL import Image
 from hgdpo_core import __version__
 from hgdpo_core.ablate import charts
 from hgdpo_core.ablate.arms import Arm, arm_labels
-from hgdpo_core.ablate.claims import Claim, judge_claims
+from hgdpo_core.ablate.claims import Claim, evaluate_claims
 from hgdpo_core.ablate.measure import Diversity, measure_diversity, measure_rank_distances, prompt_colours, run_arm
 from hgdpo_core.ablate.program import Ablation, Shared, prepare_shared
 from hgdpo_core.ablate.result import COLOURS, Results
@@ -41,7 +41,7 @@ def run_ablation(ablation: Ablation, stages: StageProgress = silent_stages,
 def conclude(shared: Shared, stages: StageProgress = silent_stages, runner: Runner = IN_PROCESS) -> dict[str, Any]:
     """Measure what is missing, then write `ablations/<id>/`; returns what `result.json` holds."""
     results = gather(shared, stages, runner)
-    claims = judge_claims(results)
+    claims = evaluate_claims(results)
     tables = make_tables(results, claims)
     plots = make_plots(results, shared)
     store, key = shared.ablation.run.store, shared.ablation.key

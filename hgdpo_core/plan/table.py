@@ -59,12 +59,12 @@ class RunPlan(BaseModel):
 
 def describe(plan: RunPlan) -> str:
     """The plan as a printed table."""
-    columns = ("stage", "to make", "found", "shards to make", "to store", "time", "estimated from")
+    columns = ("stage", "to make", "existing", "shards to make", "to store", "time", "estimated from")
     rows = []
     for stage in plan.stages:
-        found = f"{stage.total - stage.missing:,}" if stage.folder else "?"
+        existing = f"{stage.total - stage.missing:,}" if stage.folder else "?"
         shards = f"{stage.missing_shards:,} of {stage.shards:,}" if stage.shards else ""
-        rows.append([stage.stage, f"{stage.missing:,} {stage.unit}", found, shards,
+        rows.append([stage.stage, f"{stage.missing:,} {stage.unit}", existing, shards,
                      readable_bytes(stage.bytes_missing), readable_time(stage.seconds), stage.basis])
     rows.append(["all", "", "", "", readable_bytes(plan.bytes_missing), readable_hours(plan), f"on {plan.device}"])
     notes = [f"- {note}" for note in (*plan.notes, *dict.fromkeys(stage.note for stage in plan.stages if stage.note))]
