@@ -248,7 +248,8 @@ def test_several_images_per_prompt_are_mentioned_where_they_matter():
 def test_a_model_without_a_lora_has_no_weight():
     plain = with_comparison(with_rate(3, 1, 0), lora_weight=None)
     assert headline(plain).startswith("PickScore prefers the tuned model on 75.0 %")
-    assert "weight" not in Page(render_report(plain)).text.split("Win rates")[1].split("How to repeat")[0]
+    text = Page(render_report(plain)).text.split("Win rates")[1].split("How to repeat")[0]
+    assert "LoRA" not in text and "weight" not in text.split("Colours")[0]
 
 
 def test_scorers_have_their_titles():
