@@ -18,7 +18,7 @@ from hgdpo_core.training.parts import LogRow
 from hgdpo_core.training.request import TrainRequest
 from hgdpo_core.training.tune import Tuned
 from tasks.options import STAGE
-from tasks.ui import show_table, stage_progress
+from tasks.ui import show_table
 from tasks.validation import training_progress
 
 

@@ -1,8 +1,8 @@
 """Arms: what one row of the paper's tables trains and samples. Rows that coincide are one arm, trained once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from hgdpo_core.ablate import paper
 from hgdpo_core.ablate.settings import AblationConfig, World
@@ -13,7 +13,7 @@ TableName = Literal["3", "2", "5", "6", "8"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to make and sample a tuned model."""
+    """One way to train and sample a tuned model."""
 
     world: World
     pool_size: int
@@ -27,7 +27,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class TableRow:
-    """An arm under the name that the paper gives it; `paper_row` names its row there, None where it has none."""
+    """An arm under its name in the paper; `paper_row` is the key of its row there, None if the paper has none."""
 
     label: str
     arm: Arm
@@ -50,86 +50,71 @@ def base_arm(config: RunConfig, prompts: int, world: World) -> Arm:
 
 
 def plan_tables(config: RunConfig, settings: AblationConfig, prompts: int) -> tuple[PlannedTable, ...]:
-    """The tables that `settings` ask for. `prompts`: how many triplets' prompts the whole data set has."""
-    wanted = set(settings.comparisons)
-    tables: list[PlannedTable] = []
-    for world in settings.worlds:
-        base = base_arm(config, prompts, world)
-        name = f"N-{base.pool_size}"
-        statistics = _statistic_rows(base, name, config, settings) if "statistics" in wanted else []
-        betas = [_beta_row(base, name, factor) for factor in settings.beta_factors] if "beta" in wanted else []
-        varies = world == "plain" and "pool_size" in wanted
-        sizes = _size_rows(base, settings) if varies else [TableRow(name, base, name)]
-        if len(sizes) > 1 or statistics or (world == "tinted" and betas):
-            tables.append(PlannedTable("3", world, (*sizes, *statistics, *(betas if world == "tinted" else ()))))
-        if statistics or betas:
-            tables.append(PlannedTable("2", world, (*sizes, *betas, *statistics)))
-        if world == "plain":
-            tables += _plain_tables(base, name, config, settings)
-    return tuple(tables)
+    """The tables of the requested comparisons. `prompts`: number of prompts of the whole data set of triplets."""
+    return tuple(table for world in settings.worlds
+                 for table in _world_tables(base_arm(config, prompts, world), config, settings))
 
 
-def _plain_tables(base: Arm, name: str, config: RunConfig, settings: AblationConfig) -> Iterable[PlannedTable]:
-    if "loser_rank" in settings.comparisons:
-        yield PlannedTable("5", "plain", tuple(
-            TableRow(f"{name}-L-{rank}", replace(base, loser_rank=rank), f"N-20-L-{rank}")
-            for rank in settings.loser_ranks))
-    if "dataset_size" in settings.comparisons:
-        counts = [(share, max(1, round(share * base.prompts))) for share in settings.dataset_shares]
-        yield PlannedTable("6", "plain", tuple(
-            TableRow(f"{name}-D-{count}", replace(base, prompts=count), paper.TABLE_6_SHARES.get(share))
-            for share, count in counts))
-    if "lora_weight" in settings.comparisons:
-        final = replace(base, lambda_stat=config.dpo.lambda_stat)
-        yield PlannedTable("8", "plain", tuple(
-            TableRow(f"weight {weight:g}", replace(final, lora_weight=weight)) for weight in settings.lora_weights))
-
-
-def _size_rows(base: Arm, settings: AblationConfig) -> list[TableRow]:
-    sizes = dict.fromkeys([*settings.pool_sizes, base.pool_size])  # the whole pool is what all else compares with
-    return [TableRow(f"N-{size}", replace(base, pool_size=size, loser_rank=size), f"N-{size}") for size in sizes]
+def _world_tables(base: Arm, config: RunConfig, settings: AblationConfig) -> Iterator[PlannedTable]:
+    requested, world, plain, name = settings.comparisons, base.world, base.world == "plain", f"N-{base.pool_size}"
+    statistics = _statistic_rows(base, name, config, settings) if "statistics" in requested else []
+    betas = [_row(base, f"{name} (beta x{factor:g})", f"N-20 (beta x{factor:g})", beta=base.beta * factor)
+             for factor in settings.beta_factors] if "beta" in requested else []
+    # the whole pool, which all arms are compared with, is always among the sizes
+    sizes = dict.fromkeys([*(settings.pool_sizes if plain and "pool_size" in requested else ()), base.pool_size])
+    by_size = [_row(base, f"N-{size}", f"N-{size}", pool_size=size, loser_rank=size) for size in sizes]
+    if len(by_size) > 1 or statistics or (betas and not plain):
+        yield PlannedTable("3", world, (*by_size, *statistics, *(() if plain else betas)))
+    if statistics or betas:
+        yield PlannedTable("2", world, (*by_size, *betas, *statistics))
+    if plain and "loser_rank" in requested:
+        yield PlannedTable("5", world, tuple(_row(base, f"{name}-L-{rank}", f"N-20-L-{rank}", loser_rank=rank)
+                                             for rank in settings.loser_ranks))
+    if plain and "dataset_size" in requested:
+        counts = [(part, max(1, round(part * base.prompts))) for part in settings.dataset_shares]
+        yield PlannedTable("6", world, tuple(
+            _row(base, f"{name}-D-{count}", paper.TABLE_6_ROWS.get(part), prompts=count)
+            for part, count in counts))
+    if plain and "lora_weight" in requested:
+        yield PlannedTable("8", world, tuple(
+            _row(base, f"weight {weight:g}", lambda_stat=config.dpo.lambda_stat, lora_weight=weight)
+            for weight in settings.lora_weights))
 
 
 def _statistic_rows(base: Arm, name: str, config: RunConfig, settings: AblationConfig) -> list[TableRow]:
-    own = config.dpo.lambda_stat  # the paper's row stands beside the weight that this model is trained with
-    weights = dict.fromkeys([own, *settings.lambdas])
-    return [TableRow(f"{name}-LAN", replace(base, latent_normalisation=True), "N-20-LAN"),
-            *(TableRow(f"{name}-SML (lambda {format_lambda(weight)})", replace(base, lambda_stat=weight),
-                       "N-20-SML" if weight == own else None) for weight in weights)]
+    own = config.dpo.lambda_stat  # the paper's row goes with the weight that this model is trained with
+    return [_row(base, f"{name}-LAN", "N-20-LAN", latent_normalisation=True),
+            *(_row(base, f"{name}-SML (lambda {format_lambda(weight)})", "N-20-SML" if weight == own else None,
+                   lambda_stat=weight) for weight in dict.fromkeys([own, *settings.lambdas]))]
+
+
+def _row(base: Arm, label: str, paper_row: str | None = None, **changes: Any) -> TableRow:
+    return TableRow(label, replace(base, **changes), paper_row)
 
 
 def format_lambda(weight: float) -> str:
-    """A weight of the statistic matching loss as people write it: 10000, 1e6."""
+    """A weight of the statistic matching loss in short notation: 10000, 1e6."""
     return f"{weight:g}".replace("e+0", "e").replace("e+", "e")
 
 
-def _beta_row(base: Arm, name: str, factor: float) -> TableRow:
-    return TableRow(f"{name} (beta x{factor:g})", replace(base, beta=base.beta * factor), f"N-20 (beta x{factor:g})")
-
-
-def all_arms(tables: Iterable[PlannedTable]) -> list[Arm]:
-    """Every arm once, in the order of the tables."""
-    return list(dict.fromkeys(row.arm for table in tables for row in table.rows))
-
 def arm_labels(tables: Iterable[PlannedTable]) -> dict[Arm, str]:
-    """The name of every arm in the first table it stands in."""
+    """Every arm once, in the order of the tables, with its label in the first of them that has it."""
     labels: dict[Arm, str] = {}
-    for planned in tables:
-        for row in planned.rows:
-            labels.setdefault(row.arm, row.label)
+    for row in (row for table in tables for row in table.rows):
+        labels.setdefault(row.arm, row.label)
     return labels
 
 
 def training_of(arm: Arm) -> Arm:
-    """What of an arm decides its LoRA: arms that differ only in how it is used share one training."""
+    """The part of an arm that determines its LoRA: arms that differ only in how it is used have one training."""
     return replace(arm, lora_weight=1.0, latent_normalisation=False)
 
 
 def arm_config(config: RunConfig, arm: Arm, seed: int) -> RunConfig:
-    """The run's settings with the arm's in them; values that mean "all" are left at their default, and so are ids."""
-    whole, last = config.pool.images_per_prompt, arm.pool_size
+    """The run's settings with those of the arm; values that mean "all" stay at their default, to keep the ids."""
+    whole = config.pool.images_per_prompt
     triplets = TripletConfig(pool_size=None if arm.pool_size == whole else arm.pool_size,
-                             loser_rank=None if arm.loser_rank == last else arm.loser_rank)
+                             loser_rank=None if arm.loser_rank == arm.pool_size else arm.loser_rank)
     return config.model_copy(update={
         "triplets": triplets, "scorer": ranking_scorer(config, arm.world),
         "sampler": config.sampler.model_copy(update={"latent_normalisation": arm.latent_normalisation}),
@@ -139,12 +124,12 @@ def arm_config(config: RunConfig, arm: Arm, seed: int) -> RunConfig:
 
 
 def ranking_scorer(config: RunConfig, world: World) -> ScorerConfig:
-    """The judge that ranks the pools of a world."""
+    """The scorer that ranks the pools of a world."""
     return config.scorer if world == "plain" else config.scorer.model_copy(update={"name": "tinted"})
 
 
 def evaluation_scorers(config: RunConfig, world: World) -> tuple[ScorerConfig, ...]:
-    """The judges of a world's arms: the run's own and, in the tinted world, the one that ranked its pools."""
+    """The scorers of a world's arms: the run's own and, in the tinted world, the one that ranked its pools."""
     own = config.evaluation.scorers
     named = any(scorer.name == "tinted" for scorer in own)
     return own if world == "plain" or named else (*own, ranking_scorer(config, world))

@@ -1,9 +1,10 @@
-"""The paper's trends, each as one number with its interval, and what that interval allows to say."""
+"""The paper's trends: one number with its interval for each, and the verdict that follows from the interval."""
 
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hgdpo_core.ablate.arms import Arm, base_arm, format_lambda
-from hgdpo_core.ablate.estimates import scaled
+from hgdpo_core.ablate.arms import Arm, TableName, base_arm, format_lambda
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.statistics.intervals import Estimate
@@ -19,75 +20,66 @@ class Claim:
     unit: str
     estimate: Estimate
     should_be_above_zero: bool | None
-    """None: either side will do."""
+    """None: a change to either side."""
 
     @property
     def verdict(self) -> str:
-        """holds, opposite, or not shown: the interval lies on the paper's side of 0, on the other, or holds 0."""
+        """"holds", "opposite" or "not shown": the interval is on the paper's side of 0, on the other, or contains 0."""
         low, high = self.estimate.ci_low, self.estimate.ci_high
         if low is None or high is None or low <= 0 <= high:
             return "not shown"
         return "holds" if self.should_be_above_zero in (None, low > 0) else "opposite"
 
 
-def judge_claims(results: Results) -> list[Claim]:
+def evaluate_claims(results: Results) -> list[Claim]:
     """Every trend whose arms were measured."""
     config, prompts = results.ablation.run.config, len(results.ablation.run.prompts.prompts)
     claims: list[Claim] = []
     for world in results.ablation.settings.worlds:
         whole = base_arm(config, prompts, world)
-        claims += [*_data_claims(results, whole), *_colour_claims(results, whole)]
+        arms = {table.number: [row.arm for row in table.rows] for table in results.ablation.tables
+                if table.world == world}
+        claims += [*_data_claims(results, whole, arms), *_colour_claims(results, whole, arms.get("2", []))]
     return claims
 
 
-def _data_claims(results: Results, whole: Arm) -> list[Claim]:
-    """Win rates by each judge, in percentage points: the most against the least of each table."""
-    rows = {table.number: [row.arm for row in table.rows] for table in results.ablation.tables
-            if table.world == whole.world}
-    sizes = [arm for arm in rows.get("3", ()) if arm == replace(whole, pool_size=arm.pool_size,
+def _data_claims(results: Results, whole: Arm, arms: Mapping[TableName, list[Arm]]) -> Iterator[Claim]:
+    """Win rates by each scorer, in percentage points: the largest value of each table against the smallest."""
+    sizes = [arm for arm in arms.get("3", []) if arm == replace(whole, pool_size=arm.pool_size,
                                                                  loser_rank=arm.pool_size)]
-    pairs = [("a larger pool helps", sizes, "pool_size", "N"),
-             ("a worse loser helps", rows.get("5", []), "loser_rank", "loser rank"),
-             ("more triplets help", rows.get("6", []), "prompts", "prompts")]
-    claims = []
-    for text, arms, name, word in pairs:
-        least, most = (choose(arms, key=lambda arm: getattr(arm, name), default=None) for choose in (min, max))
-        if least is not None and most is not None and least != most:
+    for text, compared, name, word in (("a larger pool helps", sizes, "pool_size", "N"),
+                                       ("a worse loser helps", arms.get("5", []), "loser_rank", "loser rank"),
+                                       ("more triplets help", arms.get("6", []), "prompts", "prompts")):
+        ordered = sorted(compared, key=operator.attrgetter(name))
+        if ordered and ordered[0] != ordered[-1]:
+            least, most = ordered[0], ordered[-1]
             measured = f"win rate at {word} {getattr(most, name)} minus at {getattr(least, name)}"
-            claims += _win_rate_claims(results, text, measured, most, least, True)
-    return claims
+            yield from _win_rate_claims(results, text, measured, most, least, True)
 
 
-def _colour_claims(results: Results, whole: Arm) -> list[Claim]:
-    """What the paper says of colours, and of what it costs to keep them."""
-    arms = [row.arm for table in results.ablation.tables if table.number == "2" and table.world == whole.world
-            for row in table.rows]
-    claims = []
+def _colour_claims(results: Results, whole: Arm, arms: Sequence[Arm]) -> Iterator[Claim]:
+    """The paper's claims about colours, and about the cost of keeping them."""
     if arms:
-        claims.append(Claim(whole.world, "plain DPO shifts colours", "red minus blue, tuned minus target",
-                            "levels of 255", results.colour(whole, "warmth"), None))
+        yield Claim(whole.world, "plain DPO shifts colours", "red minus blue, tuned minus target", "levels of 255",
+                    results.colour(whole, "warmth"), None)
     for arm in arms:
         if arm == replace(whole, latent_normalisation=True):
-            claims.append(_colour_claim(results, "LAN removes colour shift", "LAN", arm, whole))
+            shift, cost, name = "LAN removes colour shift", None, "LAN"
         elif arm == replace(whole, lambda_stat=arm.lambda_stat) and arm != whole:
+            shift, cost = "SML removes colour shift", "SML costs some of the win rate"
             name = f"SML (lambda {format_lambda(arm.lambda_stat)})"
-            claims += [_colour_claim(results, "SML removes colour shift", name, arm, whole),
-                       *_win_rate_claims(results, "SML costs some of the win rate",
-                                         f"win rate with {name} minus without", arm, whole, False)]
         elif arm == replace(whole, beta=arm.beta) and arm.beta > whole.beta:
+            shift, cost = "a larger beta shifts colours less", "a larger beta costs much of the win rate"
             name = f"beta x{arm.beta / whole.beta:g}"
-            claims += [_colour_claim(results, "a larger beta shifts colours less", name, arm, whole),
-                       *_win_rate_claims(results, "a larger beta costs much of the win rate",
-                                         f"win rate with {name} minus without", arm, whole, False)]
-    return claims
+        else:
+            continue
+        yield Claim(arm.world, shift, f"how far the mean colour moved in RGB, with {name} minus without",
+                    "levels of 255", results.colour_gap(arm, whole, "distance"), False)
+        if cost is not None:
+            yield from _win_rate_claims(results, cost, f"win rate with {name} minus without", arm, whole, False)
 
 
-def _colour_claim(results: Results, text: str, name: str, arm: Arm, whole: Arm) -> Claim:
-    return Claim(arm.world, text, f"how far the mean colour moved in RGB, with {name} minus without", "levels of 255",
-                 results.colour_gap(arm, whole, "distance"), False)
-
-
-def _win_rate_claims(results: Results, text: str, measured: str, arm: Arm, other: Arm, above: bool) -> list[Claim]:
-    return [Claim(arm.world, text, f"{measured}, by {scorer}", "percentage points",
-                  scaled(results.win_rate_gap(arm, other, scorer), 100), above)
-            for scorer in results.records[arm][0].win_rate]
+def _win_rate_claims(results: Results, text: str, measured: str, arm: Arm, other: Arm, above: bool) -> Iterator[Claim]:
+    for scorer in results.records[arm][0].win_rate:
+        yield Claim(arm.world, text, f"{measured}, by {scorer}", "percentage points",
+                    results.win_rate_gap(arm, other, scorer).scaled(100), above)

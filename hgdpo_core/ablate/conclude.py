@@ -1,27 +1,20 @@
-"""From the records of all arms to what a person reads: result.json, tables.md, plots and one page."""
+"""The output of an ablation: result.json, tables.md, plots and one HTML page."""
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from html import escape
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from hgdpo_core import __version__
+from hgdpo_core.ablate import charts
 from hgdpo_core.ablate.arms import Arm, arm_labels
-from hgdpo_core.ablate.charts import (
-    colour_chart,
-    distance_chart,
-    pool_picture,
-    weight_chart,
-    weight_picture,
-    win_rate_chart,
-)
-from hgdpo_core.ablate.claims import Claim, judge_claims
+from hgdpo_core.ablate.claims import Claim, evaluate_claims
 from hgdpo_core.ablate.measure import Diversity, measure_diversity, measure_rank_distances, prompt_colours, run_arm
-from hgdpo_core.ablate.page import render_page
 from hgdpo_core.ablate.program import Ablation, Shared, prepare_shared
 from hgdpo_core.ablate.result import COLOURS, Results
 from hgdpo_core.ablate.settings import World
@@ -29,6 +22,14 @@ from hgdpo_core.ablate.tables import TITLES, WORLDS, AblationTable, make_tables,
 from hgdpo_core.built_in import SCORER_NOTE, is_built_in
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.progress import StageProgress, silent_stages
+from hgdpo_core.rendering.html import html_page
+
+WIDE = """
+.scroll table { min-width: max-content; }
+.plots { max-width: none; }
+.plots img { width: auto; max-width: min(100%, 960px); }
+section.plots img { max-width: 100%; }
+"""
 
 
 def run_ablation(ablation: Ablation, stages: StageProgress = silent_stages,
@@ -38,22 +39,20 @@ def run_ablation(ablation: Ablation, stages: StageProgress = silent_stages,
 
 
 def conclude(shared: Shared, stages: StageProgress = silent_stages, runner: Runner = IN_PROCESS) -> dict[str, Any]:
-    """Measure what has not been measured yet, then write `ablations/<id>/`; returns what `result.json` holds."""
+    """Measure what is missing, then write `ablations/<id>/`; returns what `result.json` holds."""
     results = gather(shared, stages, runner)
-    claims = judge_claims(results)
+    claims = evaluate_claims(results)
     tables = make_tables(results, claims)
-    pictures = draw_pictures(results, shared)
+    plots = make_plots(results, shared)
     store, key = shared.ablation.run.store, shared.ablation.key
-    for name, (_, data) in pictures.items():
+    for name, (_, data) in plots.items():
         store.write_bytes(key(f"plots/{name}.png"), data)
     notes = remarks(shared.ablation)
     head = "\n".join(["# HG-DPO ablations", "", *(f"- {note}" for note in notes), ""])
     text = "\n\n".join([f"{head}\n    {shared.ablation.command}", *(table.markdown() for table in tables)])
     store.write_bytes(key("tables.md"), f"{text}\n".encode())
-    uris = {name: (title, "data:image/png;base64," + base64.b64encode(data).decode())
-            for name, (title, data) in pictures.items()}
-    store.write_bytes(key("index.html"), render_page(shared.ablation, tables, uris, notes).encode())
-    result = {**summarise(results, claims, tables), "plots": list(pictures)}
+    store.write_bytes(key("index.html"), render_page(shared.ablation, tables, plots, notes).encode())
+    result = {**summarise(results, claims, tables), "plots": list(plots)}
     store.write_json(key("result.json"), result)
     return result
 
@@ -73,43 +72,60 @@ def gather(shared: Shared, stages: StageProgress, runner: Runner) -> Results:
                    target, diversity, distances)
 
 
-def draw_pictures(results: Results, shared: Shared) -> dict[str, tuple[str, bytes]]:
-    """Name -> title and PNG. Those that belong to a table have its `plot` as their name."""
-    pictures: dict[str, tuple[str, bytes]] = {}
+def make_plots(results: Results, shared: Shared) -> dict[str, tuple[str, bytes]]:
+    """Name -> title and PNG. The plots of tables are named by their `plot`."""
+    plots: dict[str, tuple[str, bytes]] = {}
     for table in results.ablation.tables:
-        chart = {"2": colour_chart, "8": weight_chart}.get(table.number, win_rate_chart)
-        pictures[plot_name(table.number, table.world)] = (TITLES[table.number], chart(results, table))
+        chart = {"2": charts.colour_chart, "8": charts.weight_chart}.get(table.number, charts.win_rate_chart)
+        plots[plot_name(table.number, table.world)] = (TITLES[table.number], chart(results, table))
         if table.number == "8":
             prompt = results.ablation.run.evaluation_prompts.prompts[0]
-            pictures["figure-8-images"] = ("Figure 8: one prompt at several LoRA weights, seeds from left to right",
-                                           _png(weight_picture(results, table, prompt)))
+            plots["figure-8-images"] = ("Figure 8: one prompt at several LoRA weights, seeds from left to right",
+                                        _png(charts.weight_images(results, table, prompt)))
     worlds: tuple[World, ...] = results.ablation.settings.worlds
     for world in worlds:
-        pictures[plot_name("5b", world)] = (f"Figure 5b, {WORLDS[world]}", distance_chart(results, world))
+        plots[plot_name("5b", world)] = (f"Figure 5b, {WORLDS[world]}", charts.distance_chart(results, world))
     for world in worlds:
-        pictures[f"figure-6-{world}"] = (f"Figure 6: pools in their ranking, {WORLDS[world]}",
-                                         _png(pool_picture(results, shared, world)))
-    return pictures
+        plots[f"figure-6-{world}"] = (f"Figure 6: ranked pools, {WORLDS[world]}",
+                                      _png(charts.pool_images(results, shared, world)))
+    return plots
 
 
 def remarks(ablation: Ablation) -> list[str]:
-    """What a reader must know before any number."""
-    notes = []
-    if any(is_built_in(scorer.source) for scorer in ablation.run.config.evaluation.scorers):
-        notes.append(f"Where this says PickScore, {SCORER_NOTE}; the paper's numbers stand beside as the claim that is "
-                     "tested, not as a value to reach.")
+    """Remarks on how to read the results."""
+    notes, config = [], ablation.run.config
+    if any(is_built_in(scorer.source) for scorer in config.evaluation.scorers):
+        notes.append(f"Where this says PickScore, {SCORER_NOTE}; the paper's numbers are shown as the claims that are "
+                     "tested, not as values to reach.")
     if "tinted" in ablation.settings.worlds:
-        notes.append("TINTED WORLD means: the pools were ranked by the same judge plus a stated fondness for warm "
-                     "tints (scorers/tinted.py), made up to study colour shift. Its arms are compared with each other "
+        notes.append("TINTED WORLD means: the pools were ranked by the same scorer with an added preference for warm "
+                     "tints (scorers/tinted.py), in order to study colour shift. Its arms are compared with each other "
                      "only.")
-    if ablation.run.config.scorer.name in {scorer.name for scorer in ablation.run.config.evaluation.scorers}:
-        notes.append("The judge that ranks the pools is also among the judges of the evaluation: by it a win rate "
-                     "shows that training reaches its aim, not that people agree.")
+    if config.scorer.name in {scorer.name for scorer in config.evaluation.scorers}:
+        notes.append("The scorer that ranks the pools is also among the scorers of the evaluation: its win rate shows "
+                     "that training reaches its aim, not that people agree.")
     return notes
 
 
+def render_page(ablation: Ablation, tables: Sequence[AblationTable], plots: Mapping[str, tuple[str, bytes]],
+                notes: Sequence[str]) -> str:
+    """The page as HTML. `plots`: name -> title and PNG; those that belong to no table follow at the end."""
+    uris = {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, (_, data) in plots.items()}
+    sections = [table.section(f'<p class="plots"><img src="{uris[table.plot]}" alt="{escape(table.title)}, as a plot">'
+                              "</p>" if table.plot in uris else "") for table in tables]
+    sections += [f'<section class="plots"><h2>{escape(title)}</h2><img src="{uris[name]}" alt="{escape(title)}">'
+                 "</section>\n" for name, (title, _) in plots.items() if name not in {table.plot for table in tables}]
+    command = f"\n<section><h2>How to repeat</h2><pre><code>{escape(ablation.command)}</code></pre></section>\n"
+    preset, items = ablation.run.config.preset, "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return html_page(
+        f"HG-DPO ablations, preset {preset}", eyebrow=f"HG-DPO · ablations · preset {preset}",
+        heading="The paper's comparisons from one pool",
+        lead="The tables of arXiv:2405.20216v1 measured here, with the paper's numbers for comparison.",
+        below=f'<ul class="notes">{items}</ul>', main="".join(sections) + command, style=WIDE)
+
+
 def summarise(results: Results, claims: Sequence[Claim], tables: Sequence[AblationTable]) -> dict[str, Any]:
-    """All numbers as plain JSON values; `tables` holds the texts of tables.md too."""
+    """All results as plain JSON values; `tables` are those of tables.md."""
     ablation = results.ablation
     labels = arm_labels(ablation.tables)
     arms = [{"label": labels[arm], **asdict(arm), "triplets": seeds[0].triplets,

@@ -1,4 +1,4 @@
-"""One arm with one training seed: triplets, LoRA, images, scores, numbers. What is finished is found again."""
+"""One arm with one training seed: triplets, LoRA, images, scores, results. Finished steps are not repeated."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,15 +24,16 @@ from hgdpo_core.scorers import defect_limit, find_scorer
 from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.features import FeatureStage, measure_spread
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
+from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.tune import Tuned
 
-FORMAT_VERSION = 1  # raise when the same arm would be measured otherwise
-LAST_SHARE = 0.2  # of the training log, what `training` averages over
+FORMAT_VERSION = 1  # raise when the same arm would be measured differently
+LAST_PART = 0.2  # of the training log, which `training` averages
 
 
 class ArmRecord(StageConfig):
-    """What was measured of an arm with one training seed; kept in `ablations/arms/`."""
+    """The results of an arm with one training seed; stored in `ablations/arms/`."""
 
     arm: dict[str, Any]
     seed: int
@@ -41,9 +42,9 @@ class ArmRecord(StageConfig):
     evaluation_id: str
     win_rate: dict[str, dict[str, float | int | None]]
     gains: dict[str, list[float]]
-    """Mean score of the tuned model minus that of the target, a prompt, by scorer."""
+    """Mean score of the tuned model minus that of the target, per prompt, by scorer."""
     defects: dict[str, list[float]]
-    """Share of defective images, tuned minus target, a prompt, by scorers that can tell."""
+    """Fraction of defective images, tuned minus target, per prompt, by scorers with a limit for defects."""
     colours: list[list[float]]
     """`channel_means` of each prompt's images, averaged."""
     colour_shift: dict[str, float | None]
@@ -53,7 +54,7 @@ class ArmRecord(StageConfig):
 
 @dataclass(frozen=True)
 class Diversity:
-    """Mean pairwise distance of each prompt's images, and the pool that they are."""
+    """Mean pairwise distance of each prompt's images, and their pool."""
 
     pool: PoolPlan
     distances: list[float]
@@ -63,15 +64,14 @@ def run_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_
             runner: Runner = IN_PROCESS) -> ArmRecord:
     """Train the arm with a seed and measure it against the target on the evaluation prompts.
 
-    A record of the same settings, model, prompts and judges is returned as it is. Each step that is finished is found
-    again, so a stopped arm goes on where it stood.
+    An existing record of the same settings, model, prompts and scorers is returned. Finished steps are not repeated,
+    so a stopped arm continues where it stopped.
     """
     run = _arm_run(shared, arm, seed)
-    store, config = run.store, run.config
-    key = f"ablations/arms/{_arm_id(shared, config, arm)}.json"
-    found = _read_record(shared, key)
-    if found is not None:
-        return found
+    key = f"ablations/arms/{_arm_id(shared, run.config, arm)}.json"
+    cached = _read_record(run.store, key)
+    if cached is not None:
+        return cached
     tuned, triplets = train_arm(shared, arm, seed, stages, runner)
     prompts, model = run.evaluation_prompts.prompts, tuned.applied_to(shared.model, arm.lora_weight)
     images = pipeline.generate_evaluation(run, {"tuned": model}, runner, stages)["tuned"]
@@ -82,13 +82,12 @@ def run_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_
     record = ArmRecord(
         arm=asdict(arm), seed=seed, triplets=triplets, model_id=tuned.model_id, evaluation_id=result.evaluation_id,
         win_rate={name: rate.as_dict() for name, rate in result.win_rates.items()},
-        gains={name: (np.array(result.tuned_scores[name]) - np.array(result.target_scores[name])).tolist()
-               for name in scores},
+        gains={name: np.subtract(result.tuned_scores[name], result.target_scores[name]).tolist() for name in scores},
         defects={name: _defect_difference(shared, name, images, scores[name], below) for name in scores
                  if (below := defect_limit(name)) is not None},
         colours=prompt_colours(images, prompts).round(6).tolist(), colour_shift=result.colour_shift.as_dict(),
         training=_last_means(tuned))
-    store.write_json(key, record.model_dump(mode="json"))
+    run.store.write_json(key, record.model_dump(mode="json"))
     return record
 
 
@@ -108,7 +107,7 @@ def _arm_run(shared: Shared, arm: Arm, seed: int) -> Run:
 
 def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_stages,
               runner: Runner = IN_PROCESS) -> tuple[Tuned, int]:
-    """The arm's LoRA, and the number of triplets it was trained on."""
+    """The arm's LoRA, and the number of its training triplets."""
     run = _arm_run(shared, arm, seed)
     save_prompts(run.store, run.prompts)
     pool = plan_pool(run.store, shared.model, run.config.sampler.plain, run.config.pool, run.prompts.prompts)
@@ -120,9 +119,9 @@ def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silen
 
 def measure_diversity(shared: Shared, arm: Arm | None, seed: int, stages: StageProgress = silent_stages,
                       runner: Runner = IN_PROCESS) -> Diversity:
-    """How much several images of one prompt differ: of an arm's model, or of the target for None (paper Figure 8).
+    """How much the images of a prompt differ, for an arm's model or, with None, for the target (paper Figure 8).
 
-    1 - cosine of image features (of the judge's image tower), averaged over all pairs of a prompt.
+    1 - cosine of image features (of the scorer's image tower), averaged over all pairs of a prompt.
     """
     run, settings = shared.ablation.run, shared.ablation.settings
     config, model = run.config, shared.model
@@ -140,41 +139,39 @@ def measure_diversity(shared: Shared, arm: Arm | None, seed: int, stages: StageP
 
 def measure_rank_distances(shared: Shared, world: World, stages: StageProgress = silent_stages,
                            runner: Runner = IN_PROCESS) -> np.ndarray:
-    """Figure 5b: `read_distances` of the pool in the ranking of the world's judge, float64 [pools, N - 1, 2].
+    """Figure 5b: `read_distances` of the pool as ranked by the world's scorer, float64 [pools, N - 1, 2].
 
-    Whole shards of the pool are measured, at least `distance_pools` pools where there are as many.
+    Whole shards are measured, with at least `distance_pools` pools if there are so many.
     """
-    stage = DistanceStage.of(shared.pool, shared.scores[world], shared.model,
-                             shared.ablation.settings.distance_pools)
+    pools = shared.ablation.settings.distance_pools
+    stage = DistanceStage.of(shared.pool, shared.scores[world], shared.model, pools)
     runner.make([stage], stages)
     return stage.read()
 
 
 def prompt_colours(plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:
     """`channel_means` averaged over each prompt's images, float64 [P, 8]."""
-    wanted = {prompt_id(prompt): row for row, prompt in enumerate(prompts)}
+    positions = {prompt_id(prompt): row for row, prompt in enumerate(prompts)}
     sums = np.zeros((len(prompts), 8))
     for index in plan.indices:
         rows = plan.folder.read(index)
         for key, image in zip(rows["prompt_id"].to_pylist(), rows["image"], strict=True):
-            if key in wanted:
-                sums[wanted[key]] += channel_means(np.asarray(decode_image(image.as_py())))
+            if key in positions:
+                sums[positions[key]] += channel_means(np.asarray(decode_image(image.as_py())))
     return sums / plan.pool.images_per_prompt
 
 
 def _arm_id(shared: Shared, config: RunConfig, arm: Arm) -> str:
-    """All that decides an arm's numbers. Batch sizes and the like may stand in it: they cost a measurement at most."""
+    """A hash of all that determines an arm's results; batch sizes and the like may enter it too."""
     run = shared.ablation.run
     return content_hash({
-        "format_version": FORMAT_VERSION, "arm": asdict(arm),
-        "config": config.identity("run"),
+        "format_version": FORMAT_VERSION, "arm": asdict(arm), "config": config.identity("run"),
         "model": shared.model.identity(), "prompts": run.prompts.id, "evaluation_prompts": run.evaluation_prompts.id,
         "scores": shared.scores[arm.world].key,
         "judges": [find_scorer(scorer.name, scorer.source) for scorer in evaluation_scorers(run.config, arm.world)]})
 
 
-def _read_record(shared: Shared, key: str) -> ArmRecord | None:
-    store = shared.ablation.run.store
+def _read_record(store: Store, key: str) -> ArmRecord | None:
     if not store.exists(key):
         return None
     try:
@@ -184,6 +181,6 @@ def _read_record(shared: Shared, key: str) -> ArmRecord | None:
 
 
 def _last_means(tuned: Tuned) -> dict[str, float]:
-    rows = tuned.log[-max(1, round(LAST_SHARE * len(tuned.log))):]
+    rows = tuned.log[-max(1, round(LAST_PART * len(tuned.log))):]
     return {name: float(np.mean([row[name] for row in rows]))
             for name in ("loss", "dpo_loss", "stat_loss", "implicit_accuracy")}

@@ -1,13 +1,11 @@
-"""The paper's own numbers (arXiv:2405.20216v1): people's photographs at 704x1024, 177 PartiPrompts, one training each.
+"""The paper's results (arXiv:2405.20216v1): photographs of people at 704x1024, 177 PartiPrompts, one training each.
 
 Table 5's rows L-2, L-5 and L-10 repeat Table 3's N-2, N-5 and N-10 to the digit: one of the two is a copying error, so
 they are one measurement, not two (METHOD, section 8).
 """
 
-SCORERS = ("pickscore", "hps", "image_reward", "aesthetic", "clip")
-"""Columns of the win rate tables, in percent against the target."""
-
 Row = tuple[float, float, float, float, float]
+"""Win rates against the target in percent, by PickScore, HPS, ImageReward, LAION aesthetic and CLIP."""
 
 TABLE_3: dict[str, Row] = {
     "N-2": (66.10, 67.63, 63.84, 55.37, 54.24),
@@ -28,8 +26,8 @@ TABLE_6: dict[str, Row] = {
     "N-20-50k": (85.88, 86.29, 76.27, 72.88, 70.06),
     "N-20-100k": (88.70, 89.77, 76.84, 75.14, 74.01),
 }
-TABLE_6_SHARES = {0.02: "N-20-2k", 0.5: "N-20-50k", 1.0: "N-20-100k"}
-"""Share of the whole data set -> its row."""
+TABLE_6_ROWS = {0.02: "N-20-2k", 0.5: "N-20-50k", 1.0: "N-20-100k"}
+"""Fraction of the whole data set -> its row."""
 
 TABLE_2: dict[str, tuple[float, float, float]] = {
     "N-2": (6.59, 4.50, 1.32),

@@ -1,11 +1,11 @@
-"""An ablation opened, and what all its arms share: one fine-tuned target, one pool, its scores, the target's images."""
+"""An opened ablation, and what its arms have in common: the fine-tuned target, the pool, its scores, target images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hgdpo_core import __version__, pipeline
-from hgdpo_core.ablate.arms import Arm, PlannedTable, all_arms, evaluation_scorers, plan_tables, ranking_scorer
+from hgdpo_core.ablate.arms import Arm, PlannedTable, arm_labels, evaluation_scorers, plan_tables, ranking_scorer
 from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check
 from hgdpo_core.built_in import is_built_in
 from hgdpo_core.config import ScorerConfig, apply_overrides, content_hash
@@ -20,11 +20,12 @@ from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.storage.shards import ShardFolder
 
 PREFIX = "ablation."
-"""Overrides that start so are settings of the ablation, the others of the run that it varies."""
+"""Overrides with this prefix are settings of the ablation, the others of the run that it varies."""
+
 
 @dataclass(frozen=True)
 class Ablation:
-    """Checked inputs of an ablation. Cheap to hold."""
+    """Checked inputs of an ablation. Cheap to keep."""
 
     run: Run
     """The run that the arms vary."""
@@ -36,7 +37,7 @@ class Ablation:
 
     @property
     def arms(self) -> list[Arm]:
-        return all_arms(self.tables)
+        return list(arm_labels(self.tables))
 
     @property
     def seeds(self) -> range:
@@ -50,17 +51,17 @@ class Ablation:
 def open_ablation(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompts: str | None = None,
                   target: str | None = None, images: str | None = None, overrides: Mapping[str, Any] | None = None,
                   settings: Mapping[str, Any] | None = None) -> Ablation:
-    """Check everything a user can get wrong, before any model loads, and write `ablations/<id>/config.json`.
+    """Check all inputs before any model loads, and write `ablations/<id>/config.json`.
 
-    `settings` holds fields of AblationConfig, None for the usual value; `overrides` those of the run, and of the
-    ablation under `ablation.`.
+    `settings` holds fields of AblationConfig, None for the default; `overrides` those of the run, and with the prefix
+    `ablation.` those of the ablation.
     """
     given = dict(overrides or {})
     own = {name.removeprefix(PREFIX): given.pop(name) for name in list(given) if name.startswith(PREFIX)}
     base = build_config(preset, target=target, prompts=prompts, images=images)
-    usual = {} if is_built_in(base.scorer.source) else {"worlds": ("plain",)}  # other scorers have tastes enough
+    defaults = {} if is_built_in(base.scorer.source) else {"worlds": ("plain",)}  # others have preferences enough
     chosen = {name: value for name, value in (settings or {}).items() if value is not None}
-    config = build_settings({**usual, **chosen, **own})
+    config = build_settings({**defaults, **chosen, **own})
     varied = apply_overrides(base, given)
     check(config, varied)
     if config.split != "test":
@@ -70,11 +71,9 @@ def open_ablation(preset: str = DEFAULT_PRESET, root: str | None = None, *, prom
     scorer = ranking_scorer(run.config, config.worlds[-1])
     find_scorer(scorer.name, scorer.source)
     identity = {"run": run.config.identity("run"), "ablation": config.identity("run")}
-    changed = {name: value for name, value in config.model_dump(mode="json").items()
-               if value != AblationConfig().model_dump(mode="json")[name]}
-    command = shell_command("ablate", {"preset": preset, "root": run.store.root, "prompts": prompts, "target": target,
-                                       "images": images},
-                            {**(overrides or {}), **{PREFIX + name: value for name, value in changed.items()}})
+    changed = {PREFIX + name: value for name, value in config.model_dump(mode="json", exclude_defaults=True).items()}
+    inputs = {"preset": preset, "root": run.store.root, "prompts": prompts, "target": target, "images": images}
+    command = shell_command("ablate", inputs, {**(overrides or {}), **changed})
     ablation = Ablation(run, config, f"{preset}-{content_hash(identity)}",
                         plan_tables(run.config, config, len(run.prompts.prompts)), command)
     save_prompts(run.store, run.prompts)
@@ -92,14 +91,14 @@ class Shared:
     """The target, after SFT where there are images."""
     pool: PoolPlan
     scores: dict[World, ShardFolder]
-    """The pool's scores by each world's judge."""
+    """The pool's scores by each world's ranking scorer."""
     target_images: PoolPlan
     target_scores: dict[str, ShardFolder]
     """Scores of the target's evaluation images by scorer name."""
 
 
 def prepare_shared(ablation: Ablation, stages: StageProgress = silent_stages, runner: Runner = IN_PROCESS) -> Shared:
-    """SFT, the pool, its scores in every world, the target's evaluation images and their scores; made where missing."""
+    """SFT, the pool, its scores in every world, the target's evaluation images and their scores, if missing."""
     run, config = ablation.run, ablation.run.config
     model, _ = pipeline.tune_target(run, runner, stages, validate=False)
     pool = pipeline.make_pool(run, model, runner, stages)

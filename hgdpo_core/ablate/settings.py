@@ -1,6 +1,6 @@
-"""What an ablation compares, beside the settings of the run that it varies."""
+"""Settings of an ablation, in addition to those of the run that it varies."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
@@ -11,15 +11,17 @@ from hgdpo_core.errors import ConfigError
 World = Literal["plain", "tinted"]
 Comparison = Literal["pool_size", "loser_rank", "dataset_size", "statistics", "beta", "lora_weight"]
 Split = Literal["test", "validation"]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class AblationConfig(StageConfig):
-    """Which of the paper's comparisons are made, in which worlds, with how many trainings each."""
+    """Which of the paper's comparisons are made, in which worlds, with how many trainings per arm."""
 
-    seeds: int = Field(default=3, ge=1, description="trainings of every arm, with dpo.seed 0, 1, ...")
+    seeds: int = Field(default=3, ge=1, description="trainings per arm, with dpo.seed 0, 1, ...")
     worlds: tuple[World, ...] = Field(
         default=("plain", "tinted"), min_length=1,
-        description="plain: the run's own judge ranks the pools; tinted: the same judge, made fond of warm tints "
+        description="plain: the run's own scorer ranks the pools; tinted: the same scorer, made to prefer warm tints "
                     "(default for the preset figures alone)")
     comparisons: tuple[Comparison, ...] = Field(
         default=("pool_size", "loser_rank", "dataset_size", "statistics", "beta", "lora_weight"), min_length=1,
@@ -27,12 +29,14 @@ class AblationConfig(StageConfig):
     split: Split = Field(default="test", description="figures prompts to measure on; choose settings on validation")
     pool_sizes: tuple[int, ...] = Field(default=(2, 5, 10, 20), description="N of Table 3")
     loser_ranks: tuple[int, ...] = Field(default=(2, 5, 10, 20), description="l of Table 5")
-    dataset_shares: tuple[float, ...] = Field(default=(0.125, 0.5, 1.0), description="shares of the triplets, Table 6")
-    beta_factors: tuple[float, ...] = Field(default=(4.0, 20.0), description="times dpo.beta, Table 2")
-    lambdas: tuple[float, ...] = Field(default=(1e4, 1e5), description="lambda_stat beside dpo.lambda_stat; paper: 1e4")
-    lora_weights: tuple[float, ...] = Field(default=(0.25, 0.5, 1.0, 1.5), description="LoRA weights of Figure 8")
+    dataset_shares: tuple[Fraction, ...] = Field(
+        default=(0.125, 0.5, 1.0), description="fractions of the triplets, Table 6")
+    beta_factors: tuple[Positive, ...] = Field(default=(4.0, 20.0), description="times dpo.beta, Table 2")
+    lambdas: tuple[Positive, ...] = Field(
+        default=(1e4, 1e5), description="lambda_stat besides dpo.lambda_stat, above 0: N-20 is without; paper: 1e4")
+    lora_weights: tuple[Positive, ...] = Field(default=(0.25, 0.5, 1.0, 1.5), description="LoRA weights of Figure 8")
     diversity_prompts: int = Field(default=32, ge=1, description="prompts that diversity is measured on")
-    diversity_images: int = Field(default=8, ge=2, description="images a prompt for diversity")
+    diversity_images: int = Field(default=8, ge=2, description="images per prompt for diversity")
     distance_pools: int = Field(default=128, ge=1, description="pools that Figure 5b is measured on, at least")
 
 
@@ -49,7 +53,7 @@ def build_settings(values: dict) -> AblationConfig:
 
 
 def feature_scorer(config: RunConfig) -> ScorerConfig:
-    """The judge whose image tower tells how much images differ: PickScore, of the evaluation or of the pools."""
+    """The scorer whose image tower measures how much images differ: PickScore, of the evaluation or of the pools."""
     for scorer in (*config.evaluation.scorers, config.scorer):
         if scorer.name == "pickscore":
             return scorer
@@ -58,20 +62,13 @@ def feature_scorer(config: RunConfig) -> ScorerConfig:
 
 
 def check(settings: AblationConfig, config: RunConfig) -> None:
-    """ConfigError for what contradicts the run that is varied."""
-    held = config.pool.images_per_prompt
+    """ConfigError for settings that contradict the run that is varied."""
+    images = config.pool.images_per_prompt
     for name in ("pool_sizes", "loser_ranks"):
-        wrong = [value for value in getattr(settings, name) if not 2 <= value <= held]
-        if wrong:
-            raise ConfigError(f"ablation.{name} holds {wrong[0]}, but a pool holds {held} images: choose from 2 to "
-                              f"{held}, or a larger pool.images_per_prompt")
-    for name in ("dataset_shares", "beta_factors", "lora_weights"):
-        wrong = [value for value in getattr(settings, name) if value <= 0 or name == "dataset_shares" and value > 1]
-        if wrong:
-            raise ConfigError(f"ablation.{name} holds {wrong[0]}: expected numbers above 0"
-                              + (" and up to 1" if name == "dataset_shares" else ""))
-    if any(value <= 0 for value in settings.lambdas):
-        raise ConfigError("ablation.lambdas holds a value that is not above 0: without SML is what N-20 is")
+        for value in getattr(settings, name):
+            if not 2 <= value <= images:
+                raise ConfigError(f"ablation.{name} holds {value}, but a pool holds {images} images: choose from 2 to "
+                                  f"{images}, or a larger pool.images_per_prompt")
     if config.dpo.lambda_stat == 0 and {"statistics", "lora_weight"} & set(settings.comparisons):
         raise ConfigError("dpo.lambda_stat is 0: the comparisons statistics and lora_weight need the weight of the "
                           "statistic matching loss, as the paper's 10000")

@@ -1,7 +1,7 @@
-"""What a run will make and find, how long it takes, how large it gets.
+"""The plan of a run: what is missing, what exists, how long the work takes and how much storage it needs.
 
-`planner.py` walks the road without making anything, `training.py` plans the trainings on it, `rates.py` and `probe.py`
-say how fast work goes, `table.py` is the result and its text.
+`planner.py` runs the pipeline without making anything, `training.py` plans and times its trainings, `rates.py` reads
+the speed of past work, `table.py` is the result and its text.
 """
 
 from hgdpo_core.plan.planner import plan_run

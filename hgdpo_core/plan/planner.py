@@ -1,8 +1,8 @@
-"""Plan before spending: what a run would make, what exists, how long that takes and how large it gets.
+"""The plan of a run: what it would make, what exists, how long that takes and how much storage it needs.
 
-The plan is the pipeline itself, run by a runner that makes nothing on a store that writes nothing: it cannot drift from
-the run. Behind a training that is not finished no id is known: there it counts what will be made, and cannot tell what
-exists.
+The plan is the pipeline itself, with a runner that makes nothing on a store that writes nothing, so it cannot differ
+from the run. After a training that is not finished no id is known: there the plan counts what will be made, and cannot
+determine what exists.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ from hgdpo_core.training.tune import Tuned, tuned_id
 def plan_run(run: Run, *, with_probe: bool = False) -> RunPlan:
     """The plan of an opened run; writes nothing.
 
-    `with_probe`: every stage that misses something has its model loaded and a batch timed on this machine's device.
-    Without, past shards and trainings of the root tell how long theirs took; where there are none, no time is known.
+    `with_probe`: for every stage with missing work the model is loaded and a batch timed on this machine's device.
+    Otherwise times are those of past shards and trainings of the root; without these, no time is known.
     """
     run = replace(run, store=DryStore(run.store.root))
     runner = PlanningRunner(run, with_probe)
@@ -46,8 +46,8 @@ def plan_run(run: Run, *, with_probe: bool = False) -> RunPlan:
         notes.append("times are estimates for one device of the kind they were measured on; loading models and waiting "
                      "for the store come on top")
     if any(stage.seconds is None for stage in runner.stages):
-        notes.append("a time is not known (?) where the root holds no such work yet: --probe (in a flow: probe) times "
-                     "a batch of each stage on this machine, and loads the models for it")
+        notes.append("a time is not known (?) if the root holds no such work yet: --probe (in a flow: probe) loads the "
+                     "models and times a batch of each stage on this machine")
     if runner.assumed_image_bytes:
         notes.append(f"bytes of images are assumed, {rates.BYTES_PER_PIXEL[run.config.pool.image_format]} per pixel in "
                      f"{run.config.pool.image_format}")
@@ -57,7 +57,7 @@ def plan_run(run: Run, *, with_probe: bool = False) -> RunPlan:
 
 @dataclass(frozen=True)
 class PlannedTuning(Tuned):
-    """Stands for a model that a training has not made yet: its fingerprint is a text that no folder is made with."""
+    """A placeholder for a model that is not trained yet; its fingerprint is a text that no existing id contains."""
 
     @property
     def fingerprint(self) -> str:
@@ -72,7 +72,7 @@ class PlannedTuning(Tuned):
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedTuning(Tuned):
-    """A model of the store; a fine-tuned one is not fetched, for its record holds all that a plan needs."""
+    """A model of the store; a fine-tuned one is not fetched, as its record holds all that a plan needs."""
 
     store: Store
     fingerprint: str
@@ -89,7 +89,7 @@ class RecordedTuning(Tuned):
 
 @dataclass(frozen=True)
 class _Counted:
-    """What was counted of a stage."""
+    """The units and existing shards of a planned stage."""
 
     units: Mapping[int, int]
     existing: Mapping[int, ShardManifest]
@@ -101,12 +101,12 @@ class _Counted:
 
     @property
     def samples(self) -> int:
-        """Rows that a training will read, as far as they are known."""
+        """Rows that a training will read; an estimate if the stage is not complete."""
         return sum(m.rows for m in self.existing.values()) if self.complete else sum(self.units.values())
 
 
 class PlanningRunner:
-    """A runner that makes nothing and keeps a row for each stage and training that it is asked for, in `stages`."""
+    """A runner that makes nothing and adds a row to `stages` for each requested stage and training."""
 
     copy_to_store = False
 
@@ -119,23 +119,21 @@ class PlanningRunner:
         self.assumed_image_bytes = False
         self._counted: dict[str, _Counted] = {}
         self._unknown: dict[str, str] = {}
-        """Fingerprints and folders that are not known before a training is finished -> that training."""
+        """Fingerprints and folders that are unknown until a training is finished -> that training."""
         self._probes: dict[str, Probe | None] = {}
         self._rates: dict[tuple[str, int], Rate] = {}
 
     def make(self, stages: Sequence[Stage], on: StageProgress = silent_stages) -> list[int]:
-        """Add a row for each stage; returns how many of its shards are missing."""
+        """Add a row for each stage; returns the numbers of missing shards."""
         return [self._add(stage) for stage in stages]
 
     def train(self, request: TrainRequest, progress: Progress = silent) -> Tuned:
-        """Add the row of a training; returns its model, or what stands for it."""
+        """Add the row of a training; returns its model, or a placeholder."""
         latents, config, store = self._counted[request.latents], request.settings, self.run.store
         training = PlannedTraining(find_objective(request.kind), config, self.run.target, self.model, self.size)
-        model_id, record = "", None
-        if latents.complete:
-            model_id = tuned_id(request.kind, request.model, latents.folder, sorted(latents.units), config,
-                                latents.existing)
-            record = find_record(store, model_id)
+        model_id = tuned_id(request.kind, request.model, latents.folder, sorted(latents.units), config,
+                            latents.existing) if latents.complete else ""
+        record = find_record(store, model_id) if model_id else None
         self.stages.append(training.row(store, model_id, latents.samples, record, lambda: (
             training.probed(self.device_name) if self.with_probe else training.past(store))))
         if record is not None:
@@ -151,22 +149,21 @@ class PlanningRunner:
         self._counted[stage.folder.key] = _Counted(units, existing, stage.folder)
         waits_for = self._waits_for(stage)
         missing = units.keys() - existing.keys()
-        lacking, found = sum(units[index] for index in missing), list(existing.values())
-        rate = self._rate(stage, found) if missing else Rate(0.0, "")   # before the bytes: a probe tells both
-        bytes_found, rows = sum(manifest.bytes for manifest in found), sum(manifest.rows for manifest in found)
-        bytes_missing = lacking * bytes_found / rows if rows else (
-            lacking * self._unit_bytes(stage) + len(missing) * rates.SHARD_BYTES if missing else 0)
+        to_make, manifests = sum(units[index] for index in missing), list(existing.values())
+        rate = self._rate(stage, manifests) if missing else Rate(0.0, "")   # before the bytes: a probe measures both
+        bytes_found, rows = sum(item.bytes for item in manifests), sum(item.rows for item in manifests)
+        bytes_missing = to_make * bytes_found / rows if rows else (
+            to_make * self._unit_bytes(stage) + len(missing) * rates.SHARD_BYTES if missing else 0)
+        note = f"{waits_for} is not finished and determines the ids after it: what exists there (?) is not known yet"
         self.stages.append(StagePlan(
-            stage=stage.title, unit=stage.unit, total=sum(units.values()), missing=lacking, shards=len(units),
+            stage=stage.title, unit=stage.unit, total=sum(units.values()), missing=to_make, shards=len(units),
             missing_shards=len(missing), bytes_found=bytes_found, bytes_missing=round(bytes_missing),
-            seconds=lacking * rate.seconds if rate else None, basis=rate.basis if rate else "",
-            folder="" if waits_for else stage.folder.key,
-            note=f"{waits_for} is not finished and decides the ids behind it: what exists there (?) is not known yet"
-            if waits_for else ""))
+            seconds=to_make * rate.seconds if rate else None, basis=rate.basis if rate else "",
+            folder="" if waits_for else stage.folder.key, note=note if waits_for else ""))
         return len(missing)
 
     def _look(self, stage: Stage) -> tuple[dict[int, ShardManifest], list[dict[int, ShardManifest]]]:
-        """As `Stage.look`, but what is made from a missing shard is missing too: the run will make that one again."""
+        """As `Stage.look`, but shards made from a missing shard are missing too: the run will make that one again."""
         existing, sources = stage.look()
         kept = []
         for folder, manifests in zip(stage.sources, sources, strict=True):
@@ -176,11 +173,11 @@ class PlanningRunner:
         return {index: manifest for index, manifest in existing.items() if all(index in found for found in kept)}, kept
 
     def _waits_for(self, stage: Stage) -> str:
-        """The training that decides the stage's id and is not finished; "" for none."""
+        """The unfinished training that determines the stage's id; "" for none."""
         config = canonical_json(stage.folder.config)
         waits_for = next((kind for text, kind in self._unknown.items() if text in config), "")
         if waits_for:
-            self._unknown[stage.folder.key.rpartition("/")[2]] = waits_for  # what is made from it does not know its id
+            self._unknown[stage.folder.key.rpartition("/")[2]] = waits_for  # ids made from it are unknown too
         return waits_for
 
     def _unit_bytes(self, stage: Stage) -> float:
@@ -191,10 +188,10 @@ class PlanningRunner:
         self.assumed_image_bytes |= stage.unit_bytes(self.model, 1.0) != stage.unit_bytes(self.model, 0.0)
         return stage.unit_bytes(self.model, assumed)
 
-    # -- rates: one for each kind of work, from a probe or from shards that are there
+    # -- rates: one for each kind of work, from a probe or from existing shards
 
     def _rate(self, stage: Stage, existing: Sequence[ShardManifest]) -> Rate | None:
-        """Seconds per unit; None where neither shards nor a probe tell."""
+        """Seconds per unit; None without a measurement."""
         if self.with_probe and (probed := self._probe(stage)) is not None:
             return Rate(stage.images_per_unit * probed.seconds, f"a batch timed on {self.device_name}")
         key = (stage.work, stage.images_per_unit)

@@ -1,4 +1,4 @@
-"""What a plan says: a row a stage, and the whole as a table for people."""
+"""A plan: one row per stage, and the whole as a printed table."""
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
@@ -6,7 +6,7 @@ from hgdpo_core.rendering.tables import Table
 
 
 class StagePlan(BaseModel):
-    """What one stage would do. Units are images, prompts, pairs or steps; `folder` is "" where no id is known yet."""
+    """The plan of one stage. Units are images, prompts, pairs or steps; `folder` is "" if its id is not known yet."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -19,15 +19,15 @@ class StagePlan(BaseModel):
     bytes_found: int
     bytes_missing: int
     seconds: float | None
-    """Estimated, of the missing work on one device; None where neither shards nor a probe tell."""
+    """Estimated, of the missing work on one device; None without a measurement."""
     basis: str
-    """Where the seconds are known from; "" where nothing is missing or nobody knows."""
+    """The source of `seconds`; "" if nothing is missing or no time is known."""
     folder: str = ""
     note: str = ""
 
 
 class RunPlan(BaseModel):
-    """All stages of one run in their order. Nothing of it was made."""
+    """All stages of one run in their order. Nothing is made."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,7 +40,7 @@ class RunPlan(BaseModel):
     @computed_field
     @property
     def hours(self) -> float | None:
-        """Estimated, of the missing work on one device of this kind; None where a stage's are not known."""
+        """Estimated, of the missing work on one device of this kind; None if that of a stage is not known."""
         seconds = [stage.seconds for stage in self.stages]
         return None if None in seconds else sum(filter(None, seconds)) / 3600
 
@@ -53,18 +53,18 @@ class RunPlan(BaseModel):
     @computed_field
     @property
     def bytes_found(self) -> int:
-        """What it would find there."""
+        """What already exists there."""
         return sum(stage.bytes_found for stage in self.stages)
 
 
 def describe(plan: RunPlan) -> str:
-    """The plan as a table for people."""
-    columns = ("stage", "to make", "found", "shards to make", "to store", "time", "estimated from")
+    """The plan as a printed table."""
+    columns = ("stage", "to make", "existing", "shards to make", "to store", "time", "estimated from")
     rows = []
     for stage in plan.stages:
-        found = f"{stage.total - stage.missing:,}" if stage.folder else "?"
-        rows.append([stage.stage, f"{stage.missing:,} {stage.unit}", found,
-                     f"{stage.missing_shards:,} of {stage.shards:,}" if stage.shards else "",
+        existing = f"{stage.total - stage.missing:,}" if stage.folder else "?"
+        shards = f"{stage.missing_shards:,} of {stage.shards:,}" if stage.shards else ""
+        rows.append([stage.stage, f"{stage.missing:,} {stage.unit}", existing, shards,
                      readable_bytes(stage.bytes_missing), readable_time(stage.seconds), stage.basis])
     rows.append(["all", "", "", "", readable_bytes(plan.bytes_missing), readable_hours(plan), f"on {plan.device}"])
     notes = [f"- {note}" for note in (*plan.notes, *dict.fromkeys(stage.note for stage in plan.stages if stage.note))]
@@ -73,7 +73,7 @@ def describe(plan: RunPlan) -> str:
 
 
 def readable_hours(plan: RunPlan) -> str:
-    """All of the plan's time, as far as it is known."""
+    """The total time of the plan, as far as it is known."""
     known = sum(stage.seconds or 0.0 for stage in plan.stages)
     if plan.hours is None:
         return f"{readable_time(known)} + ?" if known else "?"
@@ -81,7 +81,7 @@ def readable_hours(plan: RunPlan) -> str:
 
 
 def readable_time(seconds: float | None) -> str:
-    """As much as matters: 0.4 s, 40 s, 12 min, 3.5 h, 1,280 h, or ? for a time that nobody knows."""
+    """In two digits or so: 0.4 s, 40 s, 12 min, 3.5 h, 1,280 h, or ? for None."""
     if seconds is None:
         return "?"
     if 0 < seconds < 10:
@@ -95,7 +95,7 @@ def readable_time(seconds: float | None) -> str:
 
 
 def readable_bytes(count: float) -> str:
-    """Decimal units, as disks are sold: 0 B, 12 kB, 2.3 TB."""
+    """In decimal units: 0 B, 12 kB, 2.3 TB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             break

@@ -1,29 +1,33 @@
-"""A training in the plan: its steps, what it leaves behind, and how long that takes."""
+"""A training in the plan: its steps, its output, and its time, from past trainings or a probe."""
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hgdpo_core.config import TrainingConfig
+from hgdpo_core.devices import default_device, free_memory
 from hgdpo_core.errors import StorageError
-from hgdpo_core.models import Model
+from hgdpo_core.models import Model, load_backbone
 from hgdpo_core.models.published import find_record
 from hgdpo_core.models.sizes import FLOAT_BYTES, ModelSize
-from hgdpo_core.plan import probe, rates
-from hgdpo_core.plan.rates import Rate
+from hgdpo_core.plan.rates import CHECKPOINTS, OPTIMIZER_FLOATS, Rate
 from hgdpo_core.plan.table import StagePlan
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training.objective import TrainingObjective
+from hgdpo_core.training import Hooks
+from hgdpo_core.training.loop import run_training
+from hgdpo_core.training.objective import RandomSamples, TrainingObjective
 
-SAME_STEP = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing")  # decide what a step takes
+SAME_STEP = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing")  # determine the time of a step
+PROBE_STEPS = 3
 
 
 @dataclass(frozen=True)
 class PlannedTraining:
-    """A training as a plan needs it: of `model`, of that size, on images of (width, height) pixels."""
+    """A training to be planned: of `model`, of that size, on images of (width, height) pixels."""
 
     objective: TrainingObjective
     config: TrainingConfig
@@ -37,34 +41,41 @@ class PlannedTraining:
         return self.config.max_steps or math.ceil(self.config.epochs * samples / batch)
 
     def bytes(self) -> int:
-        """What it leaves in the store: the model and its last checkpoints."""
+        """Bytes of its output in the store: the model and its last checkpoints."""
         trained = self.objective.trained_numbers(self.model_size, self.config)
-        checkpoints = rates.CHECKPOINTS * rates.OPTIMIZER_FLOATS * trained
-        return FLOAT_BYTES * (self.objective.saved_numbers(self.model_size, self.config) + checkpoints)
+        saved = self.objective.saved_numbers(self.model_size, self.config)
+        return FLOAT_BYTES * (saved + CHECKPOINTS * OPTIMIZER_FLOATS * trained)
 
     def row(self, store: Store, model_id: str, samples: int, record: Mapping[str, Any] | None,
             step: Callable[[], Rate | None]) -> StagePlan:
-        """The plan's row; `record` is the model's, None where it is not made, and `model_id` "" where it is not known.
+        """The plan's row; `record` is the model's, None if it is not trained yet, `model_id` "" if it is not known.
 
-        `step` says what a step takes, None where that is not known, and is asked for what is missing.
+        `step` returns the rate of a step, None if it is not known; it is called only for a missing training.
         """
         steps, rate = self.steps(samples), Rate(0.0, "") if record else step()
-        held = sum(count for _, count, _ in store.walk(f"models/{model_id}")) if record else 0
+        existing = sum(count for _, count, _ in store.walk(f"models/{model_id}")) if record else 0
         return StagePlan(
             stage=self.objective.name, unit="steps", total=steps, missing=0 if record else steps, shards=0,
-            missing_shards=0, bytes_found=held, bytes_missing=0 if record else self.bytes(),
+            missing_shards=0, bytes_found=existing, bytes_missing=0 if record else self.bytes(),
             seconds=steps * rate.seconds if rate else None, basis=rate.basis if rate else "",
             folder=f"models/{model_id}" if model_id else "")
 
     def probed(self, device_name: str) -> Rate:
-        """A step, timed on this machine's device."""
-        return Rate(probe.step_seconds(self.model, self.objective, self.config, self.size),
-                    f"steps timed on {device_name}")
+        """A step on noise, timed on this machine's device: the later ones of a few, in memory, without a checkpoint."""
+        free_memory()
+        backbone = load_backbone(self.model, default_device(), dtype="float32")
+        moments: list[float] = []
+        config = self.config.model_copy(update={"max_steps": PROBE_STEPS, "flip": False})  # flips are made with latents
+        samples = RandomSamples(self.objective, backbone.shapes(self.size))
+        run_training(self.objective.prepare(backbone, self.model, config), samples, config, None,
+                     Hooks(lambda done, total, unit: moments.append(time.monotonic())))
+        # the first moment is before, the second after the first step
+        return Rate((moments[-1] - moments[1]) / (PROBE_STEPS - 1), f"steps timed on {device_name}")
 
     def past(self, store: Store) -> Rate | None:
-        """A step of a model in the store whose training had the same batch and image size."""
+        """A step of an earlier training in the store with the same batch and image size."""
         for model_id in store.list_folders("models"):
-            with contextlib.suppress(StorageError, KeyError):   # one that cannot be read tells nothing
+            with contextlib.suppress(StorageError, KeyError):   # unreadable
                 record = find_record(store, model_id) if model_id.startswith(f"{self.objective.name}-") else None
                 if record and record["steps"] and self._is_alike(store, model_id):
                     seconds = record["seconds"] / record["steps"]

@@ -1,1 +1,1 @@
-"""How results are shown: `grids.py` of images, `charts.py`, `tables.py`, `html.py` the page, `parts.py` its pieces."""
+"""Rendering of results: `grids.py` of images, `charts.py`, `tables.py`, `html.py` the page, `parts.py` its parts."""

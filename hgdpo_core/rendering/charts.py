@@ -1,25 +1,26 @@
-"""Charts as inline SVG. They name classes that the style sheet of `html.py` colours, in light and in dark."""
+"""Charts as inline SVG. The style sheet of `html.py` colours their classes, in light and dark mode."""
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hgdpo_core.metrics import WinRate
 from hgdpo_core.statistics.colours import ColourHistograms
+from hgdpo_core.statistics.intervals import Estimate
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 54, 352, 8, 176
-MAX_POINTS = 300  # per line: more cannot be told apart at this width
-SMOOTHING_SHARE = 0.05  # of all rows, the window of the moving average
+MAX_POINTS = 300  # per line: more are not distinguishable at this width
+SMOOTHING_FRACTION = 0.05  # of all rows, the window of the moving average
 SHOWN_PERCENTILES = (1, 99)  # of the raw values; one outlier must not flatten the whole curve
 
 
 @dataclass(frozen=True)
 class ChartSpec:
-    """What one chart shows: one or two columns of rows against their `step`, and a level to compare with."""
+    """One chart: one or two columns of rows against their `step`, and a baseline."""
 
     title: str
     columns: tuple[str, ...]
@@ -49,7 +50,7 @@ def read_line(log: Sequence[Mapping[str, float]], column: str) -> Line | None:
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Centred moving average over 5 % of the values, float64 [n]; the window shrinks at both ends."""
-    half = int(len(values) * SMOOTHING_SHARE / 2)
+    half = int(len(values) * SMOOTHING_FRACTION / 2)
     window = np.ones(2 * half + 1)
     counts = np.convolve(np.ones(len(values)), window)[half:half + len(values)]
     return np.convolve(values, window)[half:half + len(values)] / counts
@@ -84,9 +85,9 @@ def rate_bar(rate: WinRate) -> str:
     return _bar_frame(marks + '<path class="half" d="M50 0V24"/>', "rate-bar")
 
 
-def share_bar(share: float, who: str) -> str:
-    """A plain bar from 0 to 100 %; `who` is its class."""
-    return _bar_frame(_bar(100 * share), f"rate-bar {who}")
+def fraction_bar(fraction: float, style: str) -> str:
+    """A plain bar from 0 to 100 %; `style` is its class."""
+    return _bar_frame(_bar(100 * fraction), f"rate-bar {style}")
 
 
 def _bar(value: float) -> str:
@@ -98,41 +99,31 @@ def _bar_frame(marks: str, style: str) -> str:
             f'<rect class="track" width="100" height="24"/>{marks}</svg>')
 
 
-@dataclass(frozen=True)
-class IntervalPoint:
-    """A labelled share of 0..1 with its interval."""
-
-    label: str
-    value: float
-    low: float | None
-    high: float | None
-
-
-def interval_chart(title: str, meaning: str, points: Sequence[IntervalPoint], *, baseline: float) -> str:
-    """A <figure> with points side by side in their order, whiskers and a line through them; "" without points."""
-    if not points:
+def interval_chart(title: str, meaning: str, points: Iterable[tuple[str, Estimate]], *, baseline: float) -> str:
+    """A <figure> with labelled rates of 0..1 side by side, whiskers and a line through them; "" without values."""
+    known = [(label, point.value, point.ci_low, point.ci_high) for label, point in points if point.value is not None]
+    if not known:
         return ""
-    ends = [end for point in points for end in (point.value, point.low, point.high) if end is not None]
+    ends = [end for _, *numbers in known for end in numbers if end is not None]
     value_scale = _Scale(min(*ends, baseline), max(*ends, baseline), BOTTOM, TOP)
-    places = [LEFT + (RIGHT - LEFT) * (number + 0.5) / len(points) for number in range(len(points))]
-    line = " ".join(f"{x:.1f},{value_scale(point.value):.1f}" for x, point in zip(places, points, strict=True))
+    line, marks, texts = [], "", []
+    for number, (label, value, low, high) in enumerate(known):
+        x, y = f"{LEFT + (RIGHT - LEFT) * (number + 0.5) / len(known):.1f}", f"{value_scale(value):.1f}"
+        line.append(f"{x},{y}")
+        if low is not None and high is not None:
+            bottom, top = f"{value_scale(low):.1f}", f"{value_scale(high):.1f}"
+            marks += f'<path class="whisker" d="M{x} {bottom}V{top}m-5 0h10M{x} {bottom}m-5 0h10"/>'
+        marks += (f'<circle class="dot" cx="{x}" cy="{y}" r="4"/><text class="tick" x="{x}" y="{BOTTOM + 17}" '
+                  f'text-anchor="middle">{html.escape(label)}</text>')
+        texts.append(f"{label}: {100 * value:.1f} %")
     parts = [_axes(None, value_scale, percent=True), _baseline(baseline, value_scale),
-             f'<polyline class="raw" points="{line}"/>']
-    for x, point in zip(places, points, strict=True):
-        if point.low is not None and point.high is not None:
-            low, high = value_scale(point.low), value_scale(point.high)
-            parts.append(f'<path class="whisker" d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 5:.1f} {low:.1f}h10'
-                         f'M{x - 5:.1f} {high:.1f}h10"/>')
-        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{value_scale(point.value):.1f}" r="4"/>'
-                     f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 17}" text-anchor="middle">'
-                     f'{html.escape(point.label)}</text>')
-    told = ", ".join(f"{point.label}: {100 * point.value:.1f} %" for point in points)
-    return _figure(title, "", meaning, f"{title}, {meaning}: {told}", parts)
+             f'<polyline class="raw" points="{" ".join(line)}"/>', marks]
+    return _figure(title, "", meaning, f"{title}, {meaning}: {', '.join(texts)}", parts)
 
 
 @dataclass(frozen=True)
 class HistogramSpec:
-    """What one histogram shows: a channel of ColourHistograms, and the labels of its axis from 0 to 1."""
+    """One histogram: a channel of ColourHistograms, and the labels of its axis from 0 to 1."""
 
     title: str
     channel: str
@@ -148,7 +139,7 @@ HISTOGRAMS = (
 
 
 def histogram(spec: HistogramSpec, target: ColourHistograms, tuned: ColourHistograms) -> str:
-    """A <figure> with the shares of both models' pixels: the target as an area, the tuned model as a line."""
+    """A <figure> with the distributions of both models' pixels: target as an area, tuned model as a line."""
     sides = [np.array(side.as_dict()[spec.channel]) for side in (target, tuned)]
     parts = _steps(spec.labels, *sides, percent=True, below=_hue_strip(len(sides[0])) if spec.channel == "hue" else "")
     moved = 50 * float(np.abs(sides[0] - sides[1]).sum())
@@ -165,7 +156,7 @@ def count_chart(title: str, meaning: str, ends: tuple[float, float], *sides: Seq
 
 
 def _steps(labels: Sequence[str], *sides: np.ndarray, percent: bool = False, below: str = "") -> list[str]:
-    """Axes with labels from end to end, and a value a bin: of the first side as an area, of a second as a line."""
+    """Axes with labels from end to end, and one value per bin: the first side as an area, a second as a line."""
     value_scale = _Scale(0.0, max(float(side.max()) for side in sides) or 1.0, BOTTOM, TOP)
     area, *outline = (_outline(side, value_scale) for side in sides)
     parts = [_axes(None, value_scale, percent=percent, whole=not percent),
@@ -192,7 +183,7 @@ def _hue_strip(bins: int) -> str:
 
 
 class _Scale:
-    """A linear map from values to pixels that remembers both ends."""
+    """A linear map from values to pixels, with both ends."""
 
     def __init__(self, low: float, high: float, from_px: float, to_px: float) -> None:
         if low == high:
@@ -253,14 +244,14 @@ def _baseline(level: float | None, value_scale: _Scale) -> str:
 
 
 def _figure(title: str, shown: str, meaning: str, label: str, parts: Sequence[str]) -> str:
-    """The frame of every chart; `shown` stands beside the title, `label` is read to who cannot see it."""
+    """The frame of every chart; `shown` is printed next to the title, `label` is for screen readers."""
     return (f'<figure class="chart"><figcaption><b>{html.escape(title)}</b><span>{shown}</span>'
             f'<small>{html.escape(meaning)}</small></figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
             f'aria-label="{html.escape(label)}">{"".join(parts)}</svg></figure>')
 
 
 def format_number(value: float) -> str:
-    """Short and readable: 0.693, 12,000, 1e-5."""
+    """In short form: 0.693, 12,000, 1e-5."""
     if value and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"

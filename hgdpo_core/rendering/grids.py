@@ -1,6 +1,6 @@
-"""Pictures of pictures: pairs side by side, and pools in their ranking (arXiv:2405.20216v1, Figure 6).
+"""Grids of images: pairs side by side, and ranked pools (arXiv:2405.20216v1, Figure 6).
 
-PIL only, with PIL's own scalable font: it covers Latin scripts, so other letters in a prompt show as boxes.
+PIL only, with its built-in scalable font, which covers Latin scripts; other letters are shown as boxes.
 """
 
 import math
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from hgdpo_core.errors import InputError
 
 PAPER, INK, FAINT = (255, 255, 255), (24, 26, 32), (112, 117, 128)
-ACCENT, LOSS = (22, 101, 192), (190, 73, 16)  # winner and loser; words say it too
+ACCENT, LOSS = (22, 101, 192), (190, 73, 16)  # winner and loser, which are also labelled
 MARGIN, GAP, OUTLINE = 32, 12, 4
 PAIR_TILE_PX, POOL_TILE_PX = 288, 160
 MAX_ENLARGEMENT = 3
@@ -22,7 +22,7 @@ PROMPT_LINES = 4
 
 @dataclass(frozen=True)
 class PairSample:
-    """One prompt drawn by both models from one seed, with both images' scores by one scorer."""
+    """Images of one prompt by both models from one seed, with their scores by one scorer."""
 
     prompt: str
     target: Image.Image
@@ -45,8 +45,8 @@ class PoolSample:
 def rank_pool(pool: PoolSample) -> list[int]:
     """Indices of the candidates from best to worst, scores that are not finite last.
 
-    Among equal scores the winner leads and higher indices go first, so that a loser chosen by rank stands at
-    its rank. InputError when images and scores differ in number or winner or loser is no candidate.
+    Among equal scores the winner leads and higher indices go first, so that a loser selected by rank is at its rank.
+    InputError when images and scores differ in number or winner or loser is no candidate.
     """
     count = len(pool.images)
     if count == 0 or len(pool.scores) != count:
@@ -60,14 +60,14 @@ def rank_pool(pool: PoolSample) -> list[int]:
 
 
 def format_score(score: float) -> str:
-    """A score as all grids and reports print it."""
+    """A score in the format of all grids and reports."""
     return f"{score:.3f}" if math.isfinite(score) else "no score"
 
 
 def scale_to_tile(image: Image.Image, side_px: int) -> Image.Image:
     """`image` as RGB with its longer side at most `side_px`, its aspect kept.
 
-    Small ones grow by a whole factor up to 3 with hard pixels, to stay crisp; large ones shrink smoothly.
+    Small images are enlarged by a whole factor up to 3 with hard pixels; large ones are resampled smoothly.
     """
     longer = max(image.size)
     factor = min(MAX_ENLARGEMENT, side_px // longer)
@@ -81,9 +81,7 @@ def pair_grid(pairs: Sequence[PairSample], columns: int = 3) -> Image.Image:
     """Pairs as target and tuned side by side, scores and prompt below, the higher score marked."""
     if not pairs or columns < 1:
         raise InputError(f"pair_grid needs at least one pair and one column, got {len(pairs)} and {columns}")
-    tiles = [tuple(scale_to_tile(image, PAIR_TILE_PX) for image in (p.target, p.tuned)) for p in pairs]
-    tile_width = max(tile.width for both in tiles for tile in both)
-    tile_height = max(tile.height for both in tiles for tile in both)
+    tiles, tile_width, tile_height = _scale([(pair.target, pair.tuned) for pair in pairs], PAIR_TILE_PX)
     cell_width = 2 * tile_width + GAP
     prompts = [_wrap(pair.prompt, _font(PROMPT_SIZE), cell_width) for pair in pairs]
     rows = [range(start, min(start + columns, len(pairs))) for start in range(0, len(pairs), columns)]
@@ -92,8 +90,7 @@ def pair_grid(pairs: Sequence[PairSample], columns: int = 3) -> Image.Image:
 
     width = MARGIN + min(columns, len(pairs)) * (cell_width + MARGIN)
     height = MARGIN + sum(image_and_label + prompt_height + MARGIN for prompt_height in prompt_heights)
-    canvas = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(canvas)
+    canvas, draw = _canvas(width, height)
     top = MARGIN
     for row, prompt_height in zip(rows, prompt_heights, strict=True):
         for column, i in enumerate(row):
@@ -110,29 +107,26 @@ def pair_grid(pairs: Sequence[PairSample], columns: int = 3) -> Image.Image:
 
 
 def pool_grid(pools: Sequence[PoolSample]) -> Image.Image:
-    """A row for each prompt's pool in its ranking, best left, winner and loser outlined (paper Figure 6)."""
+    """One row per pool, best image left, winner and loser outlined (paper Figure 6)."""
     if not pools:
         raise InputError("pool_grid needs at least one pool, got none")
     rankings = [rank_pool(pool) for pool in pools]
-    tiles = [[scale_to_tile(pool.images[i], POOL_TILE_PX) for i in ranking]
-             for pool, ranking in zip(pools, rankings, strict=True)]
-    tile_width = max(tile.width for row in tiles for tile in row)
-    tile_height = max(tile.height for row in tiles for tile in row)
+    images = [[pool.images[i] for i in ranking] for pool, ranking in zip(pools, rankings, strict=True)]
+    tiles, tile_width, tile_height = _scale(images, POOL_TILE_PX)
     tile_width = max(tile_width, math.ceil(_font(LABEL_SIZE).getlength("winner 00.000")))
     row_width = max(len(row) for row in tiles) * (tile_width + GAP) - GAP
     prompts = [_wrap(pool.prompt, _font(PROMPT_SIZE), row_width) for pool in pools]
     label_height = GAP + _text_height(1, LABEL_SIZE)
     heights = [_text_height(len(lines), PROMPT_SIZE) + GAP + tile_height + label_height for lines in prompts]
 
-    canvas = Image.new("RGB", (row_width + 2 * MARGIN, MARGIN + sum(h + MARGIN for h in heights)), PAPER)
-    draw = ImageDraw.Draw(canvas)
+    canvas, draw = _canvas(row_width + 2 * MARGIN, MARGIN + sum(height + MARGIN for height in heights))
     top = MARGIN
     for pool, ranking, row, lines, height in zip(pools, rankings, tiles, prompts, heights, strict=True):
         _draw_lines(draw, (MARGIN, top), lines, PROMPT_SIZE, INK)
         tile_top = top + _text_height(len(lines), PROMPT_SIZE) + GAP
         roles = {pool.winner: ("winner ", ACCENT), pool.loser: ("loser ", LOSS)}
-        for place, (i, tile) in enumerate(zip(ranking, row, strict=True)):
-            box = (MARGIN + place * (tile_width + GAP), tile_top, tile_width, tile_height)
+        for column, (i, tile) in enumerate(zip(ranking, row, strict=True)):
+            box = (MARGIN + column * (tile_width + GAP), tile_top, tile_width, tile_height)
             role, mark = roles.get(i, ("", None))
             _draw_tile(canvas, draw, tile, box, role + format_score(pool.scores[i]), mark)
         top += height + MARGIN
@@ -140,25 +134,34 @@ def pool_grid(pools: Sequence[PoolSample]) -> Image.Image:
 
 
 def row_grid(heading: str, rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Labelled rows of images under one heading, such as one prompt drawn at several LoRA weights (paper Figure 8)."""
+    """Labelled rows of images under one heading, such as one prompt at several LoRA weights (paper Figure 8)."""
     if not rows or not all(images for _, images in rows):
         raise InputError(f"row_grid needs at least one image in every row, got {[len(images) for _, images in rows]}")
-    tiles = [[scale_to_tile(image, POOL_TILE_PX) for image in images] for _, images in rows]
-    tile_width = max(tile.width for row in tiles for tile in row)
-    tile_height = max(tile.height for row in tiles for tile in row)
+    tiles, tile_width, tile_height = _scale([images for _, images in rows], POOL_TILE_PX)
     row_width = max(len(row) for row in tiles) * (tile_width + GAP) - GAP
     lines = _wrap(heading, _font(PROMPT_SIZE), row_width)
     label_height, row_height = _text_height(1, LABEL_SIZE), _text_height(1, LABEL_SIZE) + tile_height + MARGIN // 2
     top = MARGIN + _text_height(len(lines), PROMPT_SIZE) + GAP
-    canvas = Image.new("RGB", (row_width + 2 * MARGIN, top + len(rows) * row_height + MARGIN // 2), PAPER)
-    draw = ImageDraw.Draw(canvas)
+    canvas, draw = _canvas(row_width + 2 * MARGIN, top + len(rows) * row_height + MARGIN // 2)
     _draw_lines(draw, (MARGIN, MARGIN), lines, PROMPT_SIZE, INK)
     for (label, _), row in zip(rows, tiles, strict=True):
         _draw_lines(draw, (MARGIN, top), [label], LABEL_SIZE, FAINT)
-        for place, tile in enumerate(row):
-            canvas.paste(tile, (MARGIN + place * (tile_width + GAP), top + label_height))
+        for column, tile in enumerate(row):
+            canvas.paste(tile, (MARGIN + column * (tile_width + GAP), top + label_height))
         top += row_height
     return canvas
+
+
+def _scale(rows: Sequence[Sequence[Image.Image]], side_px: int) -> tuple[list[list[Image.Image]], int, int]:
+    """The tiles of all rows, and the width and height that hold each of them."""
+    tiles = [[scale_to_tile(image, side_px) for image in row] for row in rows]
+    flat = [tile for row in tiles for tile in row]
+    return tiles, max(tile.width for tile in flat), max(tile.height for tile in flat)
+
+
+def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    canvas = Image.new("RGB", (width, height), PAPER)
+    return canvas, ImageDraw.Draw(canvas)
 
 
 def _draw_tile(canvas: Image.Image, draw: ImageDraw.ImageDraw, tile: Image.Image,
@@ -184,7 +187,7 @@ def _draw_lines(draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str]
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """`text` in at most PROMPT_LINES lines that fit `width` pixels; what is cut off shows as an ellipsis."""
+    """`text` in at most PROMPT_LINES lines that fit `width` pixels, with an ellipsis where it is cut."""
     lines, words = [""], _breakable_words(text, font, width)
     for word in words:
         longer = f"{lines[-1]} {word}".strip()

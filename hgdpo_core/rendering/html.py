@@ -1,15 +1,20 @@
-"""The frame and the one style sheet of every page this project writes: one HTML file, no scripts, no fonts.
+"""The frame and the style sheet of all HTML pages: self-contained files without scripts or fonts.
 
-A page forbids itself every network request. Dark mode only changes the style sheet's variables.
+The content policy forbids every network request. Dark mode only changes the variables of the style sheet.
 """
 
 from html import escape
 
+from hgdpo_core.rendering.parts import sentence
+
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def html_page(title: str, header: str, main: str, *, style: str = "") -> str:
-    """A page as HTML text. `header` and `main` are markup, `style` is CSS behind the common one; the title is text."""
+def html_page(title: str, *, eyebrow: str, lead: str, below: str, main: str, heading: str = "", style: str = "") -> str:
+    """A page as HTML. `eyebrow`, `heading` (by default the title) and `lead` are plain text that opens the page.
+
+    `below` (the rest of the header) and `main` are markup; `style` is CSS that follows the common style sheet.
+    """
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -22,11 +27,14 @@ def html_page(title: str, header: str, main: str, *, style: str = "") -> str:
 </head>
 <body>
 <header>
-{header}
+<p class="eyebrow">{escape(eyebrow)}</p>
+<h1>{escape(heading or title)}</h1>
+<p class="lead">{sentence(lead)}</p>
+{below}
 </header>
 <main>
 {main}</main>
-<footer><p>Method: arXiv:2405.20216v1. This page holds all it shows; it loads nothing from elsewhere.</p></footer>
+<footer><p>Method: arXiv:2405.20216v1. This page is self-contained; it loads nothing from elsewhere.</p></footer>
 </body>
 </html>
 """

@@ -1,4 +1,4 @@
-"""The HTML the sections are made of, and how numbers are written. Text that comes in is escaped here."""
+"""Parts of HTML sections, and the format of numbers. Input texts are escaped here."""
 
 import base64
 import io
@@ -8,9 +8,7 @@ from html import escape
 
 from PIL import Image
 
-from hgdpo_core.metrics import WinRate
-
-TINY_PX = 128  # images up to this side stay lossless, and hard pixels are shown as such
+TINY_PX = 128  # images up to this side are encoded lossless and shown with hard pixels
 ACRONYMS = {"sft": "SFT", "dpo": "DPO", "lora": "LoRA"}
 NOTHING = "–"
 
@@ -24,7 +22,7 @@ def section(title: str, intro: str, body: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """`text` as HTML in which no line ends between a number and its percent sign."""
+    """`text` as HTML without line breaks between a number and its percent sign."""
     return escape(text).replace(" %", "&nbsp;%")
 
 
@@ -34,15 +32,15 @@ def listing(title: str, sentences: Sequence[str], style: str) -> str:
     return section(title, "", f'<ul class="{style}">{items}</ul>') if sentences else ""
 
 
-def picture(image: Image.Image, alt: str, encode: ImageEncoder) -> str:
-    """An <img> that holds its own bytes."""
+def image_tag(image: Image.Image, alt: str, encode: ImageEncoder) -> str:
+    """An <img> with embedded bytes."""
     tiny = ' class="tiny"' if max(image.size) <= TINY_PX else ""
     size = f'width="{image.width}" height="{image.height}"'
     return f'<img src="{encode(image)}" alt="{escape(alt)}" {size}{tiny}>'
 
 
 def encode_data_uri(image: Image.Image, side_px: int, quality: int) -> str:
-    """WebP data URI with the longer side at most `side_px`; images up to 128 pixels keep every pixel."""
+    """WebP data URI with the longer side at most `side_px`; images up to 128 pixels are not changed."""
     image = image.convert("RGB")
     tiny = max(image.size) <= TINY_PX
     if not tiny:
@@ -53,7 +51,7 @@ def encode_data_uri(image: Image.Image, side_px: int, quality: int) -> str:
 
 
 def words(name: str) -> str:
-    """A name of the code as people write it: pool_images -> Pool images."""
+    """A name of the code as text: pool_images -> Pool images."""
     text = " ".join(ACRONYMS.get(word, word) for word in name.split("_"))
     return text[:1].upper() + text[1:]
 
@@ -64,31 +62,36 @@ def count_of(number: int, singular: str, plural: str | None = None) -> str:
 
 
 def percent(rate: float | None) -> str:
-    """A share of 0..1 in percent."""
+    """A rate of 0..1 in percent."""
     return NOTHING if rate is None else f"{100 * rate:.1f} %"
 
 
-def rate_interval(rate: WinRate) -> str:
-    """Both ends in percent."""
-    return span(rate.ci_low, rate.ci_high, lambda end: f"{100 * end:.1f}") + ("" if rate.ci_low is None else " %")
+def percent_interval(low: float | None, high: float | None) -> str:
+    """An interval of rates of 0..1 in percent."""
+    return span(low, high, lambda end: f"{100 * end:.1f}") + ("" if low is None else " %")
 
 
 def span(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
-    """An interval; its ends are joined by a word where they carry signs, since a dash would look like one."""
+    """An interval; ends with signs are joined by a word, as a dash would look like a sign."""
     if low is None or high is None:
         return NOTHING
     ends = (write(low), write(high))
     return (" to " if any(end[0] in "+−" for end in ends) else "–").join(ends)
 
 
+def signed_interval(low: float | None, high: float | None, digits: int, unit: str = "") -> str:
+    """An interval whose ends have signs and units."""
+    return span(low, high, lambda end: signed(end, digits) + unit)
+
+
 def signed(value: float, digits: int) -> str:
-    """With its sign, a real minus, and no minus before a zero."""
+    """With a sign (a typographic minus), but without one before a zero."""
     text = f"{value:+.{digits}f}".replace("-", "−")
     return text if any(digit in "123456789" for digit in text) else f"{0:.{digits}f}"
 
 
 def p_value(p: float) -> str:
-    """Two significant digits; below 0.0001 the bound says enough."""
+    """Two significant digits; below 0.0001 only this bound."""
     return "<0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
 
 

@@ -1,4 +1,4 @@
-"""Tables of texts: one table as HTML, as Markdown and as lines for a terminal. Texts are escaped here."""
+"""Tables of texts as HTML, as Markdown and as plain lines. Texts are escaped here."""
 
 import re
 from collections.abc import Sequence
@@ -8,16 +8,16 @@ from html import escape
 from hgdpo_core.rendering.parts import NOTHING, section, sentence
 
 NO_SCORE = "no score"
-"""Stands among numbers for one that is not there."""
+"""Shown among numbers in place of a missing one."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A text with more to it than a plain string has."""
+    """A text with small print or a link."""
 
     text: str
     below: str = ""
-    """Small print, as an interval."""
+    """Small print, such as an interval."""
     code: bool = False
     """Whether the text is a path or URL."""
 
@@ -42,7 +42,7 @@ def with_interval(value: str, interval: str) -> Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under the names of their columns; the first cell of a row names it."""
+    """Rows and the names of their columns; the first cell of a row is its name."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
@@ -52,7 +52,7 @@ class Table:
     caption: str = ""
 
     def html(self) -> str:
-        """The table alone, without title and notes; a wide one scrolls by itself, by keyboard too."""
+        """The table without title and notes; a wide table scrolls by itself, also by keyboard."""
         caption = f"<caption><span>{sentence(self.caption)}</span></caption>" if self.caption else ""
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
         rows = ([cell.html() if isinstance(cell, Cell) else escape(cell) for cell in row] for row in self.rows)
@@ -61,19 +61,19 @@ class Table:
         return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(self.caption or self.title)}">'
                 f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
 
-    def section(self, picture: str = "") -> str:
-        """A <section> with title, notes and table; `picture` is HTML that stands before the table."""
+    def section(self, image: str = "") -> str:
+        """A <section> with title, notes and table; `image` is HTML before the table."""
         notes = "".join(f'<p class="intro">{sentence(note)}</p>' for note in self.notes)
-        return section(self.title, "", notes + picture + self.html())
+        return section(self.title, "", notes + image + self.html())
 
     def markdown(self) -> str:
-        """As GitHub and the Prefect UI show it, with title and notes where there are any."""
+        """Markdown for GitHub and the Prefect UI, with title and notes if there are any."""
         lines = (self.columns, ["---"] * len(self.columns), *self._plain_rows())
         table = "\n".join("| " + " | ".join(map(_markdown, line)) + " |" for line in lines)
         return "\n\n".join([*([f"## {self.title}"] if self.title else ()), *self.notes, table])
 
     def text(self) -> str:
-        """Lines of columns as wide as their widest cell, columns of numbers to the right; no title, no notes."""
+        """Plain lines without title and notes; columns are as wide as their widest cell, numbers aligned right."""
         columns = [_justify(column) for column in zip(self.columns, *self._plain_rows(), strict=True)]
         return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 

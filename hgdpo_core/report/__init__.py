@@ -1,7 +1,7 @@
-"""One run as one HTML file: no network, no script, light and dark, fit for a phone and a screen reader.
+"""The report of a run as one HTML file: no network, no script, light and dark mode, readable on phones and by readers.
 
-data.py holds what the page shows, page.py puts it together; numbers.py, pictures.py and training.py are its sections,
-samples.py chooses the images; summary.py writes the page and `summary.json`; model_card.py is the page of an export.
+data.py holds the data of the page, page.py assembles it; numbers.py, images.py and training.py are its sections,
+samples.py selects the images; summary.py writes the page and `summary.json`; model_card.py is the card of an export.
 """
 
 from hgdpo_core.rendering.parts import encode_data_uri

@@ -1,4 +1,4 @@
-"""Everything the report shows, as plain values: anything that has them can make a page."""
+"""The data of the report page, as plain values."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,43 +8,27 @@ import numpy as np
 
 from hgdpo_core.config import StageConfig
 from hgdpo_core.evaluate import Comparison
-from hgdpo_core.metrics import ColourShift, WinRate
 from hgdpo_core.rendering.grids import PairSample, PoolSample
-from hgdpo_core.statistics.colours import ColourChange, ColourHistograms
-from hgdpo_core.statistics.intervals import DefectChange, Estimate, Interval, ScoreChange
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything the page shows. Empty or None parts leave their section out, or say that there is nothing."""
+    """The data of the page. Sections of empty or None fields are left out."""
 
     preset: str
     title: str
     config: StageConfig
     root: str
-    """URL or path of the object store; must hold no secret, for it is printed."""
+    """URL or path of the object store; must not contain a secret, as it is printed."""
     created_at: datetime
     command: str
     """Shell line that starts this run again."""
-    win_rates: Mapping[str, WinRate]
-    """Tuned over target by scorer name; the first is the headline, and its scores stand under the pairs."""
-    lora_weight: float | None
-    """None where the tuned model wears no LoRA."""
-    colour_shift: ColourShift | None
-    """Tuned against target on the evaluation images."""
+    comparison: Comparison
+    """The first scorer is that of the headline, and its scores are shown below the pairs."""
     counts: Mapping[str, int]
     """Shown in this order; underscores become spaces: prompts, pool_images, triplets, rejected, ..."""
     training_judge: str | None = None
-    """The scorer, among `win_rates`, that ranked the training pools: what it finds is no independent proof."""
-    images_per_prompt: int = 1
-    score_changes: Mapping[str, ScoreChange] = field(default_factory=dict)
-    win_rate_intervals: Mapping[str, Interval | None] = field(default_factory=dict)
-    """Bootstrap over prompts, where there are several images a prompt."""
-    defects: Mapping[str, DefectChange] = field(default_factory=dict)
-    colour_change: ColourChange | None = None
-    histograms: tuple[ColourHistograms, ColourHistograms] | None = None
-    """Of target and tuned model."""
-    variety_change: Estimate | None = None
+    """The scorer of the comparison that ranked the training pools: its win rate is no independent evidence."""
     sweep: Sequence[Comparison] = ()
     """The tuned LoRA at several weights, ascending."""
     pairs: Sequence[PairSample] = ()
@@ -65,6 +49,6 @@ class ReportData:
     artifacts: Mapping[str, str] = field(default_factory=dict)
     """Path or URL by name; http(s) URLs become links."""
     notes: Sequence[str] = ()
-    """Honest remarks, one sentence or two each."""
+    """Remarks of one or two sentences each."""
     warnings: Sequence[str] = ()
-    """What the guards found; they stand above everything but the headline."""
+    """Messages of the checks; shown directly below the headline."""

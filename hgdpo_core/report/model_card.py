@@ -1,6 +1,6 @@
-"""The model card of a tuned model: what it is, what it was made from, what it can do, and what it must not be used for.
+"""The model card of a tuned model: its files, data, results, limits, intended use and misuse.
 
-What only a person knows (where the images came from, who consented, the licence) are fields to fill in by hand.
+What cannot be known from the run (the source of the images, consent, the licence) are fields to fill in by hand.
 """
 
 import json
@@ -25,25 +25,25 @@ FIELDS = {
 }
 USE = """## Intended use
 
-Drawing people who do not exist, from text: profile pictures, entertainment, film and other creative work, research on
-preference tuning.
+Generating images of people who do not exist, from text: profile pictures, entertainment, film and other creative work,
+research on preference tuning.
 
 ## Misuse
 
-A model that draws convincing people can be used to make malicious fakes, above all together with a personalised
+A model that generates convincing people can be used to make malicious fakes, above all together with a personalised
 text-to-image model, and can do significant harm to the people shown (arXiv:2405.20216v1, section F). Do not use it to
 depict real people without their consent, to deceive, to harass, to make sexual images of anyone without consent or of
-minors at all, or to present its images as photographs. It draws without a safety checker: whoever offers it to others
-must add one, and should mark its images as generated.
+minors at all, or to present its images as photographs. It has no safety checker: add one before you offer it to others,
+and mark its images as generated.
 
 ## Limits
 
 - Better images cost diversity: the higher the LoRA weight, the more alike the images of different seeds become, and
   the blurrier their backgrounds (section B.1; the paper uses weight 0.5).
-- Fingers and other fine anatomy improve little: the judge that ranked the training pools hardly sees them (B.2).
-- The statistic matching loss keeps the colours and takes a little of the improvement away (B.3).
-- Whatever the target model and the judge prefer, this model prefers more strongly, their biases included. A win rate by
-  the judge that ranked the training pools shows that tuning reached its aim, not that people agree.
+- Fingers and other fine anatomy improve little: the scorer that ranked the training pools hardly sees them (B.2).
+- The statistic matching loss keeps the colours and costs a little of the improvement (B.3).
+- The preferences of the target model and of the scorer become stronger in this model, their biases included. A win rate
+  by the scorer that ranked the training pools shows that tuning reached its aim, not that people agree.
 """
 
 
@@ -60,11 +60,11 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
         "## Files\n",
         "- `pytorch_lora_weights.safetensors`: for diffusers, `pipeline.load_lora_weights(folder)`",
         f"- `{kohya_name}`: the same for AUTOMATIC1111 and ComfyUI (put it among their LoRAs)",
-        *(["- `base/`: the fine-tuned model, a whole diffusers pipeline. The LoRA was trained on it and judged on it; "
-           f"on {target} itself its numbers are others"] if tuned else []),
+        *(["- `base/`: the fine-tuned model, a whole diffusers pipeline. The LoRA was trained and evaluated on it; "
+           f"on {target} itself its results differ"] if tuned else []),
         *([f"- `pipeline/`: a whole diffusers pipeline with the LoRA merged in at weight {weight:g}"] if fused else []),
-        f"\nUse it at weight {weight:g}: that is the weight of every number below.\n",
-        "## To be filled in by whoever publishes it\n", _fields(tuned),
+        f"\nUse it at weight {weight:g}: all results below are at this weight.\n",
+        "## To be filled in before publishing\n", _fields(tuned),
         "## Data\n", _data(config, summary), "## Results\n", _results(summary), USE,
         "## Settings\n", f"```json\n{json.dumps(_settings(config), indent=1)}\n```",
     ]
@@ -72,7 +72,7 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
 
 
 def public_name(source: str) -> str:
-    """A source as it may be printed: a hub id or web address without its query; of any other place the last part."""
+    """A source as it may be printed: a hub id, a web address without its query, or the last part of a path."""
     if is_built_in(source):
         return "the built-in figures model"
     address = urlsplit(source)
@@ -99,22 +99,21 @@ def _fields(fine_tuned: bool) -> str:
 
 
 def _data(config: RunConfig, summary: Mapping[str, Any]) -> str:
-    judge, pool_size = scorer_title(config.scorer.name), config.pool.images_per_prompt
-    prompts = config.prompts.source
+    scorer, prompts = scorer_title(config.scorer.name), config.prompts.source
     lines = [
-        f"- Preference data: {summary['pool_images']:,} images drawn by the model itself, {pool_size} a prompt, "
-        f"ranked by {judge}; best against worst: {summary['triplets']:,} pairs "
-        f"({summary['rejected']:,} pools without one).",
+        f"- Preference data: {summary['pool_images']:,} images drawn by the model itself, "
+        f"{config.pool.images_per_prompt} a prompt, ranked by {scorer}; best against worst: {summary['triplets']:,} "
+        f"pairs ({summary['rejected']:,} pools without one).",
         f"- Prompts: {f'the {DATA_SET}' if is_built_in(prompts) else public_name(prompts)}.",
         f"- {public_name(config.target.source)} was first fine-tuned on captioned images (see above for their source); "
-        "the result lies in `base/`, and it is the target of everything below."
+        "the result lies in `base/`, and it is the target in everything below."
         if config.images is not None else "- The target was not fine-tuned on images first.",
     ]
     if not config.dpo.allow_foreign_triplets:
         lines.append("- No photograph was used as a preference: winners and losers are the model's own images.")
     if is_built_in(config.scorer.source):
-        lines.append(f"- {judge} is here the figures world's own judge, a small model trained on drawings: nothing on "
-                     "this card says anything about photographs.")
+        lines.append(f"- {scorer} is here the figures world's own judge, a small model trained on drawings: the "
+                     "results on this card do not apply to photographs.")
     return "\n".join(lines) + "\n"
 
 
@@ -126,9 +125,10 @@ def _results(summary: Mapping[str, Any]) -> str:
         if rate["rate"] is None:
             lines.append(f"- {title}: told the models apart on no prompt ({rate['ties']} ties).")
         else:
-            share, low, high = (f"{100 * rate[name]:.1f}" for name in ("rate", "ci_low", "ci_high"))
-            lines.append(f"- {title} prefers the tuned model on {share} % of the prompts it tells apart (95 % interval "
-                         f"{low} to {high} %; {rate['wins']} wins, {rate['losses']} losses, {rate['ties']} ties).")
+            percent, low, high = (f"{100 * rate[name]:.1f}" for name in ("rate", "ci_low", "ci_high"))
+            lines.append(f"- {title} prefers the tuned model on {percent} % of the prompts it tells apart (95 % "
+                         f"interval {low} to {high} %; {rate['wins']} wins, {rate['losses']} losses, {rate['ties']} "
+                         "ties).")
     shift = summary["colour_shift"]
     lines.append(f"- Colour shift: hue {shift['hue_degrees']:+.1f} degrees, saturation {shift['saturation']:.1f} %, "
                  f"value {shift['value']:.1f} %.")
@@ -137,7 +137,7 @@ def _results(summary: Mapping[str, Any]) -> str:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """The numbers that made the model; no place where anything lies."""
+    """The settings that made the model, without any path."""
     settings = config.model_dump(mode="json", include={"preset", "sampler", "pool", "triplets", "dpo"})
     settings["target"] = config.target.model_dump(mode="json", include={"negative_prompt", "clip_skip", "dtype"})
     if config.target.vae is not None:

@@ -1,18 +1,16 @@
-"""The page: the order of its sections, and a size that a mail or a phone takes."""
+"""The report page: the order of its sections, and image sizes that keep it small enough for mail."""
 
+import functools
 import json
 from html import escape
-
-from PIL import Image
 
 from hgdpo_core.errors import InputError
 from hgdpo_core.rendering.html import html_page
 from hgdpo_core.rendering.parts import ImageEncoder, encode_data_uri, listing, section, sentence
+from hgdpo_core.report import numbers
 from hgdpo_core.report.data import ReportData
 from hgdpo_core.report.headline import headline, read_interval
-from hgdpo_core.report.numbers import artifacts, colours, counts, defects, timings, variety, win_rates
-from hgdpo_core.report.pictures import pairs, pools
-from hgdpo_core.report.sweep import lora_weights
+from hgdpo_core.report.images import pairs, pools
 from hgdpo_core.report.training import latent_statistics, training_charts
 from hgdpo_core.scorers import scorer_title
 
@@ -21,17 +19,14 @@ QUALITY_LEVELS = ((640, 85), (448, 80), (320, 72), (224, 60))  # longer side in 
 
 
 def render_report(data: ReportData) -> str:
-    """The page as HTML text, under 10 MB in UTF-8.
+    """The page as HTML, under 10 MB in UTF-8.
 
-    Images shrink until it fits; where even the smallest do not, InputError says what to drop. Prompts, notes and
-    names are shown as text, never as markup, and the page forbids itself every network request.
+    Images shrink until it fits; InputError if even the smallest do not. Prompts, notes and names are escaped, and the
+    content policy of the page forbids every network request.
     """
     size = 0
     for side_px, quality in QUALITY_LEVELS:
-        def encode(image: Image.Image, side: int = side_px, q: int = quality) -> str:
-            return encode_data_uri(image, side, q)
-
-        page = _page(data, encode)
+        page = _page(data, functools.partial(encode_data_uri, side_px=side_px, quality=quality))
         size = len(page.encode())
         if size < MAX_BYTES:
             return page
@@ -40,43 +35,42 @@ def render_report(data: ReportData) -> str:
 
 
 def _page(data: ReportData, encode: ImageEncoder) -> str:
-    scorer = next(iter(data.win_rates), None)
-    shown = "" if scorer is None else f" Below each image its score by {scorer_title(scorer)}."
-    if data.images_per_prompt > 1:
-        shown += f" The first of a prompt's {data.images_per_prompt} images is shown; scores are means over them all."
+    comparison = data.comparison
+    shown = f" Below each image its score by {scorer_title(next(iter(comparison.win_rates)))}."
+    if comparison.images_per_prompt > 1:
+        shown += (f" The first of a prompt's {comparison.images_per_prompt} images is shown; scores are means over "
+                  "them all.")
     sections = (
         listing("Warnings", data.warnings, "warnings"),
-        win_rates(data),
+        numbers.win_rates(data),
         listing("What to keep in mind", data.notes, "notes"),
         pairs("Side by side", f"A random sample of held-out prompts, both models from one seed.{shown}", data.pairs,
               encode),
         pairs("Best wins", "Where the tuned model gained most.", data.best_wins, encode),
         pairs("Worst losses", "Where the tuned model lost most.", data.worst_losses, encode),
-        defects(data.defects),
-        colours(data.colour_shift, data.colour_change, data.histograms),
-        variety(data.variety_change),
-        lora_weights(data.sweep),
+        numbers.defects(comparison.defects),
+        numbers.colours(comparison),
+        numbers.variety(comparison.variety_change),
+        numbers.lora_weights(data.sweep),
         pools(data.pools, encode),
         latent_statistics(data.rank_distances),
         training_charts(data.objective, data.training_log),
         training_charts("sft", data.sft_log),
-        counts(data.counts),
-        timings(data.timings),
-        artifacts(data.artifacts),
+        numbers.counts(data.counts),
+        numbers.timings(data.timings),
+        numbers.artifacts(data.artifacts),
         _repeat(data),
     )
     when = data.created_at.strftime("%Y-%m-%d %H:%M %Z").strip()
-    header = f"""<p class="eyebrow">HG-DPO · preset {escape(data.preset)}</p>
-<h1>{escape(data.title)}</h1>
-<p class="lead">{sentence(headline(data))}</p>
-<p class="reading">{sentence(read_interval(data))}</p>
+    below = f"""<p class="reading">{sentence(read_interval(data))}</p>
 <p class="meta">{when} · <code>{escape(data.root)}</code></p>"""
-    return html_page(data.title, header, "".join(sections))
+    return html_page(data.title, eyebrow=f"HG-DPO · preset {data.preset}", lead=headline(data), below=below,
+                     main="".join(sections))
 
 
 def _repeat(data: ReportData) -> str:
     settings = json.dumps(data.config.model_dump(mode="json"), indent=2, ensure_ascii=False)
     body = (f"<pre><code>{escape(data.command)}</code></pre><details><summary>All settings of this run</summary>"
             f"<pre><code>{escape(settings)}</code></pre></details>")
-    intro = "The same root reuses what is finished; another root makes everything again."
+    intro = "With the same root finished results are reused; with another root everything is made again."
     return section("How to repeat", intro, body)

@@ -1,4 +1,4 @@
-"""What a person should look at: pairs side by side and pools in their ranking, read from the store."""
+"""Samples of images for the report: pairs side by side and ranked pools, read from the store."""
 
 from collections.abc import Sequence
 
@@ -26,15 +26,15 @@ def sample_pairs(comparison: Comparison, target: PoolPlan, tuned: PoolPlan, scor
 
 
 def random_positions(comparison: Comparison, count: int) -> list[int]:
-    """A seeded sample of prompts, chosen before anyone looked."""
+    """A seeded random sample of prompts."""
     total = len(comparison.prompts)
-    return sorted(int(i) for i in np.random.default_rng(0).choice(total, size=min(count, total), replace=False))
+    return sorted(np.random.default_rng(0).choice(total, size=min(count, total), replace=False).tolist())
 
 
 def extreme_positions(comparison: Comparison, scorer: str, count: int) -> tuple[list[int], list[int]]:
-    """Prompts of the largest gains and of the largest losses by a scorer; only real gains and real losses."""
-    gain = np.array(comparison.tuned_scores[scorer]) - np.array(comparison.target_scores[scorer])
-    order = [int(i) for i in np.argsort(gain, kind="stable")]
+    """Prompts of the largest gains and of the largest losses by a scorer; only positive gains and losses."""
+    gain = np.subtract(comparison.tuned_scores[scorer], comparison.target_scores[scorer])
+    order = np.argsort(gain, kind="stable").tolist()
     return ([i for i in reversed(order[-count:]) if gain[i] > 0], [i for i in order[:count] if gain[i] < 0])
 
 

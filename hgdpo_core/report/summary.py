@@ -1,4 +1,4 @@
-"""What a run or a comparison leaves to read: `summary.json` and `report.html` in `runs/<run_id>/`."""
+"""The output of a run or a comparison: `summary.json` and `report.html` in `runs/<run_id>/`."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -30,7 +30,7 @@ PAIRS, EXTREMES, POOLS = 24, 6, 4
 
 @dataclass(frozen=True)
 class Published:
-    """What was written: the values on the page, and `summary.json`."""
+    """What was written: the data of the page, and `summary.json`."""
 
     data: ReportData
     summary: dict[str, Any]
@@ -38,58 +38,65 @@ class Published:
 
 def write_run_report(run: Run, pool: PoolPlan, scores: ShardFolder, distances: np.ndarray, triplets: ShardFolder,
                      counts: TripletCounts, lora: Tuned, sft_log: Sequence[Mapping[str, float]],
-                     images: Mapping[str, PoolPlan], comparison: Comparison, alarms: Sequence[Alarm], *,
+                     images: Mapping[str, PoolPlan], comparison: Comparison, warnings: Sequence[Alarm], *,
                      seconds: Mapping[str, float], cached: Sequence[str]) -> Published:
     """Summary and report of a whole run.
 
     `distances`: of `read_distances`; `images`: those of the evaluation, of "target" and "tuned"; `seconds` by stage, in
     the order of the run; `cached` names the stages that had nothing to make. InputError for a page that grows too
-    large, StorageError where the store takes no file.
+    large, StorageError if a file cannot be written.
     """
-    artifacts = {**_own_artifacts(run), "lora": run.store.url(f"models/{lora.model_id}"),
-                 "triplets": run.store.url(triplets.key), "pool": run.store.url(pool.folder.key)}
-    timings = _making_seconds(run, seconds, cached)
-    data = ReportData(
-        title=f"HG-DPO on {run.config.target.source}", training_judge=run.config.training_judge,
+    keys = {"lora": f"models/{lora.model_id}", "triplets": triplets.key, "pool": pool.folder.key}
+    summary = {"warnings": [warning.as_dict() for warning in warnings], "triplets": counts.triplets,
+               "rejected": counts.rejected, "pool_images": pool.images, "lora_id": lora.model_id}
+    return _write(
+        run, images, comparison, seconds, cached, keys, summary, title=f"HG-DPO on {run.config.target.source}",
+        training_judge=run.config.training_judge, rank_distances=distances, objective=lora.objective,
+        training_log=lora.log, sft_log=sft_log,
         counts={"prompts": len(run.prompts.prompts), "pool_images": pool.images, "triplets": counts.triplets,
                 "rejected": counts.rejected, "evaluation_prompts": len(comparison.prompts)},
-        pools=sample_pools(pool, scores, POOLS, run.config.triplets), rank_distances=distances,
-        objective=lora.objective, training_log=lora.log, sft_log=sft_log,
-        warnings=[alarm.message for alarm in alarms], timings=timings, artifacts=artifacts,
-        **_comparison_data(run, images, comparison))
-    return _write(run, data, {
-        **_comparison_summary(run, comparison), "warnings": [alarm.as_dict() for alarm in alarms],
-        "triplets": counts.triplets, "rejected": counts.rejected, "pool_images": pool.images,
-        "lora_id": lora.model_id, "timings": timings, "found": list(cached), "artifacts": artifacts})
+        pools=sample_pools(pool, scores, POOLS, run.config.triplets), warnings=[item.message for item in warnings])
 
 
 def write_comparison_report(run: ComparisonRun, images: Mapping[str, PoolPlan], comparison: Comparison,
                             sweep: Sequence[Comparison], *, seconds: Mapping[str, float],
                             cached: Sequence[str]) -> Published:
     """Summary and report of two models; `sweep` holds the tuned LoRA at further weights, the rest as for a run."""
-    artifacts = {**_own_artifacts(run), "evaluation": run.store.url(f"evaluations/{comparison.evaluation_id}"),
-                 "target_images": run.store.url(images["target"].folder.key),
-                 "tuned_images": run.store.url(images["tuned"].folder.key)}
+    keys = {"evaluation": f"evaluations/{comparison.evaluation_id}", "target_images": images["target"].folder.key,
+            "tuned_images": images["tuned"].folder.key}
+    weights = {"lora_weights": [point.findings() for point in sweep]} if sweep else {}
+    counts = {"evaluation_prompts": len(comparison.prompts), "images": images["target"].images + images["tuned"].images}
+    return _write(
+        run, images, comparison, seconds, cached, keys,
+        {**weights, "target": run.config.target.source, "tuned": run.config.tuned}, counts=counts, sweep=sweep,
+        title=f"{run.config.tuned} against {run.config.target.source}")
+
+
+def _write(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], comparison: Comparison,
+           seconds: Mapping[str, float], cached: Sequence[str], keys: Mapping[str, str], summary: Mapping[str, Any],
+           **fields: Any) -> Published:
+    """Write page and summary. `keys` of artifacts, `summary` and `fields` of ReportData are specific to the caller."""
+    scorer = next(iter(comparison.win_rates))
+    gains, losses = extreme_positions(comparison, scorer, EXTREMES)
+
+    def pairs(positions: list[int]) -> list[PairSample]:
+        return sample_pairs(comparison, images["target"], images["tuned"], scorer, positions)
+
+    all_keys = {"report": run.key("report.html"), "summary": run.key("summary.json"), **keys}
+    artifacts = {name: run.store.url(key) for name, key in all_keys.items()}
     timings = _making_seconds(run, seconds, cached)
     data = ReportData(
-        title=f"{run.config.tuned} against {run.config.target.source}",
-        counts={"evaluation_prompts": len(comparison.prompts),
-                "images": images["target"].images + images["tuned"].images},
-        sweep=sweep, timings=timings, artifacts=artifacts, **_comparison_data(run, images, comparison))
-    weights = {"lora_weights": [point.findings() for point in sweep]} if sweep else {}
-    return _write(run, data, {
-        **_comparison_summary(run, comparison), **weights, "target": run.config.target.source,
-        "tuned": run.config.tuned, "timings": timings, "found": list(cached), "artifacts": artifacts})
-
-
-def _write(run: Run | ComparisonRun, data: ReportData, summary: dict[str, Any]) -> Published:
+        preset=run.config.preset, config=run.config, root=run.store.root, created_at=datetime.now(UTC),
+        command=run.command, comparison=comparison, notes=_notes(run.config.evaluation.scorers), timings=timings,
+        artifacts=artifacts, pairs=pairs(random_positions(comparison, PAIRS)), best_wins=pairs(gains),
+        worst_losses=pairs(losses), **fields)
+    contents = {
+        "preset": run.config.preset, "root": run.store.root, "run_id": run.run_id, **comparison.findings(),
+        "evaluation_id": comparison.evaluation_id, "evaluation_prompts": len(comparison.prompts), **summary,
+        "timings": timings, "found": list(cached), "artifacts": artifacts}
     run.store.write_bytes(run.key("report.html"), render_report(data).encode())
-    run.store.write_json(run.key("summary.json"), summary)
-    return Published(data, summary)
-
-
-def _own_artifacts(run: Run | ComparisonRun) -> dict[str, str]:
-    return {"report": run.store.url(run.key("report.html")), "summary": run.store.url(run.key("summary.json"))}
+    run.store.write_json(run.key("summary.json"), contents)
+    return Published(data, contents)
 
 
 def _making_seconds(run: Run | ComparisonRun, seconds: Mapping[str, float], cached: Sequence[str]) -> dict[str, float]:
@@ -98,32 +105,6 @@ def _making_seconds(run: Run | ComparisonRun, seconds: Mapping[str, float], cach
     with suppress(StorageError):    # none yet, or not readable: this run's times are all there is
         earlier = run.store.read_json(run.key("summary.json"))["timings"]
     return {name: earlier.get(name, value) if name in cached else value for name, value in seconds.items()}
-
-
-def _comparison_data(run: Run | ComparisonRun, images: Mapping[str, PoolPlan],
-                     comparison: Comparison) -> dict[str, Any]:
-    """The fields of ReportData on both models, in a run and in a comparison alike."""
-    scorer = next(iter(comparison.win_rates))
-    gains, losses = extreme_positions(comparison, scorer, EXTREMES)
-
-    def pairs(positions: list[int]) -> list[PairSample]:
-        return sample_pairs(comparison, images["target"], images["tuned"], scorer, positions)
-
-    return {
-        "preset": run.config.preset, "config": run.config, "root": run.store.root, "created_at": datetime.now(UTC),
-        "command": run.command, "win_rates": comparison.win_rates, "lora_weight": comparison.lora_weight,
-        "images_per_prompt": comparison.images_per_prompt, "score_changes": comparison.score_changes,
-        "win_rate_intervals": comparison.win_rate_intervals, "defects": comparison.defects,
-        "colour_shift": comparison.colour_shift, "colour_change": comparison.colour_change,
-        "variety_change": comparison.variety_change,
-        "histograms": (comparison.target_histograms, comparison.tuned_histograms),
-        "pairs": pairs(random_positions(comparison, PAIRS)), "best_wins": pairs(gains), "worst_losses": pairs(losses),
-        "notes": _notes(run.config.evaluation.scorers)}
-
-
-def _comparison_summary(run: Run | ComparisonRun, comparison: Comparison) -> dict[str, Any]:
-    return {"preset": run.config.preset, "root": run.store.root, "run_id": run.run_id, **comparison.findings(),
-            "evaluation_id": comparison.evaluation_id, "evaluation_prompts": len(comparison.prompts)}
 
 
 def _notes(scorers: Sequence[ScorerConfig]) -> list[str]:

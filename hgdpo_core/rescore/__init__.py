@@ -1,7 +1,8 @@
-"""Scoring again, by hand or every night.
+"""Scoring existing pools again, on request or every night.
 
-`wanted.py` says which scorers, `plan.py` what is missing, `score.py` makes it, `night.py` keeps the record; `drift.py`
-is the arithmetic of what changed, `drift_measure.py` takes it from the store, `drift_report.py` writes it.
+`wanted.py`: which scorers are requested. `plan.py`: what is missing. `score.py`: scores and ranks it. `night.py`: the
+record of one such run. `drift.py`: how rankings changed; `drift_measure.py` computes it from the store,
+`drift_report.py` renders it.
 """
 
 from hgdpo_core.rescore.score import Ranking, rank_again, score_missing, score_stage, summarise_pools

@@ -1,7 +1,7 @@
-"""What new scores of the same images change: rankings, winners and losers.
+"""How new scores of the same images change rankings, winners and losers.
 
-Pure: arrays in, numbers out. What is not defined, such as the tau of a pool whose scores are all equal, is nan in
-arrays and None in summaries, which JSON writes as null.
+Pure functions of arrays. Undefined values, such as the tau of a pool whose scores are all equal, are nan in arrays and
+None in summaries (null in JSON).
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.selection import select_pair
 
 TAU_BINS = 10  # of 0.2 each, from -1 to 1
+TAU_STATISTICS = {"mean": np.mean, "median": np.median, "min": np.min}
 
 
 @dataclass(frozen=True)
 class RankingDrift:
-    """What became of each pool's ranking, in the order of the rows handed in.
+    """How the ranking of each pool changed, in the order of the input rows.
 
     `taus`: Kendall's tau-b between the scores before and now, float64 [P] in -1..1: 1 for the same ranking, -1 for
     the reversed one, nan where a score is not finite or one side's scores are all equal. `winners`, `losers`:
@@ -37,25 +38,24 @@ class RankingDrift:
 
     @property
     def winner_flipped(self) -> np.ndarray:
-        """bool [P]: another image is the best now."""
+        """bool [P]: the best image changed."""
         return self.paired & (self.winners[:, 0] != self.winners[:, 1])
 
     @property
     def loser_flipped(self) -> np.ndarray:
-        """bool [P]: another image is the worst now."""
+        """bool [P]: the worst image changed."""
         return self.paired & (self.losers[:, 0] != self.losers[:, 1])
 
     def summary(self) -> dict[str, Any]:
-        """JSON values: tau over the prompts; flips as counts and as shares (0..1) of the pools paired both times."""
+        """JSON values: tau over the prompts; flips as counts and as fractions of the pools with a pair both times."""
         taus, paired = self.taus[np.isfinite(self.taus)], int(self.paired.sum())
         had, has = self.winners[:, 0] >= 0, self.winners[:, 1] >= 0
         flips = {"winner_flipped": self.winner_flipped, "loser_flipped": self.loser_flipped,
                  "winner_or_loser_flipped": self.winner_flipped | self.loser_flipped}
         return {
             "prompts": len(self.taus),
-            "tau": {"mean": float(taus.mean()) if taus.size else None,
-                    "median": float(np.median(taus)) if taus.size else None,
-                    "min": float(taus.min()) if taus.size else None, "undefined": len(self.taus) - len(taus),
+            "tau": {**{name: float(value(taus)) if taus.size else None for name, value in TAU_STATISTICS.items()},
+                    "undefined": len(self.taus) - len(taus),
                     "histogram": np.histogram(taus, bins=TAU_BINS, range=(-1, 1))[0].tolist()},
             "pairs_compared": paired, "pairs_lost": int((had & ~has).sum()), "pairs_gained": int((has & ~had).sum()),
             **{name: {"prompts": int(flipped.sum()), "share": int(flipped.sum()) / paired if paired else None}
@@ -63,15 +63,15 @@ class RankingDrift:
 
 
 def ranking_drift(before: np.ndarray, now: np.ndarray) -> RankingDrift:
-    """Old and new scores of the same candidates compared, both [P, N], N >= 2; winner and loser as in Eq. 6.
+    """Compare old and new scores of the same candidates, both [P, N], N >= 2; winner and loser as in Eq. 6.
 
-    InputError when the shapes differ or a pool has a single candidate: that has no ranking.
+    InputError when the shapes differ or a pool has a single candidate, which has no ranking.
     """
     if before.shape != now.shape or before.ndim != 2 or before.shape[1] < 2:
         raise InputError("ranking_drift needs two score arrays of one shape [P, N] with N >= 2, "
                          f"got {list(before.shape)} and {list(now.shape)}: compare scores of the same pools")
     pairs = [select_pair(torch.from_numpy(np.ascontiguousarray(scores))) for scores in (before, now)]
-    winners, losers = (np.stack([pair[place].numpy() for pair in pairs], axis=1) for place in (0, 1))
+    winners, losers = (np.stack([pair[role].numpy() for pair in pairs], axis=1) for role in (0, 1))
     taus = np.array([_tau(*rows) for rows in zip(before, now, strict=True)], dtype=np.float64)
     return RankingDrift(taus, winners, losers)
 
@@ -79,8 +79,8 @@ def ranking_drift(before: np.ndarray, now: np.ndarray) -> RankingDrift:
 def _tau(before: np.ndarray, now: np.ndarray) -> float:
     if not (np.isfinite(before).all() and np.isfinite(now).all()):
         return float("nan")
-    if len(before) == 2:  # SciPy's asymptotic p-value, which is not used, divides by n - 2
+    if len(before) == 2:  # SciPy's asymptotic p-value, which is unused, divides by n - 2
         product = float(np.sign(np.diff(before) * np.diff(now))[0])
         return product if product else float("nan")  # a tie has no order
-    # The p-value is not used; "asymptotic" spares the time of the exact one.
+    # "asymptotic" saves the time of the exact p-value, which is unused.
     return float(kendalltau(before, now, variant="b", method="asymptotic").statistic)  # pyright: ignore

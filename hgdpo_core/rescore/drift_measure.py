@@ -1,6 +1,6 @@
-"""What a night of scoring again changed, measured on the shards it touched: pools, data sets, win rates.
+"""The drift of a rescore run, measured on the shards that it changed: pools, data sets, win rates.
 
-Each function returns JSON values for `rescores/<night>/report.json`.
+Each function returns JSON values for `rescores/<name>/report.json`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,34 +46,29 @@ def measure_pool(store: Store, job: ScoreJob, problems: list[Skipped]) -> dict[s
 
 
 def _compare(pool: ShardFolder, before: Scores, now: Scores, common: list[str]) -> dict[str, Any]:
-    values = np.concatenate([now[prompt] for prompt in common or now])
-    if not common:
-        edges, counts = score_histogram(values)
-        return {"ranking": None, "worst_prompts": [], "scores_before": None, "scores_now": asdict(
-            summarise_scores(values)), "histogram": {"edges": edges, "before": None, "now": counts[0]}}
-    old_values = np.concatenate([before[prompt] for prompt in common])
-    edges, counts = score_histogram(old_values, values)
+    """Rankings and distributions before and now; without prompts in `common` only the distribution now."""
+    sides = (before, now) if common else (now,)
+    values = [np.concatenate([side[prompt] for prompt in common or now]) for side in sides]
+    edges, counts = score_histogram(*values)
+    summaries = [asdict(summarise_scores(side)) for side in values]
     ranking, worst = None, []
-    if len(now[common[0]]) > 1:
-        drift = ranking_drift(np.stack([before[prompt] for prompt in common]),
-                              np.stack([now[prompt] for prompt in common]))
+    if common and len(now[common[0]]) > 1:
+        drift = ranking_drift(*(np.stack([side[prompt] for prompt in common]) for side in (before, now)))
         ranking = drift.summary()
-        places = [place for place in np.argsort(drift.taus)[:WORST_PROMPTS] if drift.taus[place] < 1]
-        texts = _read_prompts(pool, [common[place] for place in places])
-        worst = [{"prompt": texts[common[place]], "tau": float(drift.taus[place]),
-                  "winner": drift.winners[place].tolist(), "loser": drift.losers[place].tolist()} for place in places]
-    return {"ranking": ranking, "worst_prompts": worst, "scores_before": asdict(summarise_scores(old_values)),
-            "scores_now": asdict(summarise_scores(values)),
-            "histogram": {"edges": edges, "before": counts[0], "now": counts[1]}}
+        rows = [row for row in np.argsort(drift.taus)[:WORST_PROMPTS] if drift.taus[row] < 1]
+        texts = _read_prompts(pool, [common[row] for row in rows])
+        worst = [{"prompt": texts[common[row]], "tau": float(drift.taus[row]), "winner": drift.winners[row].tolist(),
+                  "loser": drift.losers[row].tolist()} for row in rows]
+    return {"ranking": ranking, "worst_prompts": worst, "scores_before": summaries[0] if common else None,
+            "scores_now": summaries[-1],
+            "histogram": {"edges": edges, "before": counts[0] if common else None, "now": counts[-1]}}
 
 
 def _read_scores(folder: ShardFolder, indices: Sequence[int], problems: list[Skipped]) -> Scores:
-    """Scores of the shards that are there; one that is not what its manifest says is put aside and told."""
+    """Scores of the existing shards; one that does not match its manifest is skipped and added to `problems`."""
     found: Scores = {}
     manifests = folder.manifests()
-    for index in indices:
-        if index not in manifests:
-            continue
+    for index in (index for index in indices if index in manifests):
         try:
             table = folder.read(index, manifest=manifests[index])
         except CorruptShardError as error:
@@ -86,16 +81,13 @@ def _read_scores(folder: ShardFolder, indices: Sequence[int], problems: list[Ski
 
 def _read_prompts(pool: ShardFolder, ids: Sequence[str]) -> dict[str, str]:
     """The texts of a few prompts, without fetching images."""
-    texts: dict[str, str] = {}
-    for index, manifest in pool.manifests().items():
-        if set(ids) & set(manifest.details["prompt_ids"]):
-            table = pool.read_columns(index, ["prompt_id", "prompt"], manifest=manifest)
-            texts |= zip(table["prompt_id"].to_pylist(), table["prompt"].to_pylist(), strict=True)
-    return texts
+    return {row["prompt_id"]: row["prompt"] for index, manifest in pool.manifests().items()
+            if set(ids) & set(manifest.details["prompt_ids"])
+            for row in pool.read_columns(index, ["prompt_id", "prompt"], manifest=manifest).to_pylist()}
 
 
 def measure_ranking(store: Store, ranking: Ranking) -> dict[str, Any]:
-    """Counts of a data set, and how many of its prompts have the same pair in the one ranked before."""
+    """Counts of a data set, and how many of its prompts have the same pair in the data set that it replaces."""
     now = _read_pairs(ShardFolder.open(store, ranking.key))
     replaces = ranking.job.replaces
     before = {} if replaces is None else _read_pairs(ShardFolder.open(store, replaces))
@@ -107,16 +99,14 @@ def measure_ranking(store: Store, ranking: Ranking) -> dict[str, Any]:
 
 def _read_pairs(triplets: ShardFolder) -> dict[str, tuple[int, int]]:
     """Prompt id -> indices of winner and loser."""
-    pairs: dict[str, tuple[int, int]] = {}
     columns = ["prompt_id", "winner_index", "loser_index"]
-    for index, manifest in triplets.manifests().items():
-        for row in triplets.read_columns(index, columns, manifest=manifest).to_pylist():
-            pairs[row["prompt_id"]] = (row["winner_index"], row["loser_index"])
-    return pairs
+    return {row["prompt_id"]: (row["winner_index"], row["loser_index"])
+            for index, manifest in triplets.manifests().items()
+            for row in triplets.read_columns(index, columns, manifest=manifest).to_pylist()}
 
 
 def measure_evaluations(store: Store, jobs: Sequence[ScoreJob]) -> Iterator[dict[str, Any]]:
-    """Win rates, then and now, of the evaluations whose images were scored anew; `evaluations/` stays as it is."""
+    """Win rates before and now of the evaluations whose images were scored again; `evaluations/` is not changed."""
     scored = {(f"pools/{job.pool_id}", job.version.scorer.name) for job in jobs}
     versions = {job.version.scorer.name: job.version for job in jobs}
     for evaluation_id, config in read_configs(store, "evaluations").items():
@@ -128,8 +118,7 @@ def measure_evaluations(store: Store, jobs: Sequence[ScoreJob]) -> Iterator[dict
                 continue
             now = [score_key(score_settings(pool.split("/")[-1], version.scorer, version.fingerprint))
                    for pool in pools]
-            before = config["scores"].get(name)
-            rate = _win_rate(store, now, config["prompts"])
+            before, rate = config["scores"].get(name), _win_rate(store, now, config["prompts"])
             if rate is not None and now != before:
                 old = _win_rate(store, before, config["prompts"]) if before else None
                 yield {"evaluation_id": evaluation_id, "scorer": name,
@@ -137,7 +126,7 @@ def measure_evaluations(store: Store, jobs: Sequence[ScoreJob]) -> Iterator[dict
 
 
 def _win_rate(store: Store, folders: Sequence[str], prompts: Sequence[str]) -> WinRate | None:
-    """The tuned model over the target by their folders of scores; None where a prompt has no score."""
+    """The tuned model over the target, from the score folders of target and tuned; None if a prompt has no score."""
     means = []
     for key in folders:
         if not store.exists(f"{key}/config.json"):

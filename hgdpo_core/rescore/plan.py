@@ -1,12 +1,12 @@
-"""What scoring again has to do: pools whose scores are missing or by a scorer that changed, rankings by such scores.
+"""The plan of a rescore run: pools whose scores are missing or by a scorer that changed, and rankings by such scores.
 
-Every complete pool of a root counts. Evaluation images are pools too: their scores cost one image a prompt, and only
-with them can a win rate be given by the scorer of today; they are those that an `evaluations/<id>/config.json` names. A
-scorer that a run only evaluates with is for these alone. A pool is never written. A ranking by other scores is a data
-set with another id beside the old one, and nothing is trained: that is for a person to start.
+Every complete pool of a root is considered. Evaluation images are pools too, those that an
+`evaluations/<id>/config.json` names: they have one image per prompt, and win rates by the current scorer need their
+scores. A scorer that a run only evaluates with scores these alone. Pools are never written. A ranking by other scores
+is a data set with another id beside the old one, and no training is started.
 
-What one call of these functions found to do is a night. It lies in `rescores/<night>/`: `config.json` before the work,
-`report.json` after it (hgdpo_core/rescore/night.py), so a night that was killed is found and finished by the next one.
+The record of a run is `rescores/<name>/`, with `config.json` before the work and `report.json` after it
+(hgdpo_core/rescore/night.py): a run that was killed is continued by the next one.
 """
 
 import json
@@ -25,22 +25,27 @@ from hgdpo_core.storage.shards import EXPECTED, ShardFolder, ShardManifest
 
 
 class ScorerVersion(WantedScorer):
-    """A wanted scorer with the version of its weights."""
+    """A requested scorer with the version of its weights."""
 
     fingerprint: str
 
 
-class ScoreJob(StageConfig):
-    """One pool by one scorer.
-
-    `missing`: the pool's shards to score. `compared`: the shards that the night reports on; more than the missing ones
-    where scores are there already and only the ranking is not. `before`: folder of the same scorer's latest earlier
-    scores of this pool, by another version of it.
-    """
+class PoolScores(StageConfig):
+    """The scores of a pool by a scorer; `scores` is their folder."""
 
     pool_id: str
     version: ScorerVersion
     scores: str
+
+
+class ScoreJob(PoolScores):
+    """One pool by one scorer.
+
+    `missing`: the pool's shards to score. `compared`: the shards that are reported on; more than the missing ones where
+    only the ranking is missing. `before`: folder of the latest earlier scores of this pool by another version of the
+    same scorer.
+    """
+
     missing: tuple[int, ...]
     compared: tuple[int, ...]
     images: int
@@ -50,7 +55,7 @@ class ScoreJob(StageConfig):
 class RankJob(StageConfig):
     """The data set of triplets of a pool, its new scores and a list of prompts.
 
-    `replaces`: the data set of the same pool and prompts by the earlier scores, if there is one. It stays.
+    `replaces`: the data set of the same pool and prompts by the earlier scores, if there is one. It is kept.
     """
 
     pool_id: str
@@ -61,64 +66,56 @@ class RankJob(StageConfig):
 
 
 class Skipped(StageConfig):
-    """What was left alone, and why."""
+    """What was skipped, and why."""
 
     what: str
     reason: str
 
 
-class FoundScores(StageConfig):
-    """A pool whose scores by a scorer are complete."""
-
-    pool_id: str
-    version: ScorerVersion
-    scores: str
-
-
 @dataclass(frozen=True)
 class RescorePlan:
-    """What there is to do, to leave alone and to find, under one root."""
+    """The work under one root, what is skipped, and which scores are complete."""
 
     jobs: tuple[ScoreJob, ...]
     rankings: tuple[RankJob, ...]
     skipped: tuple[Skipped, ...]
-    found: tuple[FoundScores, ...]
+    complete: tuple[PoolScores, ...]
 
     @property
     def nothing_to_do(self) -> bool:
-        """Whether every wanted score and ranking is there."""
+        """Whether every requested score and ranking exists."""
         return not (self.jobs or self.rankings)
 
     def describe(self) -> str:
-        """One line: what there is to do."""
-        found = f"complete sets of scores found: {len(self.found):,}"
-        left = f"; left alone: {len(self.skipped):,}" if self.skipped else ""
+        """The work in one line."""
+        complete = f"complete sets of scores found: {len(self.complete):,}"
+        skipped = f"; skipped: {len(self.skipped):,}" if self.skipped else ""
         if self.nothing_to_do:
-            return f"nothing to do; {found}{left}"
+            return f"nothing to do; {complete}{skipped}"
         images, pools = sum(job.images for job in self.jobs), len({job.pool_id for job in self.jobs if job.missing})
         return (f"images to score: {images:,} (pools: {pools:,}); data sets of triplets to rank: "
-                f"{len(self.rankings):,}; {found}{left}")
+                f"{len(self.rankings):,}; {complete}{skipped}")
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for every pool and scorer with work."""
         return [{"pool": job.pool_id, "scorer": job.version.scorer.name, "version": job.version.fingerprint[:12],
-                 "images": job.images, "shards": len(job.missing), "rankings": sum(
-                     ranking.scores == job.scores for ranking in self.rankings), "before": job.before}
+                 "images": job.images, "shards": len(job.missing),
+                 "rankings": sum(ranking.scores == job.scores for ranking in self.rankings), "before": job.before}
                 for job in self.jobs]
 
     def by_version(self) -> list[tuple[ScorerVersion, list[ScoreJob]]]:
-        """The jobs that score something, a scorer at a time: each loads once."""
-        versions = {job.version: [] for job in self.jobs if job.missing}
+        """The jobs with missing scores, grouped by scorer, so that each scorer is loaded once."""
+        versions: dict[ScorerVersion, list[ScoreJob]] = {}
         for job in self.jobs:
             if job.missing:
-                versions[job.version].append(job)
+                versions.setdefault(job.version, []).append(job)
         return list(versions.items())
 
 
 def find_versions(wanted: Sequence[WantedScorer], *, required: bool) -> tuple[list[ScorerVersion], list[Skipped]]:
-    """The versions of the scorers that are to be had, without loading one.
+    """The versions of the available scorers, without loading them.
 
-    ModelError for one whose weights are gone if it is `required`, or if none is left.
+    ModelError for a scorer whose weights are gone if it is `required`, or if no scorer is available.
     """
     versions: list[ScorerVersion] = []
     skipped: list[Skipped] = []
@@ -139,7 +136,7 @@ def plan_wanted(store: Store, names: Sequence[str] = (), *, preset: str | None =
                 overrides: Mapping[str, Any] | None = None, verify: bool = False) -> RescorePlan:
     """`plan_rescore` for the scorers that `wanted_scorers` finds.
 
-    ModelError for a named one that is not to be had; one that only an old run wants is left alone, and told.
+    ModelError for a named scorer that is not available; one that only an old run uses is skipped and reported.
     """
     wanted = wanted_scorers(store, names=names, preset=preset, overrides=overrides)
     versions, gone = find_versions(wanted, required=bool(names or preset))
@@ -153,23 +150,22 @@ def plan_root(root: str, names: Sequence[str] = (), **settings: Any) -> RescoreP
 
 
 def plan_rescore(store: Store, versions: Sequence[ScorerVersion], *, verify: bool = False) -> RescorePlan:
-    """Look at every pool under the root; reads lists and manifests, and images or models never.
+    """Plan every pool under the root; reads folder lists and manifests, never images or models.
 
-    With `verify` every wanted score is read: a shard of scores that is not what its manifest says goes to quarantine
+    With `verify` every requested score is read: a shard of scores that does not match its manifest goes to quarantine
     and counts as missing. ConfigError when there are pools but no scorer.
     """
     planner = _Planner(store, versions, verify)
     pools = store.list_folders("pools")
     if pools and not versions:
-        raise ConfigError(f"{store.root} holds pools, but no run that says which scorers are wanted: name a scorer or "
-                          "a preset")
+        raise ConfigError(f"{store.root} holds pools, but no run that names scorers: name a scorer or a preset")
     for pool_id, config in read_configs(store, "pools", pools).items():
-        planner.look_at(pool_id, config)
-    return RescorePlan(tuple(planner.jobs), tuple(planner.rankings), tuple(planner.skipped), tuple(planner.found))
+        planner.plan_pool(pool_id, config)
+    return RescorePlan(tuple(planner.jobs), tuple(planner.rankings), tuple(planner.skipped), tuple(planner.complete))
 
 
 def read_configs(store: Store, folder: str, names: Iterable[str] | None = None) -> dict[str, dict[str, Any] | None]:
-    """Name -> `config.json` of each folder inside, read many at a time; None where there is no readable one."""
+    """Name -> `config.json` of each subfolder, read many at a time; None if it is missing or unreadable."""
     keys = {name: f"{folder}/{name}/config.json" for name in (store.list_folders(folder) if names is None else names)}
     texts = store.read_many(keys.values())
     return {name: _parse(texts.get(key, b"")) for name, key in keys.items()}
@@ -191,15 +187,15 @@ class _Planner:
         self.jobs: list[ScoreJob] = []
         self.rankings: list[RankJob] = []
         self.skipped: list[Skipped] = []
-        self.found: list[FoundScores] = []
+        self.complete: list[PoolScores] = []
         self.triplets = {f"triplets/{name}": config for name, config in read_configs(store, "triplets").items()
                          if config is not None and {"pool", "scores", "prompts_id"} <= config.keys()}
         self.ranked = {config["pool"] for config in self.triplets.values()}
         self.evaluated = {config.get(side) for config in read_configs(store, "evaluations").values() if config
                           for side in ("target", "tuned")}
 
-    def look_at(self, pool_id: str, config: dict[str, Any] | None) -> None:
-        """Add what is to be done for a pool by every scorer, or why nothing is."""
+    def plan_pool(self, pool_id: str, config: dict[str, Any] | None) -> None:
+        """Add the work on a pool for every scorer, or the reason why it is skipped."""
         expected = (config or {}).get(EXPECTED)
         if config is None or not isinstance(expected, dict):
             self._skip(pool_id, "its config.json is missing, unreadable or does not say how many shards it should have")
@@ -214,15 +210,15 @@ class _Planner:
         folders = self.store.list_folders(f"scores/{pool_id}")
         for version in self.versions:
             if self._is_for(version, pool.key):
-                self._look_at_scores(pool, manifests, version, folders)
+                self._plan_scores(pool, manifests, version, folders)
 
     def _is_for(self, version: ScorerVersion, pool_key: str) -> bool:
         if version.pools == "evaluation":
             return pool_key in self.evaluated
         return version.pools == "all" or pool_key in self.ranked or pool_key not in self.evaluated
 
-    def _look_at_scores(self, pool: ShardFolder, manifests: Mapping[int, ShardManifest], version: ScorerVersion,
-                        folders: Sequence[str]) -> None:
+    def _plan_scores(self, pool: ShardFolder, manifests: Mapping[int, ShardManifest], version: ScorerVersion,
+                     folders: Sequence[str]) -> None:
         pool_id = pool.key.split("/")[-1]
         settings = score_settings(pool_id, version.scorer, version.fingerprint)
         scores = ShardFolder(self.store, score_key(settings), settings)
@@ -232,17 +228,16 @@ class _Planner:
         missing = missing_scores(pool, scores, list(manifests), pool_manifests=manifests, score_manifests=scored)
         rankings = list(self._stale_rankings(pool, manifests, scores, scored, missing))
         if not missing:
-            self.found.append(FoundScores(pool_id=pool_id, version=version, scores=scores.key))
+            self.complete.append(PoolScores(pool_id=pool_id, version=version, scores=scores.key))
         if not missing and not rankings:
             return
         before = self._scores_before(pool, manifests, scores.key, folders)
         self.jobs.append(ScoreJob(
             pool_id=pool_id, version=version, scores=scores.key, missing=tuple(missing), before=before,
             compared=tuple(missing or manifests), images=sum(manifests[index].rows for index in missing)))
-        self.rankings += [
-            RankJob(pool_id=pool_id, scores=scores.key, prompts_id=prompts_id, config=config,
-                    replaces=next((key for key, scores_key in found.items() if scores_key == before), None))
-            for prompts_id, config, found in rankings]
+        self.rankings += [RankJob(pool_id=pool_id, scores=scores.key, prompts_id=prompts_id, config=config,
+                                  replaces=data_sets.get(before) if before else None)
+                          for prompts_id, config, data_sets in rankings]
 
     def _is_intact(self, scores: ShardFolder, manifest: ShardManifest) -> bool:
         try:
@@ -254,29 +249,29 @@ class _Planner:
     def _stale_rankings(self, pool: ShardFolder, manifests: Mapping[int, ShardManifest], scores: ShardFolder,
                         scored: Mapping[int, ShardManifest], missing: Sequence[int]
                         ) -> Iterator[tuple[str, TripletConfig, dict[str, str]]]:
-        """(prompts id, settings, data set -> its scores) of the rankings that are not there by these scores."""
+        """(prompts id, settings, scores -> data set) of the rankings that are missing for these scores."""
         groups: dict[tuple[str, TripletConfig], dict[str, str]] = {}
         for key, config in self.triplets.items():
             if config["pool"] == pool.key and _scorer_name(config["scores"]) == _scorer_name(scores.key):
                 group = (config["prompts_id"], TripletConfig.from_identity(config))
-                groups.setdefault(group, {})[key] = config["scores"]
-        for (prompts_id, config), found in groups.items():
+                groups.setdefault(group, {}).setdefault(config["scores"], key)
+        for (prompts_id, config), data_sets in groups.items():
             try:
                 indices = shards_of(self.store, manifests, prompts_id)
             except MissingKeyError as error:
                 self._skip(pool.key.split("/")[-1], f"not ranked again, its list of prompts is gone: {error}")
                 continue
-            current = next((key for key, scores_key in found.items() if scores_key == scores.key), None)
+            current = data_sets.get(scores.key)
             made = {} if current is None else ShardFolder.open(self.store, current).manifests()
             if set(indices) & set(missing) or any(
                     index not in made or made[index].inputs != (pool.input_shard(index, manifest=manifests[index]),
                                                                 scores.input_shard(index, manifest=scored[index]))
                     for index in indices):
-                yield prompts_id, config, found
+                yield prompts_id, config, data_sets
 
     def _scores_before(self, pool: ShardFolder, manifests: Mapping[int, ShardManifest], key: str,
                        folders: Sequence[str]) -> str | None:
-        """The same scorer's other scores of this pool: the latest complete ones, else the latest."""
+        """Other scores of this pool by the same scorer: the latest complete ones, else the latest."""
         candidates = []
         for name in folders:
             folder = f"scores/{pool.key.split('/')[-1]}/{name}"
@@ -299,5 +294,5 @@ def _scorer_name(scores_key: str) -> str:
 
 def shards_of(store: Store, manifests: Mapping[int, ShardManifest], prompts_id: str) -> list[int]:
     """The shards of a pool that hold a prompt of the list; MissingKeyError when the list is gone."""
-    wanted = {prompt_id(prompt) for prompt in load_prompts(store, prompts_id).prompts}
-    return [index for index, manifest in manifests.items() if wanted & set(manifest.details["prompt_ids"])]
+    ids = {prompt_id(prompt) for prompt in load_prompts(store, prompts_id).prompts}
+    return [index for index, manifest in manifests.items() if ids & set(manifest.details["prompt_ids"])]

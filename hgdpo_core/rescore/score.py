@@ -1,4 +1,4 @@
-"""Scoring again: what the plan misses (hgdpo_core/rescore/plan.py) is scored and ranked, nothing else."""
+"""Scoring and ranking of what a plan (hgdpo_core/rescore/plan.py) lists as missing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, Skipped, sha
 from hgdpo_core.scorers import load_judge
 from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.dataset_card import card_licence
-from hgdpo_core.stages.scores import ScoreStage, missing_scores, score_pool, score_settings
+from hgdpo_core.stages.scores import ScoreStage, missing_scores, score_settings
 from hgdpo_core.stages.triplets import TripletCounts, TripletStage, triplet_folder, write_dataset_card
 from hgdpo_core.statistics.distributions import summarise_scores
 from hgdpo_core.storage import Store
@@ -25,9 +25,9 @@ def score_missing(store: Store, jobs: Sequence[ScoreJob], *, device: str | None 
                   should_stop: ShouldStop = never_stop) -> list[Skipped]:
     """Score what the jobs of ONE scorer miss, loading it once and only if something is missing.
 
-    Returns the pools that were given up: a scorer may not know such prompts, and a shard of images that is not what its
-    manifest says goes to quarantine, where only a run of that pool's prompts helps: it draws the shard again.
-    ModelError when the scorer is no longer the planned one.
+    Returns the skipped pools: the scorer may not support such prompts, and a shard of images that does not match its
+    manifest goes to quarantine, until a run of that pool's prompts generates it again. ModelError when the scorer has
+    changed since the plan.
     """
     total, done = sum(job.images for job in jobs), 0
     if not total:
@@ -39,12 +39,13 @@ def score_missing(store: Store, jobs: Sequence[ScoreJob], *, device: str | None 
                          f"{version.fingerprint[:12]} then, {loaded.fingerprint[:12]} now): start again")
     skipped: list[Skipped] = []
     for job in jobs:
-        pool = ShardFolder.open(store, f"pools/{job.pool_id}")
-        scores = ShardFolder.create(store, job.scores, score_settings(job.pool_id, version.scorer, version.fingerprint))
+        stage = score_stage(store, job)
+
+        def report(finished: int, _: int, unit: str, before: int = done) -> None:
+            progress(before + finished, total, unit)
 
         try:
-            score_pool(store, pool, scores, version.scorer, job.missing, device=device, judge=loaded,
-                       progress=_part(progress, done, total), should_stop=should_stop)
+            stage.make(Worker(device, report, should_stop, network=loaded), job.missing)
         except (CorruptShardError, InputError) as error:
             skipped.append(Skipped(what=f"pool {job.pool_id} by {version.scorer.name}", reason=str(error)))
         done += job.images
@@ -55,31 +56,21 @@ def score_stage(store: Store, job: ScoreJob) -> ScoreStage:
     """One job as a stage of the whole pool, so that a second attempt cuts the same ranges as the first."""
     pool, version = ShardFolder.open(store, f"pools/{job.pool_id}"), job.version
     scores = ShardFolder.create(store, job.scores, score_settings(job.pool_id, version.scorer, version.fingerprint))
-    return ScoreStage(pool, scores, version.scorer, tuple(pool.manifests()),
-                      f"{version.scorer.name}, {job.pool_id}")
-
-
-def _part(progress: Progress, start: int, whole: int) -> Progress:
-    """A callback for one pool's share of the work."""
-    def report(done: int, total: int, unit: str) -> None:
-        progress(start + done, whole, unit)
-
-    return report
+    return ScoreStage(pool, scores, version.scorer, tuple(pool.manifests()), f"{version.scorer.name}, {job.pool_id}")
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """A data set of triplets that a job made or found, and the shards it has."""
+    """The data set of triplets of a job, new or existing."""
 
     job: RankJob
     key: str
-    indices: tuple[int, ...]
     counts: TripletCounts
 
 
 def rank_again(store: Store, job: RankJob, *, progress: Progress = silent,
                should_stop: ShouldStop = never_stop) -> Ranking | Skipped:
-    """The triplets of a list of prompts by the new scores, with their data set card; Skipped where scores lack."""
+    """The triplets of a list of prompts by the new scores, with a data set card; Skipped if scores are missing."""
     pool, scores = ShardFolder.open(store, f"pools/{job.pool_id}"), ShardFolder.open(store, job.scores)
     manifests = pool.manifests()
     indices = shards_of(store, manifests, job.prompts_id)
@@ -95,15 +86,15 @@ def rank_again(store: Store, job: RankJob, *, progress: Progress = silent,
     except CorruptShardError as error:
         return Skipped(what=what, reason=str(error))
     write_dataset_card(stage, card_licence(store, job.replaces or stage.folder.key))
-    return Ranking(job, stage.folder.key, tuple(indices), stage.counts())
+    return Ranking(job, stage.folder.key, stage.counts())
 
 
 def summarise_pools(store: Store, plan: RescorePlan) -> list[dict[str, Any]]:
-    """A row for every complete pool and scorer of a plan whose scores are there by now: images, mean, spread, ends."""
+    """A row for every complete pool and scorer of a plan that has scores by now: images, mean, spread, ends."""
     rows = []
-    for key, item in sorted({item.scores: item for item in (*plan.found, *plan.jobs)}.items()):
+    for key, item in sorted({item.scores: item for item in (*plan.complete, *plan.jobs)}.items()):
         if not store.exists(f"{key}/config.json"):
-            continue        # a pool that was given up
+            continue        # a pool that was skipped
         scores = ShardFolder.open(store, key)
         tables = [scores.read(index, ["score"]) for index in scores.manifests()]
         if tables:

@@ -1,6 +1,7 @@
-"""Which scorers somebody wants scores by: named ones, a preset's, or those that the runs of a root use."""
+"""The requested scorers: named ones, a preset's, or those that the runs of a root use."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,48 +24,43 @@ class WantedScorer(StageConfig):
 
 def wanted_scorers(store: Store | None, *, names: Sequence[str] = (), preset: str | None = None,
                    overrides: Mapping[str, Any] | None = None) -> list[WantedScorer]:
-    """One scorer a name; [] where no run of `store` says which scorers are wanted.
+    """One scorer for each name; [] if no name, preset or run of `store` requests one.
 
     Known are the preset's scorers (with `overrides`), or without a preset those of the root's runs: the ranking one for
-    training pools, the others for evaluation images. `names` chooses, and a scorer that is named is for all pools:
-    "pickscore" takes the known scorer of that name, else its public checkpoint; "pickscore=place" that folder or
-    hub id. ConfigError for an unknown or repeated name.
+    training pools, the others for evaluation images. `names` selects from them, for all pools: "pickscore" is the known
+    scorer of that name, else its public checkpoint; "pickscore=source" is a folder or hub id. ConfigError for an
+    unknown or repeated name.
     """
     if overrides and preset is None:
         raise ConfigError(f"settings ({', '.join(overrides)}) change a preset's scorers: name the preset as well")
     if preset is not None:
-        known = preset_scorers(preset, overrides or {})
+        config = _read_preset(preset, overrides or {})
+        known = _assign(config.scorer, config.evaluation.scorers)
     else:
-        known = run_scorers(store) if store is not None else {}
+        known = {} if store is None else _run_scorers(store)
     if not names:
         return list(known.values())
-    chosen = [WantedScorer(scorer=_named(name, known)) for name in names]
-    scorer_names = [wanted.scorer.name for wanted in chosen]
-    repeated = sorted({name for name in scorer_names if scorer_names.count(name) > 1})
+    requested = [WantedScorer(scorer=_named(name, known)) for name in names]
+    counts = Counter(item.scorer.name for item in requested)
+    repeated = sorted(name for name, count in counts.items() if count > 1)
     if repeated:
         raise ConfigError(f"{', '.join(repeated)} is named twice: earlier scores are found by a scorer's name, so "
                           "name each once")
-    return chosen
+    return requested
 
 
-def preset_scorers(preset: str, overrides: Mapping[str, Any]) -> dict[str, WantedScorer]:
-    """The scorers of a preset by name, the ranking one first."""
-    config = _read_preset(preset, overrides)
-    return _assign(config.scorer, config.evaluation.scorers)
-
-
-def run_scorers(store: Store) -> dict[str, WantedScorer]:
-    """The scorers of the root's runs by name; where runs differ, as the run that was started last has them."""
-    found: dict[str, WantedScorer] = {}
+def _run_scorers(store: Store) -> dict[str, WantedScorer]:
+    """The scorers of the root's runs by name; where runs differ, that of the run that was started last."""
+    scorers: dict[str, WantedScorer] = {}
     for text in _saved_runs(store):
-        for name, wanted in _of_saved_run(text).items():
-            earlier = found.get(name, wanted)
-            found[name] = wanted if earlier.pools == wanted.pools else wanted.model_copy(update={"pools": "all"})
-    return found
+        for name, latest in _of_saved_run(text).items():
+            same = scorers.get(name, latest).pools == latest.pools
+            scorers[name] = latest if same else latest.model_copy(update={"pools": "all"})
+    return scorers
 
 
 def wanted_workers(store: Store, preset: str | None, overrides: Mapping[str, Any] | None = None) -> WorkersConfig:
-    """How work is cut for workers: as the preset says, or else the run of the root that was started last."""
+    """How work is divided among workers: by the preset, else by the run of the root that was started last."""
     if preset is not None:
         return _read_preset(preset, overrides or {}).workers
     for text in reversed(_saved_runs(store)):
@@ -76,28 +72,28 @@ def wanted_workers(store: Store, preset: str | None, overrides: Mapping[str, Any
 
 
 def _assign(ranking: ScorerConfig, evaluating: Sequence[ScorerConfig]) -> dict[str, WantedScorer]:
-    """Where the ranking scorer evaluates too, one config stands for both: earlier scores are found by its name."""
+    """A ranking scorer that also evaluates has one config for both: earlier scores are found by its name."""
     both = ranking.name in {scorer.name for scorer in evaluating}
-    found = {ranking.name: WantedScorer(scorer=ranking, pools="all" if both else "training")}
+    scorers = {ranking.name: WantedScorer(scorer=ranking, pools="all" if both else "training")}
     for scorer in evaluating:
-        found.setdefault(scorer.name, WantedScorer(scorer=scorer, pools="evaluation"))
-    return found
+        scorers.setdefault(scorer.name, WantedScorer(scorer=scorer, pools="evaluation"))
+    return scorers
 
 
 def _read_preset(preset: str, overrides: Mapping[str, Any]) -> RunConfig:
-    unread = "not read"  # a preset for users' models needs them named; none is loaded here
+    unread = "not read"  # presets for users' models require these; none is loaded here
     return apply_overrides(build_config(preset, target=unread, prompts=unread), overrides)
 
 
 def _saved_runs(store: Store) -> list[bytes]:
-    """`config.json` of every run, in the order in which they were started last."""
+    """`config.json` of every run, ordered by its latest start."""
     started = sorted((changed, key) for key, _, changed in store.walk("runs") if key.endswith("/config.json"))
     configs = store.read_many(key for _, key in started)
     return [configs[key] for _, key in started if key in configs]
 
 
 def _of_saved_run(text: bytes) -> dict[str, WantedScorer]:
-    """{} for the config of another version of this project that cannot be read as ours."""
+    """{} for the config of another version of this project that cannot be parsed."""
     try:
         data = json.loads(text)
         ranking, *evaluating = (ScorerConfig.model_validate(scorer)

@@ -1,8 +1,8 @@
-"""Colours of a set of images, prompt by prompt: how far they moved, how sure that is, and how they are spread.
+"""Colours of a set of images, prompt by prompt: their shift with intervals, and their distributions.
 
-The quantities themselves are `metrics.ColourStatistics`'s. Hue is an angle, and its mean has a direction only as
-far as the hues agree: the resultant length says how far (1: one hue, 0: hues cancel out). Near 0, a change that
-nobody can see turns the mean hue by any angle; resampling the prompts then turns it as well, so the interval is wide.
+The quantities are those of `metrics.ColourStatistics`. Hue is an angle, and its mean has a direction only as far as the
+hues agree, which the resultant length measures (1: one hue, 0: hues cancel out). Near 0, an invisible change can rotate
+the mean hue by any angle; resampling the prompts then rotates it as well, so the interval is wide.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from hgdpo_core.metrics import GREY_RESULTANT, ColourShift, ColourStatistics, rg
 from hgdpo_core.statistics.intervals import Estimate, Interval, percentile_interval, resample_sums
 
 HUE_BINS, LEVEL_BINS = 36, 32
-WEAK_RESULTANT = 0.1  # ours: below it `hue_degrees` is marked in reports; the interval speaks for itself either way
+WEAK_RESULTANT = 0.1  # ours: below it `hue_degrees` is marked in reports
 PIXELS, HUE, SATURATION, VALUE, COSINE, SINE = range(6)  # the fields of ColourStatistics
 
 
 @dataclass
 class ColourHistograms:
-    """Shares of all pixels: hue weighted by saturation (grey has no hue), saturation and value; each sums to 1.
+    """Distributions over all pixels of hue weighted by saturation (grey has no hue), of saturation and of value.
 
     `hue` has 36 bins around the circle, from red; the others 32 bins from 0 to 1.
     """
@@ -38,13 +38,13 @@ class ColourHistograms:
         self.value += _histogram(value, LEVEL_BINS)
 
     def as_dict(self) -> dict[str, list[float]]:
-        """Shares by channel, rounded for JSON; all 0 where there is no colour at all."""
+        """Fractions by channel, which sum to 1, rounded for JSON; all 0 for images without colour."""
         return {name: (counts / (counts.sum() or 1)).round(6).tolist() for name, counts in vars(self).items()}
 
 
 @dataclass(frozen=True)
 class ColourChange:
-    """Tuned against target. Percentages are signed here (the paper's Table 2 prints their size)."""
+    """Tuned against target. Percentages are signed (the paper's Table 2 has absolute values)."""
 
     hue_degrees: Estimate
     hue_percent: Estimate
@@ -56,7 +56,7 @@ class ColourChange:
 
     @property
     def hue_is_weak(self) -> bool:
-        """Whether a mean hue has hardly a direction, so that its shift in degrees must not be read by itself."""
+        """Whether a mean hue has hardly a direction, so that its shift in degrees means little without its interval."""
         lengths = (self.target_hue_resultant, self.tuned_hue_resultant)
         return any(length is None or length < WEAK_RESULTANT for length in lengths)
 
@@ -90,9 +90,9 @@ class PromptColours:
 def colour_change(tuned: Sequence[ColourStatistics], target: Sequence[ColourStatistics]) -> ColourChange:
     """The shift of the tuned model's colours with 95 % bootstrap intervals over prompts, both models in pairs.
 
-    One `ColourStatistics` a prompt on each side, in the same order. Intervals are None for one prompt. The ends of
-    the angle's interval stand around it without wrapping, at most 180 degrees away. InputError when the sides differ
-    in length or a prompt has no image.
+    One `ColourStatistics` per prompt on each side, in the same order. Intervals are None for one prompt. The ends of
+    the angle's interval are not wrapped and at most 180 degrees away. InputError when the sides differ in length or a
+    prompt has no image.
     """
     without = sum(not one.pixels for one in (*tuned, *target))
     if len(tuned) != len(target) or without:
@@ -120,15 +120,15 @@ def _degrees(shift: ColourShift, draws: np.ndarray | None) -> Estimate:
     if shift.hue_degrees is None or draws is None:
         return Estimate.of(shift.hue_degrees, None)
     tuned, target = draws[:, :6], draws[:, 6:]
-    turned = np.degrees(np.arctan2(tuned[:, SINE], tuned[:, COSINE]) - np.arctan2(target[:, SINE], target[:, COSINE]))
-    around = 180 - (180 - (turned - shift.hue_degrees)) % 360
+    angles = np.degrees(np.arctan2(tuned[:, SINE], tuned[:, COSINE]) - np.arctan2(target[:, SINE], target[:, COSINE]))
+    around = 180 - (180 - (angles - shift.hue_degrees)) % 360
     grey = [np.hypot(side[:, COSINE], side[:, SINE]) < GREY_RESULTANT * side[:, PIXELS] for side in (tuned, target)]
     around[grey[0] != grey[1]] = np.nan
     around[grey[0] & grey[1]] = -shift.hue_degrees  # no hue on either side is no shift
     interval = percentile_interval(around, unknown=(-180.0, 180.0))
     if interval is None:
         return Estimate.of(shift.hue_degrees, None)
-    # A mean hue without a direction may turn mostly one way: the estimate itself stays inside.
+    # A mean hue without a direction may rotate mostly one way: the estimate itself stays inside.
     low, high = min(interval.low, 0.0), max(interval.high, 0.0)
     return Estimate.of(shift.hue_degrees, Interval(shift.hue_degrees + low, shift.hue_degrees + high))
 

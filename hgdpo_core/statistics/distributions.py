@@ -1,4 +1,4 @@
-"""How scores are distributed: numbers, histograms, histograms as text. Pure."""
+"""Distributions of scores: summaries, histograms, histograms as text. Pure functions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ TEXT_WIDTH = 24
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """How scores are distributed. Numbers are of the finite ones and None where there is none."""
+    """The distribution of the finite scores; its numbers are None if there are none."""
 
     n: int
     not_finite: int
@@ -48,15 +48,14 @@ def score_histogram(*arrays: np.ndarray, bins: int = BINS) -> tuple[list[float],
 
 
 def text_histogram(columns: Mapping[str, np.ndarray], bins: int = TEXT_BINS) -> str:
-    """Bars of letters, a line a bin and a column for each array; for places that show neither colours nor pictures."""
+    """Bars of characters, one line per bin and one column per array; for output without colours and images."""
     edges, counts = score_histogram(*columns.values(), bins=bins)
     ranges = [f"{low:.2f} to {high:.2f}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
     most = max((max(column) for column in counts if column), default=0)
     digits = len(f"{most:,}")
-    width = digits + 1 + TEXT_WIDTH
-    margin = max(map(len, ranges), default=0)
+    width, margin = digits + 1 + TEXT_WIDTH, max(map(len, ranges), default=0)
     lines = [" " * margin + "".join(f"  {name:<{width}}" for name in columns)]
-    for place, text in enumerate(ranges):
-        cells = (f"{column[place]:>{digits},} {'#' * -(-column[place] * TEXT_WIDTH // most)}" for column in counts)
+    for text, row in zip(ranges, zip(*counts, strict=True), strict=True):
+        cells = (f"{count:>{digits},} {'#' * -(-count * TEXT_WIDTH // most)}" for count in row)
         lines.append(f"{text:>{margin}}" + "".join(f"  {cell:<{width}}" for cell in cells))
     return "\n".join(line.rstrip() for line in lines)

@@ -1,7 +1,7 @@
-"""How much a model's images differ from each other, at a glance: by small thumbnails, without a network. Pure.
+"""How much a model's images differ from each other, measured by small thumbnails. Pure functions, no network.
 
-Preference tuning can win by painting everything alike. Feature distances of a prompt's images say it best, but need
-several images a prompt and a network; thumbnails cost nothing and show the coarse kind of loss.
+Preference tuning can win by making all images alike. Feature distances of a prompt's images measure this best, but need
+several images per prompt and a network; thumbnails cost nothing and show a coarse loss of variety.
 """
 
 from typing import Any
@@ -25,9 +25,9 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
 def variety_change(tuned: np.ndarray, target: np.ndarray) -> Estimate:
     """Percent by which the tuned model's thumbnails [P, K, D] spread more than the target's, with a 95 % interval.
 
-    The spread is the root mean square distance from the prompt's mean image where there are several images a prompt
-    (K >= 2), and from the mean of all images where there is one. Prompts are resampled, both models in pairs. None
-    where the target's images do not differ at all; InputError for shapes that do not match.
+    The spread is the root mean square distance from the prompt's mean image if there are several images per prompt
+    (K >= 2), and from the mean of all images if there is one. Prompts are resampled, both models in pairs. None if the
+    target's images do not differ at all; InputError for shapes that do not match.
     """
     if tuned.ndim != 3 or tuned.shape != target.shape or not tuned.size:
         raise InputError(f"variety_change needs thumbnails [P, K, D] of the same prompts by both models, got "
@@ -41,7 +41,7 @@ def variety_change(tuned: np.ndarray, target: np.ndarray) -> Estimate:
 
 
 def _sums(side: np.ndarray) -> np.ndarray:
-    """What a prompt adds to the spread [P, S]: its inner spread, or with one image the sums that a variance needs."""
+    """The contribution of each prompt to the spread [P, S]: its inner spread, or for one image the variance's sums."""
     if side.shape[1] > 1:
         return side.var(axis=1).sum(axis=1, keepdims=True)
     images = side[:, 0]
@@ -49,10 +49,7 @@ def _sums(side: np.ndarray) -> np.ndarray:
 
 
 def _change(sums: np.ndarray, prompts: int) -> np.ndarray:
-    """Percent [R] of sums [R, 2 S] over prompts; not a number where the target's images are all alike."""
-    tuned, target = (np.sqrt(_variance(side / prompts)) for side in np.split(sums, 2, axis=1))
+    """Percent [R] of sums [R, 2 S] over prompts; nan if the target's images are all alike."""
+    tuned, target = (np.sqrt(np.maximum(means[:, 0] - np.square(means[:, 1:]).sum(axis=1), 0.0))
+                     for means in np.split(sums / prompts, 2, axis=1))
     return np.divide(100 * (tuned - target), target, out=np.full(len(sums), np.nan), where=target > 1e-6)
-
-
-def _variance(means: np.ndarray) -> np.ndarray:
-    return np.maximum(means[:, 0] - np.square(means[:, 1:]).sum(axis=1), 0.0)

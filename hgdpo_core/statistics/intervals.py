@@ -1,8 +1,8 @@
-"""How sure one may be of what was measured: 95 % intervals over prompts, and a sign test. Pure: arrays in, numbers out.
+"""95 % intervals over prompts, and a sign test. Pure functions of arrays.
 
-The prompt is the unit: images of one prompt are not independent of each other, and both models draw it from the
-same seeds. So prompts are resampled whole, and a model never without the other (a paired bootstrap). What is not
-defined is None, which JSON writes as null; one prompt alone has no interval.
+The prompt is the unit: images of one prompt are not independent of each other, and both models generate them from the
+same seeds. So whole prompts are resampled, with both models together (a paired bootstrap). Undefined values are None
+(null in JSON); a single prompt has no interval.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.metrics import CONFIDENCE, Scores, paired_scores
 
 RESAMPLES = 10_000  # a tail of 2.5 % is then known to 0.16 percentage points
-CHUNK_ENTRIES = 2**22  # prompts x resamples held at a time
+CHUNK_ENTRIES = 2**22  # prompts x resamples in memory at a time
 PERCENTILES = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))
 
 
@@ -40,6 +40,10 @@ class Estimate:
         low, high = interval or (None, None)
         return cls(value, low, high)
 
+    def scaled(self, factor: float) -> "Estimate":
+        """The same number in another unit."""
+        return Estimate(*(None if part is None else factor * part for part in (self.value, self.ci_low, self.ci_high)))
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values under the field names."""
         return asdict(self)
@@ -47,9 +51,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ScoreChange:
-    """Mean score of A minus that of B, in the scorer's own units, with its interval, and how surprising the signs are.
+    """Mean score of A minus that of B, in the scorer's own units, with its interval.
 
-    `sign_test_p` is the two-sided exact p-value of wins against losses, ties dropped.
+    `sign_test_p` is the two-sided exact p-value of wins against losses, without ties.
     """
 
     mean: float
@@ -68,7 +72,7 @@ class ScoreChange:
 
 @dataclass(frozen=True)
 class DefectChange:
-    """Shares (0..1) of defective images of target and tuned model, their difference, and its interval."""
+    """Fractions of defective images of target and tuned model, their difference, and its interval."""
 
     below: float
     target: float
@@ -103,14 +107,14 @@ def score_change(scores_a: Scores, scores_b: Scores) -> ScoreChange:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p-value of the sign test; 1 when nothing was won or lost."""
+    """Two-sided exact p-value of the sign test; 1 without wins and losses."""
     return float(binomtest(wins, wins + losses, 0.5).pvalue) if wins + losses else 1.0
 
 
 def win_rate_interval(scores_a: Scores, scores_b: Scores) -> Interval | None:
     """Bootstrap interval, over prompts, of the rate that `win_rate` returns; None for one prompt or no decided one.
 
-    The exact interval of `win_rate` stays the headline: where every prompt is won, resampling finds no doubt at all.
+    The headline is the exact interval of `win_rate`: if every prompt is won, resampling gives a width of 0.
     """
     a, b = (side.mean(axis=1) for side in paired_scores("win_rate_interval", scores_a, scores_b))
     won, lost = (a > b), (a < b)
@@ -123,10 +127,10 @@ def win_rate_interval(scores_a: Scores, scores_b: Scores) -> Interval | None:
 
 
 def defect_change(tuned_scores: Scores, target_scores: Scores, below: float) -> DefectChange:
-    """Share of images that score under `below`, tuned minus target, with a paired bootstrap interval over prompts.
+    """Fraction of images that score under `below`, tuned minus target, with a paired bootstrap interval over prompts.
 
-    Scores as `win_rate` takes them; with K images a prompt every image counts. An interval without width says that
-    no prompt told the models apart, not that none would.
+    Scores as `win_rate` takes them; with K images per prompt every image counts. An interval of width 0 means that no
+    prompt distinguished the models, not that none would.
     """
     tuned, target = ((side < below).mean(axis=1)
                      for side in paired_scores("defect_change", tuned_scores, target_scores))
@@ -139,16 +143,16 @@ def defect_change(tuned_scores: Scores, target_scores: Scores, below: float) -> 
 
 
 def mean_interval(values: np.ndarray) -> Interval | None:
-    """Bootstrap interval of the mean of one value a prompt, float [P]; None for one prompt."""
+    """Bootstrap interval of the mean of one value per prompt, float [P]; None for one prompt."""
     if len(values) < 2:
         return None
     return percentile_interval(resample_sums(np.asarray(values, dtype=np.float64)[:, None])[:, 0] / len(values))
 
 
 def resample_sums(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Sums over P prompts drawn with replacement, for 10 000 such draws: float64 [R, K] of values [P, K].
+    """Sums over P prompts drawn with replacement, for 10 000 draws: float64 [R, K] of values [P, K].
 
-    All columns share their draws, so what depends on several of them stays paired. The same seed repeats the draws.
+    All columns have the same draws, so functions of several columns are paired. The same seed gives the same draws.
     """
     if values.ndim != 2 or len(values) == 0:
         raise InputError(f"resample_sums needs values [P, K] of at least one prompt, got {list(values.shape)}")
@@ -157,7 +161,7 @@ def resample_sums(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
 
 
 def _draw_counts(rng: np.random.Generator, prompts: int) -> Iterator[np.ndarray]:
-    """How often each prompt was drawn: float64 [r, P] until there were 10 000 rows."""
+    """How often each prompt is drawn: float64 [r, P] until there are 10 000 rows."""
     rows = max(1, min(RESAMPLES, CHUNK_ENTRIES // prompts))
     for first in range(0, RESAMPLES, rows):
         r = min(rows, RESAMPLES - first)
@@ -166,8 +170,8 @@ def _draw_counts(rng: np.random.Generator, prompts: int) -> Iterator[np.ndarray]
 
 
 def percentile_interval(draws: np.ndarray, *, unknown: tuple[float, float] = (np.nan, np.nan)) -> Interval | None:
-    """The middle 95 % of the draws [R]. A draw that is NaN tells nothing: it counts as `unknown[0]` at the lower end
-    and as `unknown[1]` at the upper one; without them it takes the interval away (None)."""
+    """The middle 95 % of the draws [R]. NaN counts as `unknown[0]` at the lower end and as `unknown[1]` at the upper
+    end; by default it makes the interval None."""
     undefined = np.isnan(draws)
     ends = [float(np.percentile(np.where(undefined, end, draws), percentile))
             for end, percentile in zip(unknown, PERCENTILES, strict=True)]

@@ -1,4 +1,4 @@
-"""The ablations: coinciding arms are one, every number is where it belongs, what is finished is found again."""
+"""Ablations: equal arms are one arm, every result is where it belongs, finished steps are not repeated."""
 
 import dataclasses
 import io
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hgdpo_core.ablate import paper
-from hgdpo_core.ablate.arms import all_arms, arm_config, base_arm, plan_tables, training_of
+from hgdpo_core.ablate.arms import arm_config, arm_labels, base_arm, plan_tables, training_of
 from hgdpo_core.ablate.claims import Claim
 from hgdpo_core.ablate.conclude import run_ablation
 from hgdpo_core.ablate.cost import plan_ablation
@@ -49,7 +49,7 @@ def inputs(tmp_path_factory, target_folder, judge_folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def _defects():
-    """The tiny judge can tell defects here: images that score under 0."""
+    """The tiny scorer has a limit for defects here: images that score under 0."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pickscore, "DEFECT_BELOW", 0.0, raising=False)
         yield
@@ -70,7 +70,7 @@ def files(ablation, *suffixes):
 # -- what is compared
 
 
-def test_arms_that_coincide_are_one_arm():
+def test_equal_arms_are_one_arm():
     config = figures()
     tables = {(t.number, t.world): [row.label for row in t.rows] for t in plan_tables(config, AblationConfig(), 160)}
     assert tables["3", "plain"] == ["N-2", "N-5", "N-10", "N-20", "N-20-LAN", "N-20-SML (lambda 1e6)",
@@ -85,11 +85,11 @@ def test_arms_that_coincide_are_one_arm():
     assert arm["plain", "weight 1"] == arm["plain", "N-20-SML (lambda 1e6)"] != arm["plain", "weight 0.5"]
     assert training_of(arm["plain", "N-20-LAN"]) == whole
     assert arm["tinted", "N-20"] != whole
-    arms = all_arms(planned)
+    arms = list(arm_labels(planned))
     assert len(arms) == len(set(arms)) == 25 and len({training_of(one) for one in arms}) == 20
 
 
-def test_every_row_of_the_papers_tables_stands_beside_its_own():
+def test_every_row_of_the_papers_tables_has_its_arm():
     settings = AblationConfig(dataset_shares=(0.02, 0.5, 1.0))
     rows = {(t.number, t.world): [row.paper_row for row in t.rows]
             for t in plan_tables(sd15("a/b", "p.txt"), settings, 100_000)}
@@ -98,7 +98,7 @@ def test_every_row_of_the_papers_tables_stands_beside_its_own():
         assert set(table) <= set(rows[number, "plain"]), number
 
 
-def test_the_papers_copying_error_is_what_the_note_says():
+def test_the_papers_copying_error_is_as_the_note_describes_it():
     for name in ("2", "5", "10", "20"):
         assert paper.TABLE_5[f"N-20-L-{name}"] == paper.TABLE_3[f"N-{name}"]
 
@@ -122,9 +122,9 @@ def test_an_arms_config_changes_what_it_varies_and_keeps_defaults():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"ablation.pool_sizes": [5]}, "ablation.pool_sizes holds 5, but a pool holds 4 images"),
     ({"ablation.loser_ranks": [1]}, "ablation.loser_ranks holds 1"),
-    ({"ablation.dataset_shares": [1.5]}, "ablation.dataset_shares holds 1.5: expected numbers above 0 and up to 1"),
-    ({"ablation.beta_factors": [0]}, "ablation.beta_factors holds 0.0"),
-    ({"ablation.lambdas": [0]}, "without SML is what N-20 is"),
+    ({"ablation.dataset_shares": [1.5]}, "ablation: dataset_shares.0: .* less than or equal to 1 .got 1.5"),
+    ({"ablation.beta_factors": [0]}, "ablation: beta_factors.0: .* greater than 0 .got 0"),
+    ({"ablation.lambdas": [0]}, "ablation: lambdas.0: .* greater than 0 .got 0"),
     ({"dpo.lambda_stat": 0}, "dpo.lambda_stat is 0: the comparisons statistics and lora_weight need"),
     ({"ablation.worlds": ["tinted"], "ablation.comparisons": ["pool_size"]}, "tinted world is for the comparisons"),
     ({"scorer.name": "tinted"}, "the tinted world tints PickScore, but scorer.name is tinted"),
@@ -158,9 +158,9 @@ def test_the_plan_counts_what_the_defaults_cost(tmp_path):
     pool = len(ablation.run.prompts.prompts) * config.pool.images_per_prompt
     assert plan["pool_images"] == pool and plan["diversity_images"] == 32 * 8 * (1 + 3 * 4)
     prompts = len(ablation.run.evaluation_prompts.prompts)
-    assert plan["evaluation_images"] == prompts * (1 + 3 * 27)  # 2 of 25 arms are drawn with LAN, twice the cost
-    judges = len(config.evaluation.scorers)  # and the tinted one for 7 arms of its world and for the target
-    assert plan["scores"] == 2 * pool + prompts * (judges + 1 + 3 * (25 * judges + 7))
+    assert plan["evaluation_images"] == prompts * (1 + 3 * 27)  # 2 of 25 arms are generated with LAN, twice the cost
+    own = len(config.evaluation.scorers)  # and the tinted one for 7 arms of its world and for the target
+    assert plan["scores"] == 2 * pool + prompts * (own + 1 + 3 * (25 * own + 7))
     assert plan["minutes"] <= 60  # two idle cores
 
 
@@ -171,16 +171,16 @@ def test_every_arm_is_measured_with_every_seed(finished):
     ablation, result = finished
     assert len(result["arms"]) == len(ablation.arms) == 12
     for arm in result["arms"]:
-        judges = ["pickscore"] if arm["world"] == "plain" else ["pickscore", "tinted"]
+        names = ["pickscore"] if arm["world"] == "plain" else ["pickscore", "tinted"]
         assert [seed["seed"] for seed in arm["seeds"]] == [0]
         for seed in arm["seeds"]:
-            assert list(seed["win_rate"]) == judges
+            assert list(seed["win_rate"]) == names
             rate = seed["win_rate"]["pickscore"]
             assert rate["wins"] + rate["losses"] + rate["ties"] == rate["n"] == 5
         assert set(arm["colour"]) == {"hue", "saturation", "value", "hue_degrees", "warmth", "distance"}
 
 
-def test_one_pool_and_one_training_for_what_coincides(finished):
+def test_equal_arms_have_one_pool_and_one_training(finished):
     ablation, result = finished
     store = ablation.run.store
     trained = [name for name in store.list_folders("models") if name.startswith("dpo-")]
@@ -213,7 +213,7 @@ def test_numbers_of_a_row_follow_from_its_records(finished):
     assert row["colour"]["hue_degrees"]["value"] == pytest.approx(record.colour_shift["hue_degrees"], abs=0.1)
 
 
-def test_two_worlds_rank_one_pool_differently_and_say_so(finished):
+def test_two_worlds_rank_one_pool_differently_and_are_named(finished):
     ablation, result = finished
     by_label = {(arm["world"], arm["label"]): arm for arm in result["arms"]}
     plain, tinted = by_label["plain", "N-4"], by_label["tinted", "N-4"]
@@ -227,18 +227,18 @@ def test_two_worlds_rank_one_pool_differently_and_say_so(finished):
     assert "<script" not in page and page.count("data:image/png;base64,") == len(result["plots"])
 
 
-def test_plots_are_pictures_and_the_config_stands_beside(finished):
+def test_plots_are_images_and_the_config_is_saved(finished):
     ablation, result = finished
     assert {"table-2-plain", "table-2-tinted", "table-3-plain", "table-5-plain", "table-6-plain", "figure-8-plain",
             "figure-8-images", "figure-5b-plain", "figure-6-tinted"} <= set(result["plots"])
     for name in result["plots"]:
-        picture = Image.open(io.BytesIO(ablation.run.store.read_bytes(ablation.key(f"plots/{name}.png"))))
-        assert min(picture.size) > 200, name
+        image = Image.open(io.BytesIO(ablation.run.store.read_bytes(ablation.key(f"plots/{name}.png"))))
+        assert min(image.size) > 200, name
     config = ablation.run.store.read_json(ablation.key("config.json"))
     assert config["ablation"]["beta_factors"] == [20] and config["run"]["dpo"]["max_steps"] == 2
 
 
-def test_the_second_run_makes_nothing_and_says_the_same(finished, inputs):
+def test_the_second_run_makes_nothing_and_returns_the_same(finished, inputs):
     ablation, result = finished
     before = files(ablation, ".parquet", ".safetensors")
     records = files(ablation, ".json")
@@ -264,7 +264,7 @@ def test_another_seed_adds_to_what_is_there(finished, inputs):
         assert min(rates) <= arms["N-4-L-2"]["win_rate"]["pickscore"]["value"] <= max(rates)
 
 
-def test_stopped_anywhere_it_goes_on_where_it_stood(tmp_path, inputs):
+def test_stopped_anywhere_it_continues_where_it_stopped(tmp_path, inputs):
     few = {"seeds": 1, "worlds": ["plain"], "comparisons": ["loser_rank"], "loser_ranks": [4]}
     less = {**inputs, "settings": few,
             "overrides": {name: value for name, value in inputs["overrides"].items() if name != "ablation.loser_ranks"}}
@@ -337,7 +337,7 @@ def test_a_verdict_follows_from_the_interval(interval, above, verdict):
     assert Claim("plain", "", "", "", Estimate(*interval), above).verdict == verdict
 
 
-def test_the_trends_are_judged_from_the_right_arms(finished):
+def test_the_trends_are_computed_from_the_right_arms(finished):
     ablation, result = finished
     claims = {(claim["world"], claim["text"]): claim for claim in result["claims"]
               if "win rate" not in claim["measured"] or claim["measured"].endswith("by pickscore")}

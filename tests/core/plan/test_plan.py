@@ -1,4 +1,4 @@
-"""A plan says what a run will make and find, and makes nothing."""
+"""A plan lists what a run will make and what exists, and makes nothing."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_an_empty_root_is_planned_and_stays_empty(parameters, tmp_path):
     assert any("bytes of images are assumed, 1.6 per pixel in png" in note for note in made.notes)
 
 
-def test_behind_sft_nothing_is_known_but_the_counts(parameters, tmp_path):
+def test_after_sft_only_the_counts_are_known(parameters, tmp_path):
     stages = by_name(plan(tmp_path / "root", parameters))
     assert list(stages) == STAGES
     assert (stages["sft latents"].missing, stages["sft"].missing) == (4, 2)
@@ -82,7 +82,7 @@ def test_latent_normalisation_counts_twice(parameters, tmp_path):
     assert target.seconds / 8 == pytest.approx(stages["pool"].seconds / 18)
 
 
-def test_a_finished_run_is_found_whole(parameters, finished):
+def test_a_finished_run_has_nothing_missing(parameters, finished):
     before = files(finished)
     made = plan(finished, parameters)
     assert files(finished) == before
@@ -92,7 +92,7 @@ def test_a_finished_run_is_found_whole(parameters, finished):
     assert made.hours == made.bytes_missing == 0
 
 
-def test_what_is_missing_in_the_middle_is_missed_and_priced_by_what_is_there(parameters, finished, tmp_path):
+def test_missing_shards_are_planned_with_the_rates_of_existing_ones(parameters, finished, tmp_path):
     import shutil
 
     root = shutil.copytree(finished, tmp_path / "root")
@@ -111,7 +111,7 @@ def test_what_is_missing_in_the_middle_is_missed_and_priced_by_what_is_there(par
     assert after["dpo"].basis.startswith(f"the training of {stages['dpo'].folder.removeprefix('models/')} on")
     assert after["sft"].missing == 0 and after["evaluation images, target"].missing == 0
     assert after["evaluation images, tuned"].missing == 8
-    assert "shards made on" in after["evaluation images, tuned"].basis    # the same sampler drew the pool
+    assert "shards made on" in after["evaluation images, tuned"].basis    # the same sampler generated the pool
 
 
 def test_on_s3_a_plan_only_reads(parameters):
@@ -169,7 +169,7 @@ def test_a_model_is_measured_by_its_headers(target_folder, tmp_path):
     assert model_size(tmp_path / "bare") == model_size(tmp_path / "one.ckpt") == ModelSize()
 
 
-def test_shards_of_this_device_tell_before_those_of_others(tmp_path):
+def test_rates_of_this_device_come_before_those_of_others(tmp_path):
     import pyarrow as pa
 
     folder = ShardFolder.create(Store(str(tmp_path)), "pools/p", {})
@@ -181,31 +181,31 @@ def test_shards_of_this_device_tell_before_those_of_others(tmp_path):
     assert rates.measured([], "cpu") is None
 
 
-def test_drawing_is_reckoned_from_few_steps_to_all(monkeypatch):
+def test_generation_is_extrapolated_from_few_steps(monkeypatch):
     """On a clock where an image costs 0.5 s beside 2 s a step, in a batch of 4 in parallel."""
     class Clocked:
-        drawn = []
+        generated = []
 
         def __init__(self, model, sampler, pool, device):
             pass
 
         def generate(self, prompts):
-            self.drawn.append((self.pool.images_per_prompt, self.sampler.steps))
+            self.generated.append((self.pool.images_per_prompt, self.sampler.steps))
             return [{"image": b"x" * self.sampler.steps}]
 
     monkeypatch.setattr(probes, "ImageGenerator", Clocked)
-    monkeypatch.setattr(probes, "_timed", lambda work: (work(), 0.5 + 2.0 * Clocked.drawn[-1][1])[1])
+    monkeypatch.setattr(probes, "_timed", lambda work: (work(), 0.5 + 2.0 * Clocked.generated[-1][1])[1])
     sampler, pool = SamplerConfig(steps=50), PoolConfig(batch_size=4)
     model = Model(None, "0", "float32")
-    drawing = probes.probe_generation(model, sampler, pool, "a man")
-    assert drawing.seconds == pytest.approx((0.5 + 2.0 * 50) / 4) and drawing.bytes is None
-    assert Clocked.drawn == [(1, 1), (1, 1), (4, 1), (4, 3)]    # a whole image would take 125 of 60 seconds
-    Clocked.drawn.clear()
+    probe = probes.probe_generation(model, sampler, pool, "a man")
+    assert probe.seconds == pytest.approx((0.5 + 2.0 * 50) / 4) and probe.bytes is None
+    assert Clocked.generated == [(1, 1), (1, 1), (4, 1), (4, 3)]    # a whole image would take 125 of 60 seconds
+    Clocked.generated.clear()
     monkeypatch.setattr(probes, "MAX_SECONDS", 25.0)     # of which a batch of 4 would take more
     probes.probe_generation(model, sampler, pool, "a man")
-    assert Clocked.drawn[-1] == (2, 3)
+    assert Clocked.generated[-1] == (2, 3)
     assert probes.probe_generation(model, sampler.model_copy(update={"steps": 10}), pool, "a man").bytes == 10
-    assert Clocked.drawn[-1] == (1, 10)
+    assert Clocked.generated[-1] == (1, 10)
 
 
 def test_scoring_is_timed_by_the_image(judge_folder):
@@ -213,7 +213,7 @@ def test_scoring_is_timed_by_the_image(judge_folder):
     assert probes.probe_scoring(scorer, (32, 32), "a man").seconds > 0
 
 
-# -- for people
+# -- the printed table
 
 
 def test_the_table_reads_well(parameters, tmp_path):
@@ -230,11 +230,11 @@ def test_the_table_reads_well(parameters, tmp_path):
 @pytest.mark.parametrize(("seconds", "text"), [
     (None, "?"), (0, "0 s"), (0.41, "0.4 s"), (89.4, "89 s"), (120, "2 min"), (5399, "90 min"), (5400, "1.5 h"),
     (1280 * 3600, "1,280 h")])
-def test_times_for_people(seconds, text):
+def test_readable_times(seconds, text):
     assert readable_time(seconds) == text
 
 
 @pytest.mark.parametrize(("count", "text"), [
     (0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (12_345_678, "12 MB"), (2.3e12, "2.3 TB"), (4.2e15, "4,200 TB")])
-def test_sizes_for_people(count, text):
+def test_readable_sizes(count, text):
     assert readable_bytes(count) == text

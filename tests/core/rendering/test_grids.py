@@ -1,4 +1,4 @@
-"""Grids: what they show stands where it should; pictures are drawn rectangles."""
+"""Grids: their contents are where they should be; images are plain rectangles."""
 
 import numpy as np
 import pytest
@@ -111,8 +111,8 @@ def test_scores_print_alike_everywhere():
 
 def test_rows_stand_below_each_other_in_the_order_given():
     grid = row_grid("a man", [("weight 0", [plain(COLOURS[0]), plain(COLOURS[1])]), ("weight 1", [plain(COLOURS[2])])])
-    places = [left_edge(grid, colour) for colour in COLOURS[:3]]
-    assert places[0] == places[2] == MARGIN and places[1] > places[0]
+    edges = [left_edge(grid, colour) for colour in COLOURS[:3]]
+    assert edges[0] == edges[2] == MARGIN and edges[1] > edges[0]
     tops = [np.flatnonzero((np.asarray(grid) == colour).all(axis=-1).any(axis=1))[0] for colour in COLOURS[:3]]
     assert tops[0] == tops[1] < tops[2]
     with pytest.raises(InputError, match="at least one image in every row"):

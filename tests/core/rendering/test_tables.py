@@ -1,4 +1,4 @@
-"""One table as HTML, as Markdown and as lines of text: the same texts, each harmless where it stands."""
+"""One table as HTML, as Markdown and as lines of text: the same texts, each escaped for its format."""
 
 from hgdpo_core.rendering.tables import NO_SCORE, Cell, Table, with_interval
 
@@ -17,8 +17,8 @@ def test_html_escapes_texts_and_puts_intervals_below():
 
 
 def test_only_web_addresses_become_links():
-    places = Table(("Place",), [(Cell(text, code=True),) for text in ("https://a.org/?b&c", "javascript:x", "/a<b")])
-    html = places.html()
+    table = Table(("Location",), [(Cell(text, code=True),) for text in ("https://a.org/?b&c", "javascript:x", "/a<b")])
+    html = table.html()
     assert '<a href="https://a.org/?b&amp;c" rel="noreferrer"><code>https://a.org/?b&amp;c</code></a>' in html
     assert html.count("<a ") == 1 and "<code>/a&lt;b</code>" in html
 

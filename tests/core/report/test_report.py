@@ -1,4 +1,4 @@
-"""The report: what it says, that it stands alone, and that nothing in it can break it. Pictures are rectangles."""
+"""The report: its content, that it is self-contained, and that no input breaks it. Images are rectangles."""
 
 import base64
 import dataclasses
@@ -23,15 +23,14 @@ from hgdpo_core.rendering.charts import (
     RIGHT,
     TOP,
     ChartSpec,
-    IntervalPoint,
     count_chart,
     format_number,
+    fraction_bar,
     histogram,
     interval_chart,
     line_chart,
     rate_bar,
     read_line,
-    share_bar,
     smooth,
 )
 from hgdpo_core.rendering.grids import PairSample, PoolSample
@@ -75,14 +74,14 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag == name]
 
 
-def picture(number: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+def make_image(number: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
     image = Image.new("RGB", size, (40 * number % 256, 90, 160))
     image.paste((220, 180, 150), (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
     return image
 
 
 def sample_pair(prompt: str = "a woman", size: tuple[int, int] = (64, 64)) -> PairSample:
-    return PairSample(prompt, picture(1, size), picture(2, size), 21.0, 21.5)
+    return PairSample(prompt, make_image(1, size), make_image(2, size), 21.0, 21.5)
 
 
 def sample_log(rows: int) -> list[dict[str, float]]:
@@ -98,37 +97,55 @@ def histograms(seed: int) -> ColourHistograms:
     return result
 
 
+NONE = Estimate(None, None, None)
+SAME = score_change([1.0, 2.0], [1.0, 2.0])
+COMPARISON = Comparison(
+    evaluation_id="3-abc", prompts=["a"], win_rates={"pickscore": WinRate.from_counts(0, 0, 2)}, target_scores={},
+    tuned_scores={}, colour_shift=ColourShift(None, None, None, None), lora_weight=1.0, images_per_prompt=1,
+    score_changes={"pickscore": SAME}, win_rate_intervals={}, defects={},
+    colour_change=ColourChange(NONE, NONE, NONE, NONE, None, None), target_histograms=ColourHistograms(),
+    tuned_histograms=ColourHistograms(), variety_change=NONE)
+
 EMPTY = ReportData(
     preset="figures", title="A run", config=figures(), root="/data/run",
     created_at=datetime(2030, 1, 2, 3, 4, tzinfo=UTC), command="hgdpo run --root '/a b'",
-    win_rates={}, lora_weight=1.0, colour_shift=None, counts={}, training_judge="pickscore")
+    comparison=COMPARISON, counts={}, training_judge="pickscore")
 
 FULL = dataclasses.replace(
-    EMPTY, title=EVIL, root="s3://bucket/<root>", lora_weight=0.5,
-    win_rates={"pickscore": WinRate.from_counts(310, 196, 6), "aesthetic": WinRate.from_counts(0, 0, 512)},
-    colour_shift=ColourShift(1.234, 0.5, None, -1.7), counts={"prompts": 1200, "pool_images": 24_000},
+    EMPTY, title=EVIL, root="s3://bucket/<root>", counts={"prompts": 1200, "pool_images": 24_000},
     pairs=[sample_pair(EVIL), sample_pair()], best_wins=[sample_pair()], worst_losses=[sample_pair()],
-    pools=[PoolSample(EVIL, [picture(i) for i in range(3)], [2.0, 3.0, 1.0], 1, 2),
-           PoolSample("a man", [picture(i) for i in range(2)], [1.0, 1.0], -1, -1)],
-    score_changes={"pickscore": score_change([3.0, 1.0, 2.5], [1.0, 1.5, 2.0])},
-    defects={"pickscore": defect_change([[1.0], [-1.0]], [[-1.0], [-1.0]], 0.0)},
-    colour_change=ColourChange(Estimate(-1.7, -90.0, 60.0), Estimate(1.234, 0.5, 2.0), Estimate(-0.5, -1.0, 0.0),
-                               Estimate(None, None, None), 0.02, 0.03),
-    variety_change=Estimate(-12.34, -15.0, -9.0), histograms=(histograms(1), histograms(2)),
+    pools=[PoolSample(EVIL, [make_image(i) for i in range(3)], [2.0, 3.0, 1.0], 1, 2),
+           PoolSample("a man", [make_image(i) for i in range(2)], [1.0, 1.0], -1, -1)],
+    comparison=dataclasses.replace(
+        COMPARISON, lora_weight=0.5, colour_shift=ColourShift(1.234, 0.5, None, -1.7),
+        win_rates={"pickscore": WinRate.from_counts(310, 196, 6), "aesthetic": WinRate.from_counts(0, 0, 512)},
+        score_changes={"pickscore": score_change([3.0, 1.0, 2.5], [1.0, 1.5, 2.0]), "aesthetic": SAME},
+        defects={"pickscore": defect_change([[1.0], [-1.0]], [[-1.0], [-1.0]], 0.0)},
+        colour_change=ColourChange(Estimate(-1.7, -90.0, 60.0), Estimate(1.234, 0.5, 2.0), Estimate(-0.5, -1.0, 0.0),
+                                   NONE, 0.02, 0.03),
+        variety_change=Estimate(-12.34, -15.0, -9.0), target_histograms=histograms(1), tuned_histograms=histograms(2)),
     warnings=[f"Collapse: {EVIL}"],
     training_log=sample_log(500), sft_log=[{"step": 1.0, "loss": 0.2}],
     timings={"pool": 4000.0, "train": 61.0}, notes=[EVIL],
     artifacts={"report": "https://example.org/a?b=1&c=2", "lora": "javascript:alert(1)"})
 
 
+def with_comparison(data: ReportData, **changes: object) -> ReportData:
+    return dataclasses.replace(data, comparison=dataclasses.replace(data.comparison, **changes))
+
+
+def with_rates(rates: dict[str, WinRate]) -> ReportData:
+    return with_comparison(EMPTY, win_rates=rates, score_changes=dict.fromkeys(rates, SAME))
+
+
 def with_rate(wins: int, losses: int, ties: int, name: str = "pickscore") -> ReportData:
-    return dataclasses.replace(EMPTY, win_rates={name: WinRate.from_counts(wins, losses, ties)})
+    return with_rates({name: WinRate.from_counts(wins, losses, ties)})
 
 
-# --- what it says
+# --- its content
 
 
-def test_headline_says_rate_interval_and_counts():
+def test_headline_has_rate_interval_and_counts():
     # Interval: scipy.stats.beta.ppf(0.025, 310, 197) = 0.5686..., ppf(0.975, 311, 196) = 0.6553...
     assert headline(FULL) == (
         "With the LoRA at weight 0.5, PickScore prefers the tuned model on 61.3 % of the held-out prompts it tells "
@@ -138,10 +155,8 @@ def test_headline_says_rate_interval_and_counts():
         "(95 % interval 2.5–100.0 %; 1 win, 0 losses, no ties).")
 
 
-def test_headline_without_a_rate_claims_nothing():
+def test_headline_without_a_rate():
     assert "apart on none of 512 held-out prompts" in headline(with_rate(0, 0, 512))
-    assert headline(EMPTY) == "This run has no evaluation."
-    assert read_interval(EMPTY) == ""
 
 
 @pytest.mark.parametrize(("counts", "words"), [
@@ -153,7 +168,7 @@ def test_reading_follows_the_interval(counts, words):
     assert words in read_interval(with_rate(*counts))
 
 
-def test_reading_warns_when_the_judge_chose_the_pairs():
+def test_reading_warns_when_the_scorer_ranked_the_pairs():
     assert "not what people prefer" in read_interval(with_rate(3, 2, 1))
     assert "not what people prefer" not in read_interval(with_rate(3, 2, 1, name="aesthetic"))
 
@@ -177,14 +192,11 @@ def test_intervals_defects_and_warnings_are_on_the_page():
 
 
 def test_a_sweep_shows_every_weight_with_its_intervals():
-    none = Estimate(None, None, None)
-    point = Comparison(
-        evaluation_id="3-abc", prompts=["a"], win_rates={"pickscore": WinRate.from_counts(30, 10, 0)},
-        target_scores={}, tuned_scores={}, colour_shift=ColourShift(None, None, None, None), lora_weight=0.25,
-        images_per_prompt=1, score_changes={}, win_rate_intervals={},
+    point = dataclasses.replace(
+        COMPARISON, win_rates={"pickscore": WinRate.from_counts(30, 10, 0)}, lora_weight=0.25,
         defects={"pickscore": defect_change([[1.0], [-1.0]], [[-1.0], [-1.0]], 0.0)},
-        colour_change=ColourChange(none, none, Estimate(-0.5, -1.0, 0.0), none, 0.02, 0.03),
-        target_histograms=histograms(1), tuned_histograms=histograms(2), variety_change=Estimate(-3.0, -5.0, -1.0))
+        colour_change=ColourChange(NONE, NONE, Estimate(-0.5, -1.0, 0.0), NONE, 0.02, 0.03),
+        variety_change=Estimate(-3.0, -5.0, -1.0))
     heavier = dataclasses.replace(point, lora_weight=1.0, win_rates={"pickscore": WinRate.from_counts(36, 4, 0)})
     page = Page(render_report(dataclasses.replace(FULL, sweep=[point, heavier])))
     for words in ("LoRA weight", "75.0 %", "90.0 %", "−3.0 %", "−5.0 % to −1.0 %", "Defective by PickScore"):
@@ -194,7 +206,7 @@ def test_a_sweep_shows_every_weight_with_its_intervals():
     assert "LoRA weight</h2>" not in render_report(FULL)
 
 
-def test_latent_distances_are_drawn_against_the_rank():
+def test_latent_distances_are_plotted_against_the_rank():
     distances = np.stack([np.linspace(0.01, 0.05, 19), np.full(19, 0.004)], axis=-1)[None].repeat(3, axis=0)
     page = Page(render_report(dataclasses.replace(FULL, rank_distances=distances)))
     labels = [attributes.get("aria-label") or "" for tag, attributes in page.tags if tag == "svg"]
@@ -205,7 +217,7 @@ def test_latent_distances_are_drawn_against_the_rank():
 
 
 def test_an_interval_chart_keeps_inside_its_frame():
-    points = [IntervalPoint("0.5", 0.4, 0.3, 0.55), IntervalPoint("1", 0.9, None, None)]
+    points = [("0.5", Estimate(0.4, 0.3, 0.55)), ("1", Estimate(0.9, None, None)), ("2", Estimate(None, None, None))]
     drawn = interval_chart("PickScore", "by weight", points, baseline=0.5)
     centres = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)]
     assert len(centres) == 2 and centres[0][1] > centres[1][1]  # higher is better, and drawn higher
@@ -214,18 +226,18 @@ def test_an_interval_chart_keeps_inside_its_frame():
     assert interval_chart("PickScore", "by weight", [], baseline=0.5) == ""
 
 
-def test_the_other_judges_are_named_with_what_they_find():
+def test_the_other_scorers_are_named_with_their_verdicts():
     rates = {"pickscore": WinRate.from_counts(310, 196, 6), "hps_v2.1": WinRate.from_counts(70, 30, 0),
              "clip": WinRate.from_counts(30, 70, 0), "inspector": WinRate.from_counts(50, 50, 0),
              "aesthetic": WinRate.from_counts(0, 0, 9)}
-    reading = read_interval(dataclasses.replace(EMPTY, win_rates=rates))
+    reading = read_interval(with_rates(rates))
     assert reading.endswith("Of the other judges, HPS v2.1 finds it better; CLIP finds it worse; Inspector and "
                             "LAION aesthetic find it neither surely better nor surely worse.")
     assert "other judges" not in read_interval(with_rate(3, 2, 1))
 
 
-def test_several_images_a_prompt_are_said_where_they_matter():
-    several = dataclasses.replace(
+def test_several_images_per_prompt_are_mentioned_where_they_matter():
+    several = with_comparison(
         FULL, images_per_prompt=4, win_rate_intervals={"pickscore": Interval(0.55, 0.66), "aesthetic": None})
     text = Page(render_report(several)).text
     for words in ("mean over its 4 images", "The first of a prompt's 4 images is shown", "55.0–66.0 %"):
@@ -234,14 +246,15 @@ def test_several_images_a_prompt_are_said_where_they_matter():
 
 
 def test_a_model_without_a_lora_has_no_weight():
-    plain = dataclasses.replace(with_rate(3, 1, 0), lora_weight=None)
+    plain = with_comparison(with_rate(3, 1, 0), lora_weight=None)
     assert headline(plain).startswith("PickScore prefers the tuned model on 75.0 %")
-    assert "weight" not in Page(render_report(plain)).text.split("Win rates")[1].split("How to repeat")[0]
+    text = Page(render_report(plain)).text.split("Win rates")[1].split("How to repeat")[0]
+    assert "LoRA" not in text and "weight" not in text.split("Colours")[0]
 
 
-def test_scorers_have_their_names():
+def test_scorers_have_their_titles():
     rates = {scorer.name: WinRate.from_counts(3, 1, 0) for scorer in sd15("a/b", "p.txt").evaluation.scorers}
-    text = Page(render_report(dataclasses.replace(EMPTY, win_rates=rates))).text
+    text = Page(render_report(with_rates(rates))).text
     assert all(title in text for title in ("PickScore", "HPS v2.0", "ImageReward", "LAION aesthetic", "CLIP"))
 
 
@@ -249,7 +262,7 @@ def test_the_command_is_on_the_page():
     assert "hgdpo run --root '/a b'" in Page(render_report(EMPTY)).text
 
 
-# --- that it stands alone
+# --- that it is self-contained
 
 
 def test_page_is_wellformed_and_loads_nothing():
@@ -270,12 +283,12 @@ def test_markup_in_text_stays_text():
     assert any(EVIL in (image["alt"] or "") for image in page.all("img"))
 
 
-def test_page_has_what_a_screen_reader_needs():
+def test_page_is_readable_by_screen_readers():
     page = Page(render_report(FULL))
     tags = [tag for tag, _ in page.tags]
     assert page.all("html")[0]["lang"] == "en"
     assert tags.count("h1") == tags.count("main") == 1
-    assert tags.count("caption") == tags.count("table") == 7  # rates, tally, scores, defects, colours, times, places
+    assert tags.count("caption") == tags.count("table") == 7  # rates, tally, scores, defects, colours, times, locations
     assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
     for drawing in page.all("svg"):
         assert drawing.get("aria-hidden") or (drawing["role"] == "img" and drawing["aria-label"])
@@ -297,10 +310,11 @@ def test_text_has_contrast_in_light_and_dark():
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, theme)  # WCAG 2.2 AA
 
 
-def test_an_empty_run_still_makes_a_page():
+def test_an_empty_run_has_a_page():
     page = Page(render_report(EMPTY))
-    assert not page.all("img") and not page.all("svg") and not page.all("table")
-    assert "This run has no evaluation." in page.text and "How to repeat" in page.text
+    assert not page.all("img") and "How to repeat" in page.text
+    for title in ("Warnings", "Side by side", "Defective images", "Variety", "LoRA weight", "Counts", "Timings"):
+        assert title not in re.findall("<h2>(.*?)</h2>", render_report(EMPTY)), title
 
 
 # --- images and size
@@ -312,7 +326,7 @@ def test_tiny_images_keep_their_pixels_and_large_ones_shrink():
 
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     np.testing.assert_array_equal(decode(encode_data_uri(Image.fromarray(pixels), 224, 60)), pixels)
-    large = picture(1, (704, 1024))
+    large = make_image(1, (704, 1024))
     assert decode(encode_data_uri(large, 640, 85)).size == (440, 640)
     assert large.size == (704, 1024)  # the caller's image is untouched
 
@@ -344,7 +358,7 @@ def test_smoothing_is_a_centred_mean_with_shrinking_ends():
     np.testing.assert_array_equal(smooth(np.array([3.0, 7.0])), [3.0, 7.0])  # too short to smooth
 
 
-def test_values_that_are_not_finite_are_left_out_and_said():
+def test_values_that_are_not_finite_are_left_out_and_counted():
     log = [*sample_log(3), {"step": 4.0, "loss": math.nan, "dpo_loss": math.inf}]
     line = read_line(log, "loss")
     assert line is not None and line.steps.tolist() == [1, 2, 3]
@@ -368,8 +382,8 @@ def test_bar_shows_rate_and_interval_where_they_belong():
     assert "whisker" not in rate_bar(WinRate.from_counts(0, 0, 3))
 
 
-def test_a_share_is_a_bar_of_its_own_colour():
-    assert 'class="rate-bar target"' in share_bar(0.25, "target") and 'width="25.00"' in share_bar(0.25, "target")
+def test_a_fraction_is_a_bar_of_its_own_colour():
+    assert 'class="rate-bar target"' in fraction_bar(0.25, "target") and 'width="25.00"' in fraction_bar(0.25, "target")
 
 
 @pytest.mark.parametrize("spec", HISTOGRAMS, ids=lambda spec: spec.channel)

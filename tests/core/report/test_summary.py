@@ -1,4 +1,4 @@
-"""What a run leaves to read, written without Prefect: pictures and scores are made by hand."""
+"""Summary and report of a run, without Prefect: images and scores are made by hand."""
 
 import json
 from types import SimpleNamespace
@@ -72,7 +72,7 @@ def write_run(store, compared, seconds, cached):
         seconds=seconds, cached=cached)
 
 
-def test_a_run_leaves_a_summary_and_a_page_without_prefect(store, compared):
+def test_a_run_has_a_summary_and_a_page_without_prefect(store, compared):
     published = write_run(store, compared, {"pool": 2.0}, [])
     summary, root = store.read_json("runs/run-1/summary.json"), store.root
     assert json.loads(json.dumps(published.summary)) == summary
@@ -107,7 +107,7 @@ def test_a_comparison_names_both_models_and_its_weights(store, compared):
     assert "lora_weights" not in write_comparison_report(run, images, comparison, [], seconds={}, cached=[]).summary
 
 
-def test_the_page_says_which_clip_and_which_judge():
+def test_the_page_names_the_clip_checkpoint_and_the_built_in_scorer():
     assert _notes((ScorerConfig(name="clip"),)) == [f"CLIP is the checkpoint {OPENAI_CLIP}."]
     clip, figures = _notes((ScorerConfig(name="clip", source="my/clip"), ScorerConfig(source="figures")))
     assert "my/clip" in clip and "trained on drawings" in figures

@@ -13,7 +13,7 @@ NAN = float("nan")
 BEFORE = np.array([[1.0, 2, 3, 4]] * 6)
 NOW = np.array([
     [10.0, 20, 30, 40],     # the same ranking on another scale
-    [1.0, 2, 4, 3],         # one of six pairs turned round: tau = (5 - 1) / 6; another winner
+    [1.0, 2, 4, 3],         # one of six pairs reversed: tau = (5 - 1) / 6; another winner
     [4.0, 3, 2, 1],         # reversed: another winner, another loser
     [1.0, 1, 2, 3],         # one pair tied: tau-b = 5 / sqrt(6 * 5); the loser stays, ties go to the lower index
     [5.0, 5, 5, 5],         # no ranking, no pair
@@ -30,7 +30,7 @@ def test_known_permutations():
     assert drift.loser_flipped.tolist() == [False, False, True, False, False, False]
 
 
-def test_shares_are_of_pools_that_have_a_pair_both_times():
+def test_fractions_are_of_pools_with_a_pair_both_times():
     summary = ranking_drift(BEFORE, NOW).summary()
     assert (summary["prompts"], summary["pairs_compared"]) == (6, 4)
     assert (summary["pairs_lost"], summary["pairs_gained"]) == (2, 0)
@@ -45,7 +45,7 @@ def test_shares_are_of_pools_that_have_a_pair_both_times():
     assert ranking_drift(NOW, BEFORE).summary()["pairs_gained"] == 2
 
 
-def test_what_is_not_defined_is_null():
+def test_undefined_values_are_null():
     summary = ranking_drift(BEFORE[4:], NOW[4:]).summary()
     assert summary["tau"]["mean"] is None and summary["tau"]["min"] is None
     assert summary["winner_flipped"] == {"prompts": 0, "share": None}

@@ -1,4 +1,4 @@
-"""Scoring again: only what is missing, rankings anew beside the old ones, and a drift report worked out by hand.
+"""Scoring again: only what is missing, new rankings beside the old ones, and a drift report worked out by hand.
 
 The judge is a table (tests/hand_pools.py), so every ranking is known.
 """
@@ -29,7 +29,7 @@ from hgdpo_core.storage.shards import ShardFolder
 
 @pytest.fixture
 def loads(monkeypatch):
-    """Versions of the judge that were loaded, in order."""
+    """Versions of the scorer that were loaded, in order."""
     loaded = []
     monkeypatch.setitem(scorers.SCORERS, "pickscore", table_judge(loaded))
     return loaded
@@ -65,17 +65,17 @@ def scores_key(store, pool_id, version):
 
 
 def work(store, version, *, write=True, verify=False, now=None):
-    """One whole night by a version of the judge; returns its report, None when there was nothing to do."""
+    """One whole rescore run by a version of the scorer; returns its report, None when there was nothing to do."""
     plan = plan_rescore(store, versions(version), verify=verify)
-    night = open_night(store, plan, now=now) if write else None
+    run = open_night(store, plan, now=now) if write else None
     skipped = list(plan.skipped)
     for _, jobs in plan.by_version():
         skipped += score_missing(store, jobs, device="cpu")
-    if night is None:
+    if run is None:
         return None
-    ranked = [rank_again(store, job) for job in night.rankings]
+    ranked = [rank_again(store, job) for job in run.rankings]
     skipped += [item for item in ranked if isinstance(item, Skipped)]
-    return close_night(store, night, [item for item in ranked if isinstance(item, Ranking)], skipped)
+    return close_night(store, run, [item for item in ranked if isinstance(item, Ranking)], skipped)
 
 
 def tree(store, folder):
@@ -90,7 +90,7 @@ def test_an_empty_root_has_nothing_to_do(tmp_path):
     assert plan.nothing_to_do and plan.describe() == "nothing to do; complete sets of scores found: 0"
 
 
-def test_pools_without_a_wanted_scorer_are_a_question(store):
+def test_pools_without_a_requested_scorer_raise(store):
     with pytest.raises(ConfigError, match="name a scorer or a preset"):
         plan_wanted(store)
 
@@ -99,7 +99,7 @@ def test_nothing_to_do_loads_nothing_and_writes_nothing(store, loads):
     loads.clear()
     before = tree(store, "")
     plan = plan_rescore(store, versions("one"))
-    assert plan.nothing_to_do and [found.pool_id for found in plan.found] == ["n4"]
+    assert plan.nothing_to_do and [item.pool_id for item in plan.complete] == ["n4"]
     assert open_night(store, plan) is None and work(store, "one") is None
     assert loads == [] and tree(store, "") == before
 
@@ -136,7 +136,7 @@ def test_one_load_serves_all_pools(store, loads):
     assert loads == ["one"] and calls[-1] == (9, 9) and calls == sorted(calls)
 
 
-def test_incomplete_pools_are_left_alone_with_the_reason(store):
+def test_incomplete_pools_are_skipped_with_the_reason(store):
     draw(store, "n4-half", PROMPTS, 4, shards=[0])
     draw(store, "n4-growing", PROMPTS[:2], 4, expected={"shards": 1, "rows": 16})
     store.write_bytes("pools/n4-torn/config.json", b'{"stage": "po')
@@ -152,7 +152,7 @@ def test_incomplete_pools_are_left_alone_with_the_reason(store):
     assert "n4-half" in store.read_bytes(f"rescores/{report['night']}/report.md").decode()
 
 
-def test_a_scorer_that_only_an_old_run_wants_does_not_stop_the_others(store):
+def test_a_missing_scorer_of_an_old_run_does_not_stop_the_others(store):
     gone, two = (WantedScorer(scorer=ScorerConfig(source=source)) for source in ("gone", "two"))
     found, skipped = find_versions([gone, two], required=False)
     assert [version.fingerprint for version in found] == ["fingerprint of two"]
@@ -163,7 +163,7 @@ def test_a_scorer_that_only_an_old_run_wants_does_not_stop_the_others(store):
 
 
 def test_a_scorer_that_only_evaluates_scores_no_training_pool(store):
-    """The fixture's pool has triplets; of the others two are an evaluation's, and of the last nothing is known."""
+    """The fixture's pool has triplets; of the others two are an evaluation's, and the last is unused."""
     for name in ("target", "tuned", "unknown"):
         draw(store, f"n1-{name}", HELD_OUT, 1)
     store.write_json("evaluations/3-x/config.json", {"target": "pools/n1-target", "tuned": "pools/n1-tuned"})
@@ -177,7 +177,7 @@ def test_a_scorer_that_only_evaluates_scores_no_training_pool(store):
     assert pools("all") == ["n1-target", "n1-tuned", "n1-unknown", "n4"]
 
 
-def test_prompts_that_a_scorer_does_not_know_leave_the_other_pools_alone(store, monkeypatch):
+def test_prompts_that_a_scorer_does_not_support_skip_their_pool_only(store, monkeypatch):
     draw(store, "n4-other", PROMPTS[:2], 4)
     real = Judge.score
 
@@ -192,7 +192,7 @@ def test_prompts_that_a_scorer_does_not_know_leave_the_other_pools_alone(store, 
     assert [(pool["pool_id"], pool["images_scored"]) for pool in report["pools"]] == [("n4", 8), ("n4-other", 8)]
 
 
-# -- a night
+# -- a rescore run
 
 
 def test_a_changed_scorer_by_hand(store):
@@ -233,7 +233,7 @@ def test_a_changed_scorer_by_hand(store):
     assert store.list_folders("models") == []       # nothing was trained
 
 
-def test_the_second_night_finds_nothing_and_keeps_the_first_report(store, loads):
+def test_the_second_run_finds_nothing_to_do_and_keeps_the_first_report(store, loads):
     report = work(store, "two")
     kept = tree(store, "rescores")
     loads.clear()
@@ -242,7 +242,7 @@ def test_the_second_night_finds_nothing_and_keeps_the_first_report(store, loads)
     assert last_report(store) == f"rescores/{report['night']}/report.html"
 
 
-def test_nights_of_one_second_do_not_share_a_folder(store):
+def test_runs_of_one_second_have_their_own_folders(store):
     now = datetime(2031, 1, 2, 3, 4, 5, tzinfo=UTC)
     first = work(store, "two", now=now)
     store.delete(f"{scores_key(store, 'n4', 'two')}/shard-00001.json")
@@ -262,7 +262,7 @@ def test_first_scores_have_no_drift(store):
 
 
 def test_a_ranking_that_is_missing_is_made_without_scoring(store, loads):
-    """As after `hgdpo score` with another judge: its scores are there, the night ranks them and tells the drift."""
+    """As after `hgdpo score` with another judge: its scores exist, the run ranks them and reports the drift."""
     work(store, "two", write=False)
     loads.clear()
     report = work(store, "two")
@@ -270,7 +270,7 @@ def test_a_ranking_that_is_missing_is_made_without_scoring(store, loads):
     assert report["pools"][0]["images_scored"] == 0 and report["pools"][0]["ranking"]["winner_flipped"]["prompts"] == 2
 
 
-def test_drift_is_told_against_the_latest_complete_scores(store, monkeypatch):
+def test_drift_is_measured_against_the_latest_complete_scores(store, monkeypatch):
     monkeypatch.setitem(TABLE, "three", TABLE["one"])
     work(store, "two")
     key = scores_key(store, "n4", "two")
@@ -282,7 +282,7 @@ def test_drift_is_told_against_the_latest_complete_scores(store, monkeypatch):
     assert plan_rescore(store, versions("three")).jobs[0].before == scores_key(store, "n4", "one")
 
 
-def test_a_list_of_prompts_that_is_gone_is_told(store):
+def test_a_missing_list_of_prompts_is_reported(store):
     name, = store.list_folders("prompts")
     store.delete(f"prompts/{name}/prompts.parquet")
     report = work(store, "two")
@@ -290,7 +290,7 @@ def test_a_list_of_prompts_that_is_gone_is_told(store):
     assert "its list of prompts is gone" in report["skipped"][0]["reason"]
 
 
-def test_win_rates_of_evaluations_then_and_now(store):
+def test_win_rates_of_evaluations_before_and_now(store):
     """Version one: the tuned model wins two of three. Version two: it loses two and ties one."""
     for model, name in enumerate(("target", "tuned")):
         draw(store, f"n1-{name}", HELD_OUT, 1, model=model)
@@ -311,12 +311,12 @@ def test_win_rates_of_evaluations_then_and_now(store):
 # -- what breaks
 
 
-def test_a_corrupted_score_is_put_aside_and_made_again(store):
+def test_a_corrupted_score_is_quarantined_and_made_again(store):
     key = scores_key(store, "n4", "one")
     manifest = ShardFolder.open(store, key).manifests()[1]
     data = store.read_bytes(f"{key}/{manifest.file}")
     store.write_bytes(f"{key}/{manifest.file}", data[:-1] + bytes([data[-1] ^ 1]))
-    assert plan_rescore(store, versions("one")).nothing_to_do       # the size is right: nobody looks inside
+    assert plan_rescore(store, versions("one")).nothing_to_do       # the size is right and the content is not read
     report = work(store, "one", verify=True)
     assert report["pools"][0]["images_scored"] == 8
     assert any(name.endswith(manifest.file) for name in store.list(f"{key}/quarantine"))
@@ -324,7 +324,7 @@ def test_a_corrupted_score_is_put_aside_and_made_again(store):
     assert plan_rescore(store, versions("one"), verify=True).nothing_to_do
 
 
-def test_corrupted_earlier_scores_are_told_and_left_out(store):
+def test_corrupted_earlier_scores_are_reported_and_left_out(store):
     key = scores_key(store, "n4", "one")
     manifest = ShardFolder.open(store, key).manifests()[1]
     store.write_bytes(f"{key}/{manifest.file}", b"x" * manifest.bytes)
@@ -333,7 +333,7 @@ def test_corrupted_earlier_scores_are_told_and_left_out(store):
     assert report["skipped"][0]["what"] == key and "quarantine" in report["skipped"][0]["reason"]
 
 
-def test_a_corrupted_pool_is_given_up_and_the_others_go_on(store):
+def test_a_corrupted_pool_is_skipped_and_the_others_continue(store):
     draw(store, "n4-other", PROMPTS[:2], 4)
     pool = ShardFolder.open(store, "pools/n4")
     manifest = pool.manifests()[0]
@@ -346,7 +346,7 @@ def test_a_corrupted_pool_is_given_up_and_the_others_go_on(store):
     assert plan.nothing_to_do and "1 of 2 shards" in plan.skipped[0].reason
 
 
-def test_a_killed_night_is_finished_by_the_next(store):
+def test_a_killed_run_is_finished_by_the_next(store):
     """Killed after scoring: nothing is missing any more, but its ranking and its report are."""
     plan = plan_rescore(store, versions("two"))
     killed = open_night(store, plan)
@@ -359,7 +359,7 @@ def test_a_killed_night_is_finished_by_the_next(store):
     assert report["pools"][0]["images_scored"] == 16 and report["triplets"][0]["rows"] == 3
 
 
-def test_a_night_killed_while_scoring_keeps_its_finished_shards(store, loads):
+def test_a_run_killed_while_scoring_keeps_its_finished_shards(store, loads):
     plan = plan_rescore(store, versions("two"))
     killed = open_night(store, plan)
     asked = iter([False, True])
@@ -371,13 +371,13 @@ def test_a_night_killed_while_scoring_keeps_its_finished_shards(store, loads):
     assert report["pools"][0]["prompts_compared"] == 4 and report["pools"][0]["images_scored"] == 16
 
 
-def test_an_unfinished_night_of_a_scorer_nobody_wants_any_more_ends(store):
+def test_an_unfinished_run_of_a_scorer_that_is_no_longer_requested_ends(store):
     open_night(store, plan_rescore(store, versions("two")))
     report = work(store, "one")
     assert report["pools"] == [] and work(store, "one") is None
 
 
-def test_a_judge_that_changes_between_plan_and_work_is_refused(store, monkeypatch):
+def test_a_scorer_that_changes_between_plan_and_work_is_refused(store, monkeypatch):
     plan = plan_rescore(store, versions("two"))
     monkeypatch.setattr(scorers.SCORERS["pickscore"], "load", lambda **_: Judge("one"))
     with pytest.raises(ModelError, match="changed since the plan was made"):
@@ -385,10 +385,10 @@ def test_a_judge_that_changes_between_plan_and_work_is_refused(store, monkeypatc
     assert len(store.list_folders("scores/n4")) == 1
 
 
-# -- what people look at
+# -- the report
 
 
-def test_the_page_stands_alone_and_shows_texts_as_texts(store):
+def test_the_page_is_self_contained_and_escapes_texts(store):
     report = work(store, "two")
     page = store.read_bytes(f"rescores/{report['night']}/report.html").decode()
     assert "a woman &lt;b&gt;|&lt;/b&gt;" in page and "<b>|</b>" not in page
@@ -409,26 +409,26 @@ def test_a_table_of_all_pools(store):
     assert row["mean"] == pytest.approx(58 / 16)
 
 
-# -- real judges, and S3
+# -- real scorers, and S3
 
 
-def test_new_weights_at_the_same_place_are_another_version(tmp_path, judge_folder):
-    store, place = Store(str(tmp_path / "root")), tmp_path / "judge"
+def test_new_weights_in_the_same_folder_are_another_version(tmp_path, judge_folder):
+    store, folder = Store(str(tmp_path / "root")), tmp_path / "judge"
     draw(store, "n4", PROMPTS, 4)
-    shutil.copytree(judge_folder, place)
+    shutil.copytree(judge_folder, folder)
 
     def plan():
-        return plan_wanted(store, [f"pickscore={place}"])
+        return plan_wanted(store, [f"pickscore={folder}"])
 
     score_missing(store, plan().jobs, device="cpu")
     assert plan().nothing_to_do
-    shutil.rmtree(place)
-    tiny.save_judge(place, seed=1)
+    shutil.rmtree(folder)
+    tiny.save_judge(folder, seed=1)
     again = plan()
     assert again.jobs[0].missing == (0, 1) and again.jobs[0].before is not None
-    night = open_night(store, again)
+    run = open_night(store, again)
     score_missing(store, again.jobs, device="cpu")
-    report = close_night(store, night, [], [])
+    report = close_night(store, run, [], [])
     assert -1 <= report["pools"][0]["ranking"]["tau"]["mean"] < 1
     assert np.isfinite(report["pools"][0]["scores_now"]["mean"]) and plan().nothing_to_do
 

@@ -1,4 +1,4 @@
-"""Each guard on a training that truly goes wrong its way, and silent on one that does not."""
+"""Each check warns about a training that fails in its way, and not about one that does not."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ from hgdpo_core.statistics.checks import (
     CollapseWatch,
     check_collapse,
     check_defects,
-    check_judges,
     check_run,
+    check_scorers,
     check_stall,
     check_variety,
 )
@@ -33,7 +33,7 @@ def world() -> SmallWorld:
 
 @pytest.fixture(scope="module")
 def judge(world):
-    """Win rate of pictures over the target's by the shipped judge."""
+    """Win rate of images over the target's by the built-in scorer."""
     scorer = load_scorer("pickscore", source="figures")
     before = scorer.score(world.target_pictures, world.prompts)
     return lambda pictures: win_rate(scorer.score(pictures, world.prompts), before)
@@ -41,7 +41,7 @@ def judge(world):
 
 @pytest.fixture(scope="module")
 def healthy(world):
-    """Right pictures against headless ones, at the demo's learning rate."""
+    """Correct images against headless ones, at the demo's learning rate."""
     return world.train(world.pictures([None] * 6), world.pictures(["no_head"] * 6), max_steps=MIN_ROWS, batch_size=3)
 
 
@@ -51,52 +51,52 @@ def rises(log):
 
 
 def test_a_learning_rate_a_hundred_times_too_large_collapses(world):
-    told = []
+    messages = []
     result, _ = world.train(world.pictures([None] * 6), world.pictures(["no_head"] * 6), max_steps=MIN_ROWS,
-                            batch_size=3, learning_rate=3e-2, on_log=CollapseWatch(told.append))
+                            batch_size=3, learning_rate=3e-2, on_log=CollapseWatch(messages.append))
     assert min(rises(result.log)) > 5 * COLLAPSE_RISE
-    alarm = check_collapse(result.log)
-    assert alarm is not None and alarm.guard == "collapse"
+    warning = check_collapse(result.log)
+    assert warning is not None and warning.guard == "collapse"
     for words in (f"winners is {100 * rises(result.log)[0]:.0f} %", "dpo.learning_rate"):
-        assert words in alarm.message
-    assert alarm.as_dict() == {"guard": "collapse", "message": alarm.message}
-    assert told == [alarm.message]
+        assert words in warning.message
+    assert warning.as_dict() == {"guard": "collapse", "message": warning.message}
+    assert messages == [warning.message]
 
 
-def test_a_healthy_run_raises_no_alarm(healthy, judge):
+def test_a_healthy_run_raises_no_warning(healthy, judge):
     result, pictures = healthy
     assert abs(rises(result.log)[0]) < COLLAPSE_RISE
     assert check_collapse(result.log) is None
-    assert check_judges({"pickscore": judge(pictures), "other": judge(pictures)}, "pickscore") is None
+    assert check_scorers({"pickscore": judge(pictures), "other": judge(pictures)}, "pickscore") is None
 
 
 def test_a_run_on_random_labels_stalls(world, judge):
-    """Winner and loser are two right pictures of the same figure: nothing to learn, everything to memorise."""
+    """Winner and loser are two correct images of the same figure: nothing to learn, everything to memorise."""
     result, pictures = world.train(world.pictures([None] * 6), world.pictures([None] * 6, seed=100), max_steps=20,
                                    batch_size=3, learning_rate=2e-3)
     rates = {"pickscore": judge(pictures)}
-    alarm = check_stall(result.log, rates)
-    assert alarm is not None and alarm.guard == "stall"
-    assert f"pickscore {100 * rates['pickscore'].rate:.1f} %" in alarm.message
+    warning = check_stall(result.log, rates)
+    assert warning is not None and warning.guard == "stall"
+    assert f"pickscore {100 * rates['pickscore'].rate:.1f} %" in warning.message
     assert [a.guard for a in check_run(result.log, rates, {}, SAME, "pickscore") if a.guard == "stall"] == ["stall"]
 
 
-def test_a_judge_that_loves_fog_is_hacked(world, judge):
-    """The pools are ranked by how little contrast a picture has: an independent judge sees what becomes of it."""
+def test_a_scorer_that_prefers_fog_is_hacked(world, judge):
+    """The pools are ranked by low contrast, and an independent scorer sees the effect."""
     right = world.pictures([None] * 6)
     fog = (right * 0.35 + 0.65 * 190).astype(np.uint8)
     result, pictures = world.train(fog, right, max_steps=16, batch_size=3, learning_rate=5e-3)
     rates = {"fog": win_rate(-pictures.std(axis=(1, 2, 3)), -world.target_pictures.std(axis=(1, 2, 3))),
              "pickscore": judge(pictures)}
     assert rates["fog"].ci_low > 0.5
-    alarm = check_judges(rates, "fog")
-    assert alarm is not None and alarm.guard == "parted_judges" and "pickscore" in alarm.message
+    warning = check_scorers(rates, "fog")
+    assert warning is not None and warning.guard == "parted_judges" and "pickscore" in warning.message
     variety = variety_change(*(np.stack([thumbnail(image) for image in side])[:, None]
                                for side in (pictures, world.target_pictures)))
     alike = check_variety(rates, variety)
     assert alike is not None and alike.guard == "lost_variety"  # in fog all things look alike
-    assert check_run(result.log, rates, {}, variety, "fog")[-2:] == [alike, alarm]
-    assert alarm not in check_run(result.log, rates, {}, variety, None)  # a judge that was not asked again cannot part
+    assert check_run(result.log, rates, {}, variety, "fog")[-2:] == [alike, warning]
+    assert warning not in check_run(result.log, rates, {}, variety, None)  # not in the evaluation
 
 
 # --- where the lines are drawn, with numbers
@@ -126,51 +126,51 @@ def test_collapse_is_judged_at_the_end():
 
 
 def test_a_collapse_under_way_is_told_once():
-    told = []
-    watch = CollapseWatch(told.append)
+    messages = []
+    watch = CollapseWatch(messages.append)
     for row in log(5 * MIN_ROWS) + log(20 * MIN_ROWS, winner_error=0.2, loser_error=0.2):
         watch(row)
-    assert len(told) == 1 and f"after {6 * MIN_ROWS} log rows" in told[0]
+    assert len(messages) == 1 and f"after {6 * MIN_ROWS} log rows" in messages[0]
 
 
-def test_stall_needs_saturation_and_no_gain_by_any_judge():
+def test_stall_needs_saturation_and_no_gain_by_any_scorer():
     full, early = log(implicit_accuracy=SATURATED_ACCURACY), log(implicit_accuracy=SATURATED_ACCURACY - 0.01)
     assert check_stall(full, {"a": rate(50), "b": rate(45)}) is not None
     assert check_stall(full, {"a": rate(50), "b": rate(60)}) is None
     assert check_stall(early, {"a": rate(50)}) is None
     assert check_stall(full, {}) is None
-    assert check_stall(full, {"a": WinRate.from_counts(0, 0, 9)}) is None  # nobody could tell
+    assert check_stall(full, {"a": WinRate.from_counts(0, 0, 9)}) is None  # no prompt was decided
 
 
 @pytest.mark.parametrize(("independent", "words"), [
     (rate(40), "sees a loss"), (rate(50), "sees no gain"), (rate(58), None), (rate(50, n=8), None),
     (WinRate.from_counts(0, 0, 9), None)])
-def test_judges_part_only_when_the_intervals_do(independent, words):
-    alarm = check_judges({"trained": rate(70), "other": independent}, "trained")
-    assert (alarm is None) if words is None else (alarm is not None and words in alarm.message)
+def test_scorers_disagree_only_if_their_intervals_do(independent, words):
+    warning = check_scorers({"trained": rate(70), "other": independent}, "trained")
+    assert (warning is None) if words is None else (warning is not None and words in warning.message)
 
 
-def test_judges_without_a_gain_or_without_company_are_silent():
-    assert check_judges({"trained": rate(50), "other": rate(30)}, "trained") is None
-    assert check_judges({"trained": rate(80)}, "trained") is None
-    assert check_judges({"other": rate(30)}, "trained") is None
+def test_scorers_without_a_gain_or_without_others_raise_no_warning():
+    assert check_scorers({"trained": rate(50), "other": rate(30)}, "trained") is None
+    assert check_scorers({"trained": rate(80)}, "trained") is None
+    assert check_scorers({"other": rate(30)}, "trained") is None
 
 
-def test_defects_that_fall_or_may_fall_raise_no_alarm():
+def test_defects_that_fall_or_may_fall_raise_no_warning():
     many, few = np.tile([-1.0, 1.0], 50), np.ones(100)
     assert check_defects({"t": rate(80)}, {"i": defect_change(few, many, 0.0)}, "t") is None
     assert check_defects({"t": rate(80)}, {"i": defect_change(many, many, 0.0)}, "t") is None
     risen = {"i": defect_change(many, few, 0.0)}
     assert check_defects({"t": rate(50)}, risen, "t") is None
-    alarm = check_defects({"t": rate(80)}, risen, "t")
-    assert alarm is not None and "0.0 % before, 50.0 % after" in alarm.message
-    assert check_run([], {"t": rate(80)}, risen, SAME, "t") == [alarm]
+    warning = check_defects({"t": rate(80)}, risen, "t")
+    assert warning is not None and "0.0 % before, 50.0 % after" in warning.message
+    assert check_run([], {"t": rate(80)}, risen, SAME, "t") == [warning]
 
 
-def test_variety_is_missed_only_beside_a_gain_and_only_surely():
+def test_lost_variety_needs_a_gain_and_a_clear_loss():
     lost = Estimate(-20.0, -25.0, -15.0)
-    alarm = check_variety({"a": rate(70), "b": rate(50)}, lost)
-    assert alarm is not None and "a prefer" in alarm.message and "20 % less" in alarm.message
+    warning = check_variety({"a": rate(70), "b": rate(50)}, lost)
+    assert warning is not None and "a prefer" in warning.message and "20 % less" in warning.message
     assert check_variety({"a": rate(50)}, lost) is None
     for change in (Estimate(-20.0, -35.0, -5.0), Estimate(20.0, 15.0, 25.0), Estimate(-20.0, None, None),
                    Estimate(None, None, None)):

@@ -26,7 +26,7 @@ def solid(*rgb: int) -> np.ndarray:
 
 
 def statistics(*images: np.ndarray) -> list[ColourStatistics]:
-    """One image a prompt."""
+    """One image per prompt."""
     colours = PromptColours.of(len(images))
     for position, image in enumerate(images):
         colours.add(position, image)
@@ -34,7 +34,7 @@ def statistics(*images: np.ndarray) -> list[ColourStatistics]:
 
 
 def noisy(rgb: tuple[int, int, int], seed: int, prompts: int = 40) -> list[np.ndarray]:
-    """Pictures whose pixels scatter around a colour, and whose prompts differ too."""
+    """Images whose pixels scatter around a colour, and whose prompts differ too."""
     rng = np.random.default_rng(seed)
     centres = np.array(rgb) + rng.normal(0, 25, (prompts, 1, 1, 3))
     return list(np.clip(centres + rng.normal(0, 10, (prompts, 4, 4, 3)), 0, 255).astype(np.uint8))
@@ -49,17 +49,17 @@ def test_values_are_those_of_colour_shift_with_their_sign():
                            (change.value_percent, shift.value)):
         assert abs(estimate.value) == pytest.approx(size)
         assert estimate.ci_low < estimate.value < estimate.ci_high
-    assert change.value_percent.value < 0 and change.value_percent.ci_high < 0  # darker, and surely so
+    assert change.value_percent.value < 0 and change.value_percent.ci_high < 0  # darker, by the whole interval
 
 
-def test_equal_images_have_not_moved_and_surely_so():
+def test_equal_images_have_no_shift_and_no_width():
     images = statistics(*noisy((120, 140, 90), 3))
     change = colour_change(images, images)
     for estimate in (change.hue_degrees, change.hue_percent, change.saturation_percent, change.value_percent):
         assert (estimate.value, estimate.ci_low, estimate.ci_high) == pytest.approx((0, 0, 0), abs=1e-9)
 
 
-def test_a_small_turn_of_one_clear_hue_is_sure():
+def test_a_small_rotation_of_one_clear_hue_has_a_narrow_interval():
     change = colour_change(statistics(*[solid(255, 17, 0)] * 20), statistics(*[solid(255, 0, 0)] * 20))
     assert change.hue_degrees.value == pytest.approx(4)
     assert (change.hue_degrees.ci_low, change.hue_degrees.ci_high) == pytest.approx((4, 4))

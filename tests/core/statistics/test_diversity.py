@@ -1,4 +1,4 @@
-"""The spread of thumbnails: worked by hand, in pairs, and blind to what is not variety."""
+"""The spread of thumbnails: by hand, in pairs, and independent of what is not variety."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_a_thumbnail_is_area_means():
 
 
 def test_the_spread_over_all_prompts_by_hand():
-    target = np.array([[[0.0, 0.0]], [[2.0, 0.0]]])  # one image a prompt: each 1 from the mean
+    target = np.array([[[0.0, 0.0]], [[2.0, 0.0]]])  # one image per prompt: each 1 from the mean
     tuned = np.array([[[0.0, 0.0]], [[0.0, 1.0]]])  # each 1/2 from the mean
     change = variety_change(tuned, target)
     assert change.value == pytest.approx(-50)
@@ -39,12 +39,12 @@ def test_a_tenth_less_is_seen_and_a_shift_is_not(images):
     shrunk = target.mean(axis=(0, 1)) + 0.9 * (target - target.mean(axis=(0, 1)))
     change = variety_change(shrunk, target)
     assert change.value == pytest.approx(-10)
-    assert (change.ci_low, change.ci_high) == pytest.approx((-10, -10))  # in pairs it is sure
+    assert (change.ci_low, change.ci_high) == pytest.approx((-10, -10))  # paired, so without width
     moved = variety_change(target + 0.3, target)
     assert (moved.value, moved.ci_low, moved.ci_high) == pytest.approx((0, 0, 0), abs=1e-6)
 
 
-def test_what_cannot_be_said_is_none():
+def test_undefined_changes_are_none():
     alike, other = np.ones((4, 1, 3)), RNG.random((4, 1, 3))
     assert variety_change(other, alike).value is None
     assert variety_change(alike, other).value == pytest.approx(-100)

@@ -1,14 +1,14 @@
-"""Sections of pictures: both models side by side, and pools in their ranking (arXiv:2405.20216v1, Figure 6)."""
+"""Sections of images: both models side by side, and ranked pools (arXiv:2405.20216v1, Figure 6)."""
 
 from collections.abc import Sequence
 from html import escape
 
 from hgdpo_core.rendering.grids import PairSample, PoolSample, format_score, rank_pool
-from hgdpo_core.rendering.parts import ImageEncoder, picture, section
+from hgdpo_core.rendering.parts import ImageEncoder, image_tag, section
 
 
 def pairs(title: str, intro: str, samples: Sequence[PairSample], encode: ImageEncoder) -> str:
-    """Cards of one prompt each: target left, tuned right, scores below, the higher one marked."""
+    """One card per prompt: target left, tuned right, scores below, the higher one marked."""
     cards = []
     for pair in samples:
         sides = (("target", pair.target, pair.target_score, pair.tuned_score),
@@ -16,7 +16,7 @@ def pairs(title: str, intro: str, samples: Sequence[PairSample], encode: ImageEn
         images = ""
         for name, image, score, other in sides:
             style, word = (' class="higher"', " <i>higher</i>") if score > other else ("", "")
-            images += (f"<figure{style}>{picture(image, f'{name} model: {pair.prompt}', encode)}"
+            images += (f"<figure{style}>{image_tag(image, f'{name} model: {pair.prompt}', encode)}"
                        f"<figcaption>{name} <b>{format_score(score)}</b>{word}</figcaption></figure>")
         cards.append(f'<li><div class="pair">{images}</div><p class="prompt">{escape(pair.prompt)}</p></li>')
     return section(title, intro, f'<ul class="cards">{"".join(cards)}</ul>') if samples else ""
@@ -31,10 +31,10 @@ def pools(samples: Sequence[PoolSample], encode: ImageEncoder) -> str:
         for rank, i in enumerate(rank_pool(pool), start=1):
             role = roles.get(i, "")
             alt = f"rank {rank} of {len(pool.images)} {role}".strip()
-            tiles.append(f'<li class="{role}"><figure>{picture(pool.images[i], alt, encode)}<figcaption>'
+            tiles.append(f'<li class="{role}"><figure>{image_tag(pool.images[i], alt, encode)}<figcaption>'
                          f"{rank}. <b>{format_score(pool.scores[i])}</b> <i>{role}</i></figcaption></figure></li>")
         verdict = " <small>(no pair: not used)</small>" if pool.winner < 0 or pool.loser < 0 else ""
         heading = f'<h3 class="prompt">{escape(pool.prompt)}{verdict}</h3>'
         blocks.append(f'{heading}<ol class="pool">{"".join(tiles)}</ol>')
-    intro = "All candidates of a prompt, best first. Winner and loser, outlined, became a training triplet."
-    return section("Pools in their ranking", intro, "".join(blocks)) if samples else ""
+    intro = "All candidates of a prompt, best first. Winner and loser, outlined, form a training triplet."
+    return section("Ranked pools", intro, "".join(blocks)) if samples else ""

@@ -1,4 +1,4 @@
-"""Which scorers are wanted: by name, by preset, by the runs of a root."""
+"""The requested scorers: by name, by preset, by the runs of a root."""
 
 import os
 
@@ -24,7 +24,7 @@ def save_run(store, name, *, source, started):
     os.utime(store.local_path(f"runs/{name}/config.json"), (started, started))
 
 
-def test_the_run_started_last_says_which_judge_a_name_means(store):
+def test_a_name_means_the_scorer_of_the_run_started_last(store):
     assert wanted_scorers(store) == []
     save_run(store, "a", source="/judges/new", started=2000)
     save_run(store, "b", source="/judges/old", started=1000)
@@ -57,7 +57,7 @@ def test_a_preset_counts_before_the_runs_and_takes_overrides(store):
     assert wanted_scorers(store, preset="sd15")[0].scorer.name == "pickscore"   # no model, no prompts needed
 
 
-def test_work_is_cut_as_the_preset_or_the_latest_run_says(store):
+def test_work_is_divided_by_the_preset_or_the_latest_run(store):
     assert wanted_workers(store, None) == WorkersConfig()
     for name, shards in (("a", 3), ("b", 5)):
         config = figures().model_copy(update={"workers": WorkersConfig(score_images_per_run=shards)})

@@ -1,10 +1,9 @@
-"""Means over prompts and seeds: the plain numbers, intervals that know both, differences in pairs."""
+"""Means over prompts and seeds: values, intervals over both, paired differences."""
 
 import numpy as np
 import pytest
 
-from hgdpo_core.ablate.estimates import difference, estimate, first, outcomes, rate, win_rate_estimate
-from hgdpo_core.ablate.result import colour_statistic
+from hgdpo_core.ablate.result import colour_statistic, difference, estimate, first, outcomes, rate, win_rate_estimate
 from hgdpo_core.statistics.intervals import Estimate
 
 
@@ -21,14 +20,14 @@ def test_a_win_rate_counts_decided_prompts_of_all_seeds():
 
 
 def test_the_interval_is_as_wide_as_the_exact_one_and_seeds_widen_it():
-    """One seed, 400 prompts at 70 %: near the normal interval of a share, +-4.5 points."""
+    """One seed, 400 prompts at 70 %: near the normal interval of a proportion, +-4.5 points."""
     rng = np.random.default_rng(0)
     one = np.where(rng.random((1, 400)) < 0.7, 1.0, -1.0)
     low, high = ends(win_rate_estimate(one))
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 400), rel=0.1)
-    same = np.repeat(one, 3, axis=0)  # three seeds that always agree are no more sure than one
+    same = np.repeat(one, 3, axis=0)  # three equal seeds do not narrow the interval
     assert np.ptp(ends(win_rate_estimate(same))) == pytest.approx(high - low, rel=0.1)
-    differing = np.stack([np.where(rng.random(400) < share, 1.0, -1.0) for share in (0.5, 0.7, 0.9)])
+    differing = np.stack([np.where(rng.random(400) < chance, 1.0, -1.0) for chance in (0.5, 0.7, 0.9)])
     assert np.ptp(ends(win_rate_estimate(differing))) > 2 * (high - low)
 
 
@@ -39,7 +38,7 @@ def test_where_all_prompts_are_won_the_exact_interval_remains():
     assert (low_side.value, low_side.ci_low) == (0.0, 0.0) and low_side.ci_high == pytest.approx(0.3085, abs=1e-4)
 
 
-def test_nothing_decided_is_not_defined():
+def test_a_win_rate_without_wins_and_losses_is_undefined():
     assert win_rate_estimate(np.zeros((2, 5))) == Estimate(None, None, None)
 
 
@@ -61,7 +60,7 @@ def test_win_rates_of_two_arms_in_pairs():
     assert gap.value == pytest.approx(0.1) and gap.ci_low > 0
 
 
-def test_colours_are_signed_changes_and_angles_do_not_tear():
+def test_colours_are_signed_changes_and_angles_are_not_split():
     def channels(hue, saturation, value, degrees, rgb):
         return [hue, saturation, value, np.cos(np.radians(degrees)), np.sin(np.radians(degrees)), *rgb]
 
