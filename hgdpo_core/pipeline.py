@@ -112,8 +112,9 @@ def tune_target(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silen
     runner.make([stage], on)
     stage.refuse_if_empty()
     config = run.config.sft
-    request = TrainRequest.for_sft(run.store, run.images, run.target, stage.size, config, share=runner.copy_to_store,
-                                   validation=_validation(run, config) if validate else None)
+    request = TrainRequest.of("sft", run.target, stage.folder, stage.indices, config,
+                              copy_to_store=runner.copy_to_store,
+                              validation=_validation(run, config) if validate else None)
     tuned = _train(request, runner, on, on_training)
     return tuned.as_target(run.target), tuned.log
 
@@ -165,9 +166,9 @@ def train_lora(run: Run, model: Model, triplets: TripletStage, latents: LatentSt
                validate: bool = True) -> Tuned:
     """A LoRA of the target by Diffusion-DPO with the statistic matching loss (Eq. 9). `validate`: as `tune_target`."""
     config = run.config.dpo
-    request = TrainRequest.for_dpo(run.store, model, triplets.folder, latents.folder, triplets.indices, config,
-                                   share=runner.copy_to_store,
-                                   validation=_validation(run, config) if validate else None)
+    request = TrainRequest.of("dpo", model, latents.folder, triplets.indices, config, triplets=triplets.folder,
+                              copy_to_store=runner.copy_to_store,
+                              validation=_validation(run, config) if validate else None)
     return _train(request, runner, on, on_training)
 
 

@@ -19,12 +19,12 @@ class Runner(Protocol):
     def make(self, stages: Sequence[Stage], on: StageProgress = silent_stages) -> list[int]:
         """Returns when nothing of any stage is missing, how many shards of each were; each shows its own progress.
 
-        The stages do not need each other, so they may be made side by side.
+        The stages do not need each other, so they may be made in parallel.
         """
         ...
 
-    def train(self, request: TrainRequest, progress: Progress, encode_progress: Progress = silent) -> Tuned:
-        """Train, or return what an earlier training gave."""
+    def train(self, request: TrainRequest, progress: Progress) -> Tuned:
+        """Train, or return the result of an earlier training."""
         ...
 
 
@@ -39,8 +39,8 @@ class InProcess:
     def make(self, stages: Sequence[Stage], on: StageProgress = silent_stages) -> list[int]:
         return [make_here(stage, on, self.should_stop) for stage in stages]
 
-    def train(self, request: TrainRequest, progress: Progress = silent, encode_progress: Progress = silent) -> Tuned:
-        return run_train(request, progress=progress, encode_progress=encode_progress, should_stop=self.should_stop)
+    def train(self, request: TrainRequest, progress: Progress = silent) -> Tuned:
+        return run_train(request, progress=progress, should_stop=self.should_stop)
 
 
 def make_here(stage: Stage, on: StageProgress = silent_stages, should_stop: ShouldStop = never_stop) -> int:

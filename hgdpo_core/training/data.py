@@ -62,18 +62,6 @@ class ImageBatch:
         return Conditioning(self.prompt_embeds)
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What latents were made of, as a request names it. A set of images of one person would be named here too."""
-
-    triplets: str | None = None
-    """Key of their folder in the store."""
-    images: str | None = None
-    """A folder of captioned images, or its key in the store."""
-    images_id: str | None = None
-    """What the images were when the training was planned."""
-
-
 class SampleSource(Protocol[BatchT_co]):
     """Random access to the samples of a training."""
 
@@ -94,7 +82,7 @@ class SampleSource(Protocol[BatchT_co]):
 
 
 def _hashed_seed(*parts: int | str) -> int:
-    text = "\0".join(str(part) for part in parts)
+    text = "\0".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -119,13 +107,13 @@ class DataOrder:
     def indices(self, positions: Sequence[int]) -> list[int]:
         return [self._index(*divmod(position, len(self._source))) for position in positions]
 
-    def _index(self, epoch: int, place: int) -> int:
+    def _index(self, epoch: int, position: int) -> int:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, list(self._source.order(self._seed, epoch))
             if len(self._order) != len(self._source):
                 raise InputError(f"the order of epoch {epoch} names {len(self._order)} samples: expected each "
                                  f"of the {len(self._source)} once")
-        return self._order[place]
+        return self._order[position]
 
 
 class LatentRows:

@@ -1,23 +1,35 @@
-"""What all objectives share: the order of samples, their noise, precision, and what their loop is told.
+"""What an objective is, and what all of them share: noise, flips, precision, what their loop reports.
 
-Samples are counted over the whole run: the sample at global position k is the same, with the same noise and
-timestep, for any number of processes, any split into micro-batches, and after any number of resumes.
+A sample has the same noise and timestep for any number of processes, any split into micro-batches, and after any
+number of resumes (see `data.py`).
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
+from hgdpo_core.config import TrainingConfig
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.models import Conditioning, cpu_has_fast_bfloat16, default_device
+from hgdpo_core.models import Backbone, Conditioning, Model, cpu_has_fast_bfloat16, default_device
+from hgdpo_core.models.averaging import WeightAverage
 from hgdpo_core.models.backbone import Denoiser
+from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
+from hgdpo_core.rendering.charts import ChartSpec
+from hgdpo_core.statistics.checks import LogCheck
+from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import ShardFolder
+from hgdpo_core.training.data import SampleSource
 
-BatchT_co = TypeVar("BatchT_co", covariant=True)
+OPTIMIZER_CHARTS = (
+    ChartSpec("Gradient norm", ("grad_norm",), "before clipping"),
+    ChartSpec("Learning rate", ("learning_rate",), "after warm-up and schedule"),
+)
 LogRow = dict[str, Any]
 OnLog = Callable[[LogRow], None]
 Validate = Callable[[int], None]
@@ -51,25 +63,9 @@ class Hooks:
     validate: Validate | None = None
 
 
-class Follower(Protocol):
-    """What follows the weights step by step and is kept in the checkpoints; the first process's counts."""
-
-    def step(self) -> None:
-        """Called after each optimizer step."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from an earlier `state_dict`."""
-        ...
-
-
 @dataclass(frozen=True)
 class Objective:
-    """A training as the loop sees it: what tells one from another.
+    """A training as the loop sees it.
 
     `batch_loss(denoiser, batch, generators)` returns float32 `[B]` tensors by log name, among them `loss`,
     whose mean is minimised; its `denoiser` is this one's in training precision, and each sample draws its randomness
@@ -82,11 +78,56 @@ class Objective:
     weights: Callable[[], Mapping[str, torch.Tensor]]
     load_weights: Callable[[Mapping[str, torch.Tensor]], object]
     what_to_lower: str
-    follower: Follower | None = None
-    as_kept: Callable[[], AbstractContextManager[object]] = nullcontext
-    """Inside, the network has the weights that would be kept if the training ended here."""
-    finish: Callable[[], object] = lambda: None
-    """Called after the last step: gives the network the weights that are kept."""
+    average: WeightAverage | None = None
+    """Of the first process: the weights that are kept instead of the network's own, and used for validation."""
+
+
+class TrainingObjective(ABC):
+    """One way to tune a model: all that requests, plans, probes and reports ask. Cheap: it holds no tensors."""
+
+    name: ClassVar[str]
+    """Its key in `OBJECTIVES`, the `kind` of its requests, and what the ids of its models begin with."""
+    title: ClassVar[str]
+    """What the report calls such a training."""
+    config: ClassVar[type[TrainingConfig]]
+    charts: ClassVar[Sequence[ChartSpec]]
+    """What the report shows of the log's columns, those of `with_derived` among them."""
+    checks: ClassVar[Sequence[LogCheck]] = ()
+    """Warnings about a finished training, from its log and the evaluation behind it."""
+    samples: Callable[[ShardFolder, Sequence[int]], SampleSource[Any]]
+    """What the training reads, from shards of latents."""
+
+    def require_fit(self, store: Store, triplets: str | None, samples: SampleSource[Any],  # noqa: B027
+                    indices: Sequence[int], model: Model, config: Any) -> None:
+        """InputError for samples that this model should not be trained on; `triplets`: what they were made of."""
+
+    @abstractmethod
+    def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> Any:
+        """A batch as `samples` gives it, of random numbers, for a timed probe."""
+
+    @abstractmethod
+    def prepare(self, backbone: Backbone, model: Model, config: Any) -> Objective:
+        """What the loop trains of a backbone of `model` in float32, which is changed in place."""
+
+    @abstractmethod
+    def save(self, backbone: Backbone, folder: Path, model_id: str) -> str:
+        """Write what was trained into an empty folder; returns the kind of model it is, "lora" or "pipeline"."""
+
+    def watch(self, warn: Callable[[str], object]) -> OnLog:
+        """Called with each log row of a training under way, it warns when something goes wrong."""
+        return lambda row: None
+
+    def with_derived(self, log: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
+        """The log with the columns that are computed from others."""
+        return log
+
+    @abstractmethod
+    def trained_numbers(self, size: ModelSize, config: Any) -> int:
+        """How many numbers of a model of that size are trained."""
+
+    def saved_numbers(self, size: ModelSize, config: Any) -> int:
+        """How many numbers the kept model holds."""
+        return self.trained_numbers(size, config)
 
 
 class TrainedDenoiser(nn.Module):
@@ -100,7 +141,7 @@ class TrainedDenoiser(nn.Module):
         return self.denoiser(noisy, timesteps, conditioning).float()
 
 
-# -- order and randomness of samples
+# -- randomness of samples
 
 
 def draw_noise(generators: Generators, like: torch.Tensor) -> torch.Tensor:
@@ -114,8 +155,8 @@ def draw_flips(generators: Generators) -> torch.Tensor:
     return torch.cat([torch.rand(1, generator=generator) for generator in generators]) < 0.5
 
 
-def turn(latents: torch.Tensor, mirrored: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-    """`latents` `[B,C,h,w]`, where `flips` `[B]` says so those of the mirrored image, which are not their mirror."""
+def apply_flips(latents: torch.Tensor, mirrored: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    """`latents` `[B,C,h,w]`, those of the mirrored images (not the mirrored latents) where `flips` `[B]` is True."""
     return torch.where(flips[:, None, None, None].to(latents.device), mirrored.to(latents.device), latents)
 
 
@@ -125,7 +166,7 @@ def turn(latents: torch.Tensor, mirrored: torch.Tensor, flips: torch.Tensor) -> 
 def resolve_precision(setting: str) -> Precision:
     """Mixed precision as accelerate names it; "auto" is bf16 where the machine multiplies it in hardware.
 
-    ConfigError for a precision the machine has not.
+    ConfigError for a precision that the machine does not have.
     """
     cuda = not use_cpu()
     if setting == "auto":
@@ -139,7 +180,7 @@ def resolve_precision(setting: str) -> Precision:
 
 
 def cast_frozen(module: nn.Module, precision: Precision) -> None:
-    """Keep weights that are not trained in the mixed precision, in place: half the memory, no cast per step."""
+    """Convert the weights that are not trained to the mixed precision, in place: half the memory, no cast per step."""
     if precision != "no":
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16
         for parameter in module.parameters():

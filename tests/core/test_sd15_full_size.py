@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from safetensors import safe_open
 from tiny import trainable
+from training_cases import train_dpo, train_sft
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
@@ -35,10 +36,7 @@ from hgdpo_core.presets import sd15
 from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
 from hgdpo_core.stages.pool import generate_pool, plan_pool
 from hgdpo_core.storage import Store
-from hgdpo_core.training import epoch_order
-from hgdpo_core.training.data import LatentImages, PairBatch
-from hgdpo_core.training.dpo import train_dpo
-from hgdpo_core.training.sft import train_sft
+from hgdpo_core.training.data import LatentImages, PairBatch, epoch_order
 
 
 def random_sd15() -> StableDiffusionPipeline:
@@ -168,8 +166,7 @@ def test_full_size_dpo_step(model, image_latents):
     config = sd15("target", "prompts.txt").dpo.model_copy(
         update={"max_steps": 1, "batch_size": 1, "gradient_checkpointing": True, "mixed_precision": "bf16"})
     with measured("one DPO step, one 704x1024 pair, bf16, gradient checkpointing"):
-        result = train_dpo(*trainable(pipeline.unet, pipeline.scheduler.config), Pairs(image_latents), config,
-                           checkpoints=None)
+        result = train_dpo(*trainable(pipeline.unet, pipeline.scheduler.config), Pairs(image_latents), config)
     assert result.log[0]["dpo_loss"] == pytest.approx(math.log(2))  # policy and reference are still one
     trained = {name: value for name, value in pipeline.unet.named_parameters() if value.requires_grad}
     assert len(trained) == 256 and all("lora" in name for name in trained)
@@ -187,7 +184,7 @@ def test_full_size_sft_step(model, image_latents):
     config = sd15("target", "prompts.txt").sft.model_copy(
         update={"max_steps": 1, "batch_size": 1, "warmup_steps": 0, "mixed_precision": "bf16"})
     with measured("one SFT step, one 704x1024 image, bf16, gradient checkpointing, AdamW"):
-        result = train_sft(*trainable(unet, schedule), image_latents, config, Conditioning(empty), checkpoints=None)
+        result = train_sft(*trainable(unet, schedule), image_latents, config, Conditioning(empty))
     assert 0 < result.log[0]["loss"] < 100 and math.isfinite(result.log[0]["grad_norm"])
     moved = (unet.conv_in.weight.detach() - before).abs()
     assert moved.max() <= 1.01e-5 and (moved > 0).float().mean() > 0.9  # Adam's first step is the learning rate

@@ -21,7 +21,7 @@ from hgdpo_core.stages import image_latents as sft_images
 from hgdpo_core.stages.image_latents import cache_image_latents, find_set_aside, image_latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.training.data import LatentImages
-from hgdpo_core.training.tune import tune_target
+from hgdpo_core.training.tune import tune
 
 
 @pytest.fixture
@@ -127,11 +127,11 @@ def test_sft_makes_a_target_that_plain_diffusers_opens(folder, tmp_path, model):
     cache_image_latents(images, latents, model, device="cpu")
     assert len(LatentImages(latents, [0])) == 4
     config = SftConfig(max_steps=2, batch_size=2, learning_rate=1e-3, mixed_precision="no")
-    tuned = tune_target(store, model, latents, config)
+    tuned = tune("sft", model, latents, [*latents.manifests()], config)
     target = tuned.as_target(model)
     assert target.fingerprint != model.fingerprint
     StableDiffusionPipeline.from_pretrained(tuned.path)
-    assert tune_target(store, model, latents, config).found
+    assert tune("sft", model, latents, [*latents.manifests()], config).found
 
 
 @pytest.mark.parametrize(("spoil", "message"), [

@@ -19,7 +19,7 @@ from hgdpo_core.stages.latents import MIRRORED, SCHEMA, cache_latents, latent_fo
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.data import CACHED_SHARDS, LatentImages, LatentPairs
-from hgdpo_core.training.tune import tune_lora, tune_target
+from hgdpo_core.training.tune import tune
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (2, 3, 32, 32, 3), dtype=np.uint8)  # winners and losers of three pairs
@@ -66,8 +66,8 @@ def test_flips_add_the_latents_of_the_mirrored_images_and_an_id_only_then(triple
     config = DpoConfig(max_steps=1, batch_size=2, learning_rate=1e-2, mixed_precision="no", flip=True,
                        allow_foreign_triplets=True)
     with pytest.raises(InputError, match="cache them with flips"):
-        tune_lora(triplets.store, model, triplets, plain, [0], config)
-    assert tune_lora(triplets.store, model, triplets, both, [0], config).log[-1]["step"] == 1
+        tune("dpo", model, plain, [0], config, triplets.key)
+    assert tune("dpo", model, both, [0], config, triplets.key).log[-1]["step"] == 1
 
 
 def test_latents_of_a_rounded_vae_are_not_found_again_and_float32_ids_stay(triplets, tmp_path, model):
@@ -94,7 +94,7 @@ def test_the_same_for_images(tmp_path, model):
     torch.testing.assert_close(batch.latents, vae_latents(model, PIXELS[0, :1]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(batch.mirrored, vae_latents(model, PIXELS[0, :1, :, ::-1]), rtol=1e-4, atol=1e-5)
     config = SftConfig(max_steps=1, batch_size=1, learning_rate=1e-4, mixed_precision="no", flip=True)
-    assert tune_target(store, model, both, config).log[-1]["step"] == 1
+    assert tune("sft", model, both, [0], config).log[-1]["step"] == 1
 
 
 class Counted(ShardFolder):

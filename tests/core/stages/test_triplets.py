@@ -25,7 +25,7 @@ from hgdpo_core.stages.triplets import REJECTED_SCHEMA, build_triplets, dataset_
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.data import LatentPairs
-from hgdpo_core.training.tune import tune_lora
+from hgdpo_core.training.tune import tune
 
 PROMPTS = [f"a woman in a red top, number {i}" for i in range(5)]
 SAMPLER = SamplerConfig(width=32, height=32, steps=1, guidance_scale=1.0)
@@ -218,9 +218,9 @@ def test_foreign_triplets_are_refused_unless_wanted(world, tmp_path):
     cache_latents(folder, latents, stranger, plan.indices, device="cpu")
     config = DpoConfig(max_steps=1, batch_size=2, learning_rate=1e-4, mixed_precision="no")
     with pytest.raises(InputError, match="train the model that drew the pool"):
-        tune_lora(store, stranger, folder, latents, plan.indices, config)
+        tune("dpo", stranger, latents, plan.indices, config, folder.key)
     wanted = config.model_copy(update={"allow_foreign_triplets": True})
-    assert tune_lora(store, stranger, folder, latents, plan.indices, wanted).path.is_dir()
+    assert tune("dpo", stranger, latents, plan.indices, wanted, folder.key).path.is_dir()
 
 
 def test_a_lora_is_made_once_and_opens_in_plain_diffusers(world):
@@ -231,8 +231,8 @@ def test_a_lora_is_made_once_and_opens_in_plain_diffusers(world):
     latents = latent_folder(store, folder, model, (32, 32))
     cache_latents(folder, latents, model, plan.indices, device="cpu")
     config = DpoConfig(max_steps=2, batch_size=2, learning_rate=1e-2, mixed_precision="no")
-    made = tune_lora(store, model, folder, latents, plan.indices, config)
-    found = tune_lora(store, model, folder, latents, plan.indices, config.model_copy(update={"log_every": 7}))
+    made = tune("dpo", model, latents, plan.indices, config, folder.key)
+    found = tune("dpo", model, latents, plan.indices, config.model_copy(update={"log_every": 7}), folder.key)
     assert not made.found and found.found and found.model_id == made.model_id and found.log == made.log
     pipeline = StableDiffusionPipeline.from_pretrained(model.path)
     pipeline.set_progress_bar_config(disable=True)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from tiny import SD15, tiny_unet, trainable
+from training_cases import train_dpo
 
 from hgdpo_core.config import (
     DpoConfig,
@@ -21,6 +22,7 @@ from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.images import decode_image
 from hgdpo_core.losses import denoising_error
 from hgdpo_core.models import find_model, load_pipeline
+from hgdpo_core.models.ddpm import draw_timesteps
 from hgdpo_core.models.text_encoder import TextEncoder
 from hgdpo_core.prompts import image_seed
 from hgdpo_core.prompts.syntax import strip_syntax
@@ -30,9 +32,8 @@ from hgdpo_core.stages.pool import generate_pool, plan_pool
 from hgdpo_core.stages.scores import score_folder, score_pool
 from hgdpo_core.stages.triplets import build_triplets, triplet_folder
 from hgdpo_core.storage import Store
-from hgdpo_core.training import draw_noise, draw_timesteps, sample_generator
-from hgdpo_core.training.data import LatentPairs, PairBatch
-from hgdpo_core.training.dpo import train_dpo
+from hgdpo_core.training.data import LatentPairs, PairBatch, sample_generator
+from hgdpo_core.training.parts import draw_noise
 
 SHORT, LONG, LONGER = "a (woman:1.4) in a [red] top", "a red top, " * 7, "a man BREAK in a BREAK (blue:1.3) top"
 PROMPTS = [LONGER, SHORT, LONG]
@@ -177,7 +178,7 @@ class Mixed:
 def test_a_padded_batch_trains_as_its_prompts_do_alone():
     settings = DpoConfig(batch_size=2, learning_rate=1e-2, max_steps=1, lora_rank=4, beta=20.0, lambda_stat=10.0,
                          mixed_precision="no", seed=11)
-    result = train_dpo(*trainable(tiny_unet(), SD15), Mixed(), settings, checkpoints=None)
+    result = train_dpo(*trainable(tiny_unet(), SD15), Mixed(), settings)
     unet, scheduler, pairs = tiny_unet(), DDPMScheduler(**SD15, clip_sample=False), Mixed()
     errors = []
     for k in range(2):
@@ -199,4 +200,4 @@ def test_a_mask_of_another_shape_is_refused():
 
     settings = DpoConfig(batch_size=2, learning_rate=1e-2, max_steps=1, mixed_precision="no")
     with pytest.raises(InputError, match="expected a mask"):
-        train_dpo(*trainable(tiny_unet(), SD15), Wrong(), settings, checkpoints=None)
+        train_dpo(*trainable(tiny_unet(), SD15), Wrong(), settings)

@@ -21,9 +21,9 @@ from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_fo
 from hgdpo_core.statistics.checks import Alarm, check_run
 from hgdpo_core.statistics.intervals import Estimate
 from hgdpo_core.storage import Store
-from hgdpo_core.training import Objective, draw_noise
-from hgdpo_core.training.data import ImageBatch, LatentImages, Origin
+from hgdpo_core.training.data import ImageBatch, LatentImages
 from hgdpo_core.training.objective import OBJECTIVES, find_objective
+from hgdpo_core.training.parts import Objective, TrainingObjective, draw_noise
 from hgdpo_core.training.request import TrainRequest, find_result, run_train
 
 SIZE = (32, 32)
@@ -33,24 +33,18 @@ class BiasConfig(TrainingConfig):
     strength: float = 1.0
 
 
-class Biases:
+class Biases(TrainingObjective):
     """Trains the biases of a network on images, and nothing else."""
 
     name, title = "biases", "Training of biases"
-    config = BiasConfig
+    config, samples = BiasConfig, LatentImages
     charts = (ChartSpec("Root of the loss", ("root",), "of each step"),)
     checks = (lambda log, _: Alarm("biases", f"{len(log)} rows"),)
 
     def __init__(self):
         self.watched = []
 
-    def complete_latents(self, *_):
-        """Cached before."""
-
-    def samples(self, latents, indices):
-        return LatentImages(latents, indices)
-
-    def require_fit(self, store, origin, samples, indices, model, config):
+    def require_fit(self, store, triplets, samples, indices, model, config):
         if len(samples) < 2:
             raise InputError("expected two images")
 
@@ -121,7 +115,7 @@ def settings(**changes) -> BiasConfig:
 
 def test_an_objective_from_outside_goes_all_the_way(biases, model, latents):
     config = settings()
-    request = TrainRequest.of("biases", latents.store, model, latents, [0], config, Origin())
+    request = TrainRequest.of("biases", model, latents, [0], config)
     request = TrainRequest.model_validate_json(request.model_dump_json())
     assert request.kind == "biases" and request.settings == config
 
@@ -157,14 +151,14 @@ def test_an_unfit_source_is_refused_before_a_model_loads(biases, model, latents,
     monkeypatch.setattr("hgdpo_core.training.tune.load_backbone", lambda *_, **__: pytest.fail("it loaded"))
     monkeypatch.setattr(LatentImages, "__len__", lambda self: 1)
     with pytest.raises(InputError, match="two images"):
-        run_train(TrainRequest.of("biases", latents.store, model, latents, [0], settings(), Origin()))
+        run_train(TrainRequest.of("biases", model, latents, [0], settings()))
 
 
 def test_an_unknown_objective_is_refused_in_one_line(model, latents):
     with pytest.raises(ConfigError, match="no training objective 'kto': expected one of sft, dpo"):
         find_objective("kto")
     with pytest.raises(ValidationError, match="expected one of sft, dpo"):
-        TrainRequest.of("kto", latents.store, model, latents, [0], settings(), Origin())
+        TrainRequest.of("kto", model, latents, [0], settings())
 
 
 def test_each_objective_is_listed_under_its_own_name():

@@ -19,7 +19,7 @@ from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_fo
 from hgdpo_core.stages.latents import cache_latents, latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training.tune import tune_lora, tune_target
+from hgdpo_core.training.tune import tune
 from hgdpo_core.training.validation import Validation, validation_grid, validation_steps
 
 PROMPTS = ("a woman in a red top", "a man")
@@ -49,7 +49,7 @@ def train(store, model, config, **hooks):
         triplets.commit(0, pa.Table.from_pylist(rows))
     latents = latent_folder(store, triplets, model, (32, 32))
     cache_latents(triplets, latents, model, [0], device="cpu")
-    return tune_lora(store, model, triplets, latents, [0], config, validation=VALIDATION, **hooks)
+    return tune("dpo", model, latents, [0], config, triplets.key, validation=VALIDATION, **hooks)
 
 
 def pictures(store, model_id, step):
@@ -106,7 +106,7 @@ def test_a_fine_tuning_shows_its_average(store, tmp_path, model):
     cache_image_latents(images, latents, model, device="cpu")
     config = SftConfig(max_steps=3, batch_size=1, learning_rate=1e-2, mixed_precision="no", validation_every=3,
                        ema_decay=0.9)
-    tuned = tune_target(store, model, latents, config, validation=VALIDATION)
+    tuned = tune("sft", model, latents, [0], config, validation=VALIDATION)
     generator = ImageGenerator(find_model(TargetConfig(source=str(tuned.path), dtype="float32")), VALIDATION.sampler,
                       PoolConfig(), "cpu")
     drawn = generator.sample(generator.backbone.text.encode([PROMPTS[0]])[0], [image_seed(5, PROMPTS[0], 0)])[0]
