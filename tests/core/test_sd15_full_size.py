@@ -33,8 +33,9 @@ from hgdpo_core.images import decode_image
 from hgdpo_core.models import Conditioning, Model, find_model, load_pipeline
 from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.presets import sd15
-from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
-from hgdpo_core.stages.pool import generate_pool, plan_pool
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
+from hgdpo_core.stages.pool import plan_pool
 from hgdpo_core.storage import Store
 from hgdpo_core.training.data import LatentImages, PairBatch, epoch_order
 
@@ -106,7 +107,7 @@ def image_latents(place, model, tmp_path_factory) -> LatentImages:
     images = read_image_set(str(folder))
     latents = image_latent_folder(Store(str(folder / "root")), images, model, (704, 1024))
     with measured("latents and text of one 704x1024 image, VAE in float32"):
-        assert cache_image_latents(images, latents, model, device="cpu") == 1
+        assert ImageLatentStage(images, latents, model).make(Worker("cpu")) == 1
     return LatentImages(latents, [0])
 
 
@@ -152,7 +153,7 @@ def test_full_size_pool_image(model, tmp_path):
     plan = plan_pool(Store(str(tmp_path)), model, SamplerConfig(width=704, height=1024, steps=2, guidance_scale=5.0),
                      PoolConfig(images_per_prompt=1, prompts_per_shard=1), ["a woman on a beach, full body"])
     with measured("one 704x1024 image of 2 steps with guidance in bfloat16, decoded and stored"):
-        assert generate_pool(plan) == 1
+        assert plan.make(Worker()) == 1
     row = plan.folder.read(0).to_pylist()[0]
     image = decode_image(row["image"])
     assert image.size == (704, 1024) == (row["width"], row["height"])

@@ -1,4 +1,4 @@
-"""Cached latents: both orientations where they are wanted, and a memory that does not grow with the data set."""
+"""Cached latents: both orientations where they are requested, and a memory that does not grow with the data set."""
 
 from dataclasses import replace
 
@@ -14,8 +14,9 @@ from hgdpo_core.figures.dataset import write_image_folder
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.images import encode_image
 from hgdpo_core.models import find_model
-from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
-from hgdpo_core.stages.latents import MIRRORED, SCHEMA, cache_latents, latent_folder
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
+from hgdpo_core.stages.latents import MIRRORED, SCHEMA, LatentStage, latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.data import CACHED_SHARDS, LatentImages, LatentPairs
@@ -52,7 +53,7 @@ def test_flips_add_the_latents_of_the_mirrored_images_and_an_id_only_then(triple
     both = latent_folder(triplets.store, triplets, model, (32, 32), flips=True)
     assert plain.key != both.key and "flips" not in plain.config
     for folder in (plain, both):
-        assert cache_latents(triplets, folder, model, [0], device="cpu") == 3
+        assert LatentStage(triplets, folder, model, (0,)).make(Worker("cpu")) == 3
     assert plain.read(0).schema.names == SCHEMA.names and both.read(0).schema.names == [*SCHEMA.names, *MIRRORED]
     without, batch = LatentPairs(plain, [0]).batch(range(3)), LatentPairs(both, [0]).batch(range(3))
     assert without.winner_mirrored is None and without.loser_mirrored is None
@@ -89,7 +90,7 @@ def test_the_same_for_images(tmp_path, model):
     plain = image_latent_folder(store, images, model, (32, 32))
     both = image_latent_folder(store, images, model, (32, 32), flips=True)
     assert plain.key != both.key and "flips" not in plain.config
-    cache_image_latents(images, both, model, device="cpu")
+    ImageLatentStage(images, both, model).make(Worker("cpu"))
     batch = LatentImages(both, [0]).batch([0])
     torch.testing.assert_close(batch.latents, vae_latents(model, PIXELS[0, :1]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(batch.mirrored, vae_latents(model, PIXELS[0, :1, :, ::-1]), rtol=1e-4, atol=1e-5)

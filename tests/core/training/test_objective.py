@@ -17,7 +17,8 @@ from hgdpo_core.models.sizes import model_size
 from hgdpo_core.plan.training import PlannedTraining
 from hgdpo_core.rendering.charts import ChartSpec
 from hgdpo_core.report.training import training_charts
-from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
 from hgdpo_core.statistics.checks import Alarm, check_run
 from hgdpo_core.statistics.intervals import Estimate
 from hgdpo_core.storage import Store
@@ -105,7 +106,7 @@ def latents(tmp_path, model):
         (tmp_path / "images" / f"{number}.txt").write_text("a woman in a red top")
     images = read_image_set(str(tmp_path / "images"))
     folder = image_latent_folder(Store(str(tmp_path / "root")), images, model, SIZE)
-    cache_image_latents(images, folder, model, device="cpu")
+    ImageLatentStage(images, folder, model).make(Worker("cpu"))
     return folder
 
 
