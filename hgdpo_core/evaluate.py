@@ -16,17 +16,9 @@ from hgdpo_core.prompts import prompt_id
 from hgdpo_core.scorers import defect_limit
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
 from hgdpo_core.stages.scores import read_scores
+from hgdpo_core.statistics import intervals
 from hgdpo_core.statistics.colours import ColourChange, ColourHistograms, PromptColours, colour_change
 from hgdpo_core.statistics.diversity import DIMENSIONS, thumbnail, variety_change
-from hgdpo_core.statistics.intervals import (
-    DefectChange,
-    Estimate,
-    Interval,
-    ScoreChange,
-    defect_change,
-    score_change,
-    win_rate_interval,
-)
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -44,15 +36,15 @@ class Comparison:
     lora_weight: float | None
     """None where the tuned model has no LoRA."""
     images_per_prompt: int
-    score_changes: dict[str, ScoreChange]
-    win_rate_intervals: dict[str, Interval | None]
+    score_changes: dict[str, intervals.ScoreChange]
+    win_rate_intervals: dict[str, intervals.Interval | None]
     """Bootstrap over prompts; only with several images per prompt, beside the exact interval."""
-    defects: dict[str, DefectChange]
+    defects: dict[str, intervals.DefectChange]
     """By scorers that detect defective images (their module declares DEFECT_BELOW)."""
     colour_change: ColourChange
     target_histograms: ColourHistograms
     tuned_histograms: ColourHistograms
-    variety_change: Estimate
+    variety_change: intervals.Estimate
     """Percent by which the tuned model's images differ more from each other than the target's."""
 
     def findings(self) -> dict[str, Any]:
@@ -114,10 +106,10 @@ def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapp
         {name: scores.mean(axis=1).tolist() for name, scores in after.items()},
         tuned_colours.total().shift_from(target_colours.total()), tuned.model.lora and tuned.model.lora.weight,
         images_per_prompt=config.images_per_prompt,
-        score_changes={name: score_change(after[name], before[name]) for name in before},
-        win_rate_intervals={name: win_rate_interval(after[name], before[name]) for name in before
+        score_changes={name: intervals.score_change(after[name], before[name]) for name in before},
+        win_rate_intervals={name: intervals.win_rate_interval(after[name], before[name]) for name in before
                             if config.images_per_prompt > 1},
-        defects={name: defect_change(after[name], before[name], below) for name in before
+        defects={name: intervals.defect_change(after[name], before[name], below) for name in before
                  if (below := defect_limit(name)) is not None},
         colour_change=colour_change(tuned_colours.statistics, target_colours.statistics),
         target_histograms=target_colours.histograms, tuned_histograms=tuned_colours.histograms,

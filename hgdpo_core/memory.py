@@ -1,9 +1,7 @@
-"""What counts as running out of memory, defined once, and how memory is freed."""
-
-import gc
+"""Running out of memory, defined once, and how memory is freed."""
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
                  "HIP out of memory")
@@ -20,7 +18,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more, also to the driver of the GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    """Free what nothing refers to any more, also for the driver of the GPU."""
+    clear_device_cache(garbage_collection=True)

@@ -131,8 +131,7 @@ def make_pool(run: Run, model: Model, runner: Runner = IN_PROCESS, on: StageProg
     return _made(plan_pool(run.store, model, config.sampler.plain, config.pool, run.prompts.prompts), runner, on)
 
 
-def score_pool(run: Run, pool: PoolPlan, runner: Runner = IN_PROCESS,
-               on: StageProgress = silent_stages) -> ShardFolder:
+def score_pool(run: Run, pool: PoolPlan, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages) -> ShardFolder:
     """The ranking scorer's scores of all candidates (Eq. 5)."""
     return _made(ScoreStage.of(pool, run.config.scorer, title="score"), runner, on).folder
 

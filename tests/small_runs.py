@@ -11,8 +11,8 @@ from hgdpo_core.figures import caption, prompts, render
 from hgdpo_core.figures.dataset import sample_figures, to_model_range
 from hgdpo_core.models import Backbone, Conditioning, find_model, load_backbone
 from hgdpo_core.models.sampling import initial_noise, sample_latents
+from hgdpo_core.training.base import OnLog, TrainingResult
 from hgdpo_core.training.data import PairBatch, epoch_order
-from hgdpo_core.training.parts import OnLog, TrainingResult
 
 
 class SmallWorld:

@@ -8,10 +8,11 @@ from hgdpo_core.config import DpoConfig, SftConfig
 from hgdpo_core.models import Conditioning
 from hgdpo_core.models.ddpm import draw_timesteps
 from hgdpo_core.models.lora import add_lora, lora_state
+from hgdpo_core.training.base import Hooks
 from hgdpo_core.training.data import ImageBatch, PairBatch, epoch_order, sample_generator
 from hgdpo_core.training.dpo import prepare_dpo
 from hgdpo_core.training.loop import run_training
-from hgdpo_core.training.parts import Hooks, draw_noise
+from hgdpo_core.training.parts import draw_noise
 from hgdpo_core.training.sft import prepare_sft
 
 

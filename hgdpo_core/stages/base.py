@@ -29,6 +29,8 @@ from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 logger = logging.getLogger(__name__)
 
 OnShard = Callable[[ShardManifest], None]
+Advance = Callable[[int], None]
+"""Called after every n units of a shard."""
 SHARDS_COMPARED, FOLDERS_COMPARED = 8, 20  # looked at for what past work took
 
 
@@ -79,8 +81,7 @@ class Computer(Protocol):
     batch_size: int | None
     """Images put through the network together; None where nothing is batched. The loop halves it."""
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
-                advance: Callable[[int], None]) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
         """The rows of a shard from those of the stage's sources; `advance(n)` after every n units.
 
         Asks `worker.check_stop` between batches.
@@ -103,6 +104,8 @@ class Stage(ABC):
     """The setting of `workers` that cuts its shard runs."""
     least_runs: ClassVar[str | None] = None
     """The setting of `workers` that decides over how many runs little work is spread."""
+    is_costly: ClassVar[bool] = False
+    """Whether the loop looks again, right before each shard, for one that another worker made meanwhile."""
     reads: ClassVar[tuple[str, ...]] = ()
     """Attributes that hold the folders of `sources`."""
     row_bytes: ClassVar[float] = 0.0
@@ -149,12 +152,8 @@ class Stage(ABC):
     def _is_made(self, index: int, manifest: ShardManifest, sources: Sequence[Mapping[int, ShardManifest]]) -> bool:
         return is_made_from(manifest, index, list(zip(self.sources, sources, strict=True)))
 
-    def was_made_meanwhile(self, index: int) -> bool:
-        """Whether another worker made the shard since the work began; asked where a shard is costly."""
-        return False
-
-    def is_requested(self, index: int, manifest: ShardManifest) -> bool:
-        """Whether a shard that was just committed, here or by another writer, is the requested one."""
+    def is_requested(self, index: int, manifest: ShardManifest | None) -> bool:
+        """Whether a committed shard, made here or by another writer, is the requested one."""
         return True
 
     # -- making them
@@ -252,7 +251,7 @@ def process_shards(stage: Stage, worker: Worker, indices: Iterable[int] | None =
     total, made = sum(units.values()), 0
     with stage.load(worker) as computer, Writer() as writer:
         for index in missing:
-            if stage.was_made_meanwhile(index):
+            if stage.is_costly and stage.is_requested(index, stage.folder.find(index)):
                 made += units[index]
                 worker.progress(made, total, stage.unit)
                 continue

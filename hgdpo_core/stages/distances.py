@@ -1,6 +1,6 @@
 """How far the latents of a pool's n-th best image are from its best one, in their channel statistics (Figure 5b)."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -17,7 +17,7 @@ from hgdpo_core.models.backbone import LatentCodec
 from hgdpo_core.models.places import find_offered_model
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.parallel import threads
-from hgdpo_core.stages.base import Computer, ShardRows, Worker
+from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
 from hgdpo_core.stages.encoding import EncodingStage, stack_pixels
 from hgdpo_core.stages.pool import PoolPlan, image_size
 from hgdpo_core.stages.probes import ENCODE_BATCH
@@ -109,8 +109,7 @@ class _Measuring:
     codec: LatentCodec
     batch_size: int | None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
-                advance: Callable[[int], None]) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
         rows: list[dict[str, Any]] = []
         for ranked in join_scores(*tables):
             worker.check_stop(DistanceStage.doing)

@@ -1,11 +1,11 @@
 """The user's own images for SFT: checked, encoded once, kept in shards; the unusable skipped with its reason."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from hgdpo_core.images import decode_image, fit_image, to_model_range
 from hgdpo_core.models import Backbone, Model
 from hgdpo_core.models.places import find_offered_model
 from hgdpo_core.parallel import threads
-from hgdpo_core.stages.base import Computer, ShardRows, Worker
+from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
 from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes
 from hgdpo_core.stages.probes import ENCODE_BATCH
 from hgdpo_core.storage import Store
@@ -28,6 +28,8 @@ from hgdpo_core.storage.shards import ShardFolder, ShardManifest, read_table
 SMALLEST_SCALE = 0.5
 PIXELS_VERSION = 2
 """In the settings of sets with profiles or transparency, whose pixels were different before: sRGB, on white."""
+Captioned = tuple[str, str, np.ndarray]
+"""Name, caption, and float32 [3, H, W] in [-1, 1] of an image."""
 SCHEMA = pa.schema([("file_name", pa.string()), ("caption", pa.string()), ("latents", pa.binary()),
                     ("prompt_embeds", pa.binary())])
 MIRRORED = pa.field("mirrored", pa.binary())  # of a folder with flips
@@ -111,35 +113,21 @@ class _Encoding:
     reader: Any
     batch_size: int | None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
-                advance: Callable[[int], None]) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
         stage, rows = self.stage, self.stage.images.shard(index)
         assert self.batch_size is not None
         rejected: list[dict[str, str]] = []
         usable = _usable(stage.images.kind, rows, self.reader.read(rows), stage.size, rejected, self.batch_size)
-        table, cut = _encode(self.backbone, _until_stopped(usable, worker), stage.flips)
+        table, cut = _encode(self.backbone, usable, stage.flips, worker)
         advance(len(rows))
         return ShardRows(table, pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA),
                          {**self.backbone.shapes(stage.size), "rejected": len(rejected), "cut_captions": cut})
 
 
-class _Captioned(NamedTuple):
-    name: str
-    caption: str
-    pixels: np.ndarray
-    """float32 [3, H, W] in [-1, 1]."""
-
-
-def _until_stopped(batches: Iterator[list[_Captioned]], worker: Worker) -> Iterator[list[_Captioned]]:
-    for batch in batches:
-        worker.check_stop(ImageLatentStage.doing)
-        yield batch
-
-
 def _usable(kind: Kind, rows: pa.Table, contents: Iterator[bytes | str], size: tuple[int, int],
-            rejected: list[dict[str, str]], batch_size: int) -> Iterator[list[_Captioned]]:
+            rejected: list[dict[str, str]], batch_size: int) -> Iterator[list[Captioned]]:
     """The usable images in batches of `batch_size`; the others go to `rejected`."""
-    batch: list[_Captioned] = []
+    batch: list[Captioned] = []
     names, captions, problems = (rows[column].to_pylist() for column in ("name", "caption", "problem"))
     for start in range(0, len(names), batch_size):
         part = slice(start, start + batch_size)
@@ -158,7 +146,7 @@ def _usable(kind: Kind, rows: pa.Table, contents: Iterator[bytes | str], size: t
 
 
 def _open(kind: Kind, size: tuple[int, int], name: str, caption: str | None, problem: str | None,
-          data: bytes | str) -> _Captioned | str:
+          data: bytes | str) -> Captioned | str:
     """The image as training reads it, or why it cannot be used."""
     if not (caption or "").strip():
         return f"its caption cannot be read: {problem}" if problem else f"it has no caption: {CAPTIONING[kind]}"
@@ -170,14 +158,16 @@ def _open(kind: Kind, size: tuple[int, int], name: str, caption: str | None, pro
         return str(error)
     if min(image.width / size[0], image.height / size[1]) < SMALLEST_SCALE:
         return f"it has {image.width}x{image.height} pixels, under half of {size[0]}x{size[1]}"
-    return _Captioned(name, caption or "", to_model_range(fit_image(image, *size)))
+    return name, caption or "", to_model_range(fit_image(image, *size))
 
 
-def _encode(backbone: Backbone, batches: Iterator[list[_Captioned]], flips: bool) -> tuple[pa.Table, int]:
+def _encode(backbone: Backbone, batches: Iterator[list[Captioned]], flips: bool,
+            worker: Worker) -> tuple[pa.Table, int]:
     """A shard's table, and how many captions were longer than the text encoder reads."""
     schema, cut = SCHEMA.append(MIRRORED) if flips else SCHEMA, 0
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     for batch in batches:
+        worker.check_stop(ImageLatentStage.doing)
         names, captions, images = map(list, zip(*batch, strict=True))
         pixels = torch.from_numpy(np.stack(images))
         columns["file_name"] += names

@@ -6,7 +6,7 @@ sampler used: from the same text encoder in the same precision, of the same leng
 than others, so a row's length gives its number of chunks, and a batch of several lengths is padded and masked.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -17,7 +17,7 @@ from hgdpo_core.config import content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.models import Backbone, Model
 from hgdpo_core.models.places import find_offered_model
-from hgdpo_core.stages.base import Computer, ShardRows, Worker
+from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
 from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes, stack_pixels
 from hgdpo_core.stages.pool import image_size
 from hgdpo_core.stages.probes import ENCODE_BATCH
@@ -66,8 +66,7 @@ class LatentStage(EncodingStage):
     def of(cls, triplets: TripletStage, model: Model, *, flips: bool = False) -> Self:
         """The latents of a planned data set, whose shards hold at most a pair per prompt."""
         folder = latent_folder(triplets.folder.store, triplets.folder, model, image_size(triplets.pool), flips=flips)
-        return cls(triplets.folder, folder, model, triplets.requested,
-                   expected=triplets.units(triplets.indices, [{}]))
+        return cls(triplets.folder, folder, model, triplets.requested, expected=triplets.units(triplets.indices, [{}]))
 
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
@@ -96,8 +95,7 @@ class _Encoding:
     flips: bool
     batch_size: int | None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
-                advance: Callable[[int], None]) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
         (rows,) = tables
         texts = self.backbone.text.encode(rows["caption"].to_pylist())
         table = pa.table({

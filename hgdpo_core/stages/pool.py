@@ -4,7 +4,7 @@ An evaluation's images are a pool too: of another model, with fewer images per p
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import prompt_id
-from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker, shards_like
+from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, shards_like
 from hgdpo_core.stages.probes import probe_generation
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest, read_table, write_table
@@ -52,6 +52,7 @@ class PoolPlan(Stage):
     doing: ClassVar[str] = "generating images"
     images_per_run: ClassVar[str] = "draw_images_per_run"
     least_runs: ClassVar[str | None] = "least_draw_runs"
+    is_costly: ClassVar[bool] = True
 
     pool_id: str
     folder: ShardFolder
@@ -84,12 +85,9 @@ class PoolPlan(Stage):
         return {shard.index: shard for shard in self.shards}
 
     def _is_made(self, index: int, manifest: ShardManifest, sources: Sequence[Mapping[int, ShardManifest]]) -> bool:
-        return _holds(manifest, self._by_index[index])
+        return self.is_requested(index, manifest)
 
-    def was_made_meanwhile(self, index: int) -> bool:
-        return _holds(self.folder.find(index), self._by_index[index])
-
-    def is_requested(self, index: int, manifest: ShardManifest) -> bool:
+    def is_requested(self, index: int, manifest: ShardManifest | None) -> bool:
         return _holds(manifest, self._by_index[index])
 
     def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]] = ()) -> dict[int, int]:
@@ -147,8 +145,7 @@ class _Generating:
     def batch_size(self, size: int | None) -> None:
         self.generator.pool = self.generator.pool.model_copy(update={"batch_size": size})
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
-                advance: Callable[[int], None]) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
         shard, rows = self.shards[index], []
         for row in self.generator.generate(shard.prompts, worker.should_stop):
             rows.append(row)
@@ -162,8 +159,7 @@ def pool_settings(model: Model, sampler: SamplerConfig, pool: PoolConfig) -> dic
             "sampler": sampler.identity(), **pool.identity()}
 
 
-def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConfig,
-              prompts: Sequence[str]) -> PoolPlan:
+def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConfig, prompts: Sequence[str]) -> PoolPlan:
     """Assign every prompt to a shard, keeping earlier assignments: a list that grows finds its finished prompts.
 
     ConfigError for latent normalisation with a model without a LoRA.

@@ -14,7 +14,7 @@ from hgdpo_core.models.places import Place, refuse_other_model
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts.syntax import strip_syntax
 from hgdpo_core.scorers import Scorer, find_scorer, load_judge
-from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker, is_made_from, shards_like
+from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, is_made_from, shards_like
 from hgdpo_core.stages.pool import PoolPlan, image_size
 from hgdpo_core.stages.probes import probe_scoring
 from hgdpo_core.storage import Store
@@ -50,8 +50,7 @@ def missing_scores(pool: ShardFolder, scores: ShardFolder, indices: Sequence[int
     """
     sources = [(pool, pool.manifests(indices) if pool_manifests is None else pool_manifests)]
     manifests = scores.manifests(indices) if score_manifests is None else score_manifests
-    return [index for index in indices
-            if index not in manifests or not is_made_from(manifests[index], index, sources)]
+    return [index for index in indices if index not in manifests or not is_made_from(manifests[index], index, sources)]
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,7 @@ class Measuring:
     measure: Callable[[list[Image.Image], list[str]], list[Any]]
     batch_size: int | None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
-                advance: Callable[[int], None]) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
         (images,), values = tables, []
         prompts = images["prompt"].to_pylist()
         for batch in worker.decode(images["image"], self.batch_size, self.stage.doing):

@@ -3,7 +3,7 @@
 The first columns are Pick-a-Pic v2's, as the public Diffusion-DPO trainers read them; jpg_0 is the winner.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -18,7 +18,7 @@ from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import PromptList, load_prompts, prompt_id
 from hgdpo_core.selection import select_pair
-from hgdpo_core.stages.base import Computer, ShardRows, Stage, Worker, shards_like
+from hgdpo_core.stages.base import Advance, Computer, ShardRows, Stage, Worker, shards_like
 from hgdpo_core.stages.dataset_card import render_card
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.stages.scores import read_scores
@@ -128,8 +128,7 @@ class _Ranking:
     stage: TripletStage
     batch_size: int | None = None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
-                advance: Callable[[int], None]) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
         worker.check_stop(TripletStage.doing)
         images, scores = tables
         stage, rows, rejected = self.stage, [], []

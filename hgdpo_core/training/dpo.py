@@ -21,23 +21,11 @@ from hgdpo_core.stages.triplets import model_fingerprint
 from hgdpo_core.statistics.checks import PREFERENCE_CHECKS, CollapseWatch
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
+from hgdpo_core.training.base import OPTIMIZER_CHARTS, Hooks, Objective, OnLog, TrainingObjective, TrainingResult
 from hgdpo_core.training.checkpoints import Checkpoints
 from hgdpo_core.training.data import LatentPairs, PairBatch, SampleSource
 from hgdpo_core.training.loop import run_training
-from hgdpo_core.training.parts import (
-    OPTIMIZER_CHARTS,
-    Generators,
-    Hooks,
-    Objective,
-    OnLog,
-    TrainingObjective,
-    TrainingResult,
-    apply_flips,
-    cast_frozen,
-    draw_flips,
-    draw_noise,
-    resolve_precision,
-)
+from hgdpo_core.training.parts import Generators, apply_flips, cast_frozen, draw_flips, draw_noise, resolve_precision
 
 CHARTS = (
     ChartSpec("Loss", ("loss",), "all terms together, weighted"),

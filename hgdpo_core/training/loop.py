@@ -18,19 +18,12 @@ from accelerate.state import AcceleratorState
 from hgdpo_core.config import TrainingConfig, content_hash
 from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageError
 from hgdpo_core.memory import is_out_of_memory
+from hgdpo_core.training.base import Hooks, Objective, TrainedDenoiser, TrainingResult
 from hgdpo_core.training.checkpoints import Checkpoint, Checkpoints, load_latest, save_checkpoint
 from hgdpo_core.training.data import DataOrder, SampleSource
 from hgdpo_core.training.micro_batches import GradientMaker, Means, memory_advice
 from hgdpo_core.training.optimization import make_optimizer, warm_up_schedule
-from hgdpo_core.training.parts import (
-    Hooks,
-    LogRow,
-    Objective,
-    TrainedDenoiser,
-    TrainingResult,
-    resolve_precision,
-    use_cpu,
-)
+from hgdpo_core.training.parts import LogRow, resolve_precision, use_cpu
 from hgdpo_core.training.processes import agree, forget_launchers, from_first
 
 logger = logging.getLogger(__name__)

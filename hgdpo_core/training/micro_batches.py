@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from hgdpo_core.config import TrainingConfig
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.memory import is_out_of_memory
+from hgdpo_core.memory import free_memory, is_out_of_memory
+from hgdpo_core.training.base import Objective
 from hgdpo_core.training.data import DataOrder, SampleSource, sample_generator
-from hgdpo_core.training.parts import Objective
 from hgdpo_core.training.processes import agree, part_of, sum_gradients
 
 logger = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ class GradientMaker:
         """Halve the micro-batch, back where the step began."""
         for parameter in self.trained:
             parameter.grad = None
-        clear_device_cache(garbage_collection=True)
+        free_memory()
         if self.micro_batch == 1:
             raise ConfigError(f"training ran out of memory at step {step + 1} with one sample at a time: "
                               f"{memory_advice(self.objective, self.config)}")

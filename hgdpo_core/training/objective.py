@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hgdpo_core.errors import ConfigError
+from hgdpo_core.training.base import TrainingObjective
 from hgdpo_core.training.data import epoch_order
 from hgdpo_core.training.dpo import Dpo
-from hgdpo_core.training.parts import TrainingObjective
 from hgdpo_core.training.sft import Sft
 
 OBJECTIVES: dict[str, TrainingObjective] = {"sft": Sft(), "dpo": Dpo()}

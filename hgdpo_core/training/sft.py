@@ -14,16 +14,9 @@ from hgdpo_core.models.averaging import WeightAverage
 from hgdpo_core.models.backbone import Denoiser, NoiseSchedule
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.rendering.charts import ChartSpec
+from hgdpo_core.training.base import OPTIMIZER_CHARTS, Objective, TrainingObjective
 from hgdpo_core.training.data import ImageBatch, LatentImages
-from hgdpo_core.training.parts import (
-    OPTIMIZER_CHARTS,
-    Generators,
-    Objective,
-    TrainingObjective,
-    apply_flips,
-    draw_flips,
-    draw_noise,
-)
+from hgdpo_core.training.parts import Generators, apply_flips, draw_flips, draw_noise
 from hgdpo_core.training.processes import is_first_process
 
 

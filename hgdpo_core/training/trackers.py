@@ -12,7 +12,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from hgdpo_core.config import TrackerName
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.storage import Store, scratch_folder
-from hgdpo_core.training.parts import LogRow, OnLog
+from hgdpo_core.training.base import OnLog
+from hgdpo_core.training.parts import LogRow
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,11 @@ from hgdpo_core.models.published import fetch_model, publish_model
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.storage import Store, scratch_folder
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
+from hgdpo_core.training.base import Hooks, TrainingResult
 from hgdpo_core.training.checkpoints import Checkpoints
 from hgdpo_core.training.loop import run_training
 from hgdpo_core.training.objective import find_objective
-from hgdpo_core.training.parts import Hooks, LogRow, TrainingResult
+from hgdpo_core.training.parts import LogRow
 from hgdpo_core.training.processes import count_processes, is_first_process
 from hgdpo_core.training.trackers import check_tracker, tracked
 from hgdpo_core.training.validation import Validation, ValidationGenerator

@@ -10,18 +10,17 @@ from typing import Self
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
 from hgdpo_core.config import PromptSyntax, RunConfig, SamplerConfig, StageConfig, TrainingConfig
 from hgdpo_core.images import decode_image, encode_image
+from hgdpo_core.memory import free_memory, is_out_of_memory
 from hgdpo_core.models import Backbone
 from hgdpo_core.models.lora import worn_at
 from hgdpo_core.models.sampling import initial_noise, sample_latents
 from hgdpo_core.prompts import image_seed
 from hgdpo_core.rendering.grids import row_grid
 from hgdpo_core.storage import Store
-from hgdpo_core.training.micro_batches import is_out_of_memory
 from hgdpo_core.training.parts import resolve_precision
 
 logger = logging.getLogger(__name__)
@@ -56,8 +55,7 @@ class ValidationGenerator:
     Steps whose images exist are skipped. Too little memory for an image beside the training is a warning.
     """
 
-    def __init__(self, store: Store, model_id: str, backbone: Backbone, validation: Validation,
-                 config: TrainingConfig):
+    def __init__(self, store: Store, model_id: str, backbone: Backbone, validation: Validation, config: TrainingConfig):
         self._store, self._key = store, f"models/{model_id}/validation"
         self._backbone, self._validation = backbone, validation
         self._precision = resolve_precision(config.mixed_precision)
@@ -78,7 +76,7 @@ class ValidationGenerator:
                 raise
             images = None
         if images is None:  # not in the handler: the error holds on to the tensors it met
-            clear_device_cache(garbage_collection=True)
+            free_memory()
             logger.warning("no validation images of step %d: memory ran out. Training goes on", step)
             return
         for number, pixels in enumerate(images):

@@ -22,9 +22,10 @@ from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folde
 from hgdpo_core.statistics.checks import Alarm, check_run
 from hgdpo_core.statistics.intervals import Estimate
 from hgdpo_core.storage import Store
+from hgdpo_core.training.base import Objective, TrainingObjective
 from hgdpo_core.training.data import ImageBatch, LatentImages
 from hgdpo_core.training.objective import OBJECTIVES, find_objective
-from hgdpo_core.training.parts import Objective, TrainingObjective, draw_noise
+from hgdpo_core.training.parts import draw_noise
 from hgdpo_core.training.request import TrainRequest, find_result, run_train
 
 SIZE = (32, 32)
