@@ -1,6 +1,6 @@
-"""Two models held against each other, opened: `hgdpo evaluate` without the rest of the pipeline.
+"""A comparison of two models, opened: `hgdpo evaluate` without the rest of the pipeline.
 
-Each side is a whole model (diffusers folder, .safetensors file, hub id, built in) or a LoRA worn by a base model.
+Each side is a whole model (diffusers folder, .safetensors file, hub id, built in) or a LoRA applied to a base model.
 Everything a user can get wrong is checked here, before any model loads.
 """
 
@@ -49,7 +49,7 @@ class ComparisonRun:
 
     @property
     def models(self) -> dict[str, Model]:
-        """All that draw: "target", "tuned", and the other weights of the sweep by their name."""
+        """All that generate images: "target", "tuned", and the other weights of the sweep by their name."""
         others = {weight_name(model): model for model in self.sweep if model != self.tuned}
         return {"target": self.target, "tuned": self.tuned, **others}
 
@@ -66,14 +66,14 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
                     overrides: Mapping[str, Any] | None = None) -> ComparisonRun:
     """Build the config, check root, prompts, models and scorers, and write `runs/<run_id>/config.json`.
 
-    `scorers` are names, or `name=source`; a name alone means the preset's scorer of that name, else the public one.
+    `scorers` are names, or `name=source`; a name alone is the preset's scorer of that name, else the public one.
     What is None is the preset's. ConfigError, InputError, ModelError or StorageError say in one line what is wrong.
     """
     if tuned is None:
         raise InputError("there is nothing to compare the target with: give tuned, a model or a LoRA")
     changes = {"images_per_prompt": images_per_prompt, "lora_weight": lora_weight,
                "prompts": None if prompts is None else PromptSource(source=prompts).model_dump()}
-    # a preset wants training prompts too; nothing here reads them
+    # a preset requires training prompts too; nothing here reads them
     config = _build(build_config(preset, target=target, prompts=prompts or PARTI_PROMPTS), scorers, changes,
                     {"tuned": tuned, "base": base, "target_lora_weight": target_lora_weight,
                      "lora_weights": tuple(lora_weights or ())})
@@ -97,8 +97,7 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
                "target-lora-weight": target_lora_weight,
                "lora-weights": ",".join(map(str, lora_weights)) if lora_weights else None,
                "scorers": ",".join(scorers) if scorers else None}
-    given = {name: str(value) for name, value in options.items() if value is not None}
-    command = shell_command("evaluate", given, overrides or {})
+    command = shell_command("evaluate", options, overrides or {})
     run = ComparisonRun(config, store, f"evaluate-{content_hash(config.identity('run'))}", *models,
                         _sweep(models[1], config.lora_weights), evaluation_prompts, command)
     save_prompts(store, evaluation_prompts)
@@ -107,15 +106,12 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
 
 
 def plan_comparison(run: ComparisonRun) -> list[dict[str, Any]]:
-    """What a comparison would draw and what it would find, a row a model, without drawing it."""
-    rows = []
-    for who, model in run.models.items():
-        plan = plan_evaluation(run.store, model, run.config.sampler, run.config.pool, run.config.evaluation,
-                               run.evaluation_prompts.prompts)
-        rows.append({"stage": who, "pool_id": plan.pool_id, "shards": len(plan.shards),
-                     "missing_shards": len(plan.missing), "images": plan.images,
-                     "missing_images": plan.missing_images})
-    return rows
+    """What a comparison would generate and what exists, a row per model, without generating it."""
+    config, prompts = run.config, run.evaluation_prompts.prompts
+    plans = {name: plan_evaluation(run.store, model, config.sampler, config.pool, config.evaluation, prompts)
+             for name, model in run.models.items()}
+    return [{"stage": name, "pool_id": plan.pool_id, "shards": len(plan.shards), "missing_shards": len(plan.missing),
+             "images": plan.images, "missing_images": plan.missing_images} for name, plan in plans.items()]
 
 
 def _build(preset: RunConfig, scorers: Sequence[str] | None, evaluation: Mapping[str, Any],
@@ -139,29 +135,27 @@ def _scorer(text: str, known: Mapping[str, ScorerConfig]) -> dict[str, Any]:
 
 
 def _find_models(config: ComparisonConfig, lora_weight: float | None) -> tuple[Model, Model]:
-    """Target and tuned model, each wearing its LoRA if it is one."""
+    """Target and tuned model, with its LoRA applied where one is given."""
     target_lora, tuned_lora = (_local_lora(source) for source in (config.target.source, config.tuned))
     if config.target_lora_weight is not None and target_lora is None:
         raise ConfigError(f"target_lora_weight is {config.target_lora_weight}, but the target {config.target.source} "
                           "is no LoRA: leave it out")
-    if lora_weight is not None and target_lora is None and tuned_lora is None:
-        raise ConfigError(f"lora_weight is {lora_weight}, but neither {config.target.source} nor {config.tuned} is a "
-                          "LoRA: leave it out")
-    if config.base is not None and target_lora is None and tuned_lora is None:
-        raise ConfigError(f"base is {config.base}, but neither {config.target.source} nor {config.tuned} is a LoRA "
-                          "that it could wear: leave it out")
+    for name, value in {"lora_weight": lora_weight, "base": config.base}.items():
+        if value is not None and target_lora is None and tuned_lora is None:
+            raise ConfigError(f"{name} is {value}, but neither {config.target.source} nor {config.tuned} is a LoRA: "
+                              "leave it out")
     if config.base is None and target_lora is not None:
-        raise InputError(f"the target {config.target.source} is a LoRA: give base, the model that wears it")
+        raise InputError(f"the target {config.target.source} is a LoRA: give base, the model that it was trained for")
     weight = config.evaluation.lora_weight
 
-    def find(source: str, lora: Path | None, worn_at: float) -> Model:
-        wearer = source if lora is None else config.base or config.target.source
-        revision = config.target.revision if wearer == config.target.source else None
-        model = find_model(config.target.model_copy(update={"source": wearer, "revision": revision}))
+    def find(source: str, lora: Path | None, lora_weight: float) -> Model:
+        base = source if lora is None else config.base or config.target.source
+        revision = config.target.revision if base == config.target.source else None
+        model = find_model(config.target.model_copy(update={"source": base, "revision": revision}))
         if lora is None:
             return model
         check_lora(model, lora)
-        return model.with_lora(lora, worn_at)
+        return model.with_lora(lora, lora_weight)
 
     target = find(config.target.source, target_lora, config.target_lora_weight or weight)
     tuned = find(config.tuned, tuned_lora, weight)
@@ -178,7 +172,7 @@ def _sweep(tuned: Model, weights: Sequence[float]) -> tuple[Model, ...]:
 
 
 def weight_name(model: Model) -> str:
-    """What a model of the sweep is called where people read it."""
+    """The name of a model of the sweep for people."""
     assert model.lora is not None
     return f"LoRA weight {model.lora.weight:g}"
 

@@ -1,4 +1,4 @@
-"""Target against tuned model: same prompts, same seeds; win rates, score changes, defects, colours, with intervals."""
+"""Target and tuned model compared: same prompts, same seeds; win rates, score changes, defects, colours, intervals."""
 
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -16,24 +16,16 @@ from hgdpo_core.prompts import prompt_id
 from hgdpo_core.scorers import defect_limit
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
 from hgdpo_core.stages.scores import read_scores
+from hgdpo_core.statistics import intervals
 from hgdpo_core.statistics.colours import ColourChange, ColourHistograms, PromptColours, colour_change
 from hgdpo_core.statistics.diversity import DIMENSIONS, thumbnail, variety_change
-from hgdpo_core.statistics.intervals import (
-    DefectChange,
-    Estimate,
-    Interval,
-    ScoreChange,
-    defect_change,
-    score_change,
-    win_rate_interval,
-)
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What an evaluation found. Scores are means over a prompt's images, in the order of `prompts`."""
+    """The numbers of an evaluation. Scores are averages over a prompt's images, in the order of `prompts`."""
 
     evaluation_id: str
     prompts: list[str]
@@ -42,17 +34,17 @@ class Comparison:
     tuned_scores: dict[str, list[float]]
     colour_shift: ColourShift
     lora_weight: float | None
-    """None where the tuned model wears no LoRA."""
+    """None where the tuned model has no LoRA."""
     images_per_prompt: int
-    score_changes: dict[str, ScoreChange]
-    win_rate_intervals: dict[str, Interval | None]
-    """Bootstrap over prompts; only with several images a prompt, beside the exact interval."""
-    defects: dict[str, DefectChange]
-    """By scorers that can tell a defective image (their module declares DEFECT_BELOW)."""
+    score_changes: dict[str, intervals.ScoreChange]
+    win_rate_intervals: dict[str, intervals.Interval | None]
+    """Bootstrap over prompts; only with several images per prompt, beside the exact interval."""
+    defects: dict[str, intervals.DefectChange]
+    """By scorers that detect defective images (their module declares DEFECT_BELOW)."""
     colour_change: ColourChange
     target_histograms: ColourHistograms
     tuned_histograms: ColourHistograms
-    variety_change: Estimate
+    variety_change: intervals.Estimate
     """Percent by which the tuned model's images differ more from each other than the target's."""
 
     def findings(self) -> dict[str, Any]:
@@ -72,13 +64,13 @@ def plan_evaluation(store: Store, model: Model, sampler: SamplerConfig, pool: Dr
                     prompts: Sequence[str]) -> PoolPlan:
     """The pool of one model's images for an evaluation: `images_per_prompt` each, seeds from evaluation.seed.
 
-    Latent normalisation, where the sampler has it on, is for models that wear a LoRA; others are sampled plainly.
+    Latent normalisation, where the sampler has it on, is for models with a LoRA; others are sampled without it.
     Prompts are read in `evaluation.prompt_syntax`, whatever the syntax of the training prompts.
     """
     settings = PoolConfig.model_validate({**pool.model_dump(), "images_per_prompt": config.images_per_prompt,
                                           "seed": config.seed})
-    reader = model.reading(config.prompt_syntax)
-    return plan_pool(store, reader, sampler if model.lora else sampler.plain, settings, prompts)
+    return plan_pool(store, model.reading(config.prompt_syntax), sampler if model.lora else sampler.plain, settings,
+                     prompts)
 
 
 def refuse_seen_prompts(evaluation: Sequence[str], training: Sequence[str]) -> None:
@@ -105,8 +97,6 @@ def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapp
     evaluation_id = f"{len(prompts)}-{content_hash(identity)}"
     before = {name: image_scores(folder, target, prompts) for name, folder in target_scores.items()}
     after = {name: image_scores(folder, tuned, prompts) for name, folder in tuned_scores.items()}
-    several = config.images_per_prompt > 1
-    limits = {name: below for name in before if (below := defect_limit(name)) is not None}
     (target_colours, target_thumbnails), (tuned_colours, tuned_thumbnails) = (
         look_at_images(plan, prompts) for plan in (target, tuned))
     result = Comparison(
@@ -116,9 +106,11 @@ def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapp
         {name: scores.mean(axis=1).tolist() for name, scores in after.items()},
         tuned_colours.total().shift_from(target_colours.total()), tuned.model.lora and tuned.model.lora.weight,
         images_per_prompt=config.images_per_prompt,
-        score_changes={name: score_change(after[name], before[name]) for name in before},
-        win_rate_intervals={name: win_rate_interval(after[name], before[name]) for name in before if several},
-        defects={name: defect_change(after[name], before[name], below) for name, below in limits.items()},
+        score_changes={name: intervals.score_change(after[name], before[name]) for name in before},
+        win_rate_intervals={name: intervals.win_rate_interval(after[name], before[name]) for name in before
+                            if config.images_per_prompt > 1},
+        defects={name: intervals.defect_change(after[name], before[name], below) for name in before
+                 if (below := defect_limit(name)) is not None},
         colour_change=colour_change(tuned_colours.statistics, target_colours.statistics),
         target_histograms=target_colours.histograms, tuned_histograms=tuned_colours.histograms,
         variety_change=variety_change(tuned_thumbnails, target_thumbnails))
@@ -157,12 +149,7 @@ def look_at_images(plan: PoolPlan, prompts: Sequence[str]) -> tuple[PromptColour
 
 def read_images(plan: PoolPlan, prompts: Sequence[str]) -> dict[str, bytes]:
     """First image (index 0) of each of a few prompts, as encoded bytes."""
-    wanted = {prompt_id(prompt): prompt for prompt in prompts}
-    found: dict[str, bytes] = {}
-    for shard in plan.shards:
-        if not wanted.keys() & set(shard.prompt_ids):
-            continue
-        for row in plan.folder.read(shard.index).select(["prompt_id", "index", "image"]).to_pylist():
-            if row["index"] == 0 and row["prompt_id"] in wanted:
-                found[wanted[row["prompt_id"]]] = row["image"]
-    return found
+    texts = {prompt_id(prompt): prompt for prompt in prompts}
+    rows = (row for shard in plan.shards if texts.keys() & set(shard.prompt_ids)
+            for row in plan.folder.read(shard.index).select(["prompt_id", "index", "image"]).to_pylist())
+    return {texts[row["prompt_id"]]: row["image"] for row in rows if row["index"] == 0 and row["prompt_id"] in texts}

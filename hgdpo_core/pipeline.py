@@ -7,6 +7,7 @@ From a notebook, without Prefect: docs/NOTEBOOK.md.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.config import ScorerConfig, TrainingConfig
@@ -16,9 +17,10 @@ from hgdpo_core.models import Model
 from hgdpo_core.progress import Progress, StageProgress, StageTimes, silent_stages
 from hgdpo_core.report.summary import Published, write_run_report
 from hgdpo_core.run import Run
+from hgdpo_core.stages import Stage
 from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
-from hgdpo_core.stages.latents import LatentStage, latent_folder
+from hgdpo_core.stages.latents import LatentStage
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
 from hgdpo_core.stages.scores import ScoreStage
 from hgdpo_core.stages.triplets import TripletStage, write_dataset_card
@@ -30,6 +32,7 @@ from hgdpo_core.training.request import TrainRequest
 from hgdpo_core.training.tune import Tuned
 from hgdpo_core.training.validation import Validation
 
+StageT = TypeVar("StageT", bound=Stage)
 OnTraining = Callable[[TrainRequest], AbstractContextManager[Progress]]
 """Opens the progress of a training."""
 Scores = Mapping[str, Mapping[str, ShardFolder]]
@@ -38,7 +41,7 @@ Scores = Mapping[str, Mapping[str, ShardFolder]]
 
 @dataclass(frozen=True)
 class Made:
-    """All that a run makes before its numbers are read: models, and folders of shards."""
+    """All that a run makes before its numbers are computed: models, and folders of shards."""
 
     target: Model
     """The target of all later steps: fine-tuned where there are images."""
@@ -55,7 +58,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: what it made, the comparison of both models, and what looks wrong in it."""
+    """A finished run: what it made, the comparison of both models, and warnings."""
 
     made: Made
     comparison: Comparison
@@ -64,7 +67,7 @@ class Result:
 
 def run_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages,
             times: StageTimes | None = None, objective: str = "dpo") -> Result:
-    """The whole method; what exists is not made again. `times` keeps what each step took, for `write_report`.
+    """The whole method; what exists is not made again. `times` keeps how long each step took, for `write_report`.
 
     `objective`: see `train_lora`.
     """
@@ -111,19 +114,14 @@ def tune_target(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silen
     """
     if run.images is None:
         return run.target, []
-    stage = image_latent_stage(run)
-    runner.make([stage], on)
+    stage = _made(image_latent_stage(run), runner, on)
     stage.refuse_if_empty()
-    config = run.config.sft
-    request = TrainRequest.of("sft", run.store, run.target, stage.folder, stage.indices, config,
-                              copy_to_store=runner.copy_to_store,
-                              validation=_validation(run, config) if validate else None)
-    tuned = _train(request, runner, on, on_training)
+    tuned = _train("sft", run, run.config.sft, run.target, stage, runner, on, on_training, validate)
     return tuned.as_target(run.target), tuned.log
 
 
 def image_latent_stage(run: Run) -> ImageLatentStage:
-    """The latents of the run's images, which must be there."""
+    """The latents of the images of a run that has some."""
     assert run.images is not None
     size = (run.config.sampler.width, run.config.sampler.height)
     folder = image_latent_folder(run.store, run.images, run.target, size, flips=run.config.sft.flip)
@@ -132,24 +130,19 @@ def image_latent_stage(run: Run) -> ImageLatentStage:
 
 def make_pool(run: Run, model: Model, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages) -> PoolPlan:
     """N candidates for every training prompt (arXiv:2405.20216v1, Eq. 4)."""
-    pool = plan_pool(run.store, model, run.config.sampler.plain, run.config.pool, run.prompts.prompts)
-    runner.make([pool], on)
-    return pool
+    config = run.config
+    return _made(plan_pool(run.store, model, config.sampler.plain, config.pool, run.prompts.prompts), runner, on)
 
 
-def score_pool(run: Run, pool: PoolPlan, runner: Runner = IN_PROCESS,
-               on: StageProgress = silent_stages) -> ShardFolder:
+def score_pool(run: Run, pool: PoolPlan, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages) -> ShardFolder:
     """The ranking scorer's scores of all candidates (Eq. 5)."""
-    stage = ScoreStage.of(pool, run.config.scorer, title="score")
-    runner.make([stage], on)
-    return stage.folder
+    return _made(ScoreStage.of(pool, run.config.scorer, title="score"), runner, on).folder
 
 
 def make_triplets(run: Run, pool: PoolPlan, scores: ShardFolder, runner: Runner = IN_PROCESS,
                   on: StageProgress = silent_stages) -> TripletStage:
     """Best and worst of every pool (Eq. 6) as Parquet, with the card of the data set."""
-    stage = TripletStage.of(pool, scores, run.prompts, run.config.triplets)
-    runner.make([stage], on)
+    stage = _made(TripletStage.of(pool, scores, run.prompts, run.config.triplets), runner, on)
     write_dataset_card(stage, run.config.licence)
     return stage
 
@@ -157,11 +150,7 @@ def make_triplets(run: Run, pool: PoolPlan, scores: ShardFolder, runner: Runner 
 def encode_triplets(run: Run, triplets: TripletStage, model: Model, runner: Runner = IN_PROCESS,
                     on: StageProgress = silent_stages) -> LatentStage:
     """Latents of the triplets' images and the prompts' text embeddings, for training."""
-    size = (run.config.sampler.width, run.config.sampler.height)
-    folder = latent_folder(run.store, triplets.folder, model, size, flips=run.config.dpo.flip)
-    stage = LatentStage(triplets.folder, folder, model, triplets.requested, pairs=triplets.prompts_in_shard)
-    runner.make([stage], on)
-    return stage
+    return _made(LatentStage.of(triplets, model, flips=run.config.dpo.flip), runner, on)
 
 
 def train_lora(run: Run, model: Model, triplets: TripletStage, latents: LatentStage, runner: Runner = IN_PROCESS,
@@ -171,19 +160,13 @@ def train_lora(run: Run, model: Model, triplets: TripletStage, latents: LatentSt
 
     `objective`: name in `OBJECTIVES` of another one that trains a LoRA on triplets, under the settings `dpo`.
     """
-    config = run.config.dpo
-    request = TrainRequest.of(objective, run.store, model, latents.folder, triplets.indices, config,
-                              triplets=triplets.folder.key, copy_to_store=runner.copy_to_store,
-                              validation=_validation(run, config) if validate else None)
-    return _train(request, runner, on, on_training)
+    return _train(objective, run, run.config.dpo, model, latents, runner, on, on_training, validate, triplets.folder)
 
 
 def measure_distances(run: Run, pool: PoolPlan, scores: ShardFolder, model: Model, runner: Runner = IN_PROCESS,
                       on: StageProgress = silent_stages) -> DistanceStage:
     """How far the channel statistics of worse images are from the best one's, in some pools (Figure 5b)."""
-    stage = DistanceStage.of(pool, scores, model)
-    runner.make([stage], on)
-    return stage
+    return _made(DistanceStage.of(pool, scores, model), runner, on)
 
 
 def generate_evaluation(run: Run | ComparisonRun, models: Mapping[str, Model], runner: Runner = IN_PROCESS,
@@ -232,10 +215,16 @@ def write_report(run: Run, result: Result, times: StageTimes | None = None) -> P
         made.sft_log, made.images, result.comparison, result.warnings, seconds=times.seconds, cached=times.cached)
 
 
-def _train(request: TrainRequest, runner: Runner, on: StageProgress, on_training: OnTraining | None) -> Tuned:
-    with (on_training(request) if on_training else on(request.kind)) as progress:
+def _made(stage: StageT, runner: Runner, on: StageProgress) -> StageT:
+    runner.make([stage], on)
+    return stage
+
+
+def _train(kind: str, run: Run, config: TrainingConfig, model: Model, latents: Stage, runner: Runner,
+           on: StageProgress, on_training: OnTraining | None, validate: bool,
+           triplets: ShardFolder | None = None) -> Tuned:
+    validation = Validation.of_run(run.config, config, run.evaluation_prompts.prompts) if validate else None
+    request = TrainRequest.of(kind, model, latents.folder, latents.indices, config, triplets=triplets,
+                              copy_to_store=runner.copy_to_store, validation=validation)
+    with (on_training(request) if on_training else on(kind)) as progress:
         return runner.train(request, progress)
-
-
-def _validation(run: Run, config: TrainingConfig) -> Validation | None:
-    return Validation.of_run(run.config, config, run.evaluation_prompts.prompts)

@@ -1,4 +1,4 @@
-"""How programs tell their caller where they are, and ask whether to go on. No program prints by itself."""
+"""How programs report progress to their caller, and ask whether to stop. No program prints by itself."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -23,17 +23,17 @@ StageProgress = Callable[[str], AbstractContextManager[Progress]]
 
 
 def silent(done: int, total: int, unit: str) -> None:
-    """The default progress: nobody is listening."""
+    """The default progress: reports nothing."""
 
 
 @contextmanager
 def silent_stages(stage: str) -> Iterator[Progress]:
-    """The default of several stages: nobody is listening to any."""
+    """The default for several stages: reports nothing."""
     yield silent
 
 
 def never_stop() -> bool:
-    """The default answer: go on."""
+    """The default: never stop."""
     return False
 
 

@@ -65,14 +65,14 @@ def resolve_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompt
               overrides: Mapping[str, Any] | None = None, dry: bool = False) -> Run:
     """Build the config, check root, prompts, images, target and scorers; leaves no trace of a run in the root.
 
-    `dry`: write nothing to the root, for a plan.
-    ConfigError, InputError, ModelError or StorageError say in one line what is wrong; nothing is lost or half made.
+    `dry`: write nothing to the root, for a plan. ConfigError, InputError, ModelError or StorageError name in one line
+    what is wrong; nothing is lost or half made.
     """
     config = build_config(preset, target=target, prompts=prompts, images=images)
     if overrides:
         config = apply_overrides(config, overrides)
     store = (DryStore if dry else Store)(default_root() if root is None else root)
-    default_device()  # a GPU asked for that is not there
+    default_device()  # refuses a requested GPU that is not available
     training, evaluation = read_prompts(config.prompts, store), read_prompts(config.evaluation.prompts, store)
     check_syntax([config.target.negative_prompt, *training.prompts], config.target.prompt_syntax)
     check_syntax(evaluation.prompts, config.evaluation.prompt_syntax)
@@ -91,10 +91,10 @@ def resolve_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompt
     return Run(config, store, run_id, model, training, evaluation, image_set, command)
 
 
-def shell_command(verb: str, options: Mapping[str, str | None], overrides: Mapping[str, Any]) -> str:
+def shell_command(verb: str, options: Mapping[str, object], overrides: Mapping[str, Any]) -> str:
     """The line that starts a command again: `hgdpo <verb> --option value --set name=value`."""
     words = [f"hgdpo {verb}"]
-    words += [f"--{name} {shlex.quote(value)}" for name, value in options.items() if value is not None]
+    words += [f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     words += [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in overrides.items()]
     return " ".join(words)
 

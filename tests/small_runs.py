@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from training_cases import train_dpo
 
 from hgdpo_core.config import DpoConfig, TargetConfig
 from hgdpo_core.figures import caption, prompts, render
 from hgdpo_core.figures.dataset import sample_figures, to_model_range
 from hgdpo_core.models import Backbone, Conditioning, find_model, load_backbone
 from hgdpo_core.models.sampling import initial_noise, sample_latents
-from hgdpo_core.training import OnLog, TrainingResult, epoch_order
-from hgdpo_core.training.data import PairBatch
-from hgdpo_core.training.dpo import train_dpo
+from hgdpo_core.training.base import OnLog, TrainingResult
+from hgdpo_core.training.data import PairBatch, epoch_order
 
 
 class SmallWorld:
@@ -41,8 +41,7 @@ class SmallWorld:
         tuned = load_backbone(self.model)
         config = DpoConfig(**{"batch_size": 4, "learning_rate": 3e-4, "lambda_stat": 0.0, "mixed_precision": "no",
                               "lora_rank": 8, **settings})
-        result = train_dpo(tuned.denoiser, tuned.schedule, pairs, config, checkpoints=None,
-                           on_log=on_log)
+        result = train_dpo(tuned.denoiser, tuned.schedule, pairs, config, on_log=on_log)
         return result, self.draw(tuned)
 
     @torch.no_grad()
@@ -56,7 +55,7 @@ class SmallWorld:
 
 
 class _Pairs:
-    """A PairSource in memory."""
+    """Pairs in memory."""
 
     def __init__(self, winners: torch.Tensor, losers: torch.Tensor, embeds: torch.Tensor):
         self.winners, self.losers, self.embeds = winners, losers, embeds

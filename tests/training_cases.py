@@ -1,4 +1,4 @@
-"""Small trainings on random latents in memory, and the plain implementation they are held against."""
+"""Small trainings on random latents in memory, and the plain implementation they are compared with."""
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -6,11 +6,22 @@ from tiny import SD15, tiny_unet, trainable
 
 from hgdpo_core.config import DpoConfig, SftConfig
 from hgdpo_core.models import Conditioning
+from hgdpo_core.models.ddpm import draw_timesteps
 from hgdpo_core.models.lora import add_lora, lora_state
-from hgdpo_core.training import draw_noise, draw_timesteps, epoch_order, sample_generator
-from hgdpo_core.training.data import ImageBatch, PairBatch
-from hgdpo_core.training.dpo import train_dpo
-from hgdpo_core.training.sft import train_sft
+from hgdpo_core.training.base import Hooks
+from hgdpo_core.training.data import ImageBatch, PairBatch, epoch_order, sample_generator
+from hgdpo_core.training.dpo import prepare_dpo
+from hgdpo_core.training.loop import run_training
+from hgdpo_core.training.parts import draw_noise
+from hgdpo_core.training.sft import prepare_sft
+
+
+def train_dpo(denoiser, schedule, pairs, settings: DpoConfig, *, checkpoints=None, **hooks):
+    return run_training(prepare_dpo(denoiser, schedule, settings), pairs, settings, checkpoints, Hooks(**hooks))
+
+
+def train_sft(denoiser, schedule, images, settings: SftConfig, empty: Conditioning, *, checkpoints=None, **hooks):
+    return run_training(prepare_sft(denoiser, schedule, settings, empty), images, settings, checkpoints, Hooks(**hooks))
 
 
 class Pairs:

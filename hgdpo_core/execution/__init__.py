@@ -1,1 +1,1 @@
-"""Work cut into ranges of shards (`jobs.py`), who makes it (`runner.py`), quick imports for it (`imports.py`)."""
+"""Requests for ranges of shards (`jobs.py`), runners that make them (`runner.py`), quick imports (`imports.py`)."""

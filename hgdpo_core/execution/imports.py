@@ -1,4 +1,4 @@
-"""torch, diffusers, transformers and peft, imported quickly by a process that is going to work."""
+"""Quick imports of torch, diffusers, transformers and peft, for a process that will need them."""
 
 import gc
 import importlib
@@ -8,11 +8,11 @@ import logging
 def load_libraries() -> None:
     """Import all that the stages need, first of all, and leave it out of garbage collection from then on.
 
-    It makes 600 000 objects that live as long as the process. Python's garbage collector would walk them again and
-    again while they are made, and once more at the end: 2 of 8 s and 2 s more, for every shard run. For a process of
-    its own: whatever else is alive by then is left out too.
+    It makes 600 000 objects that live as long as the process. Python's garbage collector would traverse them repeatedly
+    while they are made, and once more at the end: 2 of 8 s and 2 s more, for every shard run. For a process of its
+    own: whatever else is alive by then is left out too.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it complains of kernels that are not used
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns of kernels that are not used
     gc.disable()
     try:
         importlib.import_module("hgdpo_core.execution.jobs")  # reaches every stage, and so all of them

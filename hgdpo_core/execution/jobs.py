@@ -1,7 +1,7 @@
-"""Work cut into ranges of shards, so that any process on any machine can make one: here or on a worker, the same code.
+"""Stages cut into requests for ranges of shards, which any process on any machine can make by the same code.
 
-Before the work, a stage's recipe is written beside its folder's `config.json`: the config says what the shards hold,
-`means.json` by what means they are made (where the model lies, the batch size). A request names the folder and a range;
+Before that, a stage's recipe is written beside its folder's `config.json`: the config describes what the shards hold,
+`means.json` how they are made (the location of the model, the batch size). A request names the folder and a range;
 `run_shards` reads the rest from the store.
 """
 
@@ -58,7 +58,7 @@ class ShardRequest(BaseModel):
 
 
 def write_recipe(stage: Stage, *, copy_to_store: bool = False) -> None:
-    """Write the stage's recipe for those who make it. The newest holds: an earlier one may name a model that moved."""
+    """Write the stage's recipe for its workers. The newest holds: an earlier one may name a model that moved."""
     key, recipe = f"{stage.folder.key}/means.json", stage.recipe(copy_to_store=copy_to_store)
     store = stage.folder.store
     if not store.exists(key) or store.read_json(key) != recipe:
@@ -67,7 +67,7 @@ def write_recipe(stage: Stage, *, copy_to_store: bool = False) -> None:
 
 def cut(stage: Stage, missing: Sequence[int], images_per_run: int | None = None, *,
         least_runs: int = 1) -> list[ShardRequest]:
-    """Ranges of whole shards that have something missing, each of about so many images; without a number, one.
+    """Ranges of whole shards that have something missing, each of about `images_per_run` images; without it, one.
 
     Ranges are cut from all requested shards, so that a second attempt meets the ranges of the first. They are smaller
     where fewer than `least_runs` would come out, and larger where more than MAX_SHARD_RUNS would.
@@ -85,7 +85,7 @@ def cut(stage: Stage, missing: Sequence[int], images_per_run: int | None = None,
 
 
 def run_name(stage: Stage, request: ShardRequest) -> str:
-    """For people: the stage's title, the range, its first and its last prompt."""
+    """The name of a shard run: the stage's title, the range, its first and its last prompt."""
     known = list(chain.from_iterable(stage.first_prompts(index) for index in request.indices))
     ends = f": {_short(known[0])}" + (f" to {_short(known[-1])}" if len(known) > 1 else "") if known else ""
     return f"{stage.title} {request.shards}{ends}"
@@ -94,16 +94,16 @@ def run_name(stage: Stage, request: ShardRequest) -> str:
 def open_stage(request: ShardRequest) -> Stage:
     """The stage of a request as its folder and recipe describe it.
 
-    ConfigError for a stage that this code does not know; StorageError where the folder has no recipe; ModelError when
-    a model is not the one that the work was planned with.
+    ConfigError for an unknown stage; StorageError where the folder has no recipe; ModelError when a model is not the
+    planned one.
     """
     if request.stage not in STAGES:
         raise ConfigError(f"there is no stage {request.stage!r}: expected one of {', '.join(sorted(STAGES))}")
     folder = ShardFolder.open(Store(request.root), request.folder)
     key = f"{folder.key}/means.json"
     if not folder.store.exists(key):
-        raise StorageError(f"{folder.store.url(folder.key)} has no means.json, which says where its model lies: start "
-                           "the run that planned it again")
+        raise StorageError(f"{folder.store.url(folder.key)} has no means.json, which names the location of its "
+                           "model: start the run that planned it again")
     return STAGES[request.stage].open(folder, folder.store.read_json(key), request.indices)
 
 

@@ -19,12 +19,12 @@ class Runner(Protocol):
     def make(self, stages: Sequence[Stage], on: StageProgress = silent_stages) -> list[int]:
         """Returns when nothing of any stage is missing, how many shards of each were; each shows its own progress.
 
-        The stages do not need each other, so they may be made side by side.
+        The stages do not need each other, so they may be made in parallel.
         """
         ...
 
     def train(self, request: TrainRequest, progress: Progress) -> Tuned:
-        """Train, or return what an earlier training gave."""
+        """Train, or return the result of an earlier training."""
         ...
 
 

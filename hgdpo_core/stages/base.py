@@ -1,6 +1,6 @@
 """A stage: a folder of shards, which of them are missing, and how to make one; and the one loop that makes them.
 
-A stage knows all that its runner, its worker and the plan of a run ask: nothing outside its file names it. A new one
+A stage answers all that its runner, its worker and the plan of a run ask: nothing outside its file names it. A new one
 is a class with the properties below and an entry in `STAGES` (hgdpo_core/stages/__init__.py).
 """
 
@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import pyarrow as pa
+from PIL import Image
 
 from hgdpo_core.devices import default_device, device_name, free_memory, is_out_of_memory
 from hgdpo_core.errors import ConfigError, StoppedError, StorageError
+from hgdpo_core.images import decode_image
 from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.parallel import Writer
+from hgdpo_core.parallel import Writer, threads
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
@@ -26,12 +28,14 @@ from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 logger = logging.getLogger(__name__)
 
 OnShard = Callable[[ShardManifest], None]
+Advance = Callable[[int], None]
+"""Called after every n units of a shard."""
 SHARDS_COMPARED, FOLDERS_COMPARED = 8, 20  # looked at for what past work took
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What makes shards: a device, how it reports, and whether it should go on."""
+    """What makes shards: a device, how it reports, and whether it should stop."""
 
     device: str = field(default_factory=default_device)
     progress: Progress = silent
@@ -45,6 +49,13 @@ class Worker:
         """StoppedError when the work should end."""
         if self.should_stop():
             raise StoppedError(f"stopped while {doing}; finished shards are kept")
+
+    def decode(self, images: pa.ChunkedArray, batch_size: int | None, doing: str) -> Iterator[list[Image.Image]]:
+        """A column of encoded images, decoded in batches; `check_stop` before each."""
+        assert batch_size is not None
+        for first in range(0, len(images), batch_size):
+            self.check_stop(doing)
+            yield list(threads().map(decode_image, images.slice(first, batch_size).to_pylist()))
 
 
 @dataclass(frozen=True)
@@ -66,16 +77,10 @@ class Probe(NamedTuple):
 class Computer(Protocol):
     """A loaded network that computes shards."""
 
-    @property
-    def batch_size(self) -> int | None:
-        """Images put through the network together; None where nothing is batched. The loop halves it."""
-        ...
+    batch_size: int | None
+    """Images put through the network together; None where nothing is batched. The loop halves it."""
 
-    @batch_size.setter
-    def batch_size(self, size: int | None) -> None: ...
-
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
-                advance: Callable[[int], None]) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
         """The rows of a shard from those of the stage's sources; `advance(n)` after every n units.
 
         Asks `worker.check_stop` between batches.
@@ -97,26 +102,35 @@ class Stage(ABC):
     images_per_run: ClassVar[str] = "score_images_per_run"
     """The setting of `workers` that cuts its shard runs."""
     least_runs: ClassVar[str | None] = None
-    """The setting of `workers` that says over how many runs little work is spread."""
+    """The setting of `workers` that decides over how many runs little work is spread."""
+    is_costly: ClassVar[bool] = False
+    """Whether the loop looks again, right before each shard, for one that another worker made meanwhile."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Attributes that hold the folders of `sources`."""
+    row_bytes: ClassVar[float] = 0.0
+    """About how many bytes a unit takes in the store, where no image decides it."""
 
     folder: ShardFolder
     title: str
     """How people know it: in progress bars, run names and plans."""
+    requested: tuple[int, ...] | None
+    expected: Mapping[int, int]
+    """Rows that each shard of the first source will have, where a plan knows it."""
 
     # -- which shards
 
     @property
-    @abstractmethod
     def indices(self) -> list[int]:
         """The requested shards, ascending."""
+        return list(self.requested or ())
 
     @property
     def sources(self) -> tuple[ShardFolder, ...]:
         """The folders whose shard of the same index each shard is made from."""
-        return ()
+        return tuple(getattr(self, name) for name in self.reads)
 
     def existing(self, indices: Iterable[int] | None = None) -> dict[int, ShardManifest]:
-        """Those requested shards (or of `indices`) that are there, made from what their sources hold today."""
+        """Those requested shards (or of `indices`) that exist, made from what their sources hold today."""
         return self.look(indices)[0]
 
     def find_missing(self, indices: Iterable[int] | None = None) -> list[int]:
@@ -127,7 +141,7 @@ class Stage(ABC):
 
     def look(self, indices: Iterable[int] | None = None
              ) -> tuple[dict[int, ShardManifest], tuple[dict[int, ShardManifest], ...]]:
-        """The shards that are there, and the manifests of each source."""
+        """The shards that exist, and the manifests of each source."""
         requested = self.indices if indices is None else list(indices)
         manifests = self.folder.manifests(requested)
         sources = tuple(source.manifests(requested) for source in self.sources)
@@ -137,35 +151,32 @@ class Stage(ABC):
     def _is_made(self, index: int, manifest: ShardManifest, sources: Sequence[Mapping[int, ShardManifest]]) -> bool:
         return is_made_from(manifest, index, list(zip(self.sources, sources, strict=True)))
 
-    def was_made_meanwhile(self, index: int) -> bool:
-        """Whether another worker made the shard since the work began; asked where a shard is costly."""
-        return False
-
-    def is_requested(self, index: int, manifest: ShardManifest) -> bool:
-        """Whether a shard that was just committed, here or by another writer, is the requested one."""
+    def is_requested(self, index: int, manifest: ShardManifest | None) -> bool:
+        """Whether a committed shard, made here or by another writer, is the requested one."""
         return True
 
     # -- making them
 
     @abstractmethod
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
-        """By what means the shards are made (where the model lies, the batch size), for `open` on another machine.
+        """How the shards are made (the location of the model, the batch size), for `open` on another machine.
 
-        With `copy_to_store`, what lies outside the store is copied into it.
+        With `copy_to_store`, what is outside the store is copied into it.
         """
 
     @classmethod
     @abstractmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
-        """The stage as a worker finds it; ModelError when a model is not the planned one any more."""
+        """The stage as a worker opens it; ModelError when a model is not the planned one any more."""
 
     @abstractmethod
     def load(self, worker: Worker) -> AbstractContextManager[Computer]:
         """The network, on the worker's device."""
 
-    @abstractmethod
     def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
         """Units of each shard, by the manifests of the sources; an estimate where an earlier stage is not finished."""
+        return {index: sources[0][index].rows if index in sources[0] else self.expected.get(index, 0)
+                for index in indices}
 
     def make(self, worker: Worker, indices: Iterable[int] | None = None) -> int:
         """Make what is missing of the requested shards (or of `indices`); returns the units made."""
@@ -174,18 +185,21 @@ class Stage(ABC):
     # -- cutting and planning
 
     @property
-    @abstractmethod
     def images_per_shard(self) -> int:
-        """Images that a full shard generates or reads; the same for every attempt, so that ranges are."""
+        """Images that a full shard of a pool holds, or of a stage that reads one; the same for every attempt, so that
+        ranges are.
+        """
+        pool = (*self.sources, self.folder)[0].config
+        return pool["images_per_prompt"] * pool["prompts_per_shard"]
 
     def first_prompts(self, index: int) -> Sequence[str]:
         """Prompts of a shard, for the name of its run; none where they are not known."""
         return ()
 
     @property
-    @abstractmethod
     def work(self) -> str:
-        """The kind of work: stages of one kind take as long for an image."""
+        """The kind of work: stages of one kind take the same time for an image."""
+        return self.name
 
     @property
     def images_per_unit(self) -> int:
@@ -193,16 +207,16 @@ class Stage(ABC):
         return 1
 
     def comparable(self) -> Iterator[ShardManifest]:
-        """Shards of other folders that took the same work, as far as the store holds any."""
+        """Shards of other folders that took the same work, as far as the store has any."""
         return iter(())
 
     def probe(self) -> Probe | None:
         """What one image costs here, by a timed batch; None for work that needs no model."""
         return None
 
-    @abstractmethod
     def unit_bytes(self, size: ModelSize, image_bytes: float) -> float:
         """About how many bytes a unit takes in the store; an image takes `image_bytes`."""
+        return self.row_bytes
 
 
 def is_made_from(manifest: ShardManifest, index: int,
@@ -213,7 +227,7 @@ def is_made_from(manifest: ShardManifest, index: int,
 
 
 def shards_like(store: Store, parent: str, **same: Any) -> Iterator[ShardManifest]:
-    """A few shards of each folder in `parent` whose config holds these values; unreadable ones are left out."""
+    """A few shards of each folder in `parent` whose config has these values; unreadable ones are left out."""
     for name in store.list_folders(parent)[:FOLDERS_COMPARED]:
         folder = ShardFolder.open_if_readable(store, f"{parent}/{name}")
         if folder is not None and all(folder.config.get(key) == value for key, value in same.items()):
@@ -223,7 +237,7 @@ def shards_like(store: Store, parent: str, **same: Any) -> Iterator[ShardManifes
 def process_shards(stage: Stage, worker: Worker, indices: Iterable[int] | None = None) -> int:
     """Make what is missing of a stage, commit each shard as it finishes; returns the units made now.
 
-    A shard is written while the next one is computed. Stopping loses at most the shard in work, dying also the one
+    A shard is written while the next one is computed. Stopping loses at most the shard in work, a crash also the one
     being written. Where a batch does not fit into memory, its shard starts again with half of it. StoppedError after
     `worker.should_stop`; ConfigError when a single image does not fit.
     """
@@ -236,18 +250,16 @@ def process_shards(stage: Stage, worker: Worker, indices: Iterable[int] | None =
     total, made = sum(units.values()), 0
     with stage.load(worker) as computer, Writer() as writer:
         for index in missing:
-            if stage.was_made_meanwhile(index):
+            if stage.is_costly and stage.is_requested(index, stage.folder.find(index)):
                 made += units[index]
                 worker.progress(made, total, stage.unit)
                 continue
             start = time.monotonic()
-            manifests = [found.get(index) for found in sources]
-            tables = [folder.read(index, manifest=manifest)
-                      for folder, manifest in zip(stage.sources, manifests, strict=True)]
+            shards = [(folder, found.get(index)) for folder, found in zip(stage.sources, sources, strict=True)]
+            tables = [folder.read(index, manifest=manifest) for folder, manifest in shards]
             rows = _compute(stage, computer, index, tables, worker, made, total)
             made += units[index]
-            inputs = [folder.input_shard(index, manifest=manifest)
-                      for folder, manifest in zip(stage.sources, manifests, strict=True)]
+            inputs = [folder.input_shard(index, manifest=manifest) for folder, manifest in shards]
             writer.start(functools.partial(
                 _commit, stage, worker, index, rows, inputs=inputs, device=device_name(worker.device),
                 batch_size=computer.batch_size, seconds=time.monotonic() - start, details=rows.details))

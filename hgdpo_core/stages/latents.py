@@ -1,33 +1,29 @@
 """What training reads instead of images: latents and text embeddings, made once and kept in shards.
 
-Latents are scaling_factor * posterior mean, float32; where flips are wanted, of the mirrored image too, since the
+Latents are scaling_factor * posterior mean, float32; where flips are requested, of the mirrored image too, since the
 mirrored latent of an image is not the latent of its mirror image. Conditioning is exactly the embedding that the
 sampler used: from the same text encoder in the same precision, of the same length. Long prompts have longer embeddings
-than others, so a row's length says how many chunks it holds, and a batch of several lengths is padded and masked.
+than others, so a row's length gives its number of chunks, and a batch of several lengths is padded and masked.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import pyarrow as pa
-import torch
 
 from hgdpo_core.config import content_hash
-from hgdpo_core.devices import default_device
 from hgdpo_core.errors import InputError
-from hgdpo_core.images import decode_image, to_model_range
-from hgdpo_core.models import Backbone, Model, load_backbone
-from hgdpo_core.models.places import find_offered_model, model_means
-from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.parallel import threads
-from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker
-from hgdpo_core.stages.probes import ENCODE_BATCH, probe_encoding
+from hgdpo_core.models import Backbone, Model
+from hgdpo_core.models.places import find_offered_model
+from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
+from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes, stack_pixels
+from hgdpo_core.stages.pool import image_size
+from hgdpo_core.stages.probes import ENCODE_BATCH
+from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.storage import Store
-from hgdpo_core.storage.shards import ShardFolder, ShardManifest
+from hgdpo_core.storage.shards import ShardFolder
 
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("winner", pa.binary()), ("loser", pa.binary()),
                     ("prompt_embeds", pa.binary())])
@@ -36,12 +32,11 @@ MIRRORED = ("winner_mirrored", "loser_mirrored")  # columns of a folder with fli
 
 def latent_folder(store: Store, triplets: ShardFolder, model: Model, size: tuple[int, int], *,
                   flips: bool = False) -> ShardFolder:
-    """Where the latents of a data set by a model's VAE and text encoder lie; size is (width, height) in pixels.
+    """The folder of a data set's latents by a model's VAE and text encoder; size is (width, height) in pixels.
 
     With `flips` it holds those of the mirrored images too.
     """
-    settings = {"stage": "latents", "triplets": triplets.key, "fingerprint": model.fingerprint, "dtype": model.dtype,
-                "clip_skip": model.clip_skip, "width": size[0], "height": size[1], **model.syntax()}
+    settings = {**latent_settings("latents", model, size), "triplets": triplets.key, **model.syntax()}
     if model.syntax():  # a negative prompt of several chunks makes prompts as long
         settings["negative_prompt"] = model.negative_prompt
     if flips:
@@ -52,46 +47,34 @@ def latent_folder(store: Store, triplets: ShardFolder, model: Model, size: tuple
 
 
 @dataclass(frozen=True)
-class LatentStage(Stage):
+class LatentStage(EncodingStage):
     """Latents and text embeddings of a data set's shards."""
 
     name: ClassVar[str] = "latents"
     unit: ClassVar[str] = "pairs"
     doing: ClassVar[str] = "encoding latents"
+    reads: ClassVar[tuple[str, ...]] = ("triplets",)
 
     triplets: ShardFolder
     folder: ShardFolder
     model: Model
     requested: tuple[int, ...]
     title: str = "latents"
-    pairs: Mapping[int, int] = field(default_factory=dict, repr=False)
-    """The most pairs that each shard will hold, where a plan knows it."""
+    expected: Mapping[int, int] = field(default_factory=dict, repr=False)
 
-    @property
-    def indices(self) -> list[int]:
-        return list(self.requested)
-
-    @property
-    def sources(self) -> tuple[ShardFolder, ...]:
-        return (self.triplets,)
-
-    def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
-        return {index: sources[0][index].rows if index in sources[0] else self.pairs.get(index, 0)
-                for index in indices}
-
-    def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
-        return model_means(self.folder.store, self.model, share=copy_to_store)
+    @classmethod
+    def of(cls, triplets: TripletStage, model: Model, *, flips: bool = False) -> Self:
+        """The latents of a planned data set, whose shards hold at most a pair per prompt."""
+        folder = latent_folder(triplets.folder.store, triplets.folder, model, image_size(triplets.pool), flips=flips)
+        return cls(triplets.folder, folder, model, triplets.requested, expected=triplets.units(triplets.indices, [{}]))
 
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
         return cls(ShardFolder.open(folder.store, folder.config["triplets"]), folder,
                    find_offered_model(folder.store, folder.config, recipe), tuple(indices))
 
-    @contextmanager
-    def load(self, worker: Worker) -> Iterator[Computer]:
-        config = self.folder.config
-        yield _Encoding(load_backbone(self.model, worker.device, codec_dtype="float32"),
-                        (config["width"], config["height"]), config.get("flips", False))
+    def load(self, worker: Worker) -> AbstractContextManager[Computer]:
+        return nullcontext(_Encoding(self.backbone(worker.device), self.size, self.flips, ENCODE_BATCH))
 
     @property
     def images_per_shard(self) -> int:
@@ -99,60 +82,39 @@ class LatentStage(Stage):
         return 2 * first.rows if first and first.rows else 1
 
     @property
-    def work(self) -> str:
-        return "encode"
-
-    @property
     def images_per_unit(self) -> int:
-        return 4 if self.folder.config.get("flips") else 2
-
-    def probe(self) -> Probe | None:
-        return probe_encoding(self.model, (self.folder.config["width"], self.folder.config["height"]))
-
-    def unit_bytes(self, size: ModelSize, image_bytes: float) -> float:
-        return size.latent_bytes((self.folder.config["width"], self.folder.config["height"]), self.images_per_unit)
+        return 4 if self.flips else 2
 
 
+@dataclass
 class _Encoding:
     """A codec and a text encoder that fill shards."""
 
-    def __init__(self, backbone: Backbone, size: tuple[int, int], flips: bool):
-        self._backbone, self._size, self._flips = backbone, size, flips
-        self.batch_size: int | None = ENCODE_BATCH
+    backbone: Backbone
+    size: tuple[int, int]
+    flips: bool
+    batch_size: int | None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
-                advance: Callable[[int], None]) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
         (rows,) = tables
-        texts = self._backbone.text.encode(rows["caption"].to_pylist())
+        texts = self.backbone.text.encode(rows["caption"].to_pylist())
         table = pa.table({
-            "prompt_id": rows["prompt_id"], "winner": self._encode(rows["jpg_0"].to_pylist(), worker),
-            "loser": self._encode(rows["jpg_1"].to_pylist(), worker),
+            "prompt_id": rows["prompt_id"], "winner": self._encode(rows["jpg_0"], worker),
+            "loser": self._encode(rows["jpg_1"], worker),
             "prompt_embeds": [text.embeds[0].float().cpu().numpy().tobytes() for text in texts]}, schema=SCHEMA)
-        for name, images in zip(MIRRORED, ("jpg_0", "jpg_1"), strict=True) if self._flips else ():
-            mirrored = self._encode(rows[images].to_pylist(), worker, mirror=True)
+        for name, images in zip(MIRRORED, ("jpg_0", "jpg_1"), strict=True) if self.flips else ():
+            mirrored = self._encode(rows[images], worker, mirror=True)
             table = table.append_column(pa.field(name, pa.binary()), [mirrored])
         advance(rows.num_rows)
-        return ShardRows(table, details=self._backbone.shapes(self._size))
+        return ShardRows(table, details=self.backbone.shapes(self.size))
 
-    def _encode(self, images: list[bytes], worker: Worker, *, mirror: bool = False) -> list[bytes]:
-        assert self.batch_size is not None
+    def _encode(self, images: pa.ChunkedArray, worker: Worker, *, mirror: bool = False) -> list[bytes]:
         encoded: list[bytes] = []
-        for start in range(0, len(images), self.batch_size):
-            worker.check_stop(LatentStage.doing)
-            pictures = list(threads().map(decode_image, images[start:start + self.batch_size]))
-            wrong = next((picture.size for picture in pictures if picture.size != self._size), None)
-            if wrong:
-                raise InputError(f"a triplet's image is {wrong[0]}x{wrong[1]} pixels, expected "
-                                 f"{self._size[0]}x{self._size[1]}")
-            pixels = torch.from_numpy(np.stack([to_model_range(picture) for picture in pictures]))
-            latents = self._backbone.codec.encode(pixels.flip(-1) if mirror else pixels)
-            encoded += [row.numpy().tobytes() for row in latents]
+        for batch in worker.decode(images, self.batch_size, LatentStage.doing):
+            other = next((image.size for image in batch if image.size != self.size), None)
+            if other:
+                raise InputError(f"a triplet's image is {other[0]}x{other[1]} pixels, expected "
+                                 f"{self.size[0]}x{self.size[1]}")
+            pixels = stack_pixels(batch)
+            encoded += row_bytes(self.backbone.codec.encode(pixels.flip(-1) if mirror else pixels))
         return encoded
-
-
-def cache_latents(triplets: ShardFolder, latents: ShardFolder, model: Model, indices: Sequence[int], *,
-                  device: str | None = None, progress: Progress = silent,
-                  should_stop: ShouldStop = never_stop) -> int:
-    """Encode the missing shards among `indices` here; returns the number of pairs encoded."""
-    stage = LatentStage(triplets, latents, model, tuple(indices))
-    return stage.make(Worker(device or default_device(), progress, should_stop))

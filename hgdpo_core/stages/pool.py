@@ -1,12 +1,12 @@
 """Pool generation: N candidates per prompt (arXiv:2405.20216v1, Eq. 4), shard by shard.
 
-An evaluation's images are a pool too: of another model, with fewer images a prompt.
+An evaluation's images are a pool too: of another model, with fewer images per prompt.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import prompt_id
-from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker, shards_like
+from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, shards_like
 from hgdpo_core.stages.probes import probe_generation
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest, read_table, write_table
@@ -47,12 +47,13 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class PoolPlan(Stage):
-    """Where a pool lies, how it is generated, its shards that hold the requested prompts, and which are missing."""
+    """The folder of a pool, how it is generated, its shards that hold the requested prompts, and which are missing."""
 
     name: ClassVar[str] = "pool"
     doing: ClassVar[str] = "generating images"
     images_per_run: ClassVar[str] = "draw_images_per_run"
     least_runs: ClassVar[str | None] = "least_draw_runs"
+    is_costly: ClassVar[bool] = True
 
     pool_id: str
     folder: ShardFolder
@@ -61,8 +62,6 @@ class PoolPlan(Stage):
     pool: PoolConfig
     shards: tuple[PlannedShard, ...]
     missing: tuple[PlannedShard, ...]
-    found: Mapping[int, ShardManifest] = field(default_factory=dict, repr=False)
-    """Manifests of the planned shards that are there, where `plan_pool` planned them."""
     title: str = "pool"
 
     @property
@@ -79,7 +78,7 @@ class PoolPlan(Stage):
         return self.pool.images_per_prompt * sum(len(shard.prompts) for shard in self.missing)
 
     def titled(self, title: str) -> "PoolPlan":
-        """The same under another name for people."""
+        """The same with another title."""
         return replace(self, title=title)
 
     @functools.cached_property
@@ -87,20 +86,16 @@ class PoolPlan(Stage):
         return {shard.index: shard for shard in self.shards}
 
     def _is_made(self, index: int, manifest: ShardManifest, sources: Sequence[Mapping[int, ShardManifest]]) -> bool:
-        return _holds(manifest, self._by_index[index])
+        return self.is_requested(index, manifest)
 
-    def was_made_meanwhile(self, index: int) -> bool:
-        return _holds(self.folder.find(index), self._by_index[index])
-
-    def is_requested(self, index: int, manifest: ShardManifest) -> bool:
+    def is_requested(self, index: int, manifest: ShardManifest | None) -> bool:
         return _holds(manifest, self._by_index[index])
 
     def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]] = ()) -> dict[int, int]:
         return {index: self.pool.images_per_prompt * len(self._by_index[index].prompts) for index in indices}
 
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
-        return {"batch_size": self.pool.batch_size,
-                **model_means(self.folder.store, self.model, share=copy_to_store)}
+        return {"batch_size": self.pool.batch_size, **model_means(self.folder.store, self.model, share=copy_to_store)}
 
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> "PoolPlan":
@@ -109,25 +104,16 @@ class PoolPlan(Stage):
         model = find_offered_model(folder.store, config["model"], recipe)
         return open_pool(folder, model, SamplerConfig.model_validate(config["sampler"]), pool, indices)
 
-    @contextmanager
-    def load(self, worker: Worker) -> Iterator[Computer]:
+    def load(self, worker: Worker) -> AbstractContextManager[Computer]:
         generator = worker.network or ImageGenerator(self.model, self.sampler, self.pool, worker.device)
-        yield _Generating(generator, self._by_index)
-
-    @property
-    def images_per_shard(self) -> int:
-        return images_per_shard(self.folder)
+        return nullcontext(_Generating(generator, self._by_index))
 
     def first_prompts(self, index: int) -> Sequence[str]:
         return self._by_index[index].prompts
 
     @property
-    def work(self) -> str:
-        return "generate"
-
-    @property
     def images_per_unit(self) -> int:
-        return 2 if self.sampler.latent_normalisation else 1  # two models sample side by side
+        return 2 if self.sampler.latent_normalisation else 1  # two models sample together
 
     def comparable(self) -> Iterator[ShardManifest]:
         sampler = pool_settings(self.model, self.sampler.plain, self.pool)["sampler"]
@@ -140,16 +126,17 @@ class PoolPlan(Stage):
         return image_bytes
 
 
-def images_per_shard(pool: ShardFolder) -> int:
-    """Images of a full shard of a pool."""
-    return pool.config["images_per_prompt"] * pool.config["prompts_per_shard"]
+def image_size(pool: ShardFolder) -> tuple[int, int]:
+    """(width, height) of a pool's images in pixels."""
+    return pool.config["sampler"]["width"], pool.config["sampler"]["height"]
 
 
+@dataclass
 class _Generating:
     """An image generator that fills shards."""
 
-    def __init__(self, generator: ImageGenerator, shards: Mapping[int, PlannedShard]):
-        self.generator, self._shards = generator, shards
+    generator: ImageGenerator
+    shards: Mapping[int, PlannedShard]
 
     @property
     def batch_size(self) -> int | None:
@@ -159,33 +146,30 @@ class _Generating:
     def batch_size(self, size: int | None) -> None:
         self.generator.pool = self.generator.pool.model_copy(update={"batch_size": size})
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
-                advance: Callable[[int], None]) -> ShardRows:
-        shard, rows = self._shards[index], []
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
+        shard, rows = self.shards[index], []
         for row in self.generator.generate(shard.prompts, worker.should_stop):
             rows.append(row)
             advance(1)
         return ShardRows(pa.Table.from_pylist(rows, schema=SCHEMA), details={"prompt_ids": shard.prompt_ids})
 
 
-def pool_settings(model: Model, sampler: SamplerConfig, pool: PoolConfig) -> dict:
+def pool_settings(model: Model, sampler: SamplerConfig, pool: PoolConfig) -> dict[str, Any]:
     """All that decides a pool's images, and nothing else: not the prompts, the batch or the device."""
     return {"stage": "pool", "format_version": FORMAT_VERSION, "model": model.identity(),
             "sampler": sampler.identity(), **pool.identity()}
 
 
-def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConfig,
-              prompts: Sequence[str]) -> PoolPlan:
+def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConfig, prompts: Sequence[str]) -> PoolPlan:
     """Assign every prompt to a shard, keeping earlier assignments: a list that grows finds its finished prompts.
 
-    ConfigError when latent normalisation is asked of a model without a LoRA.
+    ConfigError for latent normalisation with a model without a LoRA.
     """
     if sampler.latent_normalisation and model.lora is None:
-        raise ConfigError("sampler.latent_normalisation is on, but the model wears no LoRA: only a tuned model has a "
+        raise ConfigError("sampler.latent_normalisation is on, but the model has no LoRA: only a tuned model has a "
                           "reference to take channel statistics from; sample this one without it")
     settings = pool_settings(model, sampler, pool)
-    pool_id = f"n{pool.images_per_prompt}-{content_hash(settings)}"
-    key = f"pools/{pool_id}"
+    key = f"pools/n{pool.images_per_prompt}-{content_hash(settings)}"
     folder = ShardFolder(store, key, settings)
     planned, manifests = _read_plan(store, key), folder.manifests()
     lost = _recover_plan(folder, {i: manifest for i, manifest in manifests.items() if i not in planned}, prompts)
@@ -202,11 +186,8 @@ def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConf
     folder = ShardFolder.create(store, key, settings | {"expected": expected})
     if lost or added:
         _write_plan(store, key, [*lost, *added])
-    wanted = sorted({known[prompt] for prompt in prompts})
-    shards = tuple(assigned[index] for index in wanted)
-    missing = tuple(shard for shard in shards if not _holds(manifests.get(shard.index), shard))
-    found = {index: manifests[index] for index in set(wanted) - {shard.index for shard in missing}}
-    return PoolPlan(pool_id, folder, model, sampler, pool, shards, missing, found)
+    shards = [assigned[index] for index in sorted({known[prompt] for prompt in prompts})]
+    return _planned(folder, model, sampler, pool, shards, manifests)
 
 
 def open_pool(folder: ShardFolder, model: Model, sampler: SamplerConfig, pool: PoolConfig,
@@ -217,9 +198,13 @@ def open_pool(folder: ShardFolder, model: Model, sampler: SamplerConfig, pool: P
     if unknown:
         raise StorageError(f"{folder.store.url(folder.key)}/plan names no prompts for shard {unknown[0]}: start the "
                            "run that planned it again")
-    shards = tuple(planned[index] for index in indices)
+    return _planned(folder, model, sampler, pool, [planned[index] for index in indices], manifests)
+
+
+def _planned(folder: ShardFolder, model: Model, sampler: SamplerConfig, pool: PoolConfig,
+             shards: Sequence[PlannedShard], manifests: Mapping[int, ShardManifest]) -> PoolPlan:
     missing = tuple(shard for shard in shards if not _holds(manifests.get(shard.index), shard))
-    return PoolPlan(folder.key.rpartition("/")[2], folder, model, sampler, pool, shards, missing)
+    return PoolPlan(folder.key.rpartition("/")[2], folder, model, sampler, pool, tuple(shards), missing)
 
 
 def _holds(manifest: ShardManifest | None, shard: PlannedShard) -> bool:
@@ -262,10 +247,9 @@ def _recover_plan(folder: ShardFolder, manifests: Mapping[int, ShardManifest],
 
 def _write_plan(store: Store, key: str, shards: Sequence[PlannedShard]) -> None:
     rows = [(shard.index, prompt) for shard in shards for prompt in shard.prompts]
-    table = pa.table({"shard": [index for index, _ in rows], "prompt_id": [prompt_id(p) for _, p in rows],
-                      "prompt": [p for _, p in rows]}, schema=PLAN_SCHEMA)
-    name = f"{shards[0].index:05d}-{content_hash(rows)}.parquet"
-    write_table(store, f"{key}/plan/{name}", table)
+    table = pa.Table.from_pylist([{"shard": index, "prompt_id": prompt_id(prompt), "prompt": prompt}
+                                  for index, prompt in rows], schema=PLAN_SCHEMA)
+    write_table(store, f"{key}/plan/{shards[0].index:05d}-{content_hash(rows)}.parquet", table)
 
 
 def generate_pool(plan: PoolPlan, *, device: str | None = None, generator: ImageGenerator | None = None,

@@ -1,34 +1,31 @@
 """Scoring of pools (arXiv:2405.20216v1, Eq. 5): every score is of the decoded stored bytes, so it can be repeated."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import pyarrow as pa
+from PIL import Image
 
-from hgdpo_core.config import PromptSyntax, ScorerConfig, content_hash
+from hgdpo_core.config import ScorerConfig, content_hash
 from hgdpo_core.devices import default_device
-from hgdpo_core.images import decode_image
 from hgdpo_core.models import recorded_syntax
 from hgdpo_core.models.places import Place, refuse_other_model
-from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.parallel import threads
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts.syntax import strip_syntax
 from hgdpo_core.scorers import Scorer, find_scorer, load_judge
-from hgdpo_core.stages.base import Computer, Probe, ShardRows, Stage, Worker, is_made_from, shards_like
-from hgdpo_core.stages.pool import PoolPlan, images_per_shard
+from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, is_made_from, shards_like
+from hgdpo_core.stages.pool import PoolPlan, image_size
 from hgdpo_core.stages.probes import probe_scoring
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("index", pa.int32()), ("score", pa.float32())])
-SCORE_BYTES = 12.0
 
 
 def score_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFolder:
-    """Where the scores of a pool by a scorer lie: another version or precision of its weights is another folder."""
+    """The folder of a pool's scores by a scorer: another version or precision of its weights is another folder."""
     settings = score_settings(pool_id, scorer, find_scorer(scorer.name, scorer.source))
     return ShardFolder.create(store, score_key(settings), settings)
 
@@ -48,14 +45,13 @@ def score_key(settings: Mapping[str, Any]) -> str:
 def missing_scores(pool: ShardFolder, scores: ShardFolder, indices: Sequence[int], *,
                    pool_manifests: Mapping[int, ShardManifest] | None = None,
                    score_manifests: Mapping[int, ShardManifest] | None = None) -> list[int]:
-    """The pool shards of `indices` whose scores are not there, or are of other bytes than the pool's today.
+    """The pool shards of `indices` whose scores do not exist, or are of other bytes than the pool's today.
 
     Manifests that the caller has read already are not read again.
     """
     sources = [(pool, pool.manifests(indices) if pool_manifests is None else pool_manifests)]
     manifests = scores.manifests(indices) if score_manifests is None else score_manifests
-    return [index for index in indices
-            if index not in manifests or not is_made_from(manifests[index], index, sources)]
+    return [index for index in indices if index not in manifests or not is_made_from(manifests[index], index, sources)]
 
 
 @dataclass(frozen=True)
@@ -64,6 +60,10 @@ class ScoreStage(Stage):
 
     name: ClassVar[str] = "score"
     doing: ClassVar[str] = "scoring"
+    reads: ClassVar[tuple[str, ...]] = ("pool",)
+    row_bytes: ClassVar[float] = 12.0
+    schema: ClassVar[pa.Schema] = SCHEMA
+    create_folder: ClassVar[Callable[[Store, str, ScorerConfig], ShardFolder]] = staticmethod(score_folder)
 
     pool: ShardFolder
     folder: ShardFolder
@@ -75,26 +75,14 @@ class ScoreStage(Stage):
 
     @classmethod
     def of(cls, plan: PoolPlan, scorer: ScorerConfig, *, title: str | None = None) -> Self:
-        """The scores of a planned pool; titled as the scorer unless told otherwise."""
-        return cls(plan.folder, cls._create_folder(plan.folder.store, plan.pool_id, scorer), scorer,
+        """The scores of a planned pool, titled as the scorer by default."""
+        return cls(plan.folder, cls.create_folder(plan.folder.store, plan.pool_id, scorer), scorer,
                    tuple(plan.indices), title or scorer.name, {shard.index: shard.prompts for shard in plan.shards})
 
-    @staticmethod
-    def _create_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFolder:
-        return score_folder(store, pool_id, scorer)
-
     @property
-    def indices(self) -> list[int]:
-        return list(self.requested)
-
-    @property
-    def sources(self) -> tuple[ShardFolder, ...]:
-        return (self.pool,)
-
-    def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
+    def expected(self) -> Mapping[int, int]:
         images = self.pool.config["images_per_prompt"]
-        return {index: sources[0][index].rows if index in sources[0] else images * len(self.prompts.get(index, ()))
-                for index in indices}
+        return {index: images * len(prompts) for index, prompts in self.prompts.items()}
 
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
         place = Place.of_source(self.folder.store, self.scorer.source, share=copy_to_store)
@@ -111,14 +99,15 @@ class ScoreStage(Stage):
         pool = ShardFolder.open(folder.store, f"pools/{folder.config['pool_id']}")
         return cls(pool, folder, scorer, tuple(indices), scorer.name)
 
-    @contextmanager
-    def load(self, worker: Worker) -> Iterator[Computer]:
+    def load(self, worker: Worker) -> AbstractContextManager[Computer]:
+        """A scorer reads prompts without the weights and brackets that the pool's model was given."""
+        scorer: Scorer = worker.network or load_judge(self.scorer, worker.device)
         syntax = recorded_syntax(self.pool.config["model"])["prompt_syntax"]
-        yield _Scoring(worker.network or load_judge(self.scorer, worker.device), syntax, self.scorer.batch_size)
 
-    @property
-    def images_per_shard(self) -> int:
-        return images_per_shard(self.pool)
+        def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
+            return scorer.score(images, [strip_syntax(prompt, syntax) for prompt in prompts]).tolist()
+
+        return nullcontext(Measuring(self, score, self.scorer.batch_size))
 
     def first_prompts(self, index: int) -> Sequence[str]:
         return self.prompts.get(index, ())
@@ -133,35 +122,25 @@ class ScoreStage(Stage):
             yield from shards_like(store, f"scores/{pool}", scorer=self.scorer.name, dtype=self.scorer.dtype)
 
     def probe(self) -> Probe | None:
-        sampler = self.pool.config["sampler"]
         prompt = next((prompts[0] for prompts in self.prompts.values() if prompts), "a person")
-        return probe_scoring(self.scorer, (sampler["width"], sampler["height"]), prompt)
-
-    def unit_bytes(self, size: ModelSize, image_bytes: float) -> float:
-        return SCORE_BYTES
+        return probe_scoring(self.scorer, image_size(self.pool), prompt)
 
 
-class _Scoring:
-    """A scorer that fills shards. It reads prompts without the weights and brackets that the pool's model was given."""
+@dataclass
+class Measuring:
+    """A network that gives each image of a shard a value: `measure(images, prompts)`."""
 
-    def __init__(self, scorer: Scorer, syntax: PromptSyntax, batch_size: int):
-        self._scorer = scorer
-        self._syntax: PromptSyntax = syntax
-        self.batch_size: int | None = batch_size
+    stage: ScoreStage
+    measure: Callable[[list[Image.Image], list[str]], list[Any]]
+    batch_size: int | None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
-                advance: Callable[[int], None]) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
         (images,), values = tables, []
-        assert self.batch_size is not None
-        for first in range(0, images.num_rows, self.batch_size):
-            worker.check_stop(ScoreStage.doing)
-            rows = images.slice(first, self.batch_size)
-            pictures = list(threads().map(decode_image, rows["image"].to_pylist()))
-            prompts = [strip_syntax(prompt, self._syntax) for prompt in rows["prompt"].to_pylist()]
-            values += self._scorer.score(pictures, prompts).tolist()
-            advance(rows.num_rows)
-        return ShardRows(pa.table({"prompt_id": images["prompt_id"], "index": images["index"], "score": values},
-                                  schema=SCHEMA))
+        prompts = images["prompt"].to_pylist()
+        for batch in worker.decode(images["image"], self.batch_size, self.stage.doing):
+            values += self.measure(batch, prompts[len(values):len(values) + len(batch)])
+            advance(len(batch))
+        return ShardRows(pa.table([images["prompt_id"], images["index"], values], schema=self.stage.schema))
 
 
 def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: ScorerConfig, indices: Sequence[int], *,

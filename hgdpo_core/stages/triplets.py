@@ -3,8 +3,8 @@
 The first columns are Pick-a-Pic v2's, as the public Diffusion-DPO trainers read them; jpg_0 is the winner.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -18,9 +18,9 @@ from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import PromptList, load_prompts, prompt_id
 from hgdpo_core.selection import select_pair
-from hgdpo_core.stages.base import Computer, ShardRows, Stage, Worker, shards_like
+from hgdpo_core.stages.base import Advance, Computer, ShardRows, Stage, Worker, shards_like
 from hgdpo_core.stages.dataset_card import render_card
-from hgdpo_core.stages.pool import PoolPlan, images_per_shard
+from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.stages.scores import read_scores
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
@@ -50,13 +50,13 @@ class TripletCounts:
 
 def triplet_folder(store: Store, pool: ShardFolder, scores: ShardFolder, prompts_id: str,
                    config: TripletConfig) -> ShardFolder:
-    """Where the triplets of a pool, its scores and a list of prompts lie; another ranking is another data set.
+    """The folder of the triplets of a pool, its scores and a list of prompts; another ranking is another data set.
 
     ConfigError when `config.pool_size` is more than the pool holds.
     """
     held = pool.config["images_per_prompt"]
     if config.pool_size is not None and config.pool_size > held:
-        raise ConfigError(f"pool_size is {config.pool_size}, but {pool.key} holds {held} images a prompt: "
+        raise ConfigError(f"pool_size is {config.pool_size}, but {pool.key} holds {held} images per prompt: "
                           f"choose a size from 2 to {held}")
     settings = {"stage": "triplets", "pool": pool.key, "scores": scores.key, "prompts_id": prompts_id,
                 **config.identity()}
@@ -71,6 +71,7 @@ class TripletStage(Stage):
     unit: ClassVar[str] = "prompts"
     doing: ClassVar[str] = "ranking pools"
     runs_on_workers: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ("pool", "scores")
 
     pool: ShardFolder
     scores: ShardFolder
@@ -80,28 +81,18 @@ class TripletStage(Stage):
     config: TripletConfig
     requested: tuple[int, ...]
     title: str = "triplets"
-    prompts_in_shard: Mapping[int, int] = field(default_factory=dict, repr=False)
-    """How many prompts each shard of the pool holds, where a plan knows it."""
+    expected: Mapping[int, int] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, plan: PoolPlan, scores: ShardFolder, prompts: PromptList, config: TripletConfig) -> Self:
         """The triplets of a planned pool's shards, or of those among them that hold these prompts."""
         folder = triplet_folder(plan.folder.store, plan.folder, scores, prompts.id, config)
         return cls(plan.folder, scores, folder, frozenset(map(prompt_id, prompts.prompts)), config,
-                   tuple(plan.indices), prompts_in_shard={shard.index: len(shard.prompts) for shard in plan.shards})
-
-    @property
-    def indices(self) -> list[int]:
-        return list(self.requested)
-
-    @property
-    def sources(self) -> tuple[ShardFolder, ...]:
-        return (self.pool, self.scores)
+                   tuple(plan.indices), expected=plan.units(plan.indices))
 
     def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
         size = self.pool.config["images_per_prompt"]
-        return {index: sources[0][index].rows // size if index in sources[0] else self.prompts_in_shard.get(index, 0)
-                for index in indices}
+        return {index: images // size for index, images in super().units(indices, sources).items()}
 
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
         return {"triplets": self.config.model_dump(mode="json")}
@@ -110,21 +101,12 @@ class TripletStage(Stage):
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
         store, config = folder.store, folder.config
         prompts = load_prompts(store, config["prompts_id"])
-        return cls(ShardFolder.open(store, config["pool"]), ShardFolder.open(store, config["scores"]), folder,
-                   frozenset(map(prompt_id, prompts.prompts)), TripletConfig.model_validate(recipe["triplets"]),
-                   tuple(indices))
+        pool, scores = (ShardFolder.open(store, config[name]) for name in cls.reads)
+        return cls(pool, scores, folder, frozenset(map(prompt_id, prompts.prompts)),
+                   TripletConfig.model_validate(recipe["triplets"]), tuple(indices))
 
-    @contextmanager
-    def load(self, worker: Worker) -> Iterator[Computer]:
-        yield _Ranking(self)
-
-    @property
-    def images_per_shard(self) -> int:
-        return images_per_shard(self.pool)
-
-    @property
-    def work(self) -> str:
-        return "rank"
+    def load(self, worker: Worker) -> AbstractContextManager[Computer]:
+        return nullcontext(_Ranking(self))
 
     def comparable(self) -> Iterator[ShardManifest]:
         return shards_like(self.folder.store, "triplets")
@@ -133,31 +115,28 @@ class TripletStage(Stage):
         return 2 * image_bytes + TRIPLET_BYTES
 
     def counts(self, made: Mapping[int, ShardManifest] | None = None) -> TripletCounts:
-        """What became of the requested pools whose shards are there (`made`, if the caller has looked already)."""
+        """What became of the requested pools whose shards exist (`made`, if the caller has looked already)."""
         manifests = (self.existing() if made is None else made).values()
         return TripletCounts(sum(manifest.rows for manifest in manifests),
                              sum(manifest.details["rejected"] for manifest in manifests))
 
 
+@dataclass
 class _Ranking:
     """Ranks the pools of a shard."""
 
+    stage: TripletStage
     batch_size: int | None = None
 
-    def __init__(self, stage: TripletStage):
-        self._stage = stage
-
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
-                advance: Callable[[int], None]) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
         worker.check_stop(TripletStage.doing)
         images, scores = tables
-        stage, rows, rejected = self._stage, [], []
+        stage, rows, rejected = self.stage, [], []
         pools = join_scores(images, scores, stage.config.pool_size)
         requested = [pool for pool in pools if pool.prompt_id in stage.prompts]
         for pool, (winner, loser) in zip(requested, _select(requested, stage.config.loser_rank), strict=True):
             if winner >= 0:
-                rows.append(_row(pool, winner, loser, stage.config, stage.pool.key, stage.pool.config,
-                                 stage.scores.config))
+                rows.append(_row(stage, pool, winner, loser))
                 continue
             finite = bool(np.isfinite(pool.scores).all())
             rejected.append({"prompt_id": pool.prompt_id, "prompt": pool.prompt, "scores": pool.scores,
@@ -204,25 +183,20 @@ def join_scores(images: pa.Table, scores: pa.Table, pool_size: int | None = None
     grouped: dict[str, list[dict[str, Any]]] = {}
     for row in images.select(["prompt_id", "prompt", "index", "seed", "image"]).to_pylist():
         grouped.setdefault(row["prompt_id"], []).append(row)
-    pools = []
-    for key, candidates in grouped.items():
-        candidates = sorted(candidates, key=lambda row: row["index"])[:pool_size]
-        pools.append(RankedPool(key, candidates[0]["prompt"], [row["image"] for row in candidates],
-                                [row["seed"] for row in candidates],
-                                [by_prompt[key][row["index"]] for row in candidates]))
-    return pools
+    pools = {key: sorted(rows, key=lambda row: row["index"])[:pool_size] for key, rows in grouped.items()}
+    return [RankedPool(key, rows[0]["prompt"], [row["image"] for row in rows], [row["seed"] for row in rows],
+                       [by_prompt[key][row["index"]] for row in rows]) for key, rows in pools.items()]
 
 
 def read_ranked_pools(pool: ShardFolder, scores: ShardFolder, index: int,
                       pool_size: int | None = None) -> list[RankedPool]:
-    """`join_scores` of a shard that lies in the store."""
+    """`join_scores` of a shard of the store."""
     return join_scores(pool.read(index), scores.read(index), pool_size)
 
 
-def _row(pool: RankedPool, winner: int, loser: int, config: TripletConfig, pool_key: str,
-         pool_settings: Mapping, score_settings: Mapping) -> dict:
-    uids = [f"{pool.prompt_id}-{pool.seeds[i]:016x}" for i in (winner, loser)]
-    model = pool_settings["model"]["fingerprint"]
+def _row(stage: TripletStage, pool: RankedPool, winner: int, loser: int) -> dict[str, Any]:
+    uids, identity = [f"{pool.prompt_id}-{pool.seeds[i]:016x}" for i in (winner, loser)], stage.pool.config["model"]
+    model = identity["fingerprint"]
     return {
         "jpg_0": pool.images[winner], "jpg_1": pool.images[loser], "label_0": 1.0, "label_1": 0.0,
         "caption": pool.prompt, "best_image_uid": uids[0], "image_0_uid": uids[0], "image_1_uid": uids[1],
@@ -230,9 +204,8 @@ def _row(pool: RankedPool, winner: int, loser: int, config: TripletConfig, pool_
         "prompt_id": pool.prompt_id, "winner_index": winner, "loser_index": loser,
         "winner_score": pool.scores[winner], "loser_score": pool.scores[loser],
         "winner_seed": pool.seeds[winner], "loser_seed": pool.seeds[loser], "pool_size": len(pool.images),
-        "loser_rank": config.loser_rank or len(pool.images), "pool_id": pool_key.split("/")[-1],
-        "model_fingerprint": model_fingerprint(pool_settings["model"]),
-        "scorer_fingerprint": score_settings["fingerprint"],
+        "loser_rank": stage.config.loser_rank or len(pool.images), "pool_id": stage.pool.key.split("/")[-1],
+        "model_fingerprint": model_fingerprint(identity), "scorer_fingerprint": stage.scores.config["fingerprint"],
     }
 
 
@@ -242,22 +215,12 @@ def model_fingerprint(identity: Mapping) -> str:
     return content_hash({name: identity[name] for name in names if name in identity}, 64)
 
 
-def dataset_card(triplets: ShardFolder, indices: Sequence[int], counts: TripletCounts, *,
-                 licence: str = UNKNOWN_LICENCE) -> str:
-    """README.md of the data set, with the `data_files` that `datasets.load_dataset` must read: what manifests name.
-
-    `licence`: an id of the Hugging Face hub, as cc-by-4.0.
-    """
-    manifests = triplets.manifests(indices)
-    return render_card(triplets, [manifests[index] for index in sorted(indices)], rows=counts.triplets,
-                       rejected=counts.rejected, licence=licence)
-
-
 def write_dataset_card(stage: TripletStage, licence: str = UNKNOWN_LICENCE) -> None:
-    """Put the card beside the shards, once all of them are there."""
+    """Write the card (README.md) beside the shards, once all of them exist; `licence`: a hub id, as cc-by-4.0."""
     made = stage.existing()
     if len(made) == len(stage.requested):
-        card = dataset_card(stage.folder, stage.indices, stage.counts(made), licence=licence)
-        key, store = f"{stage.folder.key}/README.md", stage.folder.store
-        if store.read_many([key]).get(key) != card.encode():
-            store.write_bytes(key, card.encode())
+        counts, key, store = stage.counts(made), f"{stage.folder.key}/README.md", stage.folder.store
+        card = render_card(stage.folder, [made[index] for index in sorted(made)], rows=counts.triplets,
+                           rejected=counts.rejected, licence=licence).encode()
+        if store.read_many([key]).get(key) != card:
+            store.write_bytes(key, card)

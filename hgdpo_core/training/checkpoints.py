@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where a training keeps its checkpoints: folder `key` of `store`, for one model and one data set."""
+    """The folder of a training's checkpoints: `key` of `store`, for one model and one data set."""
 
     store: Store
     key: str
@@ -44,27 +44,27 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
-def save_checkpoint(place: Checkpoints, checkpoint: Checkpoint, config_hash: str) -> None:
+def save_checkpoint(checkpoints: Checkpoints, checkpoint: Checkpoint, config_hash: str) -> None:
     """Write a checkpoint, `complete.json` last, then remove all but the last two of the same config."""
-    folder = f"{place.key}/step-{checkpoint.step}"
-    place.store.delete(f"{folder}/{COMPLETE}")  # another config's must not vouch for the new files
+    folder = f"{checkpoints.key}/step-{checkpoint.step}"
+    checkpoints.store.delete(f"{folder}/{COMPLETE}")  # another config's must not vouch for the new files
     with scratch_folder() as local:
         save_file(dict(checkpoint.weights), local / WEIGHTS)
         torch.save(dict(checkpoint.state), local / STATE)
         files = {file: _describe(local / file) for file in (WEIGHTS, STATE)}
-        place.store.put_folder(local, folder)
-    place.store.write_json(f"{folder}/{COMPLETE}",
-                           {"step": checkpoint.step, "config_hash": config_hash, "files": files})
-    for step in _complete_steps(place, config_hash)[KEEP:]:
-        _remove(place, step)
+        checkpoints.store.put_folder(local, folder)
+    checkpoints.store.write_json(f"{folder}/{COMPLETE}", {"step": checkpoint.step, "config_hash": config_hash,
+                                                          "files": files})
+    for step in _complete_steps(checkpoints, config_hash)[KEEP:]:
+        _remove(checkpoints, step)
 
 
-def load_latest(place: Checkpoints, config_hash: str) -> Checkpoint | None:
-    """The latest intact checkpoint of this config, or None; incomplete and foreign ones are passed over."""
-    for step in _complete_steps(place, config_hash):
+def load_latest(checkpoints: Checkpoints, config_hash: str) -> Checkpoint | None:
+    """The latest intact checkpoint of this config, or None; incomplete and foreign ones are skipped."""
+    for step in _complete_steps(checkpoints, config_hash):
         with scratch_folder() as local:
             try:
-                place.store.get_folder(f"{place.key}/step-{step}", local)
+                checkpoints.store.get_folder(f"{checkpoints.key}/step-{step}", local)
                 files = json.loads((local / COMPLETE).read_bytes())["files"]
                 if files != {file: _describe(local / file) for file in (WEIGHTS, STATE)}:
                     raise ValueError("its files are not those complete.json names")
@@ -75,36 +75,33 @@ def load_latest(place: Checkpoints, config_hash: str) -> Checkpoint | None:
                 return Checkpoint(step, weights, state)
             except (FileNotFoundError, ValueError, KeyError, MissingKeyError, pickle.UnpicklingError) as error:
                 logger.warning("checkpoint %s is damaged (%s): trying an older one",
-                               place.store.url(f"{place.key}/step-{step}"), error)
+                               checkpoints.store.url(f"{checkpoints.key}/step-{step}"), error)
     return None
 
 
-def _complete_steps(place: Checkpoints, config_hash: str) -> list[int]:
+def _complete_steps(checkpoints: Checkpoints, config_hash: str) -> list[int]:
     """Steps with a `complete.json` of this config, latest first."""
-    steps = []
-    for folder in place.store.list_folders(place.key):
-        match = re.fullmatch(r"step-(\d+)", folder)
-        if match and _completed(place, folder) == (int(match[1]), config_hash):
-            steps.append(int(match[1]))
-    return sorted(steps, reverse=True)
+    matches = (re.fullmatch(r"step-(\d+)", folder) for folder in checkpoints.store.list_folders(checkpoints.key))
+    return sorted((int(match[1]) for match in matches
+                   if match and _completed(checkpoints, match[0]) == (int(match[1]), config_hash)), reverse=True)
 
 
-def _completed(place: Checkpoints, folder: str) -> tuple[int, str] | None:
+def _completed(checkpoints: Checkpoints, folder: str) -> tuple[int, str] | None:
     # Only absence and damage mean "no checkpoint": a store that cannot answer must not restart the training.
     try:
-        record = json.loads(place.store.read_bytes(f"{place.key}/{folder}/{COMPLETE}"))
+        record = json.loads(checkpoints.store.read_bytes(f"{checkpoints.key}/{folder}/{COMPLETE}"))
         return record["step"], record["config_hash"]
     except (MissingKeyError, ValueError, KeyError, TypeError):
         return None
 
 
-def _remove(place: Checkpoints, step: int) -> None:
-    folder = f"{place.key}/step-{step}"
-    place.store.delete(f"{folder}/{COMPLETE}")  # first: what is left of a removal cut short is no checkpoint
-    for key, _, _ in list(place.store.walk(folder)):
-        place.store.delete(key)
-    if local := place.store.local_path(folder):
-        with contextlib.suppress(OSError):  # not empty: somebody's file is in it
+def _remove(checkpoints: Checkpoints, step: int) -> None:
+    folder = f"{checkpoints.key}/step-{step}"
+    checkpoints.store.delete(f"{folder}/{COMPLETE}")  # first: what an interrupted removal leaves is no checkpoint
+    for key, _, _ in list(checkpoints.store.walk(folder)):
+        checkpoints.store.delete(key)
+    if local := checkpoints.store.local_path(folder):
+        with contextlib.suppress(OSError):  # not empty: a user's file is in it
             local.rmdir()
 
 

@@ -82,7 +82,7 @@ class SampleSource(Protocol[BatchT_co]):
 
 
 def _hashed_seed(*parts: int | str) -> int:
-    text = "\0".join(str(part) for part in parts)
+    text = "\0".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -107,13 +107,13 @@ class DataOrder:
     def indices(self, positions: Sequence[int]) -> list[int]:
         return [self._index(*divmod(position, len(self._source))) for position in positions]
 
-    def _index(self, epoch: int, place: int) -> int:
+    def _index(self, epoch: int, position: int) -> int:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, list(self._source.order(self._seed, epoch))
             if len(self._order) != len(self._source):
                 raise InputError(f"the order of epoch {epoch} names {len(self._order)} samples: expected each "
                                  f"of the {len(self._source)} once")
-        return self._order[place]
+        return self._order[position]
 
 
 class LatentRows:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,85 +16,61 @@ from hgdpo_core.models.backbone import Denoiser, NoiseSchedule
 from hgdpo_core.models.files import LORA_NAME
 from hgdpo_core.models.lora import add_lora, load_lora_state, lora_state, reference_mode, write_kohya_lora
 from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.rendering.charts import ChartSpec
 from hgdpo_core.stages.triplets import model_fingerprint
 from hgdpo_core.statistics.checks import PREFERENCE_CHECKS, CollapseWatch
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training import (
-    Generators,
-    Hooks,
-    Objective,
-    OnLog,
-    SampleSource,
-    TrainingResult,
-    Validate,
-    cast_frozen,
-    draw_flips,
-    draw_noise,
-    resolve_precision,
-    turn,
-)
+from hgdpo_core.training.base import OPTIMIZER_CHARTS, Hooks, Objective, OnLog, TrainingObjective, TrainingResult
 from hgdpo_core.training.checkpoints import Checkpoints
-from hgdpo_core.training.data import LatentPairs, PairBatch
+from hgdpo_core.training.data import LatentPairs, PairBatch, SampleSource
 from hgdpo_core.training.loop import run_training
+from hgdpo_core.training.parts import Generators, apply_flips, cast_frozen, draw_flips, draw_noise, resolve_precision
 
 CHARTS = (
     ChartSpec("Loss", ("loss",), "all terms together, weighted"),
     ChartSpec("DPO loss", ("dpo_loss",), "dashed: log 2, policy equal to reference", math.log(2)),
     ChartSpec("Statistic matching loss", ("stat_loss",), "0: colours stay where they were"),
     ChartSpec("Margin", ("margin",), "below 0: winners gained on losers", 0.0),
-    ChartSpec("Implicit accuracy", ("implicit_accuracy",), "share of pairs with a margin below 0", 0.5),
+    ChartSpec("Implicit accuracy", ("implicit_accuracy",), "fraction of pairs with a margin below 0", 0.5),
     ChartSpec("Denoising error", ("winner_error", "loser_error"), "policy: winner solid, loser dashed"),
     ChartSpec("Rise of the error", ("winner_rise", "loser_rise"), "against the reference: winner solid, loser dashed; "
               "both far above 0 is collapse", 0.0),
-    ChartSpec("Gradient norm", ("grad_norm",), "before clipping"),
-    ChartSpec("Learning rate", ("learning_rate",), "after warm-up and schedule"),
 )
 
 
-class PairSource(SampleSource[PairBatch], Protocol):
-    """Random access to the triplets of a data set as pairs of cached latents."""
-
-
-def train_dpo(denoiser: Denoiser, schedule: NoiseSchedule, pairs: PairSource, config: DpoConfig, *,
-              checkpoints: Checkpoints | None, progress: Progress = silent,
-              should_stop: ShouldStop = never_stop, on_log: OnLog | None = None,
-              validate: Validate | None = None) -> TrainingResult:
-    """Put a LoRA on the denoiser's network and train it, in place; `save_lora` then writes it.
-
-    The network stays on the training device, and under mixed precision its frozen weights stay in that precision: load
-    the target again to sample from it. With `checkpoints`, an earlier attempt with the same config continues exactly
-    where it stood.
-
-    Log rows: `step`, `loss`, `dpo_loss`, `stat_loss` (unweighted), `margin` (negative is good),
-    `implicit_accuracy` (share of pairs with a negative margin; zero counts half), `winner_error`,
-    `loser_error`, `reference_winner_error`, `reference_loser_error`, `grad_norm` (before clipping) and
-    `learning_rate`. Errors: see `run_training`; ModelError for a network or schedule that cannot be trained.
-    """
-    hooks = Hooks(progress, should_stop, on_log, validate)
-    return run_training(prepare_dpo(denoiser, schedule, config), pairs, config, checkpoints, hooks)
+def train_dpo(denoiser: Denoiser, schedule: NoiseSchedule, pairs: SampleSource[PairBatch], config: DpoConfig, *,
+              checkpoints: Checkpoints | None, **hooks: Any) -> TrainingResult:
+    """`run_training` by `prepare_dpo`; `hooks`: those of `Hooks`."""
+    return run_training(prepare_dpo(denoiser, schedule, config), pairs, config, checkpoints, Hooks(**hooks))
 
 
 def prepare_dpo(denoiser: Denoiser, schedule: NoiseSchedule, config: DpoConfig) -> Objective:
-    """The loss of Eq. 9 for the loop, and a LoRA on the denoiser's network that it trains."""
+    """The loss of Eq. 9 for the loop, and a LoRA on the denoiser's network that it trains, in place.
+
+    The network stays on the training device, and under mixed precision its frozen weights stay in that precision: load
+    the target again to sample from it. ModelError for a network or schedule that cannot be trained.
+
+    Log rows: `step`, `loss`, `dpo_loss`, `stat_loss` (unweighted), `margin` (negative is good), `implicit_accuracy`
+    (fraction of pairs with a negative margin; zero counts half), `winner_error`, `loser_error`,
+    `reference_winner_error`, `reference_loser_error`, `grad_norm` (before clipping) and `learning_rate`.
+    """
     schedule.require_trainable()
     network = denoiser.network
     add_lora(network, config.lora_rank, config.seed, denoiser.lora_targets)
     cast_frozen(network, resolve_precision(config.mixed_precision))
-    denoiser.eval()  # dropout, where a network has some, would tell the policy from an equal reference
+    denoiser.eval()  # dropout, where a network has some, would part the policy from an equal reference
 
     def batch_loss(trained: nn.Module, batch: PairBatch, generators: Generators) -> dict[str, torch.Tensor]:
         _check(batch, len(generators), config.flip)
-        winner = batch.winner_latents.to(denoiser.device)
-        loser = batch.loser_latents.to(denoiser.device)
+        winner, loser = batch.winner_latents.to(denoiser.device), batch.loser_latents.to(denoiser.device)
         timesteps = schedule.draw_timesteps(generators)
         winner_noise = draw_noise(generators, winner)
         loser_noise = winner_noise if config.share_noise else draw_noise(generators, loser)
         if batch.winner_mirrored is not None and batch.loser_mirrored is not None and config.flip:
             flips = draw_flips(generators)  # last: timesteps and noise are those of a training without flips
-            winner, loser = turn(winner, batch.winner_mirrored, flips), turn(loser, batch.loser_mirrored, flips)
+            winner, loser = (apply_flips(winner, batch.winner_mirrored, flips),
+                             apply_flips(loser, batch.loser_mirrored, flips))
 
         latents = torch.cat([winner, loser])
         noise = torch.cat([winner_noise, loser_noise])
@@ -125,15 +101,10 @@ def pair_losses(policy: torch.Tensor, reference: torch.Tensor, target: torch.Ten
         stat_loss = schedule.statistic_matching(policy.chunk(2)[0], reference.chunk(2)[0], timesteps)
     margin = preference_margin(*errors)
     return {
-        "loss": dpo_loss + config.lambda_stat * stat_loss,
-        "dpo_loss": dpo_loss,
-        "stat_loss": stat_loss,
-        "margin": margin,
-        "implicit_accuracy": (1 - margin.sign()) / 2,
-        "winner_error": errors[0],
-        "loser_error": errors[1],
-        "reference_winner_error": errors[2],
-        "reference_loser_error": errors[3],
+        "loss": dpo_loss + config.lambda_stat * stat_loss, "dpo_loss": dpo_loss, "stat_loss": stat_loss,
+        "margin": margin, "implicit_accuracy": (1 - margin.sign()) / 2,
+        "winner_error": errors[0], "loser_error": errors[1],
+        "reference_winner_error": errors[2], "reference_loser_error": errors[3],
     }
 
 
@@ -157,22 +128,18 @@ def _check(batch: PairBatch, pairs: int, flip: bool) -> None:
 # -- as an objective
 
 
-class Dpo:
-    """The entry in `OBJECTIVES`; its samples are triplets as pairs of latents."""
+class Dpo(TrainingObjective):
+    """The entry in `OBJECTIVES`; its samples are triplets, whose latents a stage before has cached."""
 
     name, title = "dpo", "DPO training"
-    config = DpoConfig
-    charts, checks = CHARTS, PREFERENCE_CHECKS
-
-    def samples(self, latents: ShardFolder, indices: Sequence[int]) -> LatentPairs:
-        return LatentPairs(latents, indices)
+    config, samples = DpoConfig, LatentPairs
+    charts, checks = (*CHARTS, *OPTIMIZER_CHARTS), PREFERENCE_CHECKS
 
     def require_fit(self, store: Store, triplets: str | None, samples: SampleSource[PairBatch], indices: Sequence[int],
                     model: Model, config: DpoConfig) -> None:
         assert triplets is not None
         if not len(samples):
-            raise InputError(f"{triplets} holds no triplet to train on: every pool was rejected, see its "
-                             "rejected/")
+            raise InputError(f"{triplets} holds no triplet to train on: every pool was rejected, see its rejected/")
         if not config.allow_foreign_triplets:
             _refuse_foreign(ShardFolder.open(store, triplets), indices, model)
 
@@ -193,18 +160,12 @@ class Dpo:
 
     def with_derived(self, log: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
         """With `winner_rise` and `loser_rise`: the fraction by which an error stands above the reference's."""
-        rows = []
-        for row in log:
-            rises = {f"{side}_rise": row[f"{side}_error"] / row[f"reference_{side}_error"] - 1 for side in
-                     ("winner", "loser") if row.get(f"reference_{side}_error") and f"{side}_error" in row}
-            rows.append({**row, **rises})
-        return rows
+        return [{**row, **{f"{side}_rise": row[f"{side}_error"] / row[f"reference_{side}_error"] - 1
+                           for side in ("winner", "loser")
+                           if row.get(f"reference_{side}_error") and f"{side}_error" in row}} for row in log]
 
     def trained_numbers(self, size: ModelSize, config: DpoConfig) -> int:
         return config.lora_rank * size.attention
-
-    def saved_numbers(self, size: ModelSize, config: DpoConfig) -> int:
-        return self.trained_numbers(size, config)
 
 
 def _refuse_foreign(triplets: ShardFolder, indices: Sequence[int], model: Model) -> None:
@@ -213,4 +174,4 @@ def _refuse_foreign(triplets: ShardFolder, indices: Sequence[int], model: Model)
         made_by = set(triplets.read_columns(index, ["model_fingerprint"])["model_fingerprint"].to_pylist())
         if made_by - {own}:
             raise InputError(f"{triplets.key} was made by model {sorted(made_by - {own})[0][:12]}, the target is "
-                             f"{own[:12]}: train the model that drew the pool, or set dpo.allow_foreign_triplets")
+                             f"{own[:12]}: train the model that generated the pool, or set dpo.allow_foreign_triplets")

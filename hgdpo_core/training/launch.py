@@ -4,7 +4,7 @@
 
 The folder holds `request.json`; `progress.json`, `messages.jsonl` (log records of the first process) and `error.json`
 come back through it. The processes stop, with a checkpoint, when a file `stop` appears in it, or when the process `pid`
-that watches them is no more: nobody would end them.
+that watches them has ended.
 """
 
 import json
@@ -35,8 +35,11 @@ logger = logging.getLogger(__name__)
 
 
 def run_train_everywhere(request: TrainRequest, *, processes: int | None = None, progress: Progress = silent,
-                         should_stop: ShouldStop = never_stop) -> Tuned:
-    """`run_train`, in as many processes as this machine has GPUs (or `processes`); in this one where that is one."""
+                         encode_progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
+    """`run_train`, in as many processes as this machine has GPUs (or `processes`); in this one where that is one.
+
+    `encode_progress` is not called: latents are a stage of their own.
+    """
     forget_launchers()
     processes = processes or (1 if use_cpu() else max(1, torch.cuda.device_count()))
     if processes == 1 or find_result(request) is not None:
@@ -51,10 +54,10 @@ def run_train_everywhere(request: TrainRequest, *, processes: int | None = None,
 
 
 def launch_command(processes: int) -> list[str]:
-    """`accelerate launch` on this machine, up to what it shall start: a script, or -m and a module.
+    """`accelerate launch` on this machine, up to what it starts: a script, or -m and a module.
 
-    With --cpu it would start one process, whatever the number: --multi_gpu is the launcher of several, and where no
-    GPU is wanted or there, each of them finds that out.
+    With --cpu it would start one process, whatever the number: --multi_gpu is the launcher of several, and each of them
+    falls back to the CPU where no GPU is requested or available.
     """
     return ["env", f"{LAUNCHED}=1", sys.executable, "-m", "accelerate.commands.launch", "--num_processes",
             str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -69,7 +72,7 @@ def _launch(folder: Path, processes: int, progress: Progress, should_stop: Shoul
         try:
             while launched.poll() is None:
                 time.sleep(LOOK_SECONDS)
-                _tell(folder, progress)
+                _report_progress(folder, progress)
                 repeated = _repeat_messages(folder, repeated)
                 if should_stop():
                     (folder / "stop").touch()
@@ -85,8 +88,8 @@ def _launch(folder: Path, processes: int, progress: Progress, should_stop: Shoul
 
 
 def _end(launched: subprocess.Popen[bytes]) -> None:
-    """Killed at once, the launcher would leave its processes behind."""
-    launched.terminate()  # no-op for one that ended
+    """Terminate first: killed at once, the launcher would leave its processes behind."""
+    launched.terminate()  # does nothing where it has ended
     try:
         launched.wait(END_SECONDS)
     except subprocess.TimeoutExpired:
@@ -94,7 +97,7 @@ def _end(launched: subprocess.Popen[bytes]) -> None:
         launched.wait()
 
 
-def _tell(folder: Path, progress: Progress) -> None:
+def _report_progress(folder: Path, progress: Progress) -> None:
     try:
         done, total, unit = json.loads((folder / "progress.json").read_text())
     except (OSError, ValueError):
@@ -128,12 +131,12 @@ class _Messages(logging.Handler):
 
 
 def main(folder: Path, watcher: int | None = None) -> int:
-    """One process of a training, which the process `watcher` looks after; returns the exit code."""
+    """One process of a training, which the process `watcher` watches; returns the exit code."""
     request = TrainRequest.model_validate_json((folder / "request.json").read_text())
     first = is_first_process()
     written_at = 0.0
 
-    def tell(done: int, total: int, unit: str) -> None:
+    def report(done: int, total: int, unit: str) -> None:
         nonlocal written_at
         if done == total or time.monotonic() - written_at > LOOK_SECONDS:
             written_at = time.monotonic()
@@ -147,7 +150,7 @@ def main(folder: Path, watcher: int | None = None) -> int:
         ours.setLevel(logging.INFO)
         ours.addHandler(_Messages(folder / "messages.jsonl"))
     try:
-        run_train(request, progress=tell if first else silent, should_stop=should_stop)
+        run_train(request, progress=report if first else silent, should_stop=should_stop)
     except HGDPOError as error:
         if first or not isinstance(error, StoppedError):
             _write(folder / "error.json", {"kind": type(error).__name__, "message": str(error)})
@@ -156,7 +159,7 @@ def main(folder: Path, watcher: int | None = None) -> int:
 
 
 def _write(path: Path, value: object) -> None:
-    """Whole or not at all: the other process may look at any moment."""
+    """Whole or not at all: the other process may read at any moment."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(value))
     temporary.replace(path)

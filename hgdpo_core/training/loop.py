@@ -1,12 +1,13 @@
 """The loop of all objectives: optimizer steps, log, stopping, checkpoints, and going on from them.
 
-Going on with another number of processes keeps the batch of an optimizer step as it was, and with it steps, samples,
-noise and learning rate: a process takes another share. Only the order of sums changes, so losses agree up to rounding.
+Resuming with another number of processes keeps the batch of an optimizer step as it was, and with it steps, samples,
+noise and learning rate: a process takes another part. Only the order of sums changes, so losses agree up to rounding.
 """
 
 import logging
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,19 +18,20 @@ from accelerate.state import AcceleratorState
 from hgdpo_core.config import TrainingConfig, content_hash
 from hgdpo_core.devices import is_out_of_memory, use_cpu
 from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageError
+from hgdpo_core.training.base import Hooks, Objective, TrainedDenoiser, TrainingResult
 from hgdpo_core.training.checkpoints import Checkpoint, Checkpoints, load_latest, save_checkpoint
 from hgdpo_core.training.data import DataOrder, SampleSource
 from hgdpo_core.training.micro_batches import GradientMaker, Means, memory_advice
 from hgdpo_core.training.optimization import make_optimizer, warm_up_schedule
-from hgdpo_core.training.parts import Hooks, LogRow, Objective, TrainedDenoiser, TrainingResult, resolve_precision
-from hgdpo_core.training.processes import agree, first_says, forget_launchers
+from hgdpo_core.training.parts import LogRow, resolve_precision
+from hgdpo_core.training.processes import agree, forget_launchers, from_first
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class _Run:
-    """One training under way."""
+    """The state of one training."""
 
     objective: Objective
     source: SampleSource[Any]
@@ -72,7 +74,8 @@ def run_training(objective: Objective, source: SampleSource[Any], config: Traini
         if not is_out_of_memory(error):
             raise
         raise ConfigError(f"training ran out of memory: {memory_advice(objective, config)}") from None
-    objective.finish()
+    if objective.average is not None:
+        objective.average.put_in_place()
     return result
 
 
@@ -129,8 +132,8 @@ def _optimizer_step(run: _Run) -> LogRow:
     run.optimizer.step()
     run.lr_schedule.step()
     run.optimizer.zero_grad()
-    if run.objective.follower is not None and run.accelerator.is_main_process:
-        run.objective.follower.step()
+    if run.objective.average is not None:
+        run.objective.average.step()
     run.step += 1
     return row
 
@@ -140,8 +143,7 @@ def _row(run: _Run, means: Means) -> LogRow:
     row = {"step": run.step + 1, **dict(zip(means, numbers, strict=True)),
            "learning_rate": run.lr_schedule.get_last_lr()[0]}
     # An fp16 scaler meets infinite gradients on its way and skips those steps; an infinite loss is never right.
-    must_be_finite = ["loss"] if run.accelerator.scaler is not None else ["loss", "grad_norm"]
-    for name in must_be_finite:
+    for name in ["loss"] if run.accelerator.scaler is not None else ["loss", "grad_norm"]:
         if not math.isfinite(row[name]):
             raise ConfigError(f"training stopped at step {row['step']}, before the weights changed: {name} is "
                               f"{row[name]}, expected a finite number. Lower {run.objective.what_to_lower}, "
@@ -153,7 +155,7 @@ def _row(run: _Run, means: Means) -> LogRow:
 def _validate(run: _Run, hooks: Hooks, finished: bool) -> None:
     every = run.config.validation_every
     if hooks.validate is not None and every is not None and (finished or run.step % every == 0):
-        with run.objective.as_kept():
+        with run.objective.average.in_place() if run.objective.average is not None else nullcontext():
             hooks.validate(run.step)
 
 
@@ -172,10 +174,10 @@ def _save(run: _Run, checkpoints: Checkpoints | None) -> None:
     if checkpoints is None:
         return
     if run.accelerator.is_main_process:
-        scaler, follower = run.accelerator.scaler, run.objective.follower
+        scaler, average = run.accelerator.scaler, run.objective.average
         state = {"optimizer": run.optimizer.state_dict(), "lr_schedule": run.lr_schedule.state_dict(),
                  "scaler": scaler.state_dict() if scaler is not None else None,
-                 "follower": follower.state_dict() if follower is not None else None,
+                 "follower": average.state_dict() if average is not None else None,
                  "global_batch": run.gradients.global_batch, "processes": run.accelerator.num_processes,
                  "log": run.log, "seconds": run.seconds}
         save_checkpoint(checkpoints, Checkpoint(run.step, run.objective.weights(), state), run.config_hash)
@@ -183,10 +185,10 @@ def _save(run: _Run, checkpoints: Checkpoints | None) -> None:
 
 
 def _resume(run: _Run, checkpoints: Checkpoints | None) -> int | None:
-    """Continue where the latest checkpoint stands; its step, or None for a fresh start."""
+    """Continue from the latest checkpoint; its step, or None for a fresh start."""
     found = load_latest(checkpoints, run.config_hash) if checkpoints else None
     step = found.step if found else 0
-    if agree(run.accelerator, first_says(run.accelerator, step) != step):
+    if agree(run.accelerator, from_first(run.accelerator, step) != step):
         raise StorageError("the processes of this training found different checkpoints: start it again")
     if found is None:
         return None
@@ -198,16 +200,16 @@ def _resume(run: _Run, checkpoints: Checkpoints | None) -> int | None:
     run.lr_schedule.load_state_dict(dict(found.state["lr_schedule"]))
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(found.state["scaler"])
-    if run.objective.follower is not None and run.accelerator.is_main_process:
-        run.objective.follower.load_state_dict(found.state["follower"])
+    if run.objective.average is not None:
+        run.objective.average.load_state_dict(found.state["follower"])
     run.step, run.log, run.seconds = found.step, list(found.state["log"]), found.state["seconds"]
     run.gradients.set_global_batch(found.state["global_batch"])
     logger.info("training continues after step %d of %d", run.step, run.total_steps)
-    _say_what_changed(run, found.state["processes"])
+    _warn_of_other_processes(run, found.state["processes"])
     return found.step
 
 
-def _say_what_changed(run: _Run, before: int) -> None:
+def _warn_of_other_processes(run: _Run, before: int) -> None:
     now = run.accelerator.num_processes
     if now != before:
         logger.warning(

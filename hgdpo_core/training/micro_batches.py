@@ -9,15 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from hgdpo_core.config import TrainingConfig
-from hgdpo_core.devices import is_out_of_memory
+from hgdpo_core.devices import free_memory, is_out_of_memory
 from hgdpo_core.errors import ConfigError
+from hgdpo_core.training.base import Objective
 from hgdpo_core.training.data import DataOrder, SampleSource, sample_generator
-from hgdpo_core.training.parts import Objective
-from hgdpo_core.training.processes import agree, share_of, sum_gradients
+from hgdpo_core.training.processes import agree, part_of, sum_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class GradientMaker:
         self.set_global_batch(self.global_batch)
 
     def set_global_batch(self, samples: int) -> None:
-        """Samples of an optimizer step over all processes, whose shares may differ by one."""
+        """Samples of an optimizer step over all processes, whose parts may differ by one."""
         self.global_batch = samples
         self.micro_batch = min(self.config.batch_size, -(-samples // self.accelerator.num_processes))
 
@@ -61,22 +60,21 @@ class GradientMaker:
             means = None
             self._lower(step)
             means = self._attempt(step)
-        assert means is not None  # all processes said so
+        assert means is not None  # in all processes
         sum_gradients(self.accelerator, self.trained)
-        names = list(means)
-        summed = self.accelerator.reduce(torch.stack([means[name] for name in names]), reduction="sum")
+        summed = self.accelerator.reduce(torch.stack(list(means.values())), reduction="sum")
         assert isinstance(summed, torch.Tensor)
-        return dict(zip(names, summed, strict=True))
+        return dict(zip(means, summed, strict=True))
 
     def _attempt(self, step: int) -> Means | None:
         """This process's part of gradient and means; None when memory ran out. No process waits for another here."""
         batch = range(step * self.global_batch, (step + 1) * self.global_batch)
-        share = share_of(batch, self.accelerator.num_processes, self.accelerator.process_index)
+        own = part_of(batch, self.accelerator.num_processes, self.accelerator.process_index)
         try:
-            if not share:  # more processes than samples: what this one computes counts for nothing
+            if not own:  # more processes than samples: what this one computes counts for nothing
                 return self._backward(batch[:1], weight=0.0)
             parts = [self._backward(part, weight=len(part) / len(batch))
-                     for part in (share[at:at + self.micro_batch] for at in range(0, len(share), self.micro_batch))]
+                     for part in (own[at:at + self.micro_batch] for at in range(0, len(own), self.micro_batch))]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -94,7 +92,7 @@ class GradientMaker:
         """Halve the micro-batch, back where the step began."""
         for parameter in self.trained:
             parameter.grad = None
-        clear_device_cache(garbage_collection=True)
+        free_memory()
         if self.micro_batch == 1:
             raise ConfigError(f"training ran out of memory at step {step + 1} with one sample at a time: "
                               f"{memory_advice(self.objective, self.config)}")

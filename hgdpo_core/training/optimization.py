@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate of both trainers."""
+"""The optimizer and the learning rate of all objectives."""
 
 import logging
 from collections.abc import Iterable

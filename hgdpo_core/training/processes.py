@@ -1,4 +1,4 @@
-"""What the processes of one training tell each other. With one process nothing is sent."""
+"""How the processes of one training agree and share gradients. With one process nothing is sent."""
 
 import logging
 import os
@@ -45,16 +45,16 @@ def launch_environment() -> dict[str, str]:
 
 
 def count_processes() -> int:
-    """How many processes train together, as far as we started them; known before accelerate is there."""
+    """How many processes train together, as far as we started them; known before accelerate starts."""
     return int(os.environ.get("WORLD_SIZE", "1")) if LAUNCHED in os.environ else 1
 
 
 def is_first_process() -> bool:
-    """Whether this is the process of a training that writes and reports; known before accelerate is there."""
+    """Whether this is the process of a training that writes and reports; known before accelerate starts."""
     return LAUNCHED not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
-def share_of(batch: range, processes: int, index: int) -> range:
+def part_of(batch: range, processes: int, index: int) -> range:
     """The part of a batch's positions that process `index` takes: consecutive, and none is two larger than another.
 
     Empty for some where there are more processes than positions.
@@ -64,19 +64,19 @@ def share_of(batch: range, processes: int, index: int) -> range:
 
 
 def agree(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether any process says so: they act together, or the others would wait for ever."""
+    """Whether the flag is set in any process: they act together, or the others would wait for ever."""
     if accelerator.num_processes == 1:
         return flag
     votes: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
     return votes.item() > 0
 
 
-def first_says(accelerator: Accelerator, number: int) -> int:
+def from_first(accelerator: Accelerator, number: int) -> int:
     """The first process's number, in all of them."""
     if accelerator.num_processes == 1:
         return number
-    said: Any = broadcast(torch.tensor(number, device=accelerator.device))
-    return int(said.item())
+    sent: Any = broadcast(torch.tensor(number, device=accelerator.device))
+    return int(sent.item())
 
 
 def sum_gradients(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -31,7 +31,7 @@ class TrainRequest(BaseModel):
     model: dict[str, Any] = Field(description="the identity of the model to train")
     means: dict[str, Any] = Field(description="where that model lies")
     config: dict[str, Any] = Field(description="the settings of the training")
-    validation: Validation | None = Field(default=None, description="pictures to draw on the way")
+    validation: Validation | None = Field(default=None, description="images to generate during training")
     code_version: str
     format_version: int
 
@@ -43,33 +43,37 @@ class TrainRequest(BaseModel):
         return kind
 
     @classmethod
-    def of(cls, kind: str, store: Store, model: Model, latents: ShardFolder, indices: Sequence[int],
-           config: TrainingConfig, *, triplets: str | None = None, copy_to_store: bool = False,
+    def of(cls, kind: str, model: Model, latents: ShardFolder, indices: Sequence[int], config: TrainingConfig, *,
+           triplets: ShardFolder | None = None, copy_to_store: bool = False,
            validation: Validation | None = None) -> Self:
-        """Train `model` by the objective of that name on shards of latents; `triplets`: what they were made of, if so.
+        """Train `model` by the objective of that name on shards of latents, which were made of these triplets.
 
         With `copy_to_store`, a model that lies on this machine alone is copied into the store for the worker.
         """
-        return cls(root=store.root, kind=kind, latents=latents.key, shards=format_range(list(indices)),
-                   triplets=triplets, model=model.identity(), means=model_means(store, model, share=copy_to_store),
-                   config=config.model_dump(mode="json"),
+        store = latents.store
+        return cls(root=store.root, kind=kind, latents=latents.key, shards=format_range(indices),
+                   triplets=triplets and triplets.key, model=model.identity(),
+                   means=model_means(store, model, share=copy_to_store), config=config.model_dump(mode="json"),
                    validation=validation, code_version=code_version(), format_version=FORMAT_VERSION)
 
     @property
     def settings(self) -> TrainingConfig:
         return find_objective(self.kind).config.model_validate(self.config)
 
+    def open_latents(self) -> tuple[ShardFolder, list[int]]:
+        """The folder of latents, and the shards of it to train on."""
+        return ShardFolder.open(Store(self.root), self.latents), parse_range(self.shards)
+
 
 def find_result(request: TrainRequest) -> Tuned | None:
-    """What the training gave, None when it is not there (or its latents are not)."""
+    """The result of the training, None when it does not exist (or its latents do not)."""
     model_id = result_id(request)
     return None if model_id is None else find_tuned(Store(request.root), model_id)
 
 
 def result_id(request: TrainRequest) -> str | None:
-    """The id of the model that the training gives; None while its latents are not there, which decide it."""
-    store = Store(request.root)
-    latents, indices = ShardFolder.open(store, request.latents), parse_range(request.shards)
+    """The id of the model that the training gives; None while its latents do not exist, which decide it."""
+    latents, indices = request.open_latents()
     manifests = latents.manifests(indices)
     if manifests.keys() != set(indices):
         return None
@@ -77,18 +81,17 @@ def result_id(request: TrainRequest) -> str | None:
 
 
 def run_train(request: TrainRequest, *, progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
-    """Train, from the last checkpoint where there is one; a model that exists is not trained again.
+    """Train, from the last checkpoint where there is one; an existing model is returned, not made again.
 
     ConfigError when this code is not the one that planned it; InputError while latents are missing; StoppedError, with
     a checkpoint, after `should_stop`.
     """
     refuse_other_code(request.code_version, request.format_version)
-    store = Store(request.root)
-    model = find_offered_model(store, request.model, request.means)
-    latents, indices = ShardFolder.open(store, request.latents), parse_range(request.shards)
+    latents, indices = request.open_latents()
     missing = set(indices) - latents.completed(indices)
     if missing:
-        raise InputError(f"{store.url(latents.key)} lacks {len(missing)} of the {len(indices)} shards to train on: run "
-                         "the pipeline again, which makes what is missing")
-    return tune(store, request.kind, model, latents, indices, request.settings, request.triplets,
+        raise InputError(f"{latents.store.url(latents.key)} lacks {len(missing)} of the {len(indices)} shards to train "
+                         "on: run the pipeline again, which makes what is missing")
+    model = find_offered_model(latents.store, request.model, request.means)
+    return tune(request.kind, model, latents, indices, request.settings, request.triplets,
                 validation=request.validation, progress=progress, should_stop=should_stop)

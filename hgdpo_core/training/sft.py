@@ -1,9 +1,7 @@
 """Supervised fine-tuning of the whole network on the user's own images (arXiv:2405.20216v1, D.1)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,57 +13,21 @@ from hgdpo_core.models import Backbone, Conditioning, Model, load_backbone
 from hgdpo_core.models.averaging import WeightAverage
 from hgdpo_core.models.backbone import Denoiser, NoiseSchedule
 from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.rendering.charts import ChartSpec
-from hgdpo_core.statistics.checks import LogCheck
-from hgdpo_core.storage import Store
-from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training import (
-    Generators,
-    Hooks,
-    Objective,
-    OnLog,
-    SampleSource,
-    TrainingResult,
-    Validate,
-    draw_flips,
-    draw_noise,
-    turn,
-)
-from hgdpo_core.training.checkpoints import Checkpoints
+from hgdpo_core.training.base import OPTIMIZER_CHARTS, Objective, TrainingObjective
 from hgdpo_core.training.data import ImageBatch, LatentImages
-from hgdpo_core.training.loop import run_training
+from hgdpo_core.training.parts import Generators, apply_flips, draw_flips, draw_noise
 from hgdpo_core.training.processes import is_first_process
-
-CHARTS = (
-    ChartSpec("Loss", ("loss",), "denoising error of the target model"),
-    ChartSpec("Gradient norm", ("grad_norm",), "before clipping"),
-    ChartSpec("Learning rate", ("learning_rate",), "after warm-up and schedule"),
-)
-
-
-class ImageSource(SampleSource[ImageBatch], Protocol):
-    """Random access to captioned images as cached latents."""
-
-
-def train_sft(denoiser: Denoiser, schedule: NoiseSchedule, images: ImageSource, config: SftConfig,
-              empty: Conditioning, *, checkpoints: Checkpoints | None,
-              progress: Progress = silent, should_stop: ShouldStop = never_stop,
-              on_log: OnLog | None = None, validate: Validate | None = None) -> TrainingResult:
-    """Train all weights of the denoiser's network, in place, in float32 (or float32 weights under mixed precision).
-
-    The loss is the mean squared error to the schedule's own target; `empty`, the float32 conditioning of the empty
-    text, replaces a caption with probability `caption_dropout`. With `checkpoints`,
-    an earlier attempt with the same config continues exactly where it stood. Log rows: `step`, `loss`, `grad_norm`
-    (before clipping), `learning_rate`. With `ema_decay`, the first process's network has the moving average of its
-    weights at the end, and in `validate`. Errors: see `run_training`; ModelError for an unfit schedule.
-    """
-    hooks = Hooks(progress, should_stop, on_log, validate)
-    return run_training(prepare_sft(denoiser, schedule, config, empty), images, config, checkpoints, hooks)
 
 
 def prepare_sft(denoiser: Denoiser, schedule: NoiseSchedule, config: SftConfig, empty: Conditioning) -> Objective:
-    """The denoising loss for the loop, over all weights of the denoiser's network."""
+    """The denoising loss for the loop, over all weights of the denoiser's network: in place, in float32.
+
+    The loss is the mean squared error to the schedule's own prediction target; `empty`, the float32 conditioning of the
+    empty text, replaces a caption with probability `caption_dropout`. Log rows: `step`, `loss`, `grad_norm` (before
+    clipping), `learning_rate`. With `ema_decay`, the first process's network has the moving average of its weights at
+    the end, and in validation. ModelError for an unfit schedule.
+    """
     schedule.require_trainable()
     network = denoiser.network
     nn.Module.to(denoiser, dtype=torch.float32).requires_grad_(True).train()
@@ -77,17 +39,14 @@ def prepare_sft(denoiser: Denoiser, schedule: NoiseSchedule, config: SftConfig, 
         noise = draw_noise(generators, latents)
         conditioning = drop_captions(batch.conditioning, empty, config.caption_dropout, generators)
         if batch.mirrored is not None and config.flip:  # drawn last: the other draws are those of a training without
-            latents = turn(latents, batch.mirrored, draw_flips(generators))
+            latents = apply_flips(latents, batch.mirrored, draw_flips(generators))
         noisy = schedule.add_noise(latents, noise, timesteps)
         target = schedule.prediction_target(latents, noise, timesteps)
         return {"loss": denoising_error(trained(noisy, timesteps, conditioning.to(denoiser.device)), target)}
 
     average = WeightAverage(network, config.ema_decay) if config.ema_decay and is_first_process() else None
-    objective = Objective("sft", denoiser, batch_loss, lambda: _weights(network), network.load_state_dict,
-                          f"learning_rate (now {config.learning_rate:g})")
-    if average is None:
-        return objective
-    return replace(objective, follower=average, as_kept=average.in_place, finish=average.put_in_place)
+    return Objective("sft", denoiser, batch_loss, lambda: _weights(network), network.load_state_dict,
+                     f"learning_rate (now {config.learning_rate:g})", average)
 
 
 def drop_captions(captions: Conditioning, empty: Conditioning, probability: float,
@@ -117,20 +76,12 @@ def _check(batch: ImageBatch, empty_embeds: torch.Tensor, images: int, flip: boo
 # -- as an objective
 
 
-class Sft:
-    """The entry in `OBJECTIVES`; its samples are captioned images as latents."""
+class Sft(TrainingObjective):
+    """The entry in `OBJECTIVES`; its samples are captioned images, whose latents a stage before has cached."""
 
     name, title = "sft", "Supervised fine-tuning"
-    config = SftConfig
-    charts = CHARTS
-    checks: tuple[LogCheck, ...] = ()
-
-    def samples(self, latents: ShardFolder, indices: Sequence[int]) -> LatentImages:
-        return LatentImages(latents, indices)
-
-    def require_fit(self, store: Store, triplets: str | None, samples: SampleSource[ImageBatch],
-                    indices: Sequence[int], model: Model, config: SftConfig) -> None:
-        """Any images will do; that there are some, their encoding has checked."""
+    config, samples = SftConfig, LatentImages
+    charts = (ChartSpec("Loss", ("loss",), "denoising error of the target model"), *OPTIMIZER_CHARTS)
 
     def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> ImageBatch:
         return ImageBatch(torch.randn(count, *latent_shape), torch.randn(count, *embeds_shape))
@@ -144,12 +95,6 @@ class Sft:
     def save(self, backbone: Backbone, folder: Path, model_id: str) -> str:
         backbone.save(folder)
         return "pipeline"
-
-    def watch(self, warn: Callable[[str], object]) -> OnLog:
-        return lambda row: None
-
-    def with_derived(self, log: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
-        return log
 
     def trained_numbers(self, size: ModelSize, config: SftConfig) -> int:
         return size.denoiser

@@ -12,13 +12,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from hgdpo_core.config import TrackerName
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.storage import Store, scratch_folder
-from hgdpo_core.training.parts import LogRow, OnLog
+from hgdpo_core.training.base import OnLog
+from hgdpo_core.training.parts import LogRow
 
 logger = logging.getLogger(__name__)
 
 PROJECT = "hgdpo"
 SEND_SECONDS = 60.0
-PACKAGES = {"comet_ml": "comet-ml"}  # where the package is not called as the tracker
+PACKAGES = {"comet_ml": "comet-ml"}  # packages that are not named as the tracker
 
 
 def check_tracker(name: TrackerName | None) -> None:
@@ -32,8 +33,8 @@ def check_tracker(name: TrackerName | None) -> None:
 def tracked(name: TrackerName | None, store: Store, model_id: str, config: Mapping[str, Any]) -> Iterator[OnLog]:
     """A callback for log rows that also sends them to a tracker, as the run `model_id`.
 
-    A training that goes on continues its curve: rows come under their own step, and TensorBoard drops what an earlier
-    attempt wrote from there on. TensorBoard's files lie in `models/<model_id>/tensorboard/` of the store.
+    A resumed training continues its curve: rows come under their own step, and TensorBoard drops what an earlier
+    attempt wrote from there on. TensorBoard's files are in `models/<model_id>/tensorboard/` of the store.
     """
     if name is None:
         yield lambda row: None
@@ -47,7 +48,7 @@ def tracked(name: TrackerName | None, store: Store, model_id: str, config: Mappi
 
 
 class _Curve:
-    """A tracker, opened with the first row: only then it is known where the training goes on."""
+    """A tracker, opened with the first row: only then it is known from which step the training continues."""
 
     def __init__(self, name: TrackerName, store: Store, model_id: str, scratch: Path, config: Mapping[str, Any]):
         self._name, self._store, self._model_id, self._config = name, store, model_id, config
@@ -84,6 +85,6 @@ class _Curve:
         elif self._name == "wandb":
             tracker = kind(PROJECT, id=self._model_id, name=self._model_id, resume="allow", config=dict(self._config))
         else:
-            tracker = kind(self._model_id)  # aim, dvclive and their like write into the current folder
+            tracker = kind(self._model_id)  # aim, dvclive and the like write into the current folder
         tracker.start()
         return tracker

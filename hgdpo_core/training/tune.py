@@ -1,27 +1,27 @@
-"""Tuning: cached latents in, a model in the store out. A model that is already there is not made again."""
+"""Tuning: cached latents in, a model in the store out. An existing model is not made again."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hgdpo_core.config import DpoConfig, SftConfig, TrainingConfig, content_hash
+from hgdpo_core.config import TrainingConfig, content_hash
 from hgdpo_core.devices import default_device, device_name
-from hgdpo_core.models import Backbone, Model, load_backbone
+from hgdpo_core.models import Model, load_backbone
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.published import fetch_model, publish_model
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.storage import Store, scratch_folder
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
+from hgdpo_core.training.base import Hooks, TrainingResult
 from hgdpo_core.training.checkpoints import Checkpoints
 from hgdpo_core.training.loop import run_training
 from hgdpo_core.training.objective import find_objective
-from hgdpo_core.training.parts import Hooks, LogRow, OnLog, TrainingResult
+from hgdpo_core.training.parts import LogRow
 from hgdpo_core.training.processes import count_processes, is_first_process
 from hgdpo_core.training.trackers import check_tracker, tracked
-from hgdpo_core.training.validation import Validation, ValidationPainter
+from hgdpo_core.training.validation import Validation, ValidationGenerator
 
 logger = logging.getLogger(__name__)
 
@@ -49,25 +49,30 @@ class Tuned:
         return replace(model, path=self.path, fingerprint=fingerprint_path(self.path), vae=None, configs=None)
 
 
-def tune(store: Store, kind: str, model: Model, latents: ShardFolder, indices: Sequence[int], config: TrainingConfig,
+def tune(kind: str, model: Model, latents: ShardFolder, indices: Sequence[int], config: TrainingConfig,
          triplets: str | None = None, *, validation: Validation | None = None, progress: Progress = silent,
          should_stop: ShouldStop = never_stop) -> Tuned:
-    """Train by the objective of that name on shards of latents; the result is kept in `models/`.
+    """Train by the objective of that name on shards of latents; the result is kept in `models/` of their store.
 
-    `triplets` is the key of those that the latents were made of, None for latents of images.
-    With a `validation`, images every `validation_every` steps are kept beside it.
+    `triplets`: key of what the latents were made of. With a `validation`, images every `validation_every` steps are
+    kept beside the result.
     """
-    training, model_id = find_objective(kind), tuned_id(kind, model.identity(), latents, indices, config)
-    found = find_tuned(store, model_id)
-    if found:
-        return found
+    training, store = find_objective(kind), latents.store
+    model_id = tuned_id(kind, model.identity(), latents, indices, config)
+    if existing := find_tuned(store, model_id):
+        return existing
     check_tracker(config.tracker)
     samples = training.samples(latents, indices)
     training.require_fit(store, triplets, samples, indices, model, config)
-    backbone = load_backbone(model, _loading_device(), dtype="float32")
-    validate = _painter(store, model_id, backbone, validation, config)
+    # With many processes each moves its own copy to its own GPU later.
+    backbone = load_backbone(model, "cpu" if count_processes() > 1 else default_device(), dtype="float32")
+    validate, tracker = None, None
+    if is_first_process():
+        tracker = config.tracker
+        if validation is not None and config.validation_every is not None:
+            validate = ValidationGenerator(store, model_id, backbone, validation, config)
     objective, watch = training.prepare(backbone, model, config), training.watch(logger.warning)
-    with _tracked(config, store, model_id) as track:
+    with tracked(tracker, store, model_id, config.model_dump(mode="json")) as track:
         def on_log(row: LogRow) -> None:
             watch(row)
             track(row)
@@ -76,34 +81,7 @@ def tune(store: Store, kind: str, model: Model, latents: ShardFolder, indices: S
                               Hooks(progress, should_stop, on_log, validate))
     with scratch_folder() as folder:
         saved = training.save(backbone, folder, model_id)
-        return _publish(store, model_id, folder, saved, model, config, latents, result)
-
-
-def tune_target(store: Store, model: Model, latents: ShardFolder, config: SftConfig, **options: Any) -> Tuned:
-    """SFT on all latents of a folder of images: a whole model. Options as of `tune`."""
-    return tune(store, "sft", model, latents, sorted(latents.manifests()), config, **options)
-
-
-def tune_lora(store: Store, model: Model, triplets: ShardFolder, latents: ShardFolder, indices: Sequence[int],
-              config: DpoConfig, **options: Any) -> Tuned:
-    """Diffusion-DPO + SML on triplets: a LoRA. Options as of `tune`."""
-    return tune(store, "dpo", model, latents, indices, config, triplets.key, **options)
-
-
-def _painter(store: Store, model_id: str, backbone: Backbone, validation: Validation | None,
-             config: TrainingConfig) -> ValidationPainter | None:
-    if validation is None or config.validation_every is None or not is_first_process():
-        return None
-    return ValidationPainter(store, model_id, backbone, validation, config)
-
-
-def _tracked(config: TrainingConfig, store: Store, model_id: str) -> AbstractContextManager[OnLog]:
-    return tracked(config.tracker if is_first_process() else None, store, model_id, config.model_dump(mode="json"))
-
-
-def _loading_device() -> str:
-    """Where a training loads its model; with many processes each moves its own copy to its own GPU later."""
-    return "cpu" if count_processes() > 1 else default_device()
+        return _publish(model_id, folder, saved, model, config, latents, result)
 
 
 def tuned_id(kind: str, identity: Mapping[str, Any], latents: ShardFolder, indices: Sequence[int],
@@ -116,22 +94,22 @@ def tuned_id(kind: str, identity: Mapping[str, Any], latents: ShardFolder, indic
 
 
 def find_tuned(store: Store, model_id: str) -> Tuned | None:
-    """The tuned model of that id, None when it is not there."""
+    """The tuned model of that id, None when it does not exist."""
     path = fetch_model(store, model_id)
     if path is None:
         return None
     return Tuned(model_id, path, store.read_json(f"models/{model_id}/log.json")["rows"], found=True)
 
 
-def _publish(store: Store, model_id: str, folder: Path, kind: str, target: Model, config: TrainingConfig,
-             latents: ShardFolder, result: TrainingResult) -> Tuned:
+def _publish(model_id: str, folder: Path, kind: str, target: Model, config: TrainingConfig, latents: ShardFolder,
+             result: TrainingResult) -> Tuned:
     if not is_first_process():
         return Tuned(model_id, folder, result.log, found=False)
+    store = latents.store
     store.write_json(f"models/{model_id}/log.json", {"rows": result.log})
-    store.write_json(f"models/{model_id}/config.json", {"kind": kind, "latents": latents.key,
-                                                        "target": target.identity(),
-                                                        "config": config.model_dump(mode="json"),
-                                                        "global_batch": result.global_batch})
+    store.write_json(f"models/{model_id}/config.json", {
+        "kind": kind, "latents": latents.key, "target": target.identity(), "config": config.model_dump(mode="json"),
+        "global_batch": result.global_batch})
     path = publish_model(store, model_id, folder, {"kind": kind, "steps": result.steps, "seconds": result.seconds,
                                                    "device": device_name(default_device())})
     return Tuned(model_id, path, result.log, found=False)

@@ -1,4 +1,4 @@
-"""Pictures of a model in training: the same prompts from the same seeds, every so many steps, kept beside the model.
+"""Validation images of a model in training: the same prompts and seeds every so many steps, kept beside the model.
 
     models/<model_id>/validation/step-000500/0.png ...  images.json (written last)
 """
@@ -10,11 +10,10 @@ from typing import Self
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
 from hgdpo_core.config import PromptSyntax, RunConfig, SamplerConfig, StageConfig, TrainingConfig
-from hgdpo_core.devices import is_out_of_memory
+from hgdpo_core.devices import free_memory, is_out_of_memory
 from hgdpo_core.images import decode_image, encode_image
 from hgdpo_core.models import Backbone
 from hgdpo_core.models.lora import worn_at
@@ -30,7 +29,7 @@ SHOWN_STEPS = 8
 
 
 class Validation(StageConfig):
-    """What to draw. Seeds are the evaluation's, so its images of the same prompts begin from the same noise."""
+    """What to generate. Seeds are the evaluation's, so its images of the same prompts begin from the same noise."""
 
     prompts: tuple[str, ...]
     prompt_syntax: PromptSyntax
@@ -40,24 +39,23 @@ class Validation(StageConfig):
 
     @classmethod
     def of_run(cls, config: RunConfig, training: TrainingConfig, prompts: Sequence[str]) -> Self | None:
-        """Some evaluation prompts, evenly spread over their list; None where none are wanted."""
+        """Some evaluation prompts, evenly spread over their list; None where none are requested."""
         if training.validation_every is None or not prompts:
             return None
         count = min(training.validation_images, len(prompts))
-        chosen = tuple(prompts[i * len(prompts) // count] for i in range(count))
         evaluation = config.evaluation
-        return cls(prompts=chosen, prompt_syntax=evaluation.prompt_syntax, sampler=config.sampler.plain,
-                   seed=evaluation.seed, lora_weight=evaluation.lora_weight)
+        return cls(prompts=tuple(prompts[i * len(prompts) // count] for i in range(count)),
+                   prompt_syntax=evaluation.prompt_syntax, sampler=config.sampler.plain, seed=evaluation.seed,
+                   lora_weight=evaluation.lora_weight)
 
 
-class ValidationPainter:
+class ValidationGenerator:
     """Samples with the backbone whose denoiser is in training; called with the number of steps done.
 
-    Steps whose pictures are there are passed over. Too little memory for a picture beside the training is a warning.
+    Steps whose images exist are skipped. Too little memory for an image beside the training is a warning.
     """
 
-    def __init__(self, store: Store, model_id: str, backbone: Backbone, validation: Validation,
-                 config: TrainingConfig):
+    def __init__(self, store: Store, model_id: str, backbone: Backbone, validation: Validation, config: TrainingConfig):
         self._store, self._key = store, f"models/{model_id}/validation"
         self._backbone, self._validation = backbone, validation
         self._precision = resolve_precision(config.mixed_precision)
@@ -72,20 +70,20 @@ class ValidationPainter:
             return
         try:
             with self._as_sampled():
-                pictures = [self._draw(number) for number in range(len(self._prompts))]
+                images = [self._generate(number) for number in range(len(self._prompts))]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            pictures = None
-        if pictures is None:
-            clear_device_cache(garbage_collection=True)
+            images = None
+        if images is None:  # not in the handler: the error holds on to the tensors it met
+            free_memory()
             logger.warning("no validation images of step %d: memory ran out. Training goes on", step)
             return
-        for number, pixels in enumerate(pictures):
+        for number, pixels in enumerate(images):
             self._store.write_bytes(f"{folder}/{number}.png", encode_image(pixels, "png"))
         self._store.write_json(f"{folder}/images.json", {"step": step, **self._validation.model_dump(mode="json")})
 
-    def _draw(self, number: int) -> np.ndarray:
+    def _generate(self, number: int) -> np.ndarray:
         backbone, sampler = self._backbone, self._validation.sampler
         device = backbone.denoiser.device
         noise = initial_noise([image_seed(self._validation.seed, self._validation.prompts[number], 0)],
@@ -111,22 +109,20 @@ class ValidationPainter:
 
 
 def validation_steps(store: Store, model_id: str) -> list[int]:
-    """The steps that have pictures, ascending."""
+    """The steps that have images, ascending."""
     keys = (key.split("/") for key, _, _ in store.walk(f"models/{model_id}/validation"))  # one LIST
     return sorted(int(key[-2].removeprefix("step-")) for key in keys if key[-1] == "images.json")
 
 
 def validation_grid(store: Store, model_id: str) -> Image.Image | None:
-    """A row of pictures a step, the first step and the latest ones; None while there is no picture."""
+    """A row of images per step, the first step and the latest ones; None while there are no images."""
     steps = validation_steps(store, model_id)
     if not steps:
         return None
-    shown = [steps[0], *steps[1:][1 - SHOWN_STEPS:]]
-    rows: list[tuple[str, list[Image.Image]]] = []
-    prompts: list[str] = []
-    for step in shown:
+    rows, prompts = [], []
+    for step in [steps[0], *steps[1:][1 - SHOWN_STEPS:]]:
         folder = f"models/{model_id}/validation/step-{step:06d}"
         prompts = store.read_json(f"{folder}/images.json")["prompts"]
-        images = [decode_image(store.read_bytes(f"{folder}/{number}.png")) for number in range(len(prompts))]
-        rows.append((f"step {step}", images))
+        rows.append((f"step {step}", [decode_image(store.read_bytes(f"{folder}/{number}.png"))
+                                      for number in range(len(prompts))]))
     return row_grid(" | ".join(prompts), rows)

@@ -1,4 +1,4 @@
-"""Two models held against each other: what each kind of model and setting means, and what is refused."""
+"""Two models compared: what each kind of model and setting means, and what is refused."""
 
 import json
 

@@ -24,9 +24,10 @@ from hgdpo_core.rendering.charts import ChartSpec
 from hgdpo_core.run import open_run
 from hgdpo_core.scorers import SCORERS
 from hgdpo_core.statistics.checks import Alarm
-from hgdpo_core.training import Objective, draw_noise
+from hgdpo_core.training.base import Objective, TrainingObjective
 from hgdpo_core.training.data import LatentPairs, PairBatch
 from hgdpo_core.training.objective import OBJECTIVES
+from hgdpo_core.training.parts import draw_noise
 
 
 class Redness:
@@ -50,15 +51,13 @@ class Redness:
         return torch.from_numpy((pixels[..., 0] - pixels[..., 2]).mean((1, 2)) / 255)
 
 
-class Winners:
+class Winners(TrainingObjective):
     """Noise prediction on the winners of triplets, into a LoRA."""
 
-    name, title, config = "winners", "Fine-tuning on winners", DpoConfig
+    name, title = "winners", "Fine-tuning on winners"
+    config, samples = DpoConfig, LatentPairs
     charts = (ChartSpec("Error on winners", ("loss",), "of each step"),)
     checks = (lambda log, _: Alarm("winners", f"trained for {len(log)} steps"),)
-
-    def samples(self, latents, indices):
-        return LatentPairs(latents, indices)
 
     def require_fit(self, store, triplets, samples, indices, model, config):
         assert triplets is not None and triplets.startswith("triplets/")
@@ -83,12 +82,6 @@ class Winners:
     def save(self, backbone, folder, model_id):
         backbone.save_lora(folder)
         return "lora"
-
-    def watch(self, warn):
-        return lambda row: None
-
-    def with_derived(self, log):
-        return log
 
     def trained_numbers(self, size, config):
         return config.lora_rank * size.attention

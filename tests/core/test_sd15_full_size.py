@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from safetensors import safe_open
 from tiny import trainable
+from training_cases import train_dpo, train_sft
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
@@ -32,13 +33,11 @@ from hgdpo_core.images import decode_image
 from hgdpo_core.models import Conditioning, Model, find_model, load_pipeline
 from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.presets import sd15
-from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
-from hgdpo_core.stages.pool import generate_pool, plan_pool
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
+from hgdpo_core.stages.pool import plan_pool
 from hgdpo_core.storage import Store
-from hgdpo_core.training import epoch_order
-from hgdpo_core.training.data import LatentImages, PairBatch
-from hgdpo_core.training.dpo import train_dpo
-from hgdpo_core.training.sft import train_sft
+from hgdpo_core.training.data import LatentImages, PairBatch, epoch_order
 
 
 def random_sd15() -> StableDiffusionPipeline:
@@ -108,7 +107,7 @@ def image_latents(place, model, tmp_path_factory) -> LatentImages:
     images = read_image_set(str(folder))
     latents = image_latent_folder(Store(str(folder / "root")), images, model, (704, 1024))
     with measured("latents and text of one 704x1024 image, VAE in float32"):
-        assert cache_image_latents(images, latents, model, device="cpu") == 1
+        assert ImageLatentStage(images, latents, model).make(Worker("cpu")) == 1
     return LatentImages(latents, [0])
 
 
@@ -154,7 +153,7 @@ def test_full_size_pool_image(model, tmp_path):
     plan = plan_pool(Store(str(tmp_path)), model, SamplerConfig(width=704, height=1024, steps=2, guidance_scale=5.0),
                      PoolConfig(images_per_prompt=1, prompts_per_shard=1), ["a woman on a beach, full body"])
     with measured("one 704x1024 image of 2 steps with guidance in bfloat16, decoded and stored"):
-        assert generate_pool(plan) == 1
+        assert plan.make(Worker()) == 1
     row = plan.folder.read(0).to_pylist()[0]
     image = decode_image(row["image"])
     assert image.size == (704, 1024) == (row["width"], row["height"])
@@ -168,8 +167,7 @@ def test_full_size_dpo_step(model, image_latents):
     config = sd15("target", "prompts.txt").dpo.model_copy(
         update={"max_steps": 1, "batch_size": 1, "gradient_checkpointing": True, "mixed_precision": "bf16"})
     with measured("one DPO step, one 704x1024 pair, bf16, gradient checkpointing"):
-        result = train_dpo(*trainable(pipeline.unet, pipeline.scheduler.config), Pairs(image_latents), config,
-                           checkpoints=None)
+        result = train_dpo(*trainable(pipeline.unet, pipeline.scheduler.config), Pairs(image_latents), config)
     assert result.log[0]["dpo_loss"] == pytest.approx(math.log(2))  # policy and reference are still one
     trained = {name: value for name, value in pipeline.unet.named_parameters() if value.requires_grad}
     assert len(trained) == 256 and all("lora" in name for name in trained)
@@ -187,7 +185,7 @@ def test_full_size_sft_step(model, image_latents):
     config = sd15("target", "prompts.txt").sft.model_copy(
         update={"max_steps": 1, "batch_size": 1, "warmup_steps": 0, "mixed_precision": "bf16"})
     with measured("one SFT step, one 704x1024 image, bf16, gradient checkpointing, AdamW"):
-        result = train_sft(*trainable(unet, schedule), image_latents, config, Conditioning(empty), checkpoints=None)
+        result = train_sft(*trainable(unet, schedule), image_latents, config, Conditioning(empty))
     assert 0 < result.log[0]["loss"] < 100 and math.isfinite(result.log[0]["grad_norm"])
     moved = (unet.conv_in.weight.detach() - before).abs()
     assert moved.max() <= 1.01e-5 and (moved > 0).float().mean() > 0.9  # Adam's first step is the learning rate

@@ -15,11 +15,12 @@ from hgdpo_core.models import find_model
 from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.models.published import publish_model
 from hgdpo_core.prompts import PromptList, save_prompts
+from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.distances import DistanceStage
-from hgdpo_core.stages.features import FeatureStage, embed_pool, feature_folder
+from hgdpo_core.stages.features import FeatureStage, feature_folder
 from hgdpo_core.stages.latents import LatentStage, latent_folder
-from hgdpo_core.stages.pool import PlannedShard, generate_pool, plan_pool
-from hgdpo_core.stages.scores import ScoreStage, score_folder, score_pool
+from hgdpo_core.stages.pool import PlannedShard, plan_pool
+from hgdpo_core.stages.scores import ScoreStage, score_folder
 from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, format_range, parse_range
@@ -63,19 +64,19 @@ def again(request: ShardRequest) -> ShardRequest:
 
 def test_a_request_and_the_store_are_enough_for_every_stage(tmp_path, model, judge):
     undisturbed = plan(tmp_path / "a", model)
-    generate_pool(undisturbed)
+    undisturbed.make(Worker())
     there = plan(tmp_path / "b", model)
     for request in requests(there, IMAGES):
         assert run_shards(again(request)) == 2
     assert rows(there.folder) == rows(undisturbed.folder)
 
     scores = [score_folder(p.folder.store, p.pool_id, judge) for p in (undisturbed, there)]
-    score_pool(undisturbed.folder.store, undisturbed.folder, scores[0], judge, undisturbed.indices)
+    ScoreStage.of(undisturbed, judge).make(Worker())
     assert sum(run_shards(again(r)) for r in requests(ScoreStage.of(there, judge), 2 * IMAGES)) == 6
     assert rows(scores[0]) == rows(scores[1])
 
     features = [feature_folder(p.folder.store, p.pool_id, judge) for p in (undisturbed, there)]
-    embed_pool(undisturbed.folder, features[0], judge, undisturbed.indices)
+    FeatureStage.of(undisturbed, judge).make(Worker())
     assert sum(run_shards(again(r)) for r in requests(FeatureStage.of(there, judge), 2 * IMAGES)) == 6
     assert rows(features[0]) == rows(features[1])
     assert requests(FeatureStage.of(there, judge)) == []
@@ -91,8 +92,7 @@ def test_a_request_and_the_store_are_enough_for_every_stage(tmp_path, model, jud
     assert sum(run_shards(again(r)) for r in requests(triplets, 2 * IMAGES)) == len(PROMPTS)
     assert requests(triplets) == []
 
-    latents = LatentStage(triplets.folder, latent_folder(there.folder.store, triplets.folder, model, (32, 32)), model,
-                          triplets.requested)
+    latents = LatentStage.of(triplets, model)
     assert IN_PROCESS.make([latents]) == [len(PROMPTS)] and IN_PROCESS.make([latents]) == [0]
     assert [len(table) for table in rows(latents.folder)] == [len(table) for table in rows(triplets.folder)]
 
@@ -156,7 +156,7 @@ def test_a_shared_model_and_judge_are_found_in_the_store_and_not_on_the_disk(tmp
     there = plan(tmp_path / "root", find_model(TargetConfig(source=str(target), dtype="float32")))
     request, = requests(there, copy_to_store=True)
     run = [lambda: run_shards(request)]
-    generate_pool(there)
+    there.make(Worker())
     scoring, = requests(ScoreStage.of(there, ScorerConfig(source=str(judge))), copy_to_store=True)
     run.append(lambda: run_shards(scoring))
     for place in (target, judge):

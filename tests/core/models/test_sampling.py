@@ -157,7 +157,7 @@ def test_a_pool_with_normalisation_is_another_pool_between_both(tmp_path, target
 
 
 def test_a_model_without_a_lora_is_refused(tmp_path, target):
-    with pytest.raises(ConfigError, match="the model wears no LoRA"):
+    with pytest.raises(ConfigError, match="the model has no LoRA"):
         plan_pool(Store(str(tmp_path)), target, LAN, POOL, PROMPTS)
 
 

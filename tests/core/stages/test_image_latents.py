@@ -1,4 +1,4 @@
-"""The user's image folder: captions found, unusable files set aside with the reason, finished work found."""
+"""The user's image folder: captions found, unusable files skipped with the reason, finished work found."""
 
 import io
 import json
@@ -18,10 +18,11 @@ from hgdpo_core.image_sets import sets as image_sets
 from hgdpo_core.images import decode_image, fit_image, to_model_range
 from hgdpo_core.models import find_model, load_backbone
 from hgdpo_core.stages import image_latents as sft_images
-from hgdpo_core.stages.image_latents import cache_image_latents, find_set_aside, image_latent_folder
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.image_latents import ImageLatentStage, find_set_aside, image_latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.training.data import LatentImages
-from hgdpo_core.training.tune import tune_target
+from hgdpo_core.training.tune import tune
 
 
 @pytest.fixture
@@ -44,12 +45,12 @@ def model(target_folder):
     return find_model(TargetConfig(source=str(target_folder), dtype="float32"))
 
 
-def test_good_images_are_encoded_and_bad_ones_set_aside(folder, tmp_path, model):
+def test_good_images_are_encoded_and_bad_ones_skipped(folder, tmp_path, model):
     store, images = Store(str(tmp_path / "root")), read_image_set(str(folder))
     assert images.index["caption"][5].as_py() == "a grey one"
     latents = image_latent_folder(store, images, model, (32, 32))
-    assert cache_image_latents(images, latents, model, device="cpu") == 6
-    assert cache_image_latents(images, latents, model, device="cpu") == 0
+    assert ImageLatentStage(images, latents, model).make(Worker("cpu")) == 6
+    assert ImageLatentStage(images, latents, model).make(Worker("cpu")) == 0
     assert latents.read(0)["caption"].to_pylist() == ["caption 0", "caption 1", "caption 2", "a grey one"]
     data = store.read_bytes(f"{latents.key}/rejected/shard-00000.parquet")
     reasons = {row["file_name"]: row["reason"] for row in pq.read_table(pa.BufferReader(data)).to_pylist()}
@@ -57,7 +58,7 @@ def test_good_images_are_encoded_and_bad_ones_set_aside(folder, tmp_path, model)
     assert "do not decode as an image" in reasons["4.jpg"]
     aside = find_set_aside(latents, len(images))
     assert {row["file_name"]: row["reason"] for row in aside.reasons} == reasons
-    assert aside.describe() == ("set aside, not trained on: 2 of 6 images (under half of the wanted size: 1; no image "
+    assert aside.describe() == ("skipped, not trained on: 2 of 6 images (under half of the requested size: 1; no image "
                                 "that can be decoded: 1)")
     assert len(find_set_aside(latents, len(images), show=1).reasons) == 1
 
@@ -71,12 +72,12 @@ def test_captions_that_are_missing_empty_or_endless_are_counted(folder, tmp_path
     (folder / "5.txt").write_text("a man")
     store, images = Store(str(tmp_path / "root")), read_image_set(str(folder))
     latents = image_latent_folder(store, images, model, (32, 32))
-    cache_image_latents(images, latents, model, device="cpu")
+    ImageLatentStage(images, latents, model).make(Worker("cpu"))
     rows = latents.read(0)
     assert rows["file_name"].to_pylist() == ["0.png", "2.png", "5.png"] and len(rows["caption"][0].as_py()) == 10_000
     aside = find_set_aside(latents, len(images))
     assert "`hgdpo caption --images FOLDER` writes them" in aside.reasons[0]["reason"]
-    assert aside.describe() == ("set aside, not trained on: 1 of 4 images (it has no caption: 1); captions cut at the "
+    assert aside.describe() == ("skipped, not trained on: 1 of 4 images (it has no caption: 1); captions cut at the "
                                 "length that the text encoder reads: 1")
 
 
@@ -85,7 +86,7 @@ def test_more_images_than_a_batch_and_a_shard_keep_their_order(folder, tmp_path,
     monkeypatch.setattr(sft_images, "ENCODE_BATCH", 2)
     store, images = Store(str(tmp_path / "root")), read_image_set(str(folder))
     latents = image_latent_folder(store, images, model, (32, 32))
-    assert cache_image_latents(images, latents, model, device="cpu") == 6
+    assert ImageLatentStage(images, latents, model).make(Worker("cpu")) == 6
     assert [latents.read(i)["file_name"].to_pylist() for i in (0, 1)] == [["0.png", "1.png", "2.png"], ["5.png"]]
     for number, name in enumerate(["0.png", "1.png", "2.png"]):
         alone = load_backbone(model, "cpu", codec_dtype="float32").codec.encode(torch.from_numpy(to_model_range(
@@ -113,7 +114,7 @@ def test_what_images_are_kept_in_changes_no_latent(folder, tmp_path, model, kind
     for place in (folder, tmp_path / "other"):
         images = read_image_set(str(place))
         latents = image_latent_folder(store, images, model, (32, 32))
-        cache_image_latents(images, latents, model, device="cpu")
+        ImageLatentStage(images, latents, model).make(Worker("cpu"))
         tables.append(latents.read(0))
         assert find_set_aside(latents, len(images)).rejected == 2
     assert tables[0].drop("file_name") == tables[1].drop("file_name") and tables[0].num_rows == 4
@@ -124,14 +125,14 @@ def test_sft_makes_a_target_that_plain_diffusers_opens(folder, tmp_path, model):
 
     store, images = Store(str(tmp_path / "root")), read_image_set(str(folder))
     latents = image_latent_folder(store, images, model, (32, 32))
-    cache_image_latents(images, latents, model, device="cpu")
+    ImageLatentStage(images, latents, model).make(Worker("cpu"))
     assert len(LatentImages(latents, [0])) == 4
     config = SftConfig(max_steps=2, batch_size=2, learning_rate=1e-3, mixed_precision="no")
-    tuned = tune_target(store, model, latents, config)
+    tuned = tune("sft", model, latents, [*latents.manifests()], config)
     target = tuned.as_target(model)
     assert target.fingerprint != model.fingerprint
     StableDiffusionPipeline.from_pretrained(tuned.path)
-    assert tune_target(store, model, latents, config).found
+    assert tune("sft", model, latents, [*latents.manifests()], config).found
 
 
 @pytest.mark.parametrize(("spoil", "message"), [
@@ -150,5 +151,8 @@ def test_a_folder_without_one_usable_image_is_refused(tmp_path, model):
     (tmp_path / "images" / "a.png").write_bytes(b"no")
     (tmp_path / "images" / "a.txt").write_text("caption")
     store, images = Store(str(tmp_path / "root")), read_image_set(str(tmp_path / "images"))
+    stage = ImageLatentStage(images, image_latent_folder(store, images, model, (32, 32)), model)
+    stage.refuse_if_empty()  # nothing is known before it is made
+    assert stage.make(Worker("cpu")) == 1
     with pytest.raises(InputError, match="none of the 1 images can be used"):
-        cache_image_latents(images, image_latent_folder(store, images, model, (32, 32)), model, device="cpu")
+        stage.refuse_if_empty()

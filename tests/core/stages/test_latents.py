@@ -1,4 +1,4 @@
-"""Cached latents: both orientations where they are wanted, and a memory that does not grow with the data set."""
+"""Cached latents: both orientations where they are requested, and a memory that does not grow with the data set."""
 
 from dataclasses import replace
 
@@ -14,12 +14,13 @@ from hgdpo_core.figures.dataset import write_image_folder
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.images import encode_image
 from hgdpo_core.models import find_model
-from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
-from hgdpo_core.stages.latents import MIRRORED, SCHEMA, cache_latents, latent_folder
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
+from hgdpo_core.stages.latents import MIRRORED, SCHEMA, LatentStage, latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.data import CACHED_SHARDS, LatentImages, LatentPairs
-from hgdpo_core.training.tune import tune_lora, tune_target
+from hgdpo_core.training.tune import tune
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (2, 3, 32, 32, 3), dtype=np.uint8)  # winners and losers of three pairs
@@ -52,7 +53,7 @@ def test_flips_add_the_latents_of_the_mirrored_images_and_an_id_only_then(triple
     both = latent_folder(triplets.store, triplets, model, (32, 32), flips=True)
     assert plain.key != both.key and "flips" not in plain.config
     for folder in (plain, both):
-        assert cache_latents(triplets, folder, model, [0], device="cpu") == 3
+        assert LatentStage(triplets, folder, model, (0,)).make(Worker("cpu")) == 3
     assert plain.read(0).schema.names == SCHEMA.names and both.read(0).schema.names == [*SCHEMA.names, *MIRRORED]
     without, batch = LatentPairs(plain, [0]).batch(range(3)), LatentPairs(both, [0]).batch(range(3))
     assert without.winner_mirrored is None and without.loser_mirrored is None
@@ -66,8 +67,8 @@ def test_flips_add_the_latents_of_the_mirrored_images_and_an_id_only_then(triple
     config = DpoConfig(max_steps=1, batch_size=2, learning_rate=1e-2, mixed_precision="no", flip=True,
                        allow_foreign_triplets=True)
     with pytest.raises(InputError, match="cache them with flips"):
-        tune_lora(triplets.store, model, triplets, plain, [0], config)
-    assert tune_lora(triplets.store, model, triplets, both, [0], config).log[-1]["step"] == 1
+        tune("dpo", model, plain, [0], config, triplets.key)
+    assert tune("dpo", model, both, [0], config, triplets.key).log[-1]["step"] == 1
 
 
 def test_latents_of_a_rounded_vae_are_not_found_again_and_float32_ids_stay(triplets, tmp_path, model):
@@ -89,12 +90,12 @@ def test_the_same_for_images(tmp_path, model):
     plain = image_latent_folder(store, images, model, (32, 32))
     both = image_latent_folder(store, images, model, (32, 32), flips=True)
     assert plain.key != both.key and "flips" not in plain.config
-    cache_image_latents(images, both, model, device="cpu")
+    ImageLatentStage(images, both, model).make(Worker("cpu"))
     batch = LatentImages(both, [0]).batch([0])
     torch.testing.assert_close(batch.latents, vae_latents(model, PIXELS[0, :1]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(batch.mirrored, vae_latents(model, PIXELS[0, :1, :, ::-1]), rtol=1e-4, atol=1e-5)
     config = SftConfig(max_steps=1, batch_size=1, learning_rate=1e-4, mixed_precision="no", flip=True)
-    assert tune_target(store, model, both, config).log[-1]["step"] == 1
+    assert tune("sft", model, both, [0], config).log[-1]["step"] == 1
 
 
 class Counted(ShardFolder):

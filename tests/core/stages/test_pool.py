@@ -14,7 +14,8 @@ from hgdpo_core.images import decode_image
 from hgdpo_core.models import find_model, image_generator
 from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.prompts import image_seed
-from hgdpo_core.stages.pool import generate_pool, open_pool, plan_pool
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.pool import open_pool, plan_pool
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -33,7 +34,7 @@ def draw(root, model, prompts=PROMPTS, **settings):
     pool = PoolConfig(**({"images_per_prompt": 3, "prompts_per_shard": 2, "batch_size": 4} | settings))
     store = Store(str(root))
     plan = plan_pool(store, model, SAMPLER, pool, prompts)
-    generate_pool(plan, device="cpu")
+    plan.make(Worker("cpu"))
     images = {}
     for index in plan.indices:
         for row in plan.folder.read(index).to_pylist():
@@ -155,7 +156,7 @@ def test_stopping_keeps_finished_shards_and_resuming_gives_the_same_bits(tmp_pat
     plan = plan_pool(store, model, SAMPLER, pool, PROMPTS)
     asked = iter([False] * 2 + [True] * 9)  # the first shard has two batches
     with pytest.raises(StoppedError):
-        generate_pool(plan, device="cpu", should_stop=lambda: next(asked))
+        plan.make(Worker("cpu", should_stop=lambda: next(asked)))
     assert list(plan.folder.manifests()) == [0]
     resumed, plan = draw(tmp_path / "b", model)
     assert [shard.index for shard in plan.missing] == [1]
@@ -174,7 +175,7 @@ def test_guidance_one_runs_the_conditional_branch_alone(tmp_path, model):
     plain = SAMPLER.model_copy(update={"guidance_scale": 1.0})
     store, pool = Store(str(tmp_path)), PoolConfig(images_per_prompt=1)
     plan = plan_pool(store, model, plain, pool, PROMPTS[:1])
-    generate_pool(plan, device="cpu")
+    plan.make(Worker("cpu"))
     pipeline = StableDiffusionPipeline.from_pretrained(model.path)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -247,7 +248,7 @@ def test_a_shard_that_stops_fitting_on_its_way_starts_again(tmp_path, model, mon
     monkeypatch.setattr(ImageGenerator, "sample", full_at_the_second)
     pool = PoolConfig(images_per_prompt=3, prompts_per_shard=2, batch_size=4)
     plan = plan_pool(Store(str(tmp_path / "b")), model, SAMPLER, pool, PROMPTS[:2])
-    assert generate_pool(plan, device="cpu", progress=lambda *state: seen.append(state)) == 6
+    assert plan.make(Worker("cpu", lambda *state: seen.append(state))) == 6
     assert calls == [4, 2, 2, 2, 2] and seen[-1] == (6, 6, "images")
     rows = plan.folder.read(0).to_pylist()
     images = {(row["prompt"], row["index"]): np.asarray(decode_image(row["image"])) for row in rows}

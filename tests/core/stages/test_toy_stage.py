@@ -1,6 +1,6 @@
 """A stage registered from outside runs through runner, worker request, plan, resume and halving; nothing names it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -20,7 +20,7 @@ from hgdpo_core.plan.planner import PlanningRunner
 from hgdpo_core.run import open_run
 from hgdpo_core.stages import STAGES, Stage
 from hgdpo_core.stages.base import Probe, ShardRows, Worker
-from hgdpo_core.stages.pool import generate_pool, plan_pool
+from hgdpo_core.stages.pool import plan_pool
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -33,6 +33,9 @@ class BrightnessStage(Stage):
 
     name: ClassVar[str] = "brightness"
     doing: ClassVar[str] = "measuring brightness"
+    reads: ClassVar[tuple[str, ...]] = ("pool",)
+    row_bytes: ClassVar[float] = 4.0
+    expected: ClassVar[Mapping[int, int]] = {0: 2, 1: 2, 2: 2}
     memory: ClassVar[int] = 100
     """Images that fit into memory together."""
 
@@ -47,17 +50,6 @@ class BrightnessStage(Stage):
         folder = ShardFolder.create(pool.store, f"brightness/{content_hash(settings)}", settings)
         return cls(pool, folder, tuple(indices))
 
-    @property
-    def indices(self) -> list[int]:
-        return list(self.requested)
-
-    @property
-    def sources(self) -> tuple[ShardFolder, ...]:
-        return (self.pool,)
-
-    def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, Any]]) -> dict[int, int]:
-        return {index: sources[0][index].rows if index in sources[0] else 2 for index in indices}
-
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
         return {"scale": 2.0}
 
@@ -70,19 +62,8 @@ class BrightnessStage(Stage):
     def load(self, worker: Worker) -> Iterator["Brightness"]:
         yield Brightness()
 
-    @property
-    def images_per_shard(self) -> int:
-        return 2
-
-    @property
-    def work(self) -> str:
-        return "brightness"
-
     def probe(self) -> Probe:
         return Probe(0.25)
-
-    def unit_bytes(self, size: Any, image_bytes: float) -> float:
-        return 4.0
 
 
 class Brightness:
@@ -109,7 +90,7 @@ def pool(tmp_path_factory, target_folder):
     model = find_model(TargetConfig(source=str(target_folder), dtype="float32"))
     plan = plan_pool(Store(str(tmp_path_factory.mktemp("root"))), model, SamplerConfig(width=32, height=32, steps=1),
                      PoolConfig(images_per_prompt=2, prompts_per_shard=1), PROMPTS)
-    generate_pool(plan)
+    plan.make(Worker())
     return plan
 
 

@@ -17,15 +17,16 @@ from hgdpo_core.errors import ConfigError, InputError, StoppedError
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import find_model
 from hgdpo_core.prompts import image_seed, prompt_id
-from hgdpo_core.stages.dataset_card import card_licence
-from hgdpo_core.stages.latents import cache_latents, latent_folder
-from hgdpo_core.stages.pool import generate_pool, plan_pool
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.dataset_card import card_licence, render_card
+from hgdpo_core.stages.latents import LatentStage, latent_folder
+from hgdpo_core.stages.pool import plan_pool
 from hgdpo_core.stages.scores import SCHEMA as SCORE_SCHEMA
-from hgdpo_core.stages.triplets import REJECTED_SCHEMA, build_triplets, dataset_card, triplet_folder
+from hgdpo_core.stages.triplets import REJECTED_SCHEMA, TripletStage, triplet_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.data import LatentPairs
-from hgdpo_core.training.tune import tune_lora
+from hgdpo_core.training.tune import tune
 
 PROMPTS = [f"a woman in a red top, number {i}" for i in range(5)]
 SAMPLER = SamplerConfig(width=32, height=32, steps=1, guidance_scale=1.0)
@@ -38,7 +39,7 @@ def world(tmp_path_factory, target_folder):
     store = Store(str(tmp_path_factory.mktemp("root")))
     model = find_model(TargetConfig(source=str(target_folder), dtype="float32"))
     plan = plan_pool(store, model, SAMPLER, POOL, PROMPTS)
-    generate_pool(plan, device="cpu")
+    plan.make(Worker("cpu"))
     scores = ShardFolder.create(store, f"scores/{plan.pool_id}/hand", {"stage": "score", "fingerprint": "by hand"})
     by_prompt = {0: [1, 4, 2, 3], 1: [5, 5, 5, 5], 2: [9, 1, 9, 1], 3: [1, float("nan"), 2, 3], 4: [4, 3, 2, 1]}
     for shard in plan.shards:
@@ -49,12 +50,25 @@ def world(tmp_path_factory, target_folder):
     return store, model, plan, scores
 
 
+def stage_of(world, folder, config, prompts=PROMPTS):
+    _, _, plan, scores = world
+    return TripletStage(plan.folder, scores, folder, frozenset(map(prompt_id, prompts)), config, tuple(plan.indices))
+
+
 def build(world, config=TripletConfig(), prompts=PROMPTS):  # noqa: B008 - frozen
     store, _, plan, scores = world
     folder = triplet_folder(store, plan.folder, scores, f"{len(prompts)}-test", config)
-    counts = build_triplets(plan.folder, scores, folder, prompts, plan.indices, config)
+    stage = stage_of(world, folder, config, prompts)
+    stage.make(Worker("cpu"))
+    counts = stage.counts()
     rows = {row["caption"]: row for index in plan.indices for row in folder.read(index).to_pylist()}
     return folder, counts, rows
+
+
+def dataset_card(folder, indices, counts, licence="unknown") -> str:
+    manifests = folder.manifests(indices)
+    return render_card(folder, [manifests[index] for index in indices], rows=counts.triplets, rejected=counts.rejected,
+                       licence=licence)
 
 
 def test_best_and_worst_with_their_bytes_seeds_and_scores(world):
@@ -87,11 +101,12 @@ def test_stopping_is_said_and_keeps_what_is_finished(world):
     store, _, plan, scores = world
     config = TripletConfig(loser_rank=3)
     folder = triplet_folder(store, plan.folder, scores, "5-stopped", config)
-    asked = iter([False, True])
+    asked, stage = iter([False, True]), stage_of(world, folder, config)
     with pytest.raises(StoppedError, match="finished shards are kept"):
-        build_triplets(plan.folder, scores, folder, PROMPTS, plan.indices, config, should_stop=lambda: next(asked))
+        stage.make(Worker("cpu", should_stop=lambda: next(asked)))
     assert list(folder.manifests()) == [0]
-    assert build_triplets(plan.folder, scores, folder, PROMPTS, plan.indices, config).rejected == 2
+    stage.make(Worker("cpu"))
+    assert stage.counts().rejected == 2
 
 
 def test_loser_rank_and_subset_of_prompts(world):
@@ -113,7 +128,7 @@ def test_a_smaller_pool_is_the_first_images_of_the_larger(world):
 
 
 def test_a_pool_size_over_the_pool_is_refused(world):
-    with pytest.raises(ConfigError, match="pool_size is 5, but .* holds 4 images a prompt"):
+    with pytest.raises(ConfigError, match="pool_size is 5, but .* holds 4 images per prompt"):
         build(world, TripletConfig(pool_size=5))
 
 
@@ -192,8 +207,8 @@ def test_latents_are_scaled_posterior_means_and_embeddings_the_samplers(world):
     store, model, plan, _ = world
     folder, _, rows = build(world)
     latents = latent_folder(store, folder, model, (32, 32))
-    assert cache_latents(folder, latents, model, plan.indices, device="cpu") == 3
-    assert cache_latents(folder, latents, model, plan.indices, device="cpu") == 0
+    assert LatentStage(folder, latents, model, tuple(plan.indices)).make(Worker("cpu")) == 3
+    assert LatentStage(folder, latents, model, tuple(plan.indices)).make(Worker("cpu")) == 0
     pairs = LatentPairs(latents, plan.indices)
     batch = pairs.batch(range(3))
     vae = AutoencoderKL.from_pretrained(model.path / "vae")
@@ -215,12 +230,12 @@ def test_foreign_triplets_are_refused_unless_wanted(world, tmp_path):
     folder, _, _ = build(world)
     stranger = find_model(TargetConfig(source=str(tiny.save_target(tmp_path / "other", seed=1)), dtype="float32"))
     latents = latent_folder(store, folder, stranger, (32, 32))
-    cache_latents(folder, latents, stranger, plan.indices, device="cpu")
+    LatentStage(folder, latents, stranger, tuple(plan.indices)).make(Worker("cpu"))
     config = DpoConfig(max_steps=1, batch_size=2, learning_rate=1e-4, mixed_precision="no")
-    with pytest.raises(InputError, match="train the model that drew the pool"):
-        tune_lora(store, stranger, folder, latents, plan.indices, config)
+    with pytest.raises(InputError, match="train the model that generated the pool"):
+        tune("dpo", stranger, latents, plan.indices, config, folder.key)
     wanted = config.model_copy(update={"allow_foreign_triplets": True})
-    assert tune_lora(store, stranger, folder, latents, plan.indices, wanted).path.is_dir()
+    assert tune("dpo", stranger, latents, plan.indices, wanted, folder.key).path.is_dir()
 
 
 def test_a_lora_is_made_once_and_opens_in_plain_diffusers(world):
@@ -229,10 +244,10 @@ def test_a_lora_is_made_once_and_opens_in_plain_diffusers(world):
     store, model, plan, _ = world
     folder, _, _ = build(world)
     latents = latent_folder(store, folder, model, (32, 32))
-    cache_latents(folder, latents, model, plan.indices, device="cpu")
+    LatentStage(folder, latents, model, tuple(plan.indices)).make(Worker("cpu"))
     config = DpoConfig(max_steps=2, batch_size=2, learning_rate=1e-2, mixed_precision="no")
-    made = tune_lora(store, model, folder, latents, plan.indices, config)
-    found = tune_lora(store, model, folder, latents, plan.indices, config.model_copy(update={"log_every": 7}))
+    made = tune("dpo", model, latents, plan.indices, config, folder.key)
+    found = tune("dpo", model, latents, plan.indices, config.model_copy(update={"log_every": 7}), folder.key)
     assert not made.found and found.found and found.model_id == made.model_id and found.log == made.log
     pipeline = StableDiffusionPipeline.from_pretrained(model.path)
     pipeline.set_progress_bar_config(disable=True)

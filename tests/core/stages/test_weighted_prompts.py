@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from tiny import SD15, tiny_unet, trainable
+from training_cases import train_dpo
 
 from hgdpo_core.config import (
     DpoConfig,
@@ -21,18 +22,19 @@ from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.images import decode_image
 from hgdpo_core.losses import denoising_error
 from hgdpo_core.models import find_model, load_pipeline
+from hgdpo_core.models.ddpm import draw_timesteps
 from hgdpo_core.models.text_encoder import TextEncoder
-from hgdpo_core.prompts import image_seed
+from hgdpo_core.prompts import image_seed, prompt_id
 from hgdpo_core.prompts.syntax import strip_syntax
 from hgdpo_core.scorers import load_scorer
-from hgdpo_core.stages.latents import cache_latents, latent_folder
-from hgdpo_core.stages.pool import generate_pool, plan_pool
-from hgdpo_core.stages.scores import score_folder, score_pool
-from hgdpo_core.stages.triplets import build_triplets, triplet_folder
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.latents import LatentStage, latent_folder
+from hgdpo_core.stages.pool import plan_pool
+from hgdpo_core.stages.scores import ScoreStage
+from hgdpo_core.stages.triplets import TripletStage, triplet_folder
 from hgdpo_core.storage import Store
-from hgdpo_core.training import draw_noise, draw_timesteps, sample_generator
-from hgdpo_core.training.data import LatentPairs, PairBatch
-from hgdpo_core.training.dpo import train_dpo
+from hgdpo_core.training.data import LatentPairs, PairBatch, sample_generator
+from hgdpo_core.training.parts import draw_noise
 
 SHORT, LONG, LONGER = "a (woman:1.4) in a [red] top", "a red top, " * 7, "a man BREAK in a BREAK (blue:1.3) top"
 PROMPTS = [LONGER, SHORT, LONG]
@@ -52,7 +54,7 @@ def draw(store, model, **settings):
     """The plan of a pool and {(prompt, index): pixels}."""
     pool = PoolConfig(**({"images_per_prompt": 3, "prompts_per_shard": 3, "batch_size": 2} | settings))
     plan = plan_pool(store, model, SAMPLER, pool, PROMPTS)
-    generate_pool(plan, device="cpu")
+    plan.make(Worker("cpu"))
     rows = [row for index in plan.indices for row in plan.folder.read(index).to_pylist()]
     return plan, {(row["prompt"], row["index"]): np.asarray(decode_image(row["image"])) for row in rows}
 
@@ -62,13 +64,13 @@ def road(tmp_path_factory, model, judge_folder):
     """One pool of prompts of 1, 2 and 3 chunks in a shard, its scores, triplets and latents."""
     store = Store(str(tmp_path_factory.mktemp("road")))
     plan, images = draw(store, model)
-    scorer = ScorerConfig(source=str(judge_folder))
-    scores = score_folder(store, plan.pool_id, scorer)
-    score_pool(store, plan.folder, scores, scorer, plan.indices, device="cpu")
+    scoring = ScoreStage.of(plan, ScorerConfig(source=str(judge_folder)))
+    scores, indices = scoring.folder, tuple(plan.indices)
     triplets = triplet_folder(store, plan.folder, scores, "3-abc", TripletConfig())
-    build_triplets(plan.folder, scores, triplets, PROMPTS, plan.indices, TripletConfig())
+    ranking = TripletStage(plan.folder, scores, triplets, frozenset(map(prompt_id, PROMPTS)), TripletConfig(), indices)
     latents = latent_folder(store, triplets, model, (32, 32))
-    cache_latents(triplets, latents, model, plan.indices, device="cpu")
+    for stage in (scoring, ranking, LatentStage(triplets, latents, model, indices)):
+        stage.make(Worker("cpu"))
     return store, plan, images, scores, triplets, latents
 
 
@@ -177,7 +179,7 @@ class Mixed:
 def test_a_padded_batch_trains_as_its_prompts_do_alone():
     settings = DpoConfig(batch_size=2, learning_rate=1e-2, max_steps=1, lora_rank=4, beta=20.0, lambda_stat=10.0,
                          mixed_precision="no", seed=11)
-    result = train_dpo(*trainable(tiny_unet(), SD15), Mixed(), settings, checkpoints=None)
+    result = train_dpo(*trainable(tiny_unet(), SD15), Mixed(), settings)
     unet, scheduler, pairs = tiny_unet(), DDPMScheduler(**SD15, clip_sample=False), Mixed()
     errors = []
     for k in range(2):
@@ -199,4 +201,4 @@ def test_a_mask_of_another_shape_is_refused():
 
     settings = DpoConfig(batch_size=2, learning_rate=1e-2, max_steps=1, mixed_precision="no")
     with pytest.raises(InputError, match="expected a mask"):
-        train_dpo(*trainable(tiny_unet(), SD15), Wrong(), settings, checkpoints=None)
+        train_dpo(*trainable(tiny_unet(), SD15), Wrong(), settings)

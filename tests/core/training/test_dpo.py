@@ -10,17 +10,16 @@ import torch
 from accelerate import Accelerator
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from tiny import SD15, tiny_unet, trainable
-from training_cases import Pairs, config, plain_training, train, weights
+from training_cases import Pairs, config, plain_training, train, train_dpo, weights
 
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError, StorageError
 from hgdpo_core.models.lora import reference_mode
 from hgdpo_core.models.sd15 import UnetDenoiser
 from hgdpo_core.storage import Store
-from hgdpo_core.training import epoch_order, resolve_precision, sample_generator
 from hgdpo_core.training import loop as training_loop
 from hgdpo_core.training.checkpoints import Checkpoints
-from hgdpo_core.training.data import PairBatch
-from hgdpo_core.training.dpo import train_dpo
+from hgdpo_core.training.data import PairBatch, epoch_order, sample_generator
+from hgdpo_core.training.parts import resolve_precision
 
 KEYS = ["step", "loss", "dpo_loss", "stat_loss", "margin", "implicit_accuracy", "winner_error", "loser_error",
         "reference_winner_error", "reference_loser_error", "grad_norm", "learning_rate"]
@@ -52,7 +51,7 @@ def test_the_reference_never_changes_and_receives_no_gradient():
     inputs = pairs.winners, torch.full((len(pairs),), 400), pairs.embeds
     with torch.no_grad():
         before = unet(*inputs).sample
-    train_dpo(*trainable(unet, SD15), pairs, config(), checkpoints=None)
+    train_dpo(*trainable(unet, SD15), pairs, config())
     unet.cpu()
     with reference_mode(unet):
         assert torch.equal(unet(*inputs).sample, before)
@@ -273,12 +272,12 @@ def test_the_last_two_checkpoints_are_kept(place, tmp_path):
     assert names == ["complete.json", "state.pt", "weights.safetensors"]
 
 
-def test_incomplete_damaged_and_foreign_checkpoints_are_passed_over(place, tmp_path):
+def test_incomplete_damaged_and_foreign_checkpoints_are_skipped(place, tmp_path):
     folder = tmp_path / place.key
     settings = config(checkpoint_every=1, max_steps=4)
     train(settings, checkpoints=place)
     assert train(settings.model_copy(update={"beta": 21.0}), checkpoints=place)[1].resumed_from is None
-    train(settings, checkpoints=place)  # the other config's steps 3 and 4 stood here: written anew
+    train(settings, checkpoints=place)  # the other config's steps 3 and 4 stood here: written again
     (folder / "step-4" / "complete.json").unlink()
     assert train(settings, checkpoints=place)[1].resumed_from == 3
     (folder / "step-4" / "weights.safetensors").write_bytes(b"cut")

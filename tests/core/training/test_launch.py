@@ -13,7 +13,8 @@ from hgdpo_core.errors import ConfigError, StoppedError
 from hgdpo_core.figures.dataset import write_image_folder
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.models import find_model
-from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.training import launch
 from hgdpo_core.training.launch import main, run_train_everywhere
@@ -26,10 +27,10 @@ SFT = SftConfig(max_steps=2, batch_size=1, learning_rate=1e-4, optimizer="adamw"
 def request_(tmp_path, target_folder):
     write_image_folder(tmp_path / "images", 4, seed=0)
     model = find_model(TargetConfig(source=str(target_folder), dtype="float32"))
-    images = read_image_set(str(tmp_path / "images"))
-    latents = image_latent_folder(Store(str(tmp_path / "root")), images, model, (32, 32))
-    cache_image_latents(images, latents, model, device="cpu")
-    return TrainRequest.of("sft", latents.store, model, latents, [*images.shards], SFT)
+    images, store = read_image_set(str(tmp_path / "images")), Store(str(tmp_path / "root"))
+    stage = ImageLatentStage(images, image_latent_folder(store, images, model, (32, 32)), model)
+    stage.make(Worker("cpu"))
+    return TrainRequest.of("sft", model, stage.folder, stage.indices, SFT)
 
 
 @pytest.mark.slow
@@ -116,7 +117,7 @@ def test_what_other_launchers_left_in_the_shell_changes_nothing(request_, monkey
     assert "ignored, since this training was not started by them: the variables ACCELERATE_GRAD" in caplog.text
 
 
-def test_a_process_tells_its_error_through_the_folder(request_, tmp_path):
+def test_a_process_reports_its_error_through_the_folder(request_, tmp_path):
     folder = tmp_path / "exchange"
     folder.mkdir()
     (folder / "request.json").write_text(request_.model_copy(update={"code_version": "0.0.9"}).model_dump_json())

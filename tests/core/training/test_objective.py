@@ -17,13 +17,15 @@ from hgdpo_core.models.sizes import model_size
 from hgdpo_core.plan.training import PlannedTraining
 from hgdpo_core.rendering.charts import ChartSpec
 from hgdpo_core.report.training import training_charts
-from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
 from hgdpo_core.statistics.checks import Alarm, check_run
 from hgdpo_core.statistics.intervals import Estimate
 from hgdpo_core.storage import Store
-from hgdpo_core.training import Objective, draw_noise
+from hgdpo_core.training.base import Objective, TrainingObjective
 from hgdpo_core.training.data import ImageBatch, LatentImages
 from hgdpo_core.training.objective import OBJECTIVES, find_objective
+from hgdpo_core.training.parts import draw_noise
 from hgdpo_core.training.request import TrainRequest, find_result, run_train
 
 SIZE = (32, 32)
@@ -33,19 +35,16 @@ class BiasConfig(TrainingConfig):
     strength: float = 1.0
 
 
-class Biases:
+class Biases(TrainingObjective):
     """Trains the biases of a network on images, and nothing else."""
 
     name, title = "biases", "Training of biases"
-    config = BiasConfig
+    config, samples = BiasConfig, LatentImages
     charts = (ChartSpec("Root of the loss", ("root",), "of each step"),)
     checks = (lambda log, _: Alarm("biases", f"{len(log)} rows"),)
 
     def __init__(self):
         self.watched = []
-
-    def samples(self, latents, indices):
-        return LatentImages(latents, indices)
 
     def require_fit(self, store, triplets, samples, indices, model, config):
         if len(samples) < 2:
@@ -108,7 +107,7 @@ def latents(tmp_path, model):
         (tmp_path / "images" / f"{number}.txt").write_text("a woman in a red top")
     images = read_image_set(str(tmp_path / "images"))
     folder = image_latent_folder(Store(str(tmp_path / "root")), images, model, SIZE)
-    cache_image_latents(images, folder, model, device="cpu")
+    ImageLatentStage(images, folder, model).make(Worker("cpu"))
     return folder
 
 
@@ -118,7 +117,7 @@ def settings(**changes) -> BiasConfig:
 
 def test_an_objective_from_outside_goes_all_the_way(biases, model, latents):
     config = settings()
-    request = TrainRequest.of("biases", latents.store, model, latents, [0], config)
+    request = TrainRequest.of("biases", model, latents, [0], config)
     request = TrainRequest.model_validate_json(request.model_dump_json())
     assert request.kind == "biases" and request.settings == config
 
@@ -154,14 +153,14 @@ def test_an_unfit_source_is_refused_before_a_model_loads(biases, model, latents,
     monkeypatch.setattr("hgdpo_core.training.tune.load_backbone", lambda *_, **__: pytest.fail("it loaded"))
     monkeypatch.setattr(LatentImages, "__len__", lambda self: 1)
     with pytest.raises(InputError, match="two images"):
-        run_train(TrainRequest.of("biases", latents.store, model, latents, [0], settings()))
+        run_train(TrainRequest.of("biases", model, latents, [0], settings()))
 
 
 def test_an_unknown_objective_is_refused_in_one_line(model, latents):
     with pytest.raises(ConfigError, match="no training objective 'kto': expected one of sft, dpo"):
         find_objective("kto")
     with pytest.raises(ValidationError, match="expected one of sft, dpo"):
-        TrainRequest.of("kto", latents.store, model, latents, [0], settings())
+        TrainRequest.of("kto", model, latents, [0], settings())
 
 
 def test_each_objective_is_listed_under_its_own_name():

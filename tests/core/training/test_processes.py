@@ -16,7 +16,7 @@ from hgdpo_core.errors import StoppedError
 from hgdpo_core.storage import Store
 from hgdpo_core.training.checkpoints import Checkpoints
 from hgdpo_core.training.launch import launch_command
-from hgdpo_core.training.processes import share_of
+from hgdpo_core.training.processes import part_of
 
 TESTS = Path(__file__).parents[2]
 
@@ -108,8 +108,8 @@ def test_a_process_out_of_memory_lowers_the_micro_batch_of_all(results):
     assert "out of memory at step 1 with one sample at a time" in results["empty"]
 
 
-def test_shares_are_whole_and_even():
+def test_parts_are_whole_and_even():
     for size, processes in ((16, 4), (16, 3), (5, 4), (2, 3)):
-        shares = [share_of(range(7, 7 + size), processes, index) for index in range(processes)]
-        assert [k for share in shares for k in share] == list(range(7, 7 + size))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        parts = [part_of(range(7, 7 + size), processes, index) for index in range(processes)]
+        assert [k for part in parts for k in part] == list(range(7, 7 + size))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -4,14 +4,16 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from tiny import SD15, tiny_unet, trainable
-from training_cases import EMPTY, Images, all_weights, sft_config, train_images
+from training_cases import EMPTY, Images, all_weights, sft_config, train_images, train_sft
 
 from hgdpo_core.errors import InputError, StoppedError
 from hgdpo_core.models import Conditioning
+from hgdpo_core.models.ddpm import draw_timesteps
 from hgdpo_core.storage import Store
-from hgdpo_core.training import draw_noise, draw_timesteps, epoch_order, sample_generator
 from hgdpo_core.training.checkpoints import Checkpoints
-from hgdpo_core.training.sft import drop_captions, train_sft
+from hgdpo_core.training.data import epoch_order, sample_generator
+from hgdpo_core.training.parts import draw_noise
+from hgdpo_core.training.sft import drop_captions
 
 
 @pytest.mark.parametrize(("kind", "flip"), [("epsilon", False), ("v_prediction", True)])
@@ -76,8 +78,7 @@ def test_captions_drop_at_their_rate_and_by_their_own_draw():
 def test_all_weights_are_trained_in_float32():
     unet = tiny_unet().to(torch.bfloat16)
     before = all_weights(unet).clone()
-    train_sft(*trainable(unet, SD15), Images(), sft_config(mixed_precision="bf16"), Conditioning(EMPTY),
-              checkpoints=None)
+    train_sft(*trainable(unet, SD15), Images(), sft_config(mixed_precision="bf16"), Conditioning(EMPTY))
     assert {p.dtype for p in unet.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in unet.parameters())
     assert (all_weights(unet.cpu()) != before).float().mean() > 0.99

@@ -1,4 +1,4 @@
-"""Pictures of a model in training: they show it as the evaluation would, and never touch the training."""
+"""Images of a model in training: they show it as the evaluation would, and never change the training."""
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +15,12 @@ from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.models.sd15 import KlCodec
 from hgdpo_core.presets import figures
 from hgdpo_core.prompts import image_seed
-from hgdpo_core.stages.image_latents import cache_image_latents, image_latent_folder
-from hgdpo_core.stages.latents import cache_latents, latent_folder
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
+from hgdpo_core.stages.latents import LatentStage, latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training.tune import tune_lora, tune_target
+from hgdpo_core.training.tune import tune
 from hgdpo_core.training.validation import Validation, validation_grid, validation_steps
 
 PROMPTS = ("a woman in a red top", "a man")
@@ -48,8 +49,8 @@ def train(store, model, config, **hooks):
                  "jpg_1": encode_image(pixels[i, 1], "png")} for i in range(3)]
         triplets.commit(0, pa.Table.from_pylist(rows))
     latents = latent_folder(store, triplets, model, (32, 32))
-    cache_latents(triplets, latents, model, [0], device="cpu")
-    return tune_lora(store, model, triplets, latents, [0], config, validation=VALIDATION, **hooks)
+    LatentStage(triplets, latents, model, (0,)).make(Worker("cpu"))
+    return tune("dpo", model, latents, [0], config, triplets.key, validation=VALIDATION, **hooks)
 
 
 def pictures(store, model_id, step):
@@ -103,10 +104,10 @@ def test_a_fine_tuning_shows_its_average(store, tmp_path, model):
     (tmp_path / "images" / "a.txt").write_text("a woman")
     images = read_image_set(str(tmp_path / "images"))
     latents = image_latent_folder(store, images, model, (32, 32))
-    cache_image_latents(images, latents, model, device="cpu")
+    ImageLatentStage(images, latents, model).make(Worker("cpu"))
     config = SftConfig(max_steps=3, batch_size=1, learning_rate=1e-2, mixed_precision="no", validation_every=3,
                        ema_decay=0.9)
-    tuned = tune_target(store, model, latents, config, validation=VALIDATION)
+    tuned = tune("sft", model, latents, [0], config, validation=VALIDATION)
     generator = ImageGenerator(find_model(TargetConfig(source=str(tuned.path), dtype="float32")), VALIDATION.sampler,
                       PoolConfig(), "cpu")
     drawn = generator.sample(generator.backbone.text.encode([PROMPTS[0]])[0], [image_seed(5, PROMPTS[0], 0)])[0]
