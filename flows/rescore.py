@@ -11,9 +11,9 @@ from flows.nightly import reason_to_skip
 from flows.runner import ShardRunnerName
 from flows.terminal import open_store
 from hgdpo_core.execution.runner import Runner
-from hgdpo_core.rescore.night import Night
 from hgdpo_core.rescore.plan import RescorePlan, Skipped
-from hgdpo_core.rescore.wanted import wanted_workers
+from hgdpo_core.rescore.requested import requested_workers
+from hgdpo_core.rescore.rescore_run import RescoreRun
 from hgdpo_core.storage import Store
 from tasks.rescore import begin, find_work, rank, report_drift, score_again
 from tasks.ui import explain_own_errors
@@ -44,11 +44,11 @@ def hgdpo_rescore(
     run = begin(store, plan)
     if run is None:
         return _completed("NothingToDo", plan.describe())
-    return run_with(shard_runner, wanted_workers(store, preset, overrides), store,
+    return run_with(shard_runner, requested_workers(store, preset, overrides), store,
                     lambda runner: _rescore(store, plan, run, runner))
 
 
-def _rescore(store: Store, plan: RescorePlan, run: Night, runner: Runner) -> dict[str, Any]:
+def _rescore(store: Store, plan: RescorePlan, run: RescoreRun, runner: Runner) -> dict[str, Any]:
     skipped = list(plan.skipped)
     for version, jobs in plan.by_version():
         skipped += score_again(store, version, jobs, runner)

@@ -14,8 +14,8 @@ from flows.terminal import call_opened, open_store, terminal_bar
 def rescore(options: argparse.Namespace) -> int:
     """Score pools again whose scores are missing or by a scorer that changed; report what changed."""
     from flows.parameters import RESCORE, values_of
-    from hgdpo_core.rescore.night import find_unfinished, last_report
     from hgdpo_core.rescore.plan import plan_root
+    from hgdpo_core.rescore.rescore_run import find_unfinished, last_report
 
     store = open_store(options.root)
     store.check_writable()
@@ -51,13 +51,13 @@ def score(options: argparse.Namespace) -> int:
 def _score_files(options: argparse.Namespace) -> int:
     from hgdpo_core.config import ScorerConfig
     from hgdpo_core.rescore.plan import find_versions
-    from hgdpo_core.rescore.wanted import WantedScorer, wanted_scorers
+    from hgdpo_core.rescore.requested import RequestedScorer, requested_scorers
     from hgdpo_core.score_images import images_to_score, score_images
 
     images = images_to_score(options.images, options.prompt)
     store = open_store(options.root) if options.root else None
-    requested = wanted_scorers(store, names=options.scorers, preset=options.preset, overrides=options.overrides)
-    requested = requested or [WantedScorer(scorer=ScorerConfig())]
+    requested = requested_scorers(store, names=options.scorers, preset=options.preset, overrides=options.overrides)
+    requested = requested or [RequestedScorer(scorer=ScorerConfig())]
     find_versions(requested, required=True)
     scorers = [item.scorer for item in requested]
     columns = {}
@@ -84,10 +84,10 @@ def _score_files(options: argparse.Namespace) -> int:
 
 def _score_pools(options: argparse.Namespace) -> int:
     from hgdpo_core.rescore import score_missing, summarise_pools
-    from hgdpo_core.rescore.plan import plan_wanted
+    from hgdpo_core.rescore.plan import plan_requested
 
     store = open_store(options.root)
-    plan = plan_wanted(store, options.scorers, preset=options.preset, overrides=options.overrides)
+    plan = plan_requested(store, options.scorers, preset=options.preset, overrides=options.overrides)
     skipped = list(plan.skipped)
     for version, jobs in plan.by_version():
         with terminal_bar(version.scorer.name) as progress:

@@ -24,7 +24,7 @@ from hgdpo_core.stages.latents import LatentStage
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
 from hgdpo_core.stages.scores import ScoreStage
 from hgdpo_core.stages.triplets import TripletStage, write_dataset_card
-from hgdpo_core.statistics.checks import Alarm, check_run
+from hgdpo_core.statistics.checks import RunWarning, check_run
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.objective import find_objective
 from hgdpo_core.training.parts import LogRow
@@ -62,7 +62,7 @@ class Result:
 
     made: Made
     comparison: Comparison
-    warnings: list[Alarm]
+    warnings: list[RunWarning]
 
 
 def run_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages,
@@ -201,7 +201,7 @@ def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], sco
                    run.evaluation_prompts.prompts, run.config.evaluation)
 
 
-def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[Alarm]:
+def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[RunWarning]:
     """What a good win rate or a falling loss may hide."""
     return check_run(lora.log, comparison.win_rates, comparison.defects, comparison.variety_change,
                      run.config.training_judge, find_objective(lora.objective).checks)

@@ -10,7 +10,7 @@ from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.run import Run
 from hgdpo_core.stages.pool import PoolPlan
-from hgdpo_core.statistics.checks import Alarm
+from hgdpo_core.statistics.checks import RunWarning
 from hgdpo_core.training.tune import Tuned
 from tasks.options import STAGE
 from tasks.ui import show_table, show_text
@@ -48,7 +48,7 @@ def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], sco
 
 
 @task(name="checks", **STAGE)
-def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[Alarm]:
+def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[RunWarning]:
     """The warnings of the run; they are logged, and shown in the UI."""
     warnings = pipeline.check_tuning(run, lora, comparison)
     for warning in warnings:

@@ -10,8 +10,8 @@ from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError, StorageErro
 from hgdpo_core.execution.runner import InProcess, Runner
 from hgdpo_core.rescore import Ranking, rank_again, score_missing, score_stage
 from hgdpo_core.rescore.drift_report import drift_rows, headline, render_markdown
-from hgdpo_core.rescore.night import Night, close_night, open_night
 from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, ScorerVersion, Skipped, plan_root
+from hgdpo_core.rescore.rescore_run import RescoreRun, close_rescore_run, open_rescore_run
 from hgdpo_core.stages import Stage
 from hgdpo_core.storage import Store
 from tasks.handover import take_opened
@@ -35,9 +35,9 @@ def find_work(store: Store, scorers: Sequence[str], preset: str | None, override
 
 
 @task(name="begin night", **STAGE)
-def begin(store: Store, plan: RescorePlan) -> Night | None:
+def begin(store: Store, plan: RescorePlan) -> RescoreRun | None:
     """The record of the re-scoring, written before its work; None when there is nothing to do."""
-    run = open_night(store, plan)
+    run = open_rescore_run(store, plan)
     if run is not None:
         get_run_logger().info("Rescore run %s, in %s", run.name, store.url(run.key("config.json")))
     return run
@@ -95,9 +95,10 @@ def rank(store: Store, job: RankJob) -> Ranking | Skipped:
 
 
 @task(name="drift", **STAGE)
-def report_drift(store: Store, run: Night, rankings: Sequence[Ranking], skipped: Sequence[Skipped]) -> dict[str, Any]:
+def report_drift(store: Store, run: RescoreRun, rankings: Sequence[Ranking],
+                 skipped: Sequence[Skipped]) -> dict[str, Any]:
     """The drift report, in `rescores/<name>/` and in the UI; returns the summary."""
-    report = close_night(store, run, rankings, skipped)
+    report = close_rescore_run(store, run, rankings, skipped)
     show_table("drift", drift_rows(report), "Rankings and scores, before and now")
     show_text("drift-report", render_markdown(report), "What changed from the last scores of each pool")
     if report["skipped"]:

@@ -21,7 +21,7 @@ from hgdpo_core.run import Run
 from hgdpo_core.scorers.towers import OPENAI_CLIP
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.stages.triplets import TripletCounts
-from hgdpo_core.statistics.checks import Alarm
+from hgdpo_core.statistics.checks import RunWarning
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.tune import Tuned
 
@@ -38,7 +38,7 @@ class Published:
 
 def write_run_report(run: Run, pool: PoolPlan, scores: ShardFolder, distances: np.ndarray, triplets: ShardFolder,
                      counts: TripletCounts, lora: Tuned, sft_log: Sequence[Mapping[str, float]],
-                     images: Mapping[str, PoolPlan], comparison: Comparison, warnings: Sequence[Alarm], *,
+                     images: Mapping[str, PoolPlan], comparison: Comparison, warnings: Sequence[RunWarning], *,
                      seconds: Mapping[str, float], cached: Sequence[str]) -> Published:
     """Summary and report of a whole run.
 

@@ -1,8 +1,8 @@
 """Scoring existing pools again, on request or every night.
 
-`wanted.py`: which scorers are requested. `plan.py`: what is missing. `score.py`: scores and ranks it. `night.py`: the
-record of one such run. `drift.py`: how rankings changed; `drift_measure.py` computes it from the store,
-`drift_report.py` renders it.
+`requested.py`: which scorers are requested. `plan.py`: what is missing. `score.py`: scores and ranks it.
+`rescore_run.py`: the record of one such run. `drift.py`: how rankings changed; `drift_measure.py` computes it from the
+store, `drift_report.py` renders it.
 """
 
 from hgdpo_core.rescore.score import Ranking, rank_again, score_missing, score_stage, summarise_pools

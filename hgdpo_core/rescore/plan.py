@@ -6,7 +6,7 @@ scores. A scorer that a run only evaluates with scores these alone. Pools are ne
 is a data set with another id beside the old one, and no training is started.
 
 The record of a run is `rescores/<name>/`, with `config.json` before the work and `report.json` after it
-(hgdpo_core/rescore/night.py): a run that was killed is continued by the next one.
+(hgdpo_core/rescore/rescore_run.py): a run that was killed is continued by the next one.
 """
 
 import json
@@ -17,14 +17,14 @@ from typing import Any
 from hgdpo_core.config import StageConfig, TripletConfig
 from hgdpo_core.errors import ConfigError, CorruptShardError, ModelError
 from hgdpo_core.prompts import load_prompts, prompt_id
-from hgdpo_core.rescore.wanted import WantedScorer, wanted_scorers
+from hgdpo_core.rescore.requested import RequestedScorer, requested_scorers
 from hgdpo_core.scorers import find_scorer
 from hgdpo_core.stages.scores import missing_scores, score_key, score_settings
 from hgdpo_core.storage import MissingKeyError, Store
 from hgdpo_core.storage.shards import EXPECTED, ShardFolder, ShardManifest
 
 
-class ScorerVersion(WantedScorer):
+class ScorerVersion(RequestedScorer):
     """A requested scorer with the version of its weights."""
 
     fingerprint: str
@@ -112,7 +112,7 @@ class RescorePlan:
         return list(versions.items())
 
 
-def find_versions(wanted: Sequence[WantedScorer], *, required: bool) -> tuple[list[ScorerVersion], list[Skipped]]:
+def find_versions(requested: Sequence[RequestedScorer], *, required: bool) -> tuple[list[ScorerVersion], list[Skipped]]:
     """The versions of the available scorers, without loading them.
 
     ModelError for a scorer whose weights are gone if it is `required`, or if no scorer is available.
@@ -120,7 +120,7 @@ def find_versions(wanted: Sequence[WantedScorer], *, required: bool) -> tuple[li
     versions: list[ScorerVersion] = []
     skipped: list[Skipped] = []
     problem: ModelError | None = None
-    for item in wanted:
+    for item in requested:
         try:
             fingerprint = find_scorer(item.scorer.name, item.scorer.source)
             versions.append(ScorerVersion(scorer=item.scorer, pools=item.pools, fingerprint=fingerprint))
@@ -132,21 +132,21 @@ def find_versions(wanted: Sequence[WantedScorer], *, required: bool) -> tuple[li
     return versions, skipped
 
 
-def plan_wanted(store: Store, names: Sequence[str] = (), *, preset: str | None = None,
+def plan_requested(store: Store, names: Sequence[str] = (), *, preset: str | None = None,
                 overrides: Mapping[str, Any] | None = None, verify: bool = False) -> RescorePlan:
-    """`plan_rescore` for the scorers that `wanted_scorers` finds.
+    """`plan_rescore` for the scorers that `requested_scorers` finds.
 
     ModelError for a named scorer that is not available; one that only an old run uses is skipped and reported.
     """
-    wanted = wanted_scorers(store, names=names, preset=preset, overrides=overrides)
-    versions, gone = find_versions(wanted, required=bool(names or preset))
+    requested = requested_scorers(store, names=names, preset=preset, overrides=overrides)
+    versions, gone = find_versions(requested, required=bool(names or preset))
     plan = plan_rescore(store, versions, verify=verify)
     return replace(plan, skipped=(*gone, *plan.skipped))
 
 
 def plan_root(root: str, names: Sequence[str] = (), **settings: Any) -> RescorePlan:
-    """`plan_wanted` of the store at a root."""
-    return plan_wanted(Store(root), names, **settings)
+    """`plan_requested` of the store at a root."""
+    return plan_requested(Store(root), names, **settings)
 
 
 def plan_rescore(store: Store, versions: Sequence[ScorerVersion], *, verify: bool = False) -> RescorePlan:

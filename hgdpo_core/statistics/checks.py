@@ -27,7 +27,7 @@ of the figures setting the spread changed by under 1 %; tuned for a scorer that 
 
 
 @dataclass(frozen=True)
-class Alarm:
+class RunWarning:
     """The result of a check. `guard` (persisted) is a stable name of the check, `message` is for people."""
 
     guard: str
@@ -38,13 +38,13 @@ class Alarm:
         return asdict(self)
 
 
-LogCheck = Callable[[Sequence[Mapping[str, float]], Mapping[str, WinRate]], Alarm | None]
+LogCheck = Callable[[Sequence[Mapping[str, float]], Mapping[str, WinRate]], RunWarning | None]
 """A check of a training's log and its win rates, as objectives declare them."""
 
 
 def check_run(log: Sequence[Mapping[str, float]], win_rates: Mapping[str, WinRate],
               defects: Mapping[str, DefectChange], variety_change: Estimate, training_judge: str | None,
-              log_checks: Sequence[LogCheck] | None = None) -> list[Alarm]:
+              log_checks: Sequence[LogCheck] | None = None) -> list[RunWarning]:
     """All warnings of a finished run: its training's log, the evaluation by every scorer, the spread of the images.
 
     `log_checks` are the objective's, by default those of preference training. `training_judge` is the name, among
@@ -57,7 +57,7 @@ def check_run(log: Sequence[Mapping[str, float]], win_rates: Mapping[str, WinRat
     return [warning for warning in warnings if warning is not None]
 
 
-def check_collapse(log: Sequence[Mapping[str, float]]) -> Alarm | None:
+def check_collapse(log: Sequence[Mapping[str, float]]) -> RunWarning | None:
     """Winner and loser errors both rise above the reference: the loss falls only because losers get worse faster.
 
     Reads the columns `winner_error`, `loser_error` and their `reference_` counterparts of `train_dpo`'s log.
@@ -66,9 +66,10 @@ def check_collapse(log: Sequence[Mapping[str, float]]) -> Alarm | None:
     if any(rise is None or rise <= COLLAPSE_RISE for rise in rises):
         return None
     winner, loser = (f"{100 * rise:.0f} %" for rise in rises if rise is not None)
-    return Alarm("collapse", f"Collapse: after {len(log)} log rows the denoising error of winners is {winner} above "
-                             f"the reference's, and that of losers {loser}. The model unlearns both. Lower "
-                             "dpo.learning_rate or dpo.max_steps, or raise dpo.beta.")
+    return RunWarning(
+        "collapse", f"Collapse: after {len(log)} log rows the denoising error of winners is {winner} above "
+        f"the reference's, and that of losers {loser}. The model unlearns both. Lower "
+        "dpo.learning_rate or dpo.max_steps, or raise dpo.beta.")
 
 
 class CollapseWatch:
@@ -84,21 +85,22 @@ class CollapseWatch:
             self._warn(warning.message)
 
 
-def check_stall(log: Sequence[Mapping[str, float]], win_rates: Mapping[str, WinRate]) -> Alarm | None:
+def check_stall(log: Sequence[Mapping[str, float]], win_rates: Mapping[str, WinRate]) -> RunWarning | None:
     """The implicit accuracy on the training pairs is saturated, but no scorer sees a gain on held-out prompts."""
     accuracy = _latest(log, "implicit_accuracy")
     decided = {name: rate for name, rate in win_rates.items() if rate.ci_low is not None}
     if accuracy is None or accuracy < SATURATED_ACCURACY or not decided or any(map(_is_gain, decided.values())):
         return None
-    return Alarm("stall", f"Stall: the implicit accuracy on the training pairs reached {100 * accuracy:.0f} %, but no "
-                          f"scorer sees a gain on held-out prompts ({_describe(decided)}). The LoRA memorises its "
-                          "triplets: use more prompts or fewer dpo.max_steps.")
+    return RunWarning(
+        "stall", f"Stall: the implicit accuracy on the training pairs reached {100 * accuracy:.0f} %, but no "
+        f"scorer sees a gain on held-out prompts ({_describe(decided)}). The LoRA memorises its "
+        "triplets: use more prompts or fewer dpo.max_steps.")
 
 
 PREFERENCE_CHECKS: tuple[LogCheck, ...] = (lambda log, _: check_collapse(log), check_stall)
 
 
-def check_scorers(win_rates: Mapping[str, WinRate], training_judge: str) -> Alarm | None:
+def check_scorers(win_rates: Mapping[str, WinRate], training_judge: str) -> RunWarning | None:
     """The scorer that ranked the pools sees a gain where an independent one sees a loss, or clearly less of a gain.
 
     "Clearly": its interval is not above one half and ends below the start of the training scorer's.
@@ -111,15 +113,16 @@ def check_scorers(win_rates: Mapping[str, WinRate], training_judge: str) -> Alar
     if not apart:
         return None
     word = "a loss" if any(rate.ci_high is not None and rate.ci_high < 0.5 for rate in apart.values()) else "no gain"
-    return Alarm("parted_judges", f"The scorers disagree: the one that ranked the training pools prefers the tuned "
-                                  f"model ({_describe({training_judge: trained})}), but an independent scorer sees "
-                                  f"{word} ({_describe(apart)}). The LoRA may satisfy its scorer instead of people: "
-                                  "look at the images, lower dpo.max_steps or evaluation.lora_weight, or rank by "
-                                  "another scorer.")
+    return RunWarning(
+        "parted_judges", f"The scorers disagree: the one that ranked the training pools prefers the tuned "
+        f"model ({_describe({training_judge: trained})}), but an independent scorer sees "
+        f"{word} ({_describe(apart)}). The LoRA may satisfy its scorer instead of people: "
+        "look at the images, lower dpo.max_steps or evaluation.lora_weight, or rank by "
+        "another scorer.")
 
 
 def check_defects(win_rates: Mapping[str, WinRate], defects: Mapping[str, DefectChange],
-                  training_judge: str) -> Alarm | None:
+                  training_judge: str) -> RunWarning | None:
     """The training scorer sees a gain while the fraction of defective images clearly rises."""
     trained = win_rates.get(training_judge)
     risen = {name: change for name, change in defects.items() if change.ci_low is not None and change.ci_low > 0}
@@ -127,12 +130,13 @@ def check_defects(win_rates: Mapping[str, WinRate], defects: Mapping[str, Defect
         return None
     rises = "; ".join(f"{name}: {100 * change.target:.1f} % before, {100 * change.tuned:.1f} % after"
                       for name, change in risen.items())
-    return Alarm("more_defects", f"More defects: {training_judge}, which ranked the training pools, prefers the tuned "
-                                 f"model, but more of its images are defective ({rises}). Look at the images, lower "
-                                 "dpo.max_steps or evaluation.lora_weight.")
+    return RunWarning(
+        "more_defects", f"More defects: {training_judge}, which ranked the training pools, prefers the tuned "
+        f"model, but more of its images are defective ({rises}). Look at the images, lower "
+        "dpo.max_steps or evaluation.lora_weight.")
 
 
-def check_variety(win_rates: Mapping[str, WinRate], change: Estimate) -> Alarm | None:
+def check_variety(win_rates: Mapping[str, WinRate], change: Estimate) -> RunWarning | None:
     """A scorer sees a gain, but the images clearly differ less from each other than the target's.
 
     `change` is `variety_change`'s: percent of the target's spread.
@@ -140,10 +144,11 @@ def check_variety(win_rates: Mapping[str, WinRate], change: Estimate) -> Alarm |
     gains = [name for name, rate in win_rates.items() if _is_gain(rate)]
     if not gains or change.value is None or change.ci_high is None or change.ci_high > LOST_VARIETY_PERCENT:
         return None
-    return Alarm("lost_variety", f"Lost variety: {' and '.join(gains)} prefer the tuned model, but its images differ "
-                                 f"{-change.value:.0f} % less from each other than the target's. The gain may be one "
-                                 "look for everything: look at the images, lower dpo.max_steps or "
-                                 "evaluation.lora_weight.")
+    return RunWarning(
+        "lost_variety", f"Lost variety: {' and '.join(gains)} prefer the tuned model, but its images differ "
+        f"{-change.value:.0f} % less from each other than the target's. The gain may be one "
+        "look for everything: look at the images, lower dpo.max_steps or "
+        "evaluation.lora_weight.")
 
 
 def _is_gain(rate: WinRate) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hgdpo_core.devices import cpu_has_fast_bfloat16
+from hgdpo_core.devices import cpu_has_fast_bfloat16, use_cpu
 from hgdpo_core.errors import ConfigError
 
 LogRow = dict[str, Any]

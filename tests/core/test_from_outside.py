@@ -23,7 +23,7 @@ from hgdpo_core.progress import StageTimes
 from hgdpo_core.rendering.charts import ChartSpec
 from hgdpo_core.run import open_run
 from hgdpo_core.scorers import SCORERS
-from hgdpo_core.statistics.checks import Alarm
+from hgdpo_core.statistics.checks import RunWarning
 from hgdpo_core.training.base import Objective, TrainingObjective
 from hgdpo_core.training.data import LatentPairs, PairBatch
 from hgdpo_core.training.objective import OBJECTIVES
@@ -57,7 +57,7 @@ class Winners(TrainingObjective):
     name, title = "winners", "Fine-tuning on winners"
     config, samples = DpoConfig, LatentPairs
     charts = (ChartSpec("Error on winners", ("loss",), "of each step"),)
-    checks = (lambda log, _: Alarm("winners", f"trained for {len(log)} steps"),)
+    checks = (lambda log, _: RunWarning("winners", f"trained for {len(log)} steps"),)
 
     def require_fit(self, store, triplets, samples, indices, model, config):
         assert triplets is not None and triplets.startswith("triplets/")

@@ -21,7 +21,7 @@ from hgdpo_core import scorers
 from hgdpo_core.execution.jobs import cut, run_shards, write_recipe
 from hgdpo_core.presets import figures
 from hgdpo_core.rescore import score_missing
-from hgdpo_core.rescore.plan import plan_wanted
+from hgdpo_core.rescore.plan import plan_requested
 from hgdpo_core.storage import Store
 
 NOW = datetime(2031, 1, 2, 15, tzinfo=UTC)
@@ -33,7 +33,7 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setitem(scorers.SCORERS, "pickscore", table_judge([]))
     store = Store(str(tmp_path / "root"))
     draw(store, "n4", PROMPTS, 4)
-    score_missing(store, plan_wanted(store, ["pickscore=one"]).jobs, device="cpu")
+    score_missing(store, plan_requested(store, ["pickscore=one"]).jobs, device="cpu")
     return str(tmp_path / "root")
 
 

@@ -16,7 +16,7 @@ from hgdpo_core.report.summary import _notes, write_comparison_report, write_run
 from hgdpo_core.scorers.towers import OPENAI_CLIP
 from hgdpo_core.stages.scores import SCHEMA
 from hgdpo_core.stages.triplets import TripletCounts
-from hgdpo_core.statistics.checks import Alarm
+from hgdpo_core.statistics.checks import RunWarning
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -68,7 +68,7 @@ def write_run(store, compared, seconds, cached):
     scores = make_scores(store, pool, PROMPTS, {prompt: [1, 2, 3, 4] for prompt in PROMPTS})
     return write_run_report(
         open_run(store), pool, scores, np.zeros((4, 3, 2)), SimpleNamespace(key="triplets/1"), TripletCounts(4, 0),
-        SimpleNamespace(model_id="dpo-1", log=LOG), LOG, images, comparison, [Alarm("defects", "More defects.")],
+        SimpleNamespace(model_id="dpo-1", log=LOG), LOG, images, comparison, [RunWarning("defects", "More defects.")],
         seconds=seconds, cached=cached)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hgdpo_core.config import ScorerConfig, WorkersConfig
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.presets import figures
-from hgdpo_core.rescore.wanted import WantedScorer, wanted_scorers, wanted_workers
+from hgdpo_core.rescore.requested import RequestedScorer, requested_scorers, requested_workers
 from hgdpo_core.storage import Store
 
 
@@ -25,15 +25,15 @@ def save_run(store, name, *, source, started):
 
 
 def test_a_name_means_the_scorer_of_the_run_started_last(store):
-    assert wanted_scorers(store) == []
+    assert requested_scorers(store) == []
     save_run(store, "a", source="/judges/new", started=2000)
     save_run(store, "b", source="/judges/old", started=1000)
     store.write_bytes("runs/c/config.json", b'{"scorer": "of another version"}')
-    assert [(item.scorer.name, item.scorer.source, item.pools) for item in wanted_scorers(store)] == [
+    assert [(item.scorer.name, item.scorer.source, item.pools) for item in requested_scorers(store)] == [
         ("pickscore", "/judges/new", "all"), ("inspector", "figures", "evaluation")]
-    assert wanted_scorers(store, names=["pickscore"])[0].scorer.source == "/judges/new"
-    assert wanted_scorers(store, names=["pickscore=/mine"]) == [WantedScorer(scorer=ScorerConfig(source="/mine"))]
-    assert wanted_scorers(store, names=["inspector"])[0].pools == "all"     # named: for every pool
+    assert requested_scorers(store, names=["pickscore"])[0].scorer.source == "/judges/new"
+    assert requested_scorers(store, names=["pickscore=/mine"]) == [RequestedScorer(scorer=ScorerConfig(source="/mine"))]
+    assert requested_scorers(store, names=["inspector"])[0].pools == "all"     # named: for every pool
 
 
 def test_where_runs_use_a_scorer_differently_it_is_for_all_pools(store):
@@ -43,34 +43,35 @@ def test_where_runs_use_a_scorer_differently_it_is_for_all_pools(store):
     for name, changed in (("a", {"scorer": inspector, "evaluation": judging}), ("b", {})):
         store.write_json(f"runs/{name}/config.json", config.model_copy(update=changed).model_dump(mode="json"))
         os.utime(store.local_path(f"runs/{name}/config.json"), (1000, 1000 + ord(name)))
-    assert {item.scorer.name: item.pools for item in wanted_scorers(store)} == {"inspector": "all", "pickscore": "all"}
+    assert {item.scorer.name: item.pools for item in requested_scorers(store)} == {
+        "inspector": "all", "pickscore": "all"}
     store.delete("runs/b/config.json")
-    assert {item.scorer.name: item.pools for item in wanted_scorers(store)} == {
+    assert {item.scorer.name: item.pools for item in requested_scorers(store)} == {
         "inspector": "training", "pickscore": "evaluation"}
 
 
 def test_a_preset_counts_before_the_runs_and_takes_overrides(store):
     save_run(store, "a", source="/judges/new", started=2000)
-    assert [item.scorer for item in wanted_scorers(store, preset="figures")] == list(figures().evaluation.scorers)
-    changed = wanted_scorers(store, preset="figures", overrides={"scorer.batch_size": 3})
+    assert [item.scorer for item in requested_scorers(store, preset="figures")] == list(figures().evaluation.scorers)
+    changed = requested_scorers(store, preset="figures", overrides={"scorer.batch_size": 3})
     assert changed[0].scorer == figures().scorer.model_copy(update={"batch_size": 3})
-    assert wanted_scorers(store, preset="sd15")[0].scorer.name == "pickscore"   # no model, no prompts needed
+    assert requested_scorers(store, preset="sd15")[0].scorer.name == "pickscore"   # no model, no prompts needed
 
 
 def test_work_is_divided_by_the_preset_or_the_latest_run(store):
-    assert wanted_workers(store, None) == WorkersConfig()
+    assert requested_workers(store, None) == WorkersConfig()
     for name, shards in (("a", 3), ("b", 5)):
         config = figures().model_copy(update={"workers": WorkersConfig(score_images_per_run=shards)})
         store.write_json(f"runs/{name}/config.json", config.model_dump(mode="json"))
         os.utime(store.local_path(f"runs/{name}/config.json"), (1000, 1000 + shards))
     store.write_bytes("runs/c/config.json", b"{}")
-    assert wanted_workers(store, None).score_images_per_run == 5
-    assert wanted_workers(store, "figures", {"workers.score_images_per_run": 7}).score_images_per_run == 7
+    assert requested_workers(store, None).score_images_per_run == 5
+    assert requested_workers(store, "figures", {"workers.score_images_per_run": 7}).score_images_per_run == 7
 
 
 def test_names_without_a_store_mean_the_public_checkpoint():
-    assert wanted_scorers(None, names=["pickscore"]) == [WantedScorer(scorer=ScorerConfig(name="pickscore"))]
-    assert wanted_scorers(None) == []
+    assert requested_scorers(None, names=["pickscore"]) == [RequestedScorer(scorer=ScorerConfig(name="pickscore"))]
+    assert requested_scorers(None) == []
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -82,5 +83,5 @@ def test_names_without_a_store_mean_the_public_checkpoint():
 ])
 def test_mistakes_are_one_line(store, arguments, message):
     with pytest.raises(ConfigError, match=message) as error:
-        wanted_scorers(store, **arguments)
+        requested_scorers(store, **arguments)
     assert "\n" not in str(error.value)

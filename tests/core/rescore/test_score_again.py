@@ -19,9 +19,9 @@ from hgdpo_core.config import ScorerConfig, TripletConfig
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError
 from hgdpo_core.prompts import PromptList, save_prompts
 from hgdpo_core.rescore import Ranking, rank_again, score_missing, summarise_pools
-from hgdpo_core.rescore.night import close_night, last_report, open_night
-from hgdpo_core.rescore.plan import Skipped, find_versions, plan_rescore, plan_wanted
-from hgdpo_core.rescore.wanted import WantedScorer
+from hgdpo_core.rescore.plan import Skipped, find_versions, plan_requested, plan_rescore
+from hgdpo_core.rescore.requested import RequestedScorer
+from hgdpo_core.rescore.rescore_run import close_rescore_run, last_report, open_rescore_run
 from hgdpo_core.stages.triplets import build_triplets, triplet_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
@@ -54,7 +54,7 @@ def fill(store):
 
 
 def versions(*names):
-    return find_versions([WantedScorer(scorer=ScorerConfig(source=name)) for name in names], required=True)[0]
+    return find_versions([RequestedScorer(scorer=ScorerConfig(source=name)) for name in names], required=True)[0]
 
 
 def scores_key(store, pool_id, version):
@@ -67,7 +67,7 @@ def scores_key(store, pool_id, version):
 def work(store, version, *, write=True, verify=False, now=None):
     """One whole rescore run by a version of the scorer; returns its report, None when there was nothing to do."""
     plan = plan_rescore(store, versions(version), verify=verify)
-    run = open_night(store, plan, now=now) if write else None
+    run = open_rescore_run(store, plan, now=now) if write else None
     skipped = list(plan.skipped)
     for _, jobs in plan.by_version():
         skipped += score_missing(store, jobs, device="cpu")
@@ -75,7 +75,7 @@ def work(store, version, *, write=True, verify=False, now=None):
         return None
     ranked = [rank_again(store, job) for job in run.rankings]
     skipped += [item for item in ranked if isinstance(item, Skipped)]
-    return close_night(store, run, [item for item in ranked if isinstance(item, Ranking)], skipped)
+    return close_rescore_run(store, run, [item for item in ranked if isinstance(item, Ranking)], skipped)
 
 
 def tree(store, folder):
@@ -86,13 +86,13 @@ def tree(store, folder):
 
 
 def test_an_empty_root_has_nothing_to_do(tmp_path):
-    plan = plan_wanted(Store(str(tmp_path)))
+    plan = plan_requested(Store(str(tmp_path)))
     assert plan.nothing_to_do and plan.describe() == "nothing to do; complete sets of scores found: 0"
 
 
 def test_pools_without_a_requested_scorer_raise(store):
     with pytest.raises(ConfigError, match="name a scorer or a preset"):
-        plan_wanted(store)
+        plan_requested(store)
 
 
 def test_nothing_to_do_loads_nothing_and_writes_nothing(store, loads):
@@ -100,7 +100,7 @@ def test_nothing_to_do_loads_nothing_and_writes_nothing(store, loads):
     before = tree(store, "")
     plan = plan_rescore(store, versions("one"))
     assert plan.nothing_to_do and [item.pool_id for item in plan.complete] == ["n4"]
-    assert open_night(store, plan) is None and work(store, "one") is None
+    assert open_rescore_run(store, plan) is None and work(store, "one") is None
     assert loads == [] and tree(store, "") == before
 
 
@@ -153,7 +153,7 @@ def test_incomplete_pools_are_skipped_with_the_reason(store):
 
 
 def test_a_missing_scorer_of_an_old_run_does_not_stop_the_others(store):
-    gone, two = (WantedScorer(scorer=ScorerConfig(source=source)) for source in ("gone", "two"))
+    gone, two = (RequestedScorer(scorer=ScorerConfig(source=source)) for source in ("gone", "two"))
     found, skipped = find_versions([gone, two], required=False)
     assert [version.fingerprint for version in found] == ["fingerprint of two"]
     assert "gone does not exist" in skipped[0].reason
@@ -169,7 +169,7 @@ def test_a_scorer_that_only_evaluates_scores_no_training_pool(store):
     store.write_json("evaluations/3-x/config.json", {"target": "pools/n1-target", "tuned": "pools/n1-tuned"})
 
     def pools(kind):
-        wanted = WantedScorer(scorer=ScorerConfig(source="two"), pools=kind)
+        wanted = RequestedScorer(scorer=ScorerConfig(source="two"), pools=kind)
         return [job.pool_id for job in plan_rescore(store, find_versions([wanted], required=True)[0]).jobs]
 
     assert pools("evaluation") == ["n1-target", "n1-tuned"]
@@ -349,7 +349,7 @@ def test_a_corrupted_pool_is_skipped_and_the_others_continue(store):
 def test_a_killed_run_is_finished_by_the_next(store):
     """Killed after scoring: nothing is missing any more, but its ranking and its report are."""
     plan = plan_rescore(store, versions("two"))
-    killed = open_night(store, plan)
+    killed = open_rescore_run(store, plan)
     score_missing(store, plan.jobs, device="cpu")
     rank_again(store, killed.rankings[0])
     assert plan_rescore(store, versions("two")).nothing_to_do and last_report(store) is None
@@ -361,7 +361,7 @@ def test_a_killed_run_is_finished_by_the_next(store):
 
 def test_a_run_killed_while_scoring_keeps_its_finished_shards(store, loads):
     plan = plan_rescore(store, versions("two"))
-    killed = open_night(store, plan)
+    killed = open_rescore_run(store, plan)
     asked = iter([False, True])
     with pytest.raises(StoppedError):
         score_missing(store, plan.jobs, device="cpu", should_stop=lambda: next(asked))
@@ -372,7 +372,7 @@ def test_a_run_killed_while_scoring_keeps_its_finished_shards(store, loads):
 
 
 def test_an_unfinished_run_of_a_scorer_that_is_no_longer_requested_ends(store):
-    open_night(store, plan_rescore(store, versions("two")))
+    open_rescore_run(store, plan_rescore(store, versions("two")))
     report = work(store, "one")
     assert report["pools"] == [] and work(store, "one") is None
 
@@ -418,7 +418,7 @@ def test_new_weights_in_the_same_folder_are_another_version(tmp_path, judge_fold
     shutil.copytree(judge_folder, folder)
 
     def plan():
-        return plan_wanted(store, [f"pickscore={folder}"])
+        return plan_requested(store, [f"pickscore={folder}"])
 
     score_missing(store, plan().jobs, device="cpu")
     assert plan().nothing_to_do
@@ -426,9 +426,9 @@ def test_new_weights_in_the_same_folder_are_another_version(tmp_path, judge_fold
     tiny.save_judge(folder, seed=1)
     again = plan()
     assert again.jobs[0].missing == (0, 1) and again.jobs[0].before is not None
-    run = open_night(store, again)
+    run = open_rescore_run(store, again)
     score_missing(store, again.jobs, device="cpu")
-    report = close_night(store, run, [], [])
+    report = close_rescore_run(store, run, [], [])
     assert -1 <= report["pools"][0]["ranking"]["tau"]["mean"] < 1
     assert np.isfinite(report["pools"][0]["scores_now"]["mean"]) and plan().nothing_to_do
 

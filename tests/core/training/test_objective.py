@@ -19,7 +19,7 @@ from hgdpo_core.rendering.charts import ChartSpec
 from hgdpo_core.report.training import training_charts
 from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
-from hgdpo_core.statistics.checks import Alarm, check_run
+from hgdpo_core.statistics.checks import RunWarning, check_run
 from hgdpo_core.statistics.intervals import Estimate
 from hgdpo_core.storage import Store
 from hgdpo_core.training.base import Objective, TrainingObjective
@@ -41,7 +41,7 @@ class Biases(TrainingObjective):
     name, title = "biases", "Training of biases"
     config, samples = BiasConfig, LatentImages
     charts = (ChartSpec("Root of the loss", ("root",), "of each step"),)
-    checks = (lambda log, _: Alarm("biases", f"{len(log)} rows"),)
+    checks = (lambda log, _: RunWarning("biases", f"{len(log)} rows"),)
 
     def __init__(self):
         self.watched = []
@@ -146,7 +146,7 @@ def test_an_objective_from_outside_goes_all_the_way(biases, model, latents):
     section = training_charts("biases", tuned.log)
     assert "Training of biases" in section and "Root of the loss" in section
     alarms = check_run(tuned.log, {}, {}, Estimate(None, None, None), None, biases.checks)
-    assert alarms == [Alarm("biases", "2 rows")]
+    assert alarms == [RunWarning("biases", "2 rows")]
 
 
 def test_an_unfit_source_is_refused_before_a_model_loads(biases, model, latents, monkeypatch):

@@ -15,15 +15,15 @@ from hgdpo_core.storage import Store
 Pools = Literal["training", "evaluation", "all"]
 
 
-class WantedScorer(StageConfig):
+class RequestedScorer(StageConfig):
     """A scorer and the pools it is for: a scorer that only evaluates must not cost a score for every training image."""
 
     scorer: ScorerConfig
     pools: Pools = "all"
 
 
-def wanted_scorers(store: Store | None, *, names: Sequence[str] = (), preset: str | None = None,
-                   overrides: Mapping[str, Any] | None = None) -> list[WantedScorer]:
+def requested_scorers(store: Store | None, *, names: Sequence[str] = (), preset: str | None = None,
+                   overrides: Mapping[str, Any] | None = None) -> list[RequestedScorer]:
     """One scorer for each name; [] if no name, preset or run of `store` requests one.
 
     Known are the preset's scorers (with `overrides`), or without a preset those of the root's runs: the ranking one for
@@ -40,7 +40,7 @@ def wanted_scorers(store: Store | None, *, names: Sequence[str] = (), preset: st
         known = {} if store is None else _run_scorers(store)
     if not names:
         return list(known.values())
-    requested = [WantedScorer(scorer=_named(name, known)) for name in names]
+    requested = [RequestedScorer(scorer=_named(name, known)) for name in names]
     counts = Counter(item.scorer.name for item in requested)
     repeated = sorted(name for name, count in counts.items() if count > 1)
     if repeated:
@@ -49,9 +49,9 @@ def wanted_scorers(store: Store | None, *, names: Sequence[str] = (), preset: st
     return requested
 
 
-def _run_scorers(store: Store) -> dict[str, WantedScorer]:
+def _run_scorers(store: Store) -> dict[str, RequestedScorer]:
     """The scorers of the root's runs by name; where runs differ, that of the run that was started last."""
-    scorers: dict[str, WantedScorer] = {}
+    scorers: dict[str, RequestedScorer] = {}
     for text in _saved_runs(store):
         for name, latest in _of_saved_run(text).items():
             same = scorers.get(name, latest).pools == latest.pools
@@ -59,7 +59,7 @@ def _run_scorers(store: Store) -> dict[str, WantedScorer]:
     return scorers
 
 
-def wanted_workers(store: Store, preset: str | None, overrides: Mapping[str, Any] | None = None) -> WorkersConfig:
+def requested_workers(store: Store, preset: str | None, overrides: Mapping[str, Any] | None = None) -> WorkersConfig:
     """How work is divided among workers: by the preset, else by the run of the root that was started last."""
     if preset is not None:
         return _read_preset(preset, overrides or {}).workers
@@ -71,12 +71,12 @@ def wanted_workers(store: Store, preset: str | None, overrides: Mapping[str, Any
     return WorkersConfig()
 
 
-def _assign(ranking: ScorerConfig, evaluating: Sequence[ScorerConfig]) -> dict[str, WantedScorer]:
+def _assign(ranking: ScorerConfig, evaluating: Sequence[ScorerConfig]) -> dict[str, RequestedScorer]:
     """A ranking scorer that also evaluates has one config for both: earlier scores are found by its name."""
     both = ranking.name in {scorer.name for scorer in evaluating}
-    scorers = {ranking.name: WantedScorer(scorer=ranking, pools="all" if both else "training")}
+    scorers = {ranking.name: RequestedScorer(scorer=ranking, pools="all" if both else "training")}
     for scorer in evaluating:
-        scorers.setdefault(scorer.name, WantedScorer(scorer=scorer, pools="evaluation"))
+        scorers.setdefault(scorer.name, RequestedScorer(scorer=scorer, pools="evaluation"))
     return scorers
 
 
@@ -92,7 +92,7 @@ def _saved_runs(store: Store) -> list[bytes]:
     return [configs[key] for _, key in started if key in configs]
 
 
-def _of_saved_run(text: bytes) -> dict[str, WantedScorer]:
+def _of_saved_run(text: bytes) -> dict[str, RequestedScorer]:
     """{} for the config of another version of this project that cannot be parsed."""
     try:
         data = json.loads(text)
@@ -103,7 +103,7 @@ def _of_saved_run(text: bytes) -> dict[str, WantedScorer]:
         return {}
 
 
-def _named(text: str, known: Mapping[str, WantedScorer]) -> ScorerConfig:
+def _named(text: str, known: Mapping[str, RequestedScorer]) -> ScorerConfig:
     name, _, source = text.partition("=")
     if not source and name in known:
         return known[name].scorer

@@ -20,7 +20,7 @@ from hgdpo_core.rescore.score import Ranking
 from hgdpo_core.storage import MissingKeyError, Store
 
 
-class Night(StageConfig):
+class RescoreRun(StageConfig):
     """The plan of a rescore run; `config.json` of its folder."""
 
     name: str
@@ -35,7 +35,7 @@ class Night(StageConfig):
         return f"rescores/{self.name}/{name}"
 
 
-def open_night(store: Store, plan: RescorePlan, *, now: datetime | None = None) -> Night | None:
+def open_rescore_run(store: Store, plan: RescorePlan, *, now: datetime | None = None) -> RescoreRun | None:
     """The run of a plan: a new one, or the latest if it is unfinished; None when there is nothing to do.
 
     What an unfinished run has done already stays in its report, as long as it is still requested.
@@ -49,8 +49,9 @@ def open_night(store: Store, plan: RescorePlan, *, now: datetime | None = None) 
         now = now or datetime.now(UTC)
         start, taken = now.strftime("%Y-%m-%dT%H%M%SZ"), store.list_folders("rescores")
         names = itertools.chain([start], (f"{start}-{number}" for number in itertools.count(2)))
-        run = Night(name=next(name for name in names if name not in taken), root=store.root, code_version=__version__,
-                    jobs=plan.jobs, rankings=plan.rankings, started_at=now.isoformat(timespec="seconds"))
+        run = RescoreRun(
+            name=next(name for name in names if name not in taken), root=store.root, code_version=__version__,
+            jobs=plan.jobs, rankings=plan.rankings, started_at=now.isoformat(timespec="seconds"))
     store.write_json(run.key("config.json"), run.model_dump(mode="json"))
     return run
 
@@ -63,18 +64,18 @@ def last_report(store: Store) -> str | None:
     return None
 
 
-def find_unfinished(store: Store) -> Night | None:
+def find_unfinished(store: Store) -> RescoreRun | None:
     """The latest run, if it has no report yet: it was killed, or is running now."""
     names = store.list_folders("rescores")
     if not names or store.exists(f"rescores/{names[-1]}/report.json"):
         return None
     try:
-        return Night.model_validate_json(store.read_bytes(f"rescores/{names[-1]}/config.json"))
+        return RescoreRun.model_validate_json(store.read_bytes(f"rescores/{names[-1]}/config.json"))
     except (MissingKeyError, ValidationError):
         return None             # its plan is unknown: its scores are kept, only its report is lost
 
 
-def _continue(run: Night, plan: RescorePlan) -> Night:
+def _continue(run: RescoreRun, plan: RescorePlan) -> RescoreRun:
     requested = {item.scores for item in (*plan.complete, *plan.jobs)}
     jobs = {job.scores: job for job in plan.jobs}
     for job in run.jobs:
@@ -87,7 +88,8 @@ def _continue(run: Night, plan: RescorePlan) -> Night:
     return run.model_copy(update={"jobs": tuple(jobs.values()), "rankings": tuple(rankings.values())})
 
 
-def close_night(store: Store, run: Night, rankings: Sequence[Ranking], skipped: Sequence[Skipped]) -> dict[str, Any]:
+def close_rescore_run(store: Store, run: RescoreRun, rankings: Sequence[Ranking],
+                      skipped: Sequence[Skipped]) -> dict[str, Any]:
     """Measure the drift and write `report.md`, `report.html` and, last, `report.json`; returns the latter."""
     problems = list(skipped)
     pools = [measured for job in run.jobs if (measured := measure_pool(store, job, problems)) is not None]
