@@ -3,8 +3,8 @@
 import time
 
 from hgdpo_core.config import TrainingConfig
-from hgdpo_core.memory import free_memory
 from hgdpo_core.models import Model, default_device, load_backbone
+from hgdpo_core.models.memory import free_memory
 from hgdpo_core.training import Hooks
 from hgdpo_core.training.loop import run_training
 from hgdpo_core.training.objective import RandomSamples, TrainingObjective

@@ -18,8 +18,8 @@ from PIL import Image
 
 from hgdpo_core.errors import ConfigError, StoppedError, StorageError
 from hgdpo_core.images import decode_image
-from hgdpo_core.memory import free_memory, is_out_of_memory
 from hgdpo_core.models import default_device, device_name
+from hgdpo_core.models.memory import free_memory, is_out_of_memory
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.parallel import Writer, threads
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
-from hgdpo_core.memory import free_memory
 from hgdpo_core.models import Model, default_device, load_backbone
 from hgdpo_core.models.image_generator import ImageGenerator
+from hgdpo_core.models.memory import free_memory
 from hgdpo_core.scorers import load_judge
 from hgdpo_core.stages.base import Probe
 

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 
 from hgdpo_core.config import TrainingConfig, content_hash
 from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageError
-from hgdpo_core.memory import is_out_of_memory
+from hgdpo_core.models.memory import is_out_of_memory
 from hgdpo_core.training.base import Hooks, Objective, TrainedDenoiser, TrainingResult
 from hgdpo_core.training.checkpoints import Checkpoint, Checkpoints, load_latest, save_checkpoint
 from hgdpo_core.training.data import DataOrder, SampleSource

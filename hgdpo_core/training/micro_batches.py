@@ -13,7 +13,7 @@ from torch import nn
 
 from hgdpo_core.config import TrainingConfig
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.memory import free_memory, is_out_of_memory
+from hgdpo_core.models.memory import free_memory, is_out_of_memory
 from hgdpo_core.training.base import Objective
 from hgdpo_core.training.data import DataOrder, SampleSource, sample_generator
 from hgdpo_core.training.processes import agree, part_of, sum_gradients

@@ -14,9 +14,9 @@ from PIL import Image
 
 from hgdpo_core.config import PromptSyntax, RunConfig, SamplerConfig, StageConfig, TrainingConfig
 from hgdpo_core.images import decode_image, encode_image
-from hgdpo_core.memory import free_memory, is_out_of_memory
 from hgdpo_core.models import Backbone
 from hgdpo_core.models.lora import worn_at
+from hgdpo_core.models.memory import free_memory, is_out_of_memory
 from hgdpo_core.models.sampling import initial_noise, sample_latents
 from hgdpo_core.prompts import image_seed
 from hgdpo_core.rendering.grids import row_grid
