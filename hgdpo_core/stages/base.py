@@ -70,7 +70,7 @@ class ShardRows:
 
 
 class Probe(NamedTuple):
-    """What one image of a stage's work costs on this machine: seconds, and bytes as it is stored where known."""
+    """What one image of a stage's work costs on this machine: seconds, and stored bytes where known."""
 
     seconds: float
     bytes: int | None = None
@@ -114,7 +114,7 @@ class Stage(ABC):
 
     folder: ShardFolder
     title: str
-    """How people know it: in progress bars, run names and plans."""
+    """Its name for people: in progress bars, run names and plans."""
     requested: tuple[int, ...] | None
     expected: Mapping[int, int]
     """Rows that each shard of the first source will have, where a plan knows it."""
