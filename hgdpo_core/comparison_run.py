@@ -13,7 +13,6 @@ from hgdpo_core import __version__
 from hgdpo_core.config import (
     ComparisonConfig,
     DrawingConfig,
-    PromptSource,
     RunConfig,
     ScorerConfig,
     apply_overrides,
@@ -67,12 +66,12 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
     """Build the config, check root, prompts, models and scorers, and write `runs/<run_id>/config.json`.
 
     `scorers` are names, or `name=source`; a name alone is the preset's scorer of that name, else the public one.
-    What is None is the preset's. ConfigError, InputError, ModelError or StorageError say in one line what is wrong.
+    What is None is the preset's. ConfigError, InputError, ModelError or StorageError name in one line what is wrong.
     """
     if tuned is None:
         raise InputError("there is nothing to compare the target with: give tuned, a model or a LoRA")
     changes = {"images_per_prompt": images_per_prompt, "lora_weight": lora_weight,
-               "prompts": None if prompts is None else PromptSource(source=prompts).model_dump()}
+               "prompts": None if prompts is None else {"source": prompts}}
     # a preset requires training prompts too; nothing here reads them
     config = _build(build_config(preset, target=target, prompts=prompts or PARTI_PROMPTS), scorers, changes,
                     {"tuned": tuned, "base": base, "target_lora_weight": target_lora_weight,

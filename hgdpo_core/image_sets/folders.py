@@ -15,7 +15,7 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.image_sets.trees import local_tree
 from hgdpo_core.images import IMAGE_SUFFIXES
 from hgdpo_core.storage import PARALLEL_REQUESTS, Store, is_temporary
-from hgdpo_core.text_files import csv_rows, decode_text, parse_json
+from hgdpo_core.storage.text_files import csv_rows, decode_text, parse_json
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "caption", "prompt")

@@ -20,7 +20,7 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.image_sets.folders import caption_of
 from hgdpo_core.images import IMAGE_SUFFIXES
 from hgdpo_core.storage import Store
-from hgdpo_core.text_files import decode_text, parse_json
+from hgdpo_core.storage.text_files import decode_text, parse_json
 
 HEADER_BYTES = 2**16    # one request at a remote store: a header, the small texts and the next header
 SEQUENCE_BYTES = 2**23

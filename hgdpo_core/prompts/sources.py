@@ -19,7 +19,7 @@ from hgdpo_core.errors import ConfigError, InputError, StorageError
 from hgdpo_core.storage import MissingKeyError, Store
 from hgdpo_core.storage.roots import local_address
 from hgdpo_core.storage.shards import read_table, write_table
-from hgdpo_core.text_files import csv_rows, decode_text, parse_json
+from hgdpo_core.storage.text_files import csv_rows, decode_text, parse_json
 
 FORMATS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 COLUMNS = ("prompt", "Prompt", "caption", "text")

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from hgdpo_core.colours import to_srgb
 from hgdpo_core.errors import InputError
+from hgdpo_core.images.colours import to_srgb
 from hgdpo_core.parallel import threads
 
 Images = Sequence[Image.Image] | np.ndarray | torch.Tensor

@@ -27,6 +27,7 @@ from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 
 logger = logging.getLogger(__name__)
 
+Manifests = dict[int, ShardManifest]
 OnShard = Callable[[ShardManifest], None]
 Advance = Callable[[int], None]
 """Called after every n units of a shard."""
@@ -68,7 +69,7 @@ class ShardRows:
 
 
 class Probe(NamedTuple):
-    """What one image of a stage's work costs on this machine: seconds, and bytes as it is stored where known."""
+    """What one image of a stage's work costs on this machine: seconds, and stored bytes where known."""
 
     seconds: float
     bytes: int | None = None
@@ -112,7 +113,7 @@ class Stage(ABC):
 
     folder: ShardFolder
     title: str
-    """How people know it: in progress bars, run names and plans."""
+    """Its name for people: in progress bars, run names and plans."""
     requested: tuple[int, ...] | None
     expected: Mapping[int, int]
     """Rows that each shard of the first source will have, where a plan knows it."""
@@ -129,7 +130,7 @@ class Stage(ABC):
         """The folders whose shard of the same index each shard is made from."""
         return tuple(getattr(self, name) for name in self.reads)
 
-    def existing(self, indices: Iterable[int] | None = None) -> dict[int, ShardManifest]:
+    def existing(self, indices: Iterable[int] | None = None) -> Manifests:
         """Those requested shards (or of `indices`) that exist, made from what their sources hold today."""
         return self.look(indices)[0]
 
@@ -139,8 +140,7 @@ class Stage(ABC):
         existing = self.existing(requested)
         return [index for index in requested if index not in existing]
 
-    def look(self, indices: Iterable[int] | None = None
-             ) -> tuple[dict[int, ShardManifest], tuple[dict[int, ShardManifest], ...]]:
+    def look(self, indices: Iterable[int] | None = None) -> tuple[Manifests, tuple[Manifests, ...]]:
         """The shards that exist, and the manifests of each source."""
         requested = self.indices if indices is None else list(indices)
         manifests = self.folder.manifests(requested)
@@ -149,7 +149,8 @@ class Stage(ABC):
                 if self._is_made(index, manifest, sources)}, sources
 
     def _is_made(self, index: int, manifest: ShardManifest, sources: Sequence[Mapping[int, ShardManifest]]) -> bool:
-        return is_made_from(manifest, index, list(zip(self.sources, sources, strict=True)))
+        return self.is_requested(index, manifest) and is_made_from(
+            manifest, index, list(zip(self.sources, sources, strict=True)))
 
     def is_requested(self, index: int, manifest: ShardManifest | None) -> bool:
         """Whether a committed shard, made here or by another writer, is the requested one."""

@@ -20,12 +20,12 @@ def render_card(triplets: ShardFolder, manifests: Sequence[ShardManifest], *, ro
                 licence: str) -> str:
     """The card of the shards that `manifests` name: licence, files, counts, scores, config.
 
-    A card that lies there for the same shards is returned as it is: the scores are read from every one of them.
+    An existing card of the same shards is returned as it is: the scores would be read from every one of them.
     """
     stamp = f"<!-- {content_hash([__version__, licence, rejected, *(manifest.file for manifest in manifests)])} -->"
-    found = _read_card(triplets.store, triplets.key)
-    if stamp in found:
-        return found
+    existing = _read_card(triplets.store, triplets.key)
+    if stamp in existing:
+        return existing
     files = "\n".join(f"      - {manifest.file}" for manifest in manifests)
     megabytes = sum(manifest.bytes for manifest in manifests) / 1e6
     return f"""---
@@ -60,8 +60,8 @@ the columns up to `are_different` are named as in Pick-a-Pic v2; ours stand behi
 ## Scores
 {_score_section(triplets, manifests)}
 ## How they were made
-Licence: {licence}; `--set licence=...` says another one. Whether images and prompts may be passed on depends on the
-model that drew them and on where the prompts come from.
+Licence: {licence}; `--set licence=...` sets another one. Whether images and prompts may be passed on depends on the
+model that generated them and on where the prompts come from.
 
 ```json
 {_settings(triplets)}

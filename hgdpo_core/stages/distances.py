@@ -1,5 +1,6 @@
 """How far the latents of a pool's n-th best image are from its best one, in their channel statistics (Figure 5b)."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -39,13 +40,8 @@ def distance_folder(pool: ShardFolder, scores: ShardFolder, model: Model) -> Sha
 
 def first_shards(pool: PoolPlan, pools: int) -> list[int]:
     """The first shards that hold `pools` pools together, or all."""
-    chosen, held = [], 0
-    for shard in pool.shards:
-        if held >= pools:
-            break
-        chosen.append(shard.index)
-        held += len(shard.prompts)
-    return chosen
+    before = itertools.accumulate((len(shard.prompts) for shard in pool.shards), initial=0)
+    return [shard.index for shard, held in zip(pool.shards, before, strict=False) if held < pools]
 
 
 @dataclass(frozen=True)

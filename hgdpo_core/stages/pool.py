@@ -85,9 +85,6 @@ class PoolPlan(Stage):
     def _by_index(self) -> dict[int, PlannedShard]:
         return {shard.index: shard for shard in self.shards}
 
-    def _is_made(self, index: int, manifest: ShardManifest, sources: Sequence[Mapping[int, ShardManifest]]) -> bool:
-        return self.is_requested(index, manifest)
-
     def is_requested(self, index: int, manifest: ShardManifest | None) -> bool:
         return _holds(manifest, self._by_index[index])
 
@@ -99,14 +96,19 @@ class PoolPlan(Stage):
 
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> "PoolPlan":
-        config = folder.config
+        config, planned = folder.config, _read_plan(folder.store, folder.key)
         pool = PoolConfig.from_identity(config, batch_size=recipe["batch_size"])
         model = find_offered_model(folder.store, config["model"], recipe)
-        return open_pool(folder, model, SamplerConfig.model_validate(config["sampler"]), pool, indices)
+        unknown = [index for index in indices if index not in planned]
+        if unknown:
+            raise StorageError(f"{folder.store.url(folder.key)}/plan names no prompts for shard {unknown[0]}: start "
+                               "the run that planned it again")
+        return _planned(folder, model, SamplerConfig.model_validate(config["sampler"]), pool,
+                        [planned[index] for index in indices], folder.manifests(indices))
 
     def load(self, worker: Worker) -> AbstractContextManager[Computer]:
         generator = worker.network or ImageGenerator(self.model, self.sampler, self.pool, worker.device)
-        return nullcontext(_Generating(generator, self._by_index))
+        return nullcontext(_Generating(generator, self._by_index, generator.pool.batch_size))
 
     def first_prompts(self, index: int) -> Sequence[str]:
         return self._by_index[index].prompts
@@ -137,17 +139,11 @@ class _Generating:
 
     generator: ImageGenerator
     shards: Mapping[int, PlannedShard]
-
-    @property
-    def batch_size(self) -> int | None:
-        return self.generator.pool.batch_size
-
-    @batch_size.setter
-    def batch_size(self, size: int | None) -> None:
-        self.generator.pool = self.generator.pool.model_copy(update={"batch_size": size})
+    batch_size: int | None
 
     def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
         shard, rows = self.shards[index], []
+        self.generator.pool = self.generator.pool.model_copy(update={"batch_size": self.batch_size})
         for row in self.generator.generate(shard.prompts, worker.should_stop):
             rows.append(row)
             advance(1)
@@ -188,17 +184,6 @@ def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConf
         _write_plan(store, key, [*lost, *added])
     shards = [assigned[index] for index in sorted({known[prompt] for prompt in prompts})]
     return _planned(folder, model, sampler, pool, shards, manifests)
-
-
-def open_pool(folder: ShardFolder, model: Model, sampler: SamplerConfig, pool: PoolConfig,
-              indices: Sequence[int]) -> PoolPlan:
-    """Some shards of a pool as an earlier `plan_pool` planned them; StorageError for one that it did not plan."""
-    planned, manifests = _read_plan(folder.store, folder.key), folder.manifests(indices)
-    unknown = [index for index in indices if index not in planned]
-    if unknown:
-        raise StorageError(f"{folder.store.url(folder.key)}/plan names no prompts for shard {unknown[0]}: start the "
-                           "run that planned it again")
-    return _planned(folder, model, sampler, pool, [planned[index] for index in indices], manifests)
 
 
 def _planned(folder: ShardFolder, model: Model, sampler: SamplerConfig, pool: PoolConfig,

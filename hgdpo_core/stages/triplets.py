@@ -54,10 +54,10 @@ def triplet_folder(store: Store, pool: ShardFolder, scores: ShardFolder, prompts
 
     ConfigError when `config.pool_size` is more than the pool holds.
     """
-    held = pool.config["images_per_prompt"]
-    if config.pool_size is not None and config.pool_size > held:
-        raise ConfigError(f"pool_size is {config.pool_size}, but {pool.key} holds {held} images per prompt: "
-                          f"choose a size from 2 to {held}")
+    images = pool.config["images_per_prompt"]
+    if config.pool_size is not None and config.pool_size > images:
+        raise ConfigError(f"pool_size is {config.pool_size}, but {pool.key} holds {images} images per prompt: "
+                          f"choose a size from 2 to {images}")
     settings = {"stage": "triplets", "pool": pool.key, "scores": scores.key, "prompts_id": prompts_id,
                 **config.identity()}
     return ShardFolder.create(store, f"triplets/{prompts_id.split('-')[0]}-{content_hash(settings)}", settings)
@@ -210,7 +210,7 @@ def _row(stage: TripletStage, pool: RankedPool, winner: int, loser: int) -> dict
 
 
 def model_fingerprint(identity: Mapping) -> str:
-    """One hash of a model's weights, LoRA and text settings; its precision and place do not count."""
+    """One hash of a model's weights, LoRA and text settings; its precision and location do not count."""
     names = ("fingerprint", "negative_prompt", "clip_skip", "lora", "prompt_syntax", "negative_syntax")
     return content_hash({name: identity[name] for name in names if name in identity}, 64)
 

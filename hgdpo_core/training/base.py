@@ -44,10 +44,10 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Hooks:
-    """How a training reports, and asks whether to go on; only the main process reports.
+    """How a training reports, and asks whether to stop; only the main process reports.
 
     `validate` is called with the number of steps done, 0 and the last included, every `validation_every` steps, and
-    after a resume once more for the step where it stands. It must leave weights and the global randomness alone.
+    after a resume once more for the step it resumes from. It must not change weights or the global randomness.
     """
 
     progress: Progress = silent
@@ -61,7 +61,7 @@ class Objective:
     """A training as the loop sees it.
 
     `batch_loss(denoiser, batch, generators)` returns float32 `[B]` tensors by log name, among them `loss`,
-    whose mean is minimised; its `denoiser` is this one's in training precision, and each sample draws its randomness
+    whose average is minimised; its `denoiser` is this one's in training precision, and each sample draws its randomness
     from its own generator alone.
     """
 

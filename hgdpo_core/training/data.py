@@ -142,7 +142,7 @@ class LatentRows:
         return rows
 
     def stack(self, rows: Sequence[int], column: str, shape: str) -> torch.Tensor:
-        """float32 [B, ...] of a column, shaped as the shard's manifest says under `shape`."""
+        """float32 [B, ...] of a column, shaped as the shard's manifest records under `shape`."""
         return torch.from_numpy(np.stack([self._value(row, column, shape)[0] for row in rows]))
 
     def stack_embeds(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:

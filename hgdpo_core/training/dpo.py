@@ -159,7 +159,7 @@ class Dpo(TrainingObjective):
         return CollapseWatch(warn)
 
     def with_derived(self, log: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-        """With `winner_rise` and `loser_rise`: the fraction by which an error stands above the reference's."""
+        """With `winner_rise` and `loser_rise`: the fraction by which an error is above the reference's."""
         return [{**row, **{f"{side}_rise": row[f"{side}_error"] / row[f"reference_{side}_error"] - 1
                            for side in ("winner", "loser")
                            if row.get(f"reference_{side}_error") and f"{side}_error" in row}} for row in log]

@@ -106,7 +106,7 @@ def _report_progress(folder: Path, progress: Progress) -> None:
 
 
 def _repeat_messages(folder: Path, seen: int) -> int:
-    """Log here what the first process logged since byte `seen`; returns where to go on."""
+    """Log here what the first process logged since byte `seen`; returns where to continue."""
     try:
         new = (folder / "messages.jsonl").read_bytes()[seen:]
     except FileNotFoundError:

@@ -21,7 +21,7 @@ from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageErro
 from hgdpo_core.training.base import Hooks, Objective, TrainedDenoiser, TrainingResult
 from hgdpo_core.training.checkpoints import Checkpoint, Checkpoints, load_latest, save_checkpoint
 from hgdpo_core.training.data import DataOrder, SampleSource
-from hgdpo_core.training.micro_batches import GradientMaker, Means, memory_advice
+from hgdpo_core.training.micro_batches import Averages, GradientMaker, memory_advice
 from hgdpo_core.training.optimization import make_optimizer, warm_up_schedule
 from hgdpo_core.training.parts import LogRow, resolve_precision
 from hgdpo_core.training.processes import agree, forget_launchers, from_first
@@ -125,10 +125,10 @@ def _open(objective: Objective, source: SampleSource[Any], config: TrainingConfi
 
 def _optimizer_step(run: _Run) -> LogRow:
     """One step on one global batch; its log row, averaged over that batch."""
-    means = run.gradients.gradient(run.step)
+    averages = run.gradients.gradient(run.step)
     grad_norm = run.accelerator.clip_grad_norm_(run.gradients.trained, run.config.max_grad_norm)
-    means["grad_norm"] = torch.as_tensor(grad_norm, device=run.accelerator.device).float()
-    row = _row(run, means)
+    averages["grad_norm"] = torch.as_tensor(grad_norm, device=run.accelerator.device).float()
+    row = _row(run, averages)
     run.optimizer.step()
     run.lr_schedule.step()
     run.optimizer.zero_grad()
@@ -138,9 +138,9 @@ def _optimizer_step(run: _Run) -> LogRow:
     return row
 
 
-def _row(run: _Run, means: Means) -> LogRow:
-    numbers = torch.stack(list(means.values())).tolist()
-    row = {"step": run.step + 1, **dict(zip(means, numbers, strict=True)),
+def _row(run: _Run, averages: Averages) -> LogRow:
+    numbers = torch.stack(list(averages.values())).tolist()
+    row = {"step": run.step + 1, **dict(zip(averages, numbers, strict=True)),
            "learning_rate": run.lr_schedule.get_last_lr()[0]}
     # An fp16 scaler meets infinite gradients on its way and skips those steps; an infinite loss is never right.
     for name in ["loss"] if run.accelerator.scaler is not None else ["loss", "grad_norm"]:

@@ -20,7 +20,7 @@ from hgdpo_core.training.processes import agree, part_of, sum_gradients
 
 logger = logging.getLogger(__name__)
 
-Means = dict[str, torch.Tensor]
+Averages = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -50,24 +50,24 @@ class GradientMaker:
     def trained(self) -> list[nn.Parameter]:
         return [p for p in self.denoiser.parameters() if p.requires_grad]
 
-    def gradient(self, step: int) -> Means:
+    def gradient(self, step: int) -> Averages:
         """The log values of step `step` (from 0), each the mean over the global batch; the gradient is summed up.
 
         ConfigError when memory does not suffice for a single sample.
         """
-        means = self._attempt(step)
-        while agree(self.accelerator, means is None):
-            means = None
+        averages = self._attempt(step)
+        while agree(self.accelerator, averages is None):
+            averages = None
             self._lower(step)
-            means = self._attempt(step)
-        assert means is not None  # in all processes
+            averages = self._attempt(step)
+        assert averages is not None  # in all processes
         sum_gradients(self.accelerator, self.trained)
-        summed = self.accelerator.reduce(torch.stack(list(means.values())), reduction="sum")
+        summed = self.accelerator.reduce(torch.stack(list(averages.values())), reduction="sum")
         assert isinstance(summed, torch.Tensor)
-        return dict(zip(means, summed, strict=True))
+        return dict(zip(averages, summed, strict=True))
 
-    def _attempt(self, step: int) -> Means | None:
-        """This process's part of gradient and means; None when memory ran out. No process waits for another here."""
+    def _attempt(self, step: int) -> Averages | None:
+        """This process's part of gradient and averages; None when memory ran out. No process waits for another here."""
         batch = range(step * self.global_batch, (step + 1) * self.global_batch)
         own = part_of(batch, self.accelerator.num_processes, self.accelerator.process_index)
         try:
@@ -81,7 +81,7 @@ class GradientMaker:
             return None
         return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
 
-    def _backward(self, positions: range, weight: float) -> Means:
+    def _backward(self, positions: range, weight: float) -> Averages:
         batch = self.source.batch(self.order.indices(positions))
         generators = [sample_generator(self.config.seed, position) for position in positions]
         values = self.objective.batch_loss(self.denoiser, batch, generators)

@@ -1,4 +1,4 @@
-"""Objectives by name: all that a training's way from latents to a kept model, its plan and its report need to know.
+"""Objectives by name: all that a training from latents to a kept model, its plan and its report ask for.
 
 A new one is a subclass of `TrainingObjective` in a file of its own, its config, and an entry in `OBJECTIVES`.
 """

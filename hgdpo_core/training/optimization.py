@@ -15,7 +15,7 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainingCon
     """The optimizer that `config.optimizer` names, with decoupled weight decay in either case.
 
     "adam8bit" is bitsandbytes' 8-bit Adam (paper D.2), which keeps the states of tensors under 4096 elements
-    in 32 bit; where bitsandbytes cannot be imported, torch's AdamW stands in and the log says so.
+    in 32 bit; where bitsandbytes cannot be imported, torch's AdamW is used instead, with a warning.
     """
     parameters = list(parameters)
     rate, betas, decay = config.learning_rate, config.adam_betas, config.weight_decay

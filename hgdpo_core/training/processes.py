@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_launcher_variable(name: str) -> bool:
-    """Whether a variable is of those by which launchers (torchrun, accelerate, MPI) tell processes apart."""
+    """Whether a variable is one by which launchers (torchrun, accelerate, MPI) distinguish processes."""
     return name in LEFT_BEHIND or name.startswith(FAMILIES)
 
 

@@ -29,7 +29,7 @@ class TrainRequest(BaseModel):
     shards: str = Field(description="which shards of it")
     triplets: str | None = Field(default=None, description="dpo: key of the triplets that the latents were made of")
     model: dict[str, Any] = Field(description="the identity of the model to train")
-    means: dict[str, Any] = Field(description="where that model lies")
+    means: dict[str, Any] = Field(description="the location of that model")
     config: dict[str, Any] = Field(description="the settings of the training")
     validation: Validation | None = Field(default=None, description="images to generate during training")
     code_version: str
@@ -48,7 +48,7 @@ class TrainRequest(BaseModel):
            validation: Validation | None = None) -> Self:
         """Train `model` by the objective of that name on shards of latents, which were made of these triplets.
 
-        With `copy_to_store`, a model that lies on this machine alone is copied into the store for the worker.
+        With `copy_to_store`, a model that is only on this machine is copied into the store for the worker.
         """
         store = latents.store
         return cls(root=store.root, kind=kind, latents=latents.key, shards=format_range(indices),

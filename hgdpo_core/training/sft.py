@@ -38,7 +38,7 @@ def prepare_sft(denoiser: Denoiser, schedule: NoiseSchedule, config: SftConfig, 
         timesteps = schedule.draw_timesteps(generators).to(denoiser.device)
         noise = draw_noise(generators, latents)
         conditioning = drop_captions(batch.conditioning, empty, config.caption_dropout, generators)
-        if batch.mirrored is not None and config.flip:  # drawn last: the other draws are those of a training without
+        if batch.mirrored is not None and config.flip:  # drawn last: the others are those of a training without flips
             latents = apply_flips(latents, batch.mirrored, draw_flips(generators))
         noisy = schedule.add_noise(latents, noise, timesteps)
         target = schedule.prediction_target(latents, noise, timesteps)

@@ -1,4 +1,4 @@
-"""Training curves in TensorBoard, Weights & Biases and whatever else accelerate knows by name."""
+"""Training curves in TensorBoard, Weights & Biases and the other trackers that accelerate supports by name."""
 
 import logging
 import time
@@ -48,7 +48,7 @@ def tracked(name: TrackerName | None, store: Store, model_id: str, config: Mappi
 
 
 class _Curve:
-    """A tracker, opened with the first row: only then it is known from which step the training continues."""
+    """A tracker, opened with the first row: only then is it clear from which step the training continues."""
 
     def __init__(self, name: TrackerName, store: Store, model_id: str, scratch: Path, config: Mapping[str, Any]):
         self._name, self._store, self._model_id, self._config = name, store, model_id, config

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tuned model, where it lies and how its training went."""
+    """A tuned model, its path and the log of its training."""
 
     model_id: str
     path: Path

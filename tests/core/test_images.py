@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from hgdpo_core.colours import to_srgb
 from hgdpo_core.errors import InputError
 from hgdpo_core.images import decode_image, fit_image, to_model_range
+from hgdpo_core.images.colours import to_srgb
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -10,9 +10,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hgdpo_core.colours import is_converted, to_srgb
 from hgdpo_core.config import ImageFormat
 from hgdpo_core.errors import InputError
+from hgdpo_core.images.colours import is_converted, to_srgb
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".jpe", ".jfif", ".avif", ".tif", ".tiff", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "TIFF", "GIF")
