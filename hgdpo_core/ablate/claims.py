@@ -37,8 +37,8 @@ def evaluate_claims(results: Results) -> list[Claim]:
     claims: list[Claim] = []
     for world in results.ablation.settings.worlds:
         whole = base_arm(config, prompts, world)
-        arms = {table.number: [row.arm for row in table.rows] for table in results.ablation.tables
-                if table.world == world}
+        arms: dict[TableName, list[Arm]] = {
+            table.number: [row.arm for row in table.rows] for table in results.ablation.tables if table.world == world}
         claims += [*_data_claims(results, whole, arms), *_colour_claims(results, whole, arms.get("2", []))]
     return claims
 

@@ -29,8 +29,8 @@ def score_missing(store: Store, jobs: Sequence[ScoreJob], *, device: str | None 
     manifest goes to quarantine, until a run of that pool's prompts generates it again. ModelError when the scorer has
     changed since the plan.
     """
-    total, done = sum(job.images for job in jobs), 0
-    if not total:
+    images, scored = sum(job.images for job in jobs), 0
+    if not images:
         return []
     device, version = device or default_device(), jobs[0].version
     loaded = load_judge(version.scorer, device)
@@ -41,14 +41,14 @@ def score_missing(store: Store, jobs: Sequence[ScoreJob], *, device: str | None 
     for job in jobs:
         stage = score_stage(store, job)
 
-        def report(finished: int, _: int, unit: str, before: int = done) -> None:
-            progress(before + finished, total, unit)
+        def report(done: int, total: int, unit: str, before: int = scored) -> None:
+            progress(before + done, images, unit)
 
         try:
             stage.make(Worker(device, report, should_stop, network=loaded), job.missing)
         except (CorruptShardError, InputError) as error:
             skipped.append(Skipped(what=f"pool {job.pool_id} by {version.scorer.name}", reason=str(error)))
-        done += job.images
+        scored += job.images
     return skipped
 
 
