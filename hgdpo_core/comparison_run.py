@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hgdpo_core import __version__
-from hgdpo_core.config import (
-    ComparisonConfig,
-    DrawingConfig,
-    RunConfig,
-    ScorerConfig,
-    apply_overrides,
-    content_hash,
-    validate,
-)
+from hgdpo_core.config import ComparisonConfig, DrawingConfig, RunConfig, apply_overrides, content_hash, validate
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.models import Model, check_lora, find_model
@@ -115,22 +107,17 @@ def plan_comparison(run: ComparisonRun) -> list[dict[str, Any]]:
 
 def _build(preset: RunConfig, scorers: Sequence[str] | None, evaluation: Mapping[str, Any],
            settings: Mapping[str, Any]) -> ComparisonConfig:
-    known = {scorer.name: scorer for scorer in (preset.scorer, *preset.evaluation.scorers)}
+    known = {scorer.name: scorer.model_dump() for scorer in (preset.scorer, *preset.evaluation.scorers)}
     changes = {name: value for name, value in evaluation.items() if value is not None}
     if scorers:
-        changes["scorers"] = [_scorer(text, known) for text in scorers]
+        named = [text.partition("=") for text in scorers]
+        changes["scorers"] = [{"name": name, "source": source} if source else known.get(name, {"name": name})
+                              for name, _, source in named]
     return validate(ComparisonConfig, {
         "preset": preset.preset, "target": preset.target.model_dump(), **settings,
         "sampler": preset.sampler.model_dump(),
         "pool": preset.pool.model_dump(include=set(DrawingConfig.model_fields)),
         "evaluation": {**preset.evaluation.model_dump(), **changes}, "workers": preset.workers.model_dump()})
-
-
-def _scorer(text: str, known: Mapping[str, ScorerConfig]) -> dict[str, Any]:
-    name, _, source = text.partition("=")
-    if source:
-        return {"name": name, "source": source}
-    return known[name].model_dump() if name in known else {"name": name}
 
 
 def _find_models(config: ComparisonConfig, lora_weight: float | None) -> tuple[Model, Model]:

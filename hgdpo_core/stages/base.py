@@ -176,8 +176,8 @@ class Stage(ABC):
 
     def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
         """Units of each shard, by the manifests of the sources; an estimate where an earlier stage is not finished."""
-        return {index: sources[0][index].rows if index in sources[0] else self.expected.get(index, 0)
-                for index in indices}
+        made, expected = sources[0], self.expected
+        return {index: made[index].rows if index in made else expected.get(index, 0) for index in indices}
 
     def make(self, worker: Worker, indices: Iterable[int] | None = None) -> int:
         """Make what is missing of the requested shards (or of `indices`); returns the units made."""

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -48,10 +48,8 @@ def first_shards(pool: PoolPlan, pools: int) -> list[int]:
 class DistanceStage(EncodingStage):
     """Latent distances within some of a pool's shards; pools with a score that is not finite are left out."""
 
-    name: ClassVar[str] = "distances"
-    doing: ClassVar[str] = "measuring latent distances"
-    reads: ClassVar[tuple[str, ...]] = ("pool", "scores")
-    row_bytes: ClassVar[float] = 12.0
+    name, doing = "distances", "measuring latent distances"
+    reads, row_bytes = ("pool", "scores"), 12.0
 
     pool: ShardFolder
     scores: ShardFolder

@@ -1,9 +1,8 @@
 """Image features of a pool by a scorer's own image tower: how much the images of one prompt differ (Figure 8)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,10 +33,9 @@ def feature_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFol
 class FeatureStage(ScoreStage):
     """Features of a pool's images: made from the same shards as scores, by the same networks."""
 
-    name: ClassVar[str] = "features"
-    doing: ClassVar[str] = "embedding images"
-    schema: ClassVar[pa.Schema] = SCHEMA
-    create_folder: ClassVar[Callable[[Store, str, ScorerConfig], ShardFolder]] = staticmethod(feature_folder)
+    name, doing = "features", "embedding images"
+    schema = SCHEMA
+    create_folder = staticmethod(feature_folder)
 
     def load(self, worker: Worker) -> AbstractContextManager[Computer]:
         embedder: ImageEmbedder = worker.network or load_embedder(

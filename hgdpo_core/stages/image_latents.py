@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -55,8 +55,7 @@ def image_latent_folder(store: Store, images: ImageSet, model: Model, size: tupl
 class ImageLatentStage(EncodingStage):
     """Latents and text embeddings of a user's captioned images; what cannot be used is rejected with the reason."""
 
-    name: ClassVar[str] = "image_latents"
-    doing: ClassVar[str] = "encoding images"
+    name, doing = "image_latents", "encoding images"
 
     images: ImageSet
     folder: ShardFolder

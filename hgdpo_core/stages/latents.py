@@ -9,7 +9,7 @@ than others, so a row's length gives its number of chunks, and a batch of severa
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -50,10 +50,8 @@ def latent_folder(store: Store, triplets: ShardFolder, model: Model, size: tuple
 class LatentStage(EncodingStage):
     """Latents and text embeddings of a data set's shards."""
 
-    name: ClassVar[str] = "latents"
-    unit: ClassVar[str] = "pairs"
-    doing: ClassVar[str] = "encoding latents"
-    reads: ClassVar[tuple[str, ...]] = ("triplets",)
+    name, unit, doing = "latents", "pairs", "encoding latents"
+    reads = ("triplets",)
 
     triplets: ShardFolder
     folder: ShardFolder

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 
@@ -49,11 +49,9 @@ class PlannedShard:
 class PoolPlan(Stage):
     """The folder of a pool, how it is generated, its shards that hold the requested prompts, and which are missing."""
 
-    name: ClassVar[str] = "pool"
-    doing: ClassVar[str] = "generating images"
-    images_per_run: ClassVar[str] = "draw_images_per_run"
-    least_runs: ClassVar[str | None] = "least_draw_runs"
-    is_costly: ClassVar[bool] = True
+    name, doing = "pool", "generating images"
+    images_per_run, least_runs = "draw_images_per_run", "least_draw_runs"
+    is_costly = True
 
     pool_id: str
     folder: ShardFolder

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import pyarrow as pa
 from PIL import Image
@@ -58,12 +58,10 @@ def missing_scores(pool: ShardFolder, scores: ShardFolder, indices: Sequence[int
 class ScoreStage(Stage):
     """Scores of a pool's shards by one scorer, one shard of scores for each shard of images."""
 
-    name: ClassVar[str] = "score"
-    doing: ClassVar[str] = "scoring"
-    reads: ClassVar[tuple[str, ...]] = ("pool",)
-    row_bytes: ClassVar[float] = 12.0
-    schema: ClassVar[pa.Schema] = SCHEMA
-    create_folder: ClassVar[Callable[[Store, str, ScorerConfig], ShardFolder]] = staticmethod(score_folder)
+    name, doing = "score", "scoring"
+    reads, row_bytes = ("pool",), 12.0
+    schema = SCHEMA
+    create_folder = staticmethod(score_folder)
 
     pool: ShardFolder
     folder: ShardFolder

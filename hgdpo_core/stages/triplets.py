@@ -6,7 +6,7 @@ The first columns are Pick-a-Pic v2's, as the public Diffusion-DPO trainers read
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -67,11 +67,9 @@ def triplet_folder(store: Store, pool: ShardFolder, scores: ShardFolder, prompts
 class TripletStage(Stage):
     """Best and worst of each pool, for the requested prompts; pools without a pair are rejected with the reason."""
 
-    name: ClassVar[str] = "triplets"
-    unit: ClassVar[str] = "prompts"
-    doing: ClassVar[str] = "ranking pools"
-    runs_on_workers: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = ("pool", "scores")
+    name, unit, doing = "triplets", "prompts", "ranking pools"
+    runs_on_workers = False
+    reads = ("pool", "scores")
 
     pool: ShardFolder
     scores: ShardFolder

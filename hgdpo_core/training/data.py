@@ -4,14 +4,13 @@ Samples are counted over the whole run: the sample at global position k is the s
 timestep, for any number of processes, any split into micro-batches, and after any number of resumes.
 """
 
+import functools
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -120,13 +119,12 @@ class LatentRows:
     """Random access to rows of latent shards with a bounded cache: memory does not grow with the data set."""
 
     def __init__(self, folder: ShardFolder, indices: Sequence[int]):
-        manifests = folder.manifests()
-        self.folder = folder
-        self.manifests = {index: manifests[index] for index in indices if manifests[index].rows}
-        self.starts = np.cumsum([0] + [manifest.rows for manifest in self.manifests.values()])
-        self.shards = list(self.manifests)
+        existing = folder.manifests()
+        manifests = {index: existing[index] for index in indices if existing[index].rows}
+        self.manifests, self.shards = manifests, list(manifests)
+        self.starts = np.cumsum([0] + [manifest.rows for manifest in manifests.values()])
         self.flips: bool = folder.config.get("flips", False)
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self.table = functools.lru_cache(CACHED_SHARDS)(lambda shard: folder.read(shard, manifest=manifests[shard]))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -161,16 +159,8 @@ class LatentRows:
         """float32 [K, ...]: the K items of the manifest's shape that a row holds."""
         position = int(np.searchsorted(self.starts, row, side="right")) - 1
         shard = self.shards[position]
-        data = self._table(shard)[column][int(row - self.starts[position])].as_py()
+        data = self.table(shard)[column][int(row - self.starts[position])].as_py()
         return np.frombuffer(data, dtype=np.float32).reshape(-1, *self.manifests[shard].details[shape])
-
-    def _table(self, shard: int) -> pa.Table:
-        if shard not in self._cache:
-            self._cache[shard] = self.folder.read(shard, manifest=self.manifests[shard])
-            while len(self._cache) > CACHED_SHARDS:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(shard)
-        return self._cache[shard]
 
 
 class LatentPairs(LatentRows):

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ PACKAGES = {"comet_ml": "comet-ml"}  # packages that are not named as the tracke
 
 
 def check_tracker(name: TrackerName | None) -> None:
-    """ConfigError, with what to install, when a tracker's package is not here."""
+    """ConfigError, with what to install, when a tracker's package is not installed."""
     if name is not None and name not in [str(tracker) for tracker in get_available_trackers()]:
         raise ConfigError(f"tracker is {name}, but its package is not installed: pip install "
                           f"{PACKAGES.get(name, name)}, or set tracker to null")
@@ -39,12 +39,9 @@ def tracked(name: TrackerName | None, store: Store, model_id: str, config: Mappi
     if name is None:
         yield lambda row: None
         return
-    with scratch_folder() as scratch:
-        curve = _Curve(name, store, model_id, scratch / "tensorboard", config)
-        try:
-            yield curve
-        finally:
-            curve.finish()
+    with (scratch_folder() as scratch,
+          closing(_Curve(name, store, model_id, scratch / "tensorboard", config)) as curve):
+        yield curve
 
 
 class _Curve:
@@ -65,7 +62,7 @@ class _Curve:
         if time.monotonic() - self._sent_at > SEND_SECONDS:
             self._send()
 
-    def finish(self) -> None:
+    def close(self) -> None:
         if self._tracker is not None:
             self._tracker.finish()
             self._send()

@@ -61,7 +61,7 @@ def test_images_set_aside_are_shown_and_a_full_disk_is_named(server, parameters,
 
     monkeypatch.setattr(LocalFiles, "write", fail)
     text = run(parameters, tmp_path / "root", capsys, caplog)
-    aside = ("set aside, not trained on: 2 of 7 images (under half of the wanted size: 1; it has no caption: 1); "
+    aside = ("skipped, not trained on: 2 of 7 images (under half of the requested size: 1; it has no caption: 1); "
              "captions cut at the length that the text encoder reads: 5")  # of a tiny one, all
     artifact = Artifact.get("images-set-aside")
     assert artifact is not None and artifact.description == aside

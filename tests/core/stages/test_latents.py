@@ -125,7 +125,7 @@ def test_memory_holds_a_fixed_number_of_shards_and_fetches_each_once_an_epoch(tm
         for start in range(0, len(order), 4):
             batch = pairs.batch(order[start:start + 4])
             seen.append(batch.winner_latents[:, 0, 0, 0])
-            held = max(held, len(pairs._cache))
+            held = max(held, pairs.table.cache_info().currsize)
     assert held == min(shards, CACHED_SHARDS)
     assert torch.cat(seen).long().bincount().tolist() == [6] * shards
     assert folder.fetched <= (shards if shards <= CACHED_SHARDS else 2 * shards)
