@@ -35,6 +35,7 @@ from hgdpo_core.models.fingerprints import hash_files
 from hgdpo_core.prompts.sources import LOCAL_PROTOCOLS, refuse_secret_address
 from hgdpo_core.storage import Store, is_temporary, scratch_folder
 from hgdpo_core.storage.roots import local_address
+from hgdpo_core.storage.scratch import cache_folder
 from hgdpo_core.storage.shards import read_table, write_table
 
 Kind = Literal["folder", "tars", "parquet"]
@@ -263,7 +264,7 @@ def _remembered_index(store: Store, kind: Kind, files: list[_File]) -> pa.Table:
     """The index, from the cache while no file's size or time has changed: captions and tars are read only once."""
     state = "\n".join(f"{file.key}|{file.bytes}|{file.changed}" for file in sorted(files))
     key = f"{hashlib.sha256(f'{INDEX_FORMAT} {store.root} {kind} {state}'.encode()).hexdigest()[:24]}.parquet"
-    cache = Store(str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo" / "images"))
+    cache = Store(str(cache_folder("images")))
     try:
         index = read_table(cache, key)
         if index.schema.equals(INDEX):
