@@ -8,7 +8,8 @@
 | `TextEncoder`   | CLIP, weighted chunks             | two encoders; pooled embedding, sizes in `extra`|
 
 `FAMILIES` holds one entry per family; `load_backbone` finds the family from the model's files. Nothing outside
-`models/` names a network of a family, so a new family is its own file, an entry in `FAMILIES`, and what its files look like.
+`models/` names a network of a family, so a new family is its own file, an entry in `FAMILIES`, and a way to recognise
+its files.
 """
 
 from abc import ABC, abstractmethod

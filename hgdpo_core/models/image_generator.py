@@ -43,7 +43,8 @@ class ImageGenerator:
     def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
         """Rows of SCHEMA for every candidate of the prompts: in order, but prompts with longer embeddings last.
 
-        Batches cross prompts of equally long embeddings and are cut at fixed positions, so a shard gives the same bits. One batch is encoded while the next is sampled; on a CPU a small model samples a batch per core.
+        Batches cross prompts of equally long embeddings and are cut at fixed positions, so a shard gives the same bits.
+        One batch is encoded while the next is sampled; on a CPU a small model samples a batch per core.
         """
         texts = self.backbone.text.encode(prompts)
         lengths = [text.length for text in texts]
