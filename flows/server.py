@@ -12,8 +12,7 @@ from prefect.logging.handlers import APILogWorker
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-from hgdpo_core.errors import StoppedError, StorageError
-from hgdpo_core.models.hub import first_line
+from hgdpo_core.errors import StoppedError, StorageError, first_line
 
 START_SECONDS = 60
 DRAIN_SECONDS = 10

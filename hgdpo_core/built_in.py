@@ -3,7 +3,6 @@
 The only file outside `figures/` and the preset that knows what the name stands for.
 """
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,12 +62,12 @@ def find_images(store: "Store") -> Path:
     """
     from hgdpo_core.figures.dataset import write_image_folder
     from hgdpo_core.storage import DryStore
+    from hgdpo_core.storage.scratch import cache_folder
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo"
     name = f"{SOURCE}-{SFT_IMAGES}"
-    folder = (store.local_path("images") or cache) / name
+    folder = (store.local_path("images") or cache_folder()) / name
     if isinstance(store, DryStore) and not _is_complete(folder):
-        folder = cache / name
+        folder = cache_folder(name)
     if not _is_complete(folder):
         write_image_folder(folder, SFT_IMAGES, seed=0)
     return folder

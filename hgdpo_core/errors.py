@@ -31,3 +31,8 @@ class CorruptShardError(StorageError):
 
 class StoppedError(HGDPOError):
     """Work was asked to stop; everything committed so far is kept and a new start continues there."""
+
+
+def first_line(error: BaseException) -> str:
+    """The message of another library's error, cut to one line of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -10,9 +10,9 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 
 from hgdpo_core.config import RunConfig, TargetConfig, validate
-from hgdpo_core.errors import ConfigError, InputError, ModelError, StorageError
+from hgdpo_core.errors import ConfigError, InputError, ModelError, StorageError, first_line
 from hgdpo_core.models import Model, find_model, load_backbone
-from hgdpo_core.models.files import LORA_NAME, first_line
+from hgdpo_core.models.files import LORA_NAME
 from hgdpo_core.models.fingerprints import TRAINING_FOLDERS
 from hgdpo_core.models.lora import write_kohya_lora
 from hgdpo_core.models.published import fetch_model, find_record

@@ -42,9 +42,8 @@ def save_clip_file(folder: Path, size: str = "tiny") -> Path:
 def save_clip(folder: Path, size: str = "tiny") -> Path:
     """A transformers CLIPModel folder of the same weights, as the hub has it."""
     file = save_clip_file(folder, size)
-    tokenizer = towers.load_tokenizer("clip", [folder / "vocab.json", folder / "merges.txt"])
-    towers.convert("clip", file, weights_of("clip", size), tokenizer, act="quick_gelu",
-                   dtype=torch.float32).save_pretrained(folder)
+    tokenizer = towers.load_tokenizer([folder / "vocab.json", folder / "merges.txt"])
+    towers.convert(file, tokenizer, act="quick_gelu", dtype=torch.float32).save_pretrained(folder)
     file.unlink()
     return folder
 

@@ -16,7 +16,7 @@ from hgdpo_core.stages import STAGES, Stage
 from hgdpo_core.stages.base import OnShard, Worker
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import FORMAT_VERSION, ShardFolder, format_range, parse_range
-from hgdpo_core.version import code_version, refuse_other_code
+from hgdpo_core.storage.version import code_version, refuse_other_code
 
 MAX_SHARD_RUNS = 300  # a stage's shard runs; Prefect drops records in bursts of thousands
 NAME_CHARACTERS = 24

@@ -1,4 +1,4 @@
-"""Captions for the images of a folder that have none: a .txt beside each, at once, so that a stop loses a batch."""
+"""Captions for the images of a folder that have none: a .txt beside each, at once, so that a stop loses one batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,20 +29,20 @@ class Uncaptioned:
 
 @dataclass
 class Captioned:
-    """What a captioning did."""
+    """The result of `write_captions`."""
 
     written: int = 0
     problems: dict[str, str] = field(default_factory=dict)
-    """Image -> why it has no caption still."""
+    """Image -> why it still has no caption."""
 
 
-def find_uncaptioned(place: str) -> Uncaptioned:
+def find_uncaptioned(folder: str) -> Uncaptioned:
     """The images below a folder, path or URL, without a caption; InputError when there is no image at all."""
-    store, files, _ = list_files(place)
+    store, files, _ = list_files(folder)
     keys = [file.key for file in files]
     names = select_images(keys)
     if not names:
-        raise InputError(f"images: {place} holds no image files, beside which captions are written: unpack .tar and "
+        raise InputError(f"images: {folder} holds no image files, beside which captions are written: unpack .tar and "
                          ".parquet files into a folder first")
     captions, problems = read_captions(store, names, keys)
     if problems:
@@ -54,18 +54,17 @@ def find_uncaptioned(place: str) -> Uncaptioned:
 
 def write_captions(images: Uncaptioned, describe: Describe, *, batch_size: int = 8, progress: Progress = silent,
                    should_stop: ShouldStop = never_stop) -> Captioned:
-    """Describe the images in batches and write each batch's captions. A caption that is there is never overwritten.
+    """Describe the images in batches and write each batch's captions. An existing caption is never overwritten.
 
-    StoppedError after `should_stop`; a new start goes on behind the last batch.
+    StoppedError after `should_stop`; a new start continues after the last batch.
     """
     result, reader = Captioned(), FolderReader(images.store)
     for start in range(0, len(images.names), batch_size):
         if should_stop():
-            raise StoppedError(f"stopped after {start} of {len(images.names)} images; captions written so far are "
-                               "kept")
+            raise StoppedError(f"stopped after {start} of {len(images.names)} images; captions written so far are kept")
         names = images.names[start:start + batch_size]
-        pictures = _open(reader, names, result)
-        for name, caption in zip(pictures, describe(list(pictures.values())) if pictures else [], strict=True):
+        opened = _open(reader, names, result)
+        for name, caption in zip(opened, describe(list(opened.values())) if opened else [], strict=True):
             _write(images.store, name, caption, result)
         progress(start + len(names), len(images.names), "images")
     return result
@@ -73,21 +72,21 @@ def write_captions(images: Uncaptioned, describe: Describe, *, batch_size: int =
 
 def _open(reader: FolderReader, names: Sequence[str], result: Captioned) -> dict[str, Image.Image]:
     rows = pa.table({"name": list(names)})
-    pictures: dict[str, Image.Image] = {}
+    opened: dict[str, Image.Image] = {}
     for name, data in zip(names, reader.read(rows), strict=True):
         try:
             if isinstance(data, str):
                 raise InputError(data)
-            pictures[name] = decode_image(data)
+            opened[name] = decode_image(data)
         except InputError as error:
             result.problems[name] = str(error)
-    return pictures
+    return opened
 
 
 def _write(store: Store, name: str, caption: str, result: Captioned) -> None:
     key = caption_file(name)
     if not caption.strip():
         result.problems[name] = "the model had nothing to say about it"
-    elif not (store.exists(key) and store.read_bytes(key).strip()):  # somebody may have written one meanwhile
+    elif not (store.exists(key) and store.read_bytes(key).strip()):  # another process may have written one meanwhile
         store.write_bytes(key, f"{caption}\n".encode())
         result.written += 1

@@ -1,13 +1,14 @@
-"""Folders of images as people keep them, with captions in metadata files or in a .txt beside each image.
+"""Folders of images as users keep them, with captions in metadata files or in a .txt beside each image.
 
-`metadata.jsonl` and `metadata.csv` (of any subfolder, whose `file_name` counts from there) are what the `datasets`
-library reads as an imagefolder. A .txt beside an image counts more than a line of metadata.
+`metadata.jsonl` and `metadata.csv` (of any subfolder, whose `file_name` is relative to it) are what the `datasets`
+library reads as an imagefolder. A .txt beside an image takes precedence over a line of metadata.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -15,7 +16,9 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.image_sets.trees import local_tree
 from hgdpo_core.images import IMAGE_SUFFIXES
 from hgdpo_core.storage import PARALLEL_REQUESTS, Store, is_temporary
-from hgdpo_core.storage.text_files import csv_rows, decode_text, parse_json
+from hgdpo_core.storage.text_files import csv_rows, decode_text, json_lines
+
+T = TypeVar("T")
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -63,8 +66,8 @@ def _files(folder: Path) -> list[str]:
     return [name for name, *_ in local_tree(folder)[0]]
 
 
-def _no_image(place: str) -> InputError:
-    return InputError(f"images: {place} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+def _no_image(folder: str) -> InputError:
+    return InputError(f"images: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
 
 
 def select_images(files: Iterable[str]) -> list[str]:
@@ -75,7 +78,7 @@ def select_images(files: Iterable[str]) -> list[str]:
 
 
 def caption_file(image: str) -> str:
-    """Where the caption of an image lies that has a file of its own."""
+    """The file of its own that the caption of an image may have."""
     return str(PurePosixPath(image).with_suffix(".txt"))
 
 
@@ -84,71 +87,54 @@ def read_captions(store: Store, images: Sequence[str],
     """Captions of those `images` (keys of `store`) that have one, read from the metadata and text files of `files`,
     and why the text file of an image cannot be read.
     """
-    known, wanted = set(files), set(images)
+    known, requested = set(files), set(images)
     captions: dict[str, str] = {}
     metadata = [name for name in known if PurePosixPath(name).name in METADATA]
-    for key in sorted(metadata, key=lambda name: (-name.count("/"), name)):  # the folder's own word comes last
+    for key in sorted(metadata, key=lambda name: (-name.count("/"), name)):  # the folder's own file comes last
         folder = key.rpartition("/")[0]
         for name, caption in _metadata(store, key):
             image = f"{folder}/{name}" if folder else name
-            if image in wanted:
+            if image in requested:
                 captions[image] = caption
-    texts = {text for name in images if (text := caption_file(name)) in known}
-    beside: dict[str, str] = {}
+    owners: dict[str, list[str]] = {}
+    for name in images:
+        if (text := caption_file(name)) in known:
+            owners.setdefault(text, []).append(name)
     problems: dict[str, str] = {}
-    for keys in _groups(sorted(texts), 32 * PARALLEL_REQUESTS):
+    for keys in batched(sorted(owners), 32 * PARALLEL_REQUESTS):
         for key, data in store.read_many(keys).items():
             try:
-                beside[key] = decode_text(data, PurePosixPath(key).name).strip()
+                captions |= dict.fromkeys(owners[key], decode_text(data, PurePosixPath(key).name).strip())
             except InputError as error:
-                problems[key] = str(error)
-    captions = captions | {name: beside[text] for name in images if (text := caption_file(name)) in beside}
-    unreadable = {name: problems[text] for name in images if (text := caption_file(name)) in problems}
-    return {name: text for name, text in captions.items() if name not in unreadable}, unreadable
+                problems |= dict.fromkeys(owners[key], str(error))
+    return {name: text for name, text in captions.items() if name not in problems}, problems
 
 
-def _groups(items: list[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(items), size):
-        yield items[start:start + size]
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """`items` in lists of at most `size`, as itertools.batched of Python 3.12."""
+    iterator = iter(items)
+    while part := list(islice(iterator, size)):
+        yield part
 
 
 def _metadata(store: Store, key: str) -> Iterator[tuple[str, str]]:
     """(file name, caption) of every line that has both; null and missing captions are left out."""
     url = store.url(key).removeprefix("file://")
     text = decode_text(store.read_bytes(key), url)
-    rows = _json_lines(text, url) if key.endswith(".jsonl") else _csv_lines(text, url)
-    for number, row in rows:
-        name, caption = row.get("file_name"), caption_of(row)
-        column = any(column in row for column in CAPTION_COLUMNS)
-        if not isinstance(name, str) or not column or not isinstance(caption, str | None):
-            raise InputError(f'line {number} of {url} is not {{"file_name": …, "text": …}}')
-        if caption is not None:
-            yield name.removeprefix("./"), caption
-
-
-def _json_lines(text: str, url: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise InputError(f'line {number} of {url} is not {{"file_name": …, "text": …}}')
-        yield number, row
-
-
-def _csv_lines(text: str, url: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, row in csv_rows(text, url):
-        if "file_name" not in row or not set(row) & set(CAPTION_COLUMNS):
+    is_table = key.endswith(".csv")
+    for number, row in csv_rows(text, url) if is_table else json_lines(text, url):
+        complete = isinstance(row, dict) and "file_name" in row and not row.keys().isdisjoint(CAPTION_COLUMNS)
+        if is_table and not complete:
             raise InputError(f"{url} has no columns file_name and {' or '.join(CAPTION_COLUMNS)}: it has "
                              f"{', '.join(row) or 'none'}")
-        yield number, row
+        if not complete or not isinstance(row["file_name"], str) or not isinstance(caption_of(row), str | None):
+            raise InputError(f'line {number} of {url} is not {{"file_name": …, "text": …}}')
+        if (caption := caption_of(row)) is not None:
+            yield row["file_name"].removeprefix("./"), caption
 
 
 def caption_of(row: Mapping[str, Any]) -> Any:
-    """The caption in a row of somebody's table, whatever its column is called; None where there is none."""
+    """The caption in a row of a user's table, whatever its column is called; None where there is none."""
     return next((row[column] for column in CAPTION_COLUMNS if row.get(column) is not None), None)
 
 
@@ -160,7 +146,7 @@ class FolderReader:
 
     def read(self, rows: pa.Table) -> Iterator[bytes | str]:
         """Of each row the bytes, or why there are none."""
-        for names in _groups(rows["name"].to_pylist(), PARALLEL_REQUESTS):
+        for names in batched(rows["name"].to_pylist(), PARALLEL_REQUESTS):
             found = self._store.read_many(names)
             yield from (found.get(name, "it is no longer there") for name in names)
 

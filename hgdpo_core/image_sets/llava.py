@@ -1,4 +1,4 @@
-"""LLaVA, which the paper had its images described by (arXiv:2405.20216v1, D.1): found, loaded, asked."""
+"""LLaVA, with which the paper described its images (arXiv:2405.20216v1, D.1): found, loaded, asked."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from hgdpo_core.devices import DTYPES
-from hgdpo_core.errors import InputError, ModelError
-from hgdpo_core.models.files import first_line, looks_like_hub_id, read_config
-from hgdpo_core.models.hub import quiet_transformers
+from hgdpo_core.errors import InputError, ModelError, first_line
+from hgdpo_core.models.files import read_config
+from hgdpo_core.models.hub import find_or_download, quiet_transformers
 from hgdpo_core.models.networks import check_finite, refuse_report
 from hgdpo_core.models.tokenizers import check_tokenizer
 
@@ -22,17 +22,10 @@ FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def find_captioner(source: str) -> Path:
-    """The folder of a LLaVA model, downloaded if `source` is a hub id; ModelError, in one line, if not to be had."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        if not looks_like_hub_id(source):
-            raise ModelError(f"caption model {source} does not exist: expected a folder or a hub id like "
-                             f"{DEFAULT_MODEL}")
-        try:
-            path = Path(snapshot_download(source, allow_patterns=FILES))
-        except Exception as error:  # the hub client raises a wide family: all mean "could not be had"
-            raise ModelError(f"caption model {source} is no local folder and could not be downloaded from the hub: "
-                             f"{first_line(error)}; put its files into a folder and give that as --model") from None
+    """The folder of a LLaVA model, downloaded if `source` is a hub id; ModelError, in one line, if not available."""
+    path = find_or_download("caption model", source, lambda: snapshot_download(source, allow_patterns=FILES),
+                            f"a folder or a hub id like {DEFAULT_MODEL}",
+                            "; put its files into a folder and give that as --model")
     kind = read_config(path / "config.json").get("model_type")
     if kind != "llava":
         raise ModelError(f"caption model {source} is of the kind {kind}: expected a LLaVA in transformers' form, like "
@@ -41,18 +34,20 @@ def find_captioner(source: str) -> Path:
 
 
 class Captioner:
-    """A loaded LLaVA. The same image and question give the same caption: nothing is drawn by chance."""
+    """A loaded LLaVA. The same image and question give the same caption: nothing is sampled."""
 
     def __init__(self, folder: Path, question: str = DEFAULT_QUESTION, *, device: str, dtype: str,
                  max_new_tokens: int = 75):
         """ModelError where the folder does not hold a whole model; InputError for an empty question."""
         if not question.strip():
-            raise InputError("the question to the caption model is empty: say what it should describe")
+            raise InputError("the question to the caption model is empty: ask what it should describe")
         self._device, self._max_new_tokens = device, max_new_tokens
         try:
             with quiet_transformers():
                 self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-                model, report = _load(folder, dtype)
+                loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+                    folder, local_files_only=True, dtype=DTYPES[dtype], output_loading_info=True)
+            model, report = loaded
         except Exception as error:  # a processor and three networks, each of which fails in its own ways
             raise ModelError(f"{folder} does not load as LLaVA: {first_line(error)}") from None
         refuse_report(str(folder), report)
@@ -72,7 +67,7 @@ class Captioner:
 
     @torch.inference_mode()
     def describe(self, images: Sequence[Image.Image]) -> list[str]:
-        """A caption of each RGB image, on one line; "" where the model had nothing to say."""
+        """A caption of each RGB image, on one line; "" where the model has no answer."""
         inputs = self._processor(images=list(images), text=[self._text] * len(images), return_tensors="pt",
                                  padding=True).to(self._device, self._model.dtype)
         try:
@@ -82,9 +77,3 @@ class Captioner:
                              "--batch-size") from None
         texts = self._processor.batch_decode(answers[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
-
-
-def _load(folder: Path, dtype: str) -> tuple[Any, dict[str, Any]]:
-    found: Any = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=DTYPES[dtype],
-                                                               output_loading_info=True)
-    return found

@@ -4,6 +4,7 @@ Read with pyarrow, a few rows at a time: one row group may hold a whole data set
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -30,25 +31,25 @@ def index_tables(store: Store, files: Sequence[str]) -> Iterator[dict[str, Any]]
 
 
 def _captions(table: pq.ParquetFile, column: str, url: str) -> Iterator[str | None]:
-    try:
+    with _refused(f"the captions of {url} are damaged"):
         for batch in table.iter_batches(columns=[column]):
             yield from batch.column(0).to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, StorageError):
-            raise
-        raise InputError(f"images: the captions of {url} are damaged: {str(error).splitlines()[0]}; get it "
-                         "again") from None
 
 
 def _open(store: Store, key: str) -> pq.ParquetFile:
-    url = store.url(key).removeprefix("file://")
-    try:
+    with _refused(f"{store.url(key).removeprefix('file://')} is cut off or no Parquet file"):
         return pq.ParquetFile(store.open(key), buffer_size=PAGE_BYTES, pre_buffer=False)
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """pyarrow's errors as an InputError that begins with `what`; the store's own are left."""
+    try:
+        yield
+    except StorageError:
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, StorageError):
-            raise
-        raise InputError(f"images: {url} is cut off or no Parquet file: {str(error).splitlines()[0]}; get it "
-                         "again") from None
+        raise InputError(f"images: {what}: {str(error).splitlines()[0]}; get it again") from None
 
 
 def _image_column(schema: pa.Schema, url: str) -> str:
@@ -93,7 +94,7 @@ class TableReader:
             yield next(self._rows)
 
     def close(self) -> None:
-        """Let go of the open file."""
+        """Close the open file."""
         if self._table is not None:
             self._table.close(force=True)
             self._table, self._rows = None, iter(())
@@ -116,14 +117,9 @@ class TableReader:
 
     def _values(self, table: pq.ParquetFile, groups: list[int]) -> Iterator[bytes | str]:
         column = _image_column(table.schema_arrow, self._files[self._file])
-        try:
+        with _refused(f"{self._files[self._file]} is broken"):
             for batch in table.iter_batches(ROWS_AT_A_TIME, row_groups=groups, columns=[column]):
                 yield from map(_bytes, batch.column(0).to_pylist())
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            if isinstance(error, StorageError):
-                raise
-            raise InputError(f"images: {self._files[self._file]} is broken: {str(error).splitlines()[0]}; get it "
-                             "again") from None
 
 
 def _bytes(value: Any) -> bytes | str:

@@ -1,14 +1,14 @@
 """Webdataset shards: tars whose members of one name up to its first dot are a sample, an image with its text in .txt
 or .json. Where several images share that name, each goes with the text of its whole name ("look 1.5", "look 1.7").
 
-Read with `tarfile` and not through a streaming library: an index of where each image lies is made once, so that a run
-which stops goes on at any image, and only the bytes asked for travel.
+Read with `tarfile` and not through a streaming library: an index of the position of each image is made once, so that a
+run which stops continues at any image, and only the bytes asked for are transferred.
 """
 
 import contextlib
 import io
 import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
@@ -29,14 +29,14 @@ MAX_TEXT_BYTES = 2**20
 TEXTS = (".txt", ".json")
 
 
-def index_tars(store: Store, files: Sequence[str], passed: Counter[str]) -> Iterator[dict[str, Any]]:
-    """A row of `sets.INDEX` for every sample with an image, what else is in them counted in `passed` by its kind.
+def index_tars(store: Store, files: Sequence[str], skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    """A row of `sets.INDEX` for every sample with an image, what else is in them counted in `skipped` by its kind.
 
     InputError for a tar that is cut off or none.
     """
     with ThreadPoolExecutor(PARALLEL_TARS) as pool:
         for number, (samples, others) in enumerate(pool.map(lambda key: _samples(store, key), files)):
-            passed.update(others)
+            skipped.update(others)
             yield from ({**sample, "file": number} for sample in samples)
 
 
@@ -44,7 +44,7 @@ def _samples(store: Store, key: str) -> tuple[list[dict[str, Any]], Counter[str]
     """In the order of their images; an image and its text need not be neighbours, as they are in webdataset's own."""
     images: dict[str, dict[str, Any]] = {}
     texts: dict[str, dict[str, str]] = {}  # by the text's whole name, then by suffix
-    passed: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     url = store.url(key).removeprefix("file://")
     try:
         with (io.BufferedReader(_raw(store.open(key)), HEADER_BYTES) as file,
@@ -54,37 +54,36 @@ def _samples(store: Store, key: str) -> tuple[list[dict[str, Any]], Counter[str]
                 name = PurePosixPath(member.name)
                 stem, suffix = str(name.with_suffix("")) if name.name else "", name.suffix.lower()
                 if not member.isfile() or name.name.startswith("."):
-                    passed["hidden or special members of tars"] += not member.isdir()
+                    skipped["hidden or special members of tars"] += not member.isdir()
                 elif suffix in IMAGE_SUFFIXES:
                     images[str(name)] = {"name": f"{key}/{name}", "start": member.offset_data, "bytes": member.size}
                 elif suffix in TEXTS and member.size <= MAX_TEXT_BYTES:
-                    with contextlib.suppress(InputError):  # as one that is not there: the image is counted without
+                    with contextlib.suppress(InputError):  # as if it were missing: the image counts as one without
                         texts.setdefault(stem, {})[suffix] = decode_text(_content(tar, member), f"{name} in {url}")
                 else:
-                    passed[f"members of tars of the kind {suffix or 'without a suffix'}"] += 1
+                    skipped[f"members of tars of the kind {suffix or 'without a suffix'}"] += 1
     except tarfile.TarError as error:
         raise InputError(f"images: {url} is cut off or no tar: {error}; get it again (a compressed one has to be "
                          "unpacked to .tar)") from None
     chosen = _pair(images, texts)
-    passed["images of tars beside another of their sample"] += len(images) - len(chosen)
-    return [{**images[name], "caption": caption} for name, caption in chosen.items()], +passed
+    skipped["images of tars beside another of their sample"] += len(images) - len(chosen)
+    return [{**images[name], "caption": caption} for name, caption in chosen.items()], +skipped
 
 
 def _pair(images: Mapping[str, Any], texts: Mapping[str, dict[str, str]]) -> dict[str, str | None]:
     """The image of each sample, all that have a text of their whole name, with its caption."""
-    samples: dict[str, list[str]] = {}
+    samples, fields = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     for name in images:
-        samples.setdefault(_sample(name), []).append(name)
-    fields: dict[str, list[str]] = {}
+        samples[_sample(name)].append(name)
     for stem in texts:
-        fields.setdefault(_sample(stem), []).append(stem)
+        fields[_sample(stem)].append(stem)
     chosen: dict[str, str | None] = {}
     for sample, names in samples.items():
         own = {name: caption for name in names if (caption := _caption(texts.get(_stem(name), {})))}
         if not own:
             first = names[0]
             # a sample's text may be 0001.caption.txt; one of look 1.7 is not that of look 1.5
-            stems = [sample] if _stem(first) != sample else fields.get(sample, [])
+            stems = [sample] if _stem(first) != sample else fields[sample]
             own = {first: next((caption for stem in stems if (caption := _caption(texts.get(stem, {})))), None)}
         chosen |= own
     return {name: chosen[name] for name in images if name in chosen}
@@ -138,7 +137,7 @@ class TarReader:
             yield data if len(data) == row["bytes"] else "its tar ends before it does"
 
     def close(self) -> None:
-        """Let go of the open tar."""
+        """Close the open tar."""
         if self._open is not None:
             self._open[1].close()
             self._open = None

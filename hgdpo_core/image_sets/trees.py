@@ -11,26 +11,26 @@ from hgdpo_core.storage.keys import Tree
 
 
 def local_tree(folder: Path, *, leave_out: Path | None = None) -> tuple[Tree, Counter[str]]:
-    """(relative path, bytes, last change) of the files below, and how many entries were passed over for what reason.
+    """(relative path, bytes, last change) of the files below, and how many entries were skipped for what reason.
 
-    `leave_out`: a folder, such as the root of a store, that is not looked into. InputError for a folder that cannot
+    `leave_out`: a folder, such as the root of a store, that is left out. InputError for a folder that cannot
     be read.
     """
     found: Tree = []
-    passed: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     left_out = leave_out and os.path.realpath(leave_out)
-    for path, status in _entries(str(folder), (), left_out, passed):
+    for path, status in _entries(str(folder), (), left_out, skipped):
         name = os.path.relpath(path, folder)
         reason = _unusable(name, status)
         if reason:
-            passed[reason] += 1
+            skipped[reason] += 1
         else:
             found.append((name, status.st_size, status.st_mtime))
-    return found, passed
+    return found, skipped
 
 
 def _entries(folder: str, above: tuple[str, ...], left_out: str | None,
-             passed: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
+             skipped: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
     above = (*above, os.path.realpath(folder))
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -40,16 +40,16 @@ def _entries(folder: str, above: tuple[str, ...], left_out: str | None,
         try:
             status = entry.stat()
         except OSError:
-            passed["links to nothing"] += 1
+            skipped["links to nothing"] += 1
             continue
         if not stat.S_ISDIR(status.st_mode):
             yield entry.path, status
         elif os.path.realpath(entry.path) == left_out:
-            passed["the root of the results"] += 1
+            skipped["the root of the results"] += 1
         elif os.path.realpath(entry.path) in above:
-            passed["links to a folder above"] += 1
+            skipped["links to a folder above"] += 1
         else:
-            yield from _entries(entry.path, above, left_out, passed)
+            yield from _entries(entry.path, above, left_out, skipped)
 
 
 def _unusable(name: str, status: os.stat_result) -> str | None:

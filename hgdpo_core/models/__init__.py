@@ -1,8 +1,8 @@
-"""The target and what came of it: found, checked, loaded, LoRAs applied, kept in the store.
+"""The target model and those trained from it: found, checked, loaded, LoRAs applied, kept in the store.
 
-`model.py` is what the others hold; `backbone.py` is the seam between the method and a family of models, and `sd15.py` a
-family, with its configs in `sd15/`; `files.py` and `weight_files.py` read what people have on their disks; `lora.py`
-writes and merges LoRAs; `published.py` keeps models in the store; `places.py` says where a worker elsewhere finds one.
+`model.py` describes a model; `backbone.py` is the seam between the method and a family of models, and `sd15.py` a
+family, with its configs in `sd15/`; `files.py` and `weight_files.py` read the files that users have; `lora.py`
+writes and merges LoRAs; `published.py` keeps models in the store; `places.py` records where another worker finds one.
 """
 
 from hgdpo_core.models.backbone import FAMILIES, Backbone, Conditioning, load_backbone

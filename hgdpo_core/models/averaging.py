@@ -11,8 +11,8 @@ from diffusers.training_utils import EMAModel
 class WeightAverage:
     """The average of all weights of a network; it takes as much memory again as they do.
 
-    At step s it keeps min(decay, s / (9 + s)) of itself, and at the first step nothing, so a short training is not held
-    by its start.
+    At step s it keeps min(decay, s / (9 + s)) of itself, and at the first step nothing, so that the start of a short
+    training does not dominate.
     """
 
     def __init__(self, network: ModelMixin, decay: float):
@@ -43,11 +43,11 @@ class WeightAverage:
         return self._average.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from an earlier `state_dict`."""
+        """Continue from an earlier `state_dict`."""
         self._average.load_state_dict(dict(state))
         self._follow()
 
     def _follow(self) -> None:
-        """Be where the weights are: training moves them after this was made."""
+        """Move to the device of the weights: training moves them after this was made."""
         if self._average.shadow_params[0].device != self._network.device:
             self._average.to(self._network.device)

@@ -7,8 +7,9 @@
 | `LatentCodec`   | AutoencoderKL                     | more channels, another scale                    |
 | `TextEncoder`   | CLIP, weighted chunks             | two encoders; pooled embedding, sizes in `extra`|
 
-`FAMILIES` holds one entry a family; `load_backbone` finds the family from the model's files. Outside `models/` nothing
-names a network of a family, so a new family is its own file, an entry in `FAMILIES`, and what its files look like.
+`FAMILIES` holds one entry per family; `load_backbone` finds the family from the model's files. Nothing outside
+`models/` names a network of a family, so a new family is its own file, an entry in `FAMILIES`, and a way to recognise
+its files.
 """
 
 from abc import ABC, abstractmethod
@@ -33,7 +34,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser is told about B images: text embeddings [B, L, D], and whatever else its family reads.
+    """What a denoiser is conditioned on for B images: text embeddings [B, L, D], and whatever else its family reads.
 
     `mask`, bool [B, L], is True where an embedding is its prompt's own; None where none is padded. `pooled` [B, P] and
     the tensors of `extra`, [B, ...], are for families that have them.
@@ -116,7 +117,7 @@ class Denoiser(nn.Module, ABC):
 
     @contextmanager
     def training_attention(self, *, on_cpu: bool) -> Iterator[None]:
-        """Inside, attention is computed as trains fastest; the base class leaves it as it is."""
+        """Inside, attention is computed in the way that trains fastest; the base class leaves it as it is."""
         yield
 
 
@@ -157,7 +158,7 @@ class LatentCodec(Protocol):
 
     @property
     def factor(self) -> int:
-        """Pixels a side of one latent pixel."""
+        """Pixels per side of one latent pixel."""
         ...
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -182,7 +183,7 @@ class TextConditioner(Protocol):
     """Numbers of a token's embedding."""
 
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
-        """One conditioning of one text a prompt, no shorter than the negative prompt's; ConfigError for clip_skip."""
+        """One conditioning of one text per prompt, no shorter than the negative prompt's; ConfigError for clip_skip."""
         ...
 
     def negative(self, length: int) -> Conditioning:
@@ -204,7 +205,7 @@ class TextConditioner(Protocol):
 
 @dataclass(frozen=True)
 class Backbone:
-    """A loaded model, all of it that the method touches."""
+    """The parts of a loaded model that the method uses."""
 
     denoiser: Denoiser
     schedule: NoiseSchedule
@@ -246,7 +247,7 @@ DEFAULT_FAMILY = "sd15"
 
 
 def find_family(path: Path) -> Family:
-    """The family that recognises a model's files; else SD 1.5, which reads single files and says what is wrong."""
+    """The family that recognises a model's files; else SD 1.5, which reads single files and names what is wrong."""
     return next((family for family in FAMILIES.values() if family.recognises(path)), FAMILIES[DEFAULT_FAMILY])
 
 

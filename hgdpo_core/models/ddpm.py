@@ -18,7 +18,7 @@ def draw_timesteps(generators: Sequence[torch.Generator], timesteps: int) -> tor
 
 
 class DdpmSchedule:
-    """From the config of whichever scheduler a target samples with; see `hgdpo_core.schedule` for the arithmetic."""
+    """From the config of the scheduler that a target samples with; see `hgdpo_core.schedule` for the arithmetic."""
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config

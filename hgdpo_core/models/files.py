@@ -1,8 +1,9 @@
-"""Where a target model, its VAE and its component configs lie: found, checked and fingerprinted without loading."""
+"""The files of a target model, its VAE and its component configs: found, checked and fingerprinted without loading."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,15 @@ from huggingface_hub import snapshot_download
 
 from hgdpo_core.built_in import find_target, is_built_in
 from hgdpo_core.config import TargetConfig, content_hash
-from hgdpo_core.errors import ModelError
+from hgdpo_core.errors import ModelError, first_line
+from hgdpo_core.models import weight_files
 from hgdpo_core.models.backbone import find_family
 from hgdpo_core.models.fingerprints import fingerprint_path, refuse_special_files
-from hgdpo_core.models.hub import first_line
+from hgdpo_core.models.hub import find_or_download, looks_like_hub_id
 from hgdpo_core.models.lora_files import LORA_NAME, is_lora, lora_file
 from hgdpo_core.models.networks import check_component, check_single_networks, check_single_vae
 from hgdpo_core.models.tokenizers import check_tokenizer, load_clip_tokenizer
-from hgdpo_core.models.weight_files import (
-    INPUT_CHANNELS,
-    TEXT_WIDTHS,
-    UNET_FIRST,
-    WEIGHT_SUFFIXES,
-    TensorInfo,
-    check_single_file,
-    check_vae_file,
-    read_tensor_infos,
-)
+from hgdpo_core.models.weight_files import INPUT_CHANNELS, TEXT_WIDTHS, WEIGHT_SUFFIXES, TensorInfo, read_tensor_infos
 
 __all__ = ["LORA_NAME", "PARTS", "SD15_CONFIGS", "TargetFiles", "check_channels", "find_files", "first_line", "is_lora",
            "lora_file", "looks_like_hub_id", "read_config"]
@@ -80,43 +73,21 @@ def find_files(config: TargetConfig) -> TargetFiles:
 def _locate(config: TargetConfig) -> tuple[Path, str | None]:
     if is_built_in(config.source):
         return find_target(), None
-    path = Path(config.source).expanduser()
-    if path.exists():
-        return path, None
-    if not looks_like_hub_id(config.source):
-        raise ModelError(f"model {config.source} does not exist: expected a diffusers folder, a single file "
-                         f"({', '.join(WEIGHT_SUFFIXES)}) or a hub id like stable-diffusion-v1-5/stable-diffusion-v1-5")
-    try:
-        folder = Path(StableDiffusionPipeline.download(config.source, revision=config.revision, use_safetensors=True))
-    except Exception as error:  # the hub client raises a wide family: all mean "could not be had"
-        raise _no_download("model", config.source, error) from None
-    return folder, folder.name
+    download = partial(StableDiffusionPipeline.download, config.source, revision=config.revision, use_safetensors=True)
+    path = find_or_download("model", config.source, download, "a diffusers folder, a single file "
+                            f"({', '.join(WEIGHT_SUFFIXES)}) or a hub id like "
+                            "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    return path, None if Path(config.source).expanduser().exists() else path.name
 
 
 def _find_vae(source: str) -> Path:
-    path = Path(source).expanduser()
-    if not path.exists():
-        if not looks_like_hub_id(source):
-            raise ModelError(f"target.vae {source} does not exist: expected a diffusers folder, a single file or a hub "
-                             "id like stabilityai/sd-vae-ft-mse")
-        try:
-            path = Path(snapshot_download(source, allow_patterns=["config.json", "*.safetensors"]))
-        except Exception as error:  # see _locate
-            raise _no_download("target.vae", source, error) from None
+    download = partial(snapshot_download, source, allow_patterns=["config.json", "*.safetensors"])
+    path = find_or_download("target.vae", source, download, "a diffusers folder, a single file or a hub id like "
+                            "stabilityai/sd-vae-ft-mse")
     path = path / "vae" if (path / "model_index.json").exists() else path  # a whole pipeline: its VAE
     refuse_special_files(path)
     check_vae(path)
     return path
-
-
-def looks_like_hub_id(source: str) -> bool:
-    """Whether a source that is no path here can be owner/name on the hub."""
-    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(WEIGHT_SUFFIXES)
-
-
-def _no_download(what: str, source: str, error: Exception) -> ModelError:
-    return ModelError(f"{what} {source} is no local folder and could not be downloaded from the hub: "
-                      f"{first_line(error)}")
 
 
 def check_files(path: Path, configs: Path | None, *, own_vae: bool, loads: bool = False) -> None:
@@ -131,16 +102,16 @@ def check_files(path: Path, configs: Path | None, *, own_vae: bool, loads: bool 
             check_component(path / part, part, read_config(path / part / "config.json"))
         return
     infos = read_tensor_infos(path)
-    check_single_file(path, infos, own_vae=own_vae)
+    weight_files.check_single_file(path, infos, own_vae=own_vae)
     if not loads and configs == SD15_CONFIGS and _other_width(infos, configs):
-        return  # the configs it needs were not given: what loads it says so
+        return  # the configs it needs were not given: loading it raises
     check_single_networks(path, infos, {part: read_config(configs / part / "config.json") for part in PARTS},
                           own_vae=own_vae)
 
 
 def _other_width(infos: Mapping[str, TensorInfo], configs: Path) -> bool:
     width = read_config(configs / "unet" / "config.json")["block_out_channels"][0]
-    shape = infos[UNET_FIRST].shape
+    shape = infos[weight_files.UNET_FIRST].shape
     return len(shape) == 4 and shape[0] != width
 
 
@@ -148,7 +119,7 @@ def check_vae(path: Path) -> None:
     """Refuse what is not a whole VAE of Stable Diffusion: a single file or a diffusers folder."""
     if path.is_file():
         infos = read_tensor_infos(path)
-        check_vae_file(path, infos)
+        weight_files.check_vae_file(path, infos)
         check_single_vae(path, infos, read_config(SD15_CONFIGS / "vae" / "config.json"))
         return
     config = read_config(path / "config.json")

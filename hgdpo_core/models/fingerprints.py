@@ -1,15 +1,17 @@
-"""What a model is, in one hash: the sha256 over its files, cached by path, size and change time."""
+"""Fingerprints of models and files: the sha256 of their content, cached by path, size and change time."""
 
 import hashlib
 import json
-import os
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hgdpo_core.config import content_hash
 from hgdpo_core.errors import ModelError
+from hgdpo_core.storage.local import write_atomically
+from hgdpo_core.storage.scratch import cache_folder
 
 T = TypeVar("T")
 
@@ -46,12 +48,12 @@ def refuse_special_files(path: Path) -> None:
 
 
 def _is_ours(name: Path) -> bool:
-    """What training leaves and our own records lie beside a model in the store but are no part of it."""
+    """Files that training leaves and our own records are beside a model in the store but no part of it."""
     return name.parts[0] in TRAINING_FOLDERS or str(name) in ("config.json", "model.json", "log.json")
 
 
 def _config_hash(path: Path) -> str | None:
-    """Hash of a config without the notes of whoever saved it; None for what is no config."""
+    """Hash of a config without the notes of the library that saved it; None for what is no config."""
     if path.suffix != ".json" or path.stat().st_size > MAX_CONFIG_BYTES:
         return None
     try:
@@ -87,25 +89,14 @@ def _sha256(path: Path) -> str:
 
 
 def _cached(key: str, compute: Callable[[], T]) -> T:
-    """What an earlier call with this key gave, JSON values only, or what `compute` gives now."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo" / "fingerprints"
-    entry = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
-    try:
+    """The result of an earlier call with this key, JSON values only, or that of `compute` now."""
+    entry = cache_folder("fingerprints") / hashlib.sha256(key.encode()).hexdigest()[:24]
+    with suppress(OSError, ValueError, KeyError):  # not cached yet, or a broken entry: hash again
         saved = json.loads(entry.read_text())
         if saved["key"] == key:
             return saved["sha256"]
-    except (OSError, ValueError, KeyError):
-        pass  # not cached yet, or a broken entry: hash again
     result = compute()
-    _remember(entry, {"key": key, "sha256": result})
+    data = json.dumps({"key": key, "sha256": result}).encode()
+    with suppress(OSError):  # a home that cannot be written costs time, not correctness
+        write_atomically(entry, lambda file: file.write(data))
     return result
-
-
-def _remember(entry: Path, value: dict[str, Any]) -> None:
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary = entry.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(value))
-        temporary.replace(entry)
-    except OSError:
-        pass  # a home that cannot be written costs time, not correctness

@@ -30,7 +30,7 @@ ENCODER_THREADS = 2
 
 
 class ImageGenerator:
-    """A loaded model that draws candidates; one per process."""
+    """A loaded model that generates candidates; one per process."""
 
     def __init__(self, model: Model, sampler: SamplerConfig, pool: PoolConfig, device: str):
         self.device, self.model, self.sampler, self.pool = device, model, sampler, pool
@@ -43,12 +43,12 @@ class ImageGenerator:
     def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
         """Rows of SCHEMA for every candidate of the prompts: in order, but prompts with longer embeddings last.
 
-        Batches cross prompts of equally long embeddings and are cut at fixed places, so the same shard gives the same
-        bits. Encoding of one batch runs beside the sampling of the next; on a CPU a small model draws a batch a core.
+        Batches cross prompts of equally long embeddings and are cut at fixed positions, so a shard gives the same bits.
+        One batch is encoded while the next is sampled; on a CPU a small model samples a batch per core.
         """
         texts = self.backbone.text.encode(prompts)
-        batches = list(_cut_batches([text.length for text in texts], self.pool.images_per_prompt,
-                                    self.pool.batch_size))
+        lengths = [text.length for text in texts]
+        batches = list(_cut_batches(lengths, self.pool.images_per_prompt, self.pool.batch_size))
         lanes = self.lanes if len(batches) >= self.lanes else 1  # too few to fill the cores: each takes them all
         jobs = (functools.partial(self._sample_batch, prompts, texts, batch)
                 for batch in _until_stopped(batches, should_stop))
@@ -67,7 +67,7 @@ class ImageGenerator:
         return batch, seeds, self.sample(Conditioning.join([texts[number] for number, _ in batch]), seeds)
 
     def sample(self, prompts: Conditioning, seeds: Sequence[int]) -> np.ndarray:
-        """uint8 [B, H, W, 3] for the conditioning of B prompts and one seed an image."""
+        """uint8 [B, H, W, 3] for the conditioning of B prompts and one seed per image."""
         backbone = self.backbone
         noise = initial_noise(seeds, *backbone.latent_shape((self.sampler.width, self.sampler.height)))
         negative = backbone.text.negative(prompts.length)
@@ -76,7 +76,7 @@ class ImageGenerator:
                                  steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale,
                                  reference=self.reference)
         if not bool(torch.isfinite(latents).all()):
-            raise ModelError(f"{self.model.path} draws images that are not finite in {self.model.dtype}: check its "
+            raise ModelError(f"{self.model.path} generates images that are not finite in {self.model.dtype}: check its "
                              "weights, or set target.dtype to float32")
         return backbone.codec.decode(latents)
 
@@ -89,7 +89,7 @@ class ImageGenerator:
 def _until_stopped(batches: Iterable[T], should_stop: ShouldStop) -> Iterator[T]:
     for batch in batches:
         if should_stop():
-            raise StoppedError("stopped while drawing a pool; finished shards are kept")
+            raise StoppedError("stopped while generating a pool; finished shards are kept")
         yield batch
 
 

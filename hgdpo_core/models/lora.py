@@ -1,4 +1,4 @@
-"""The policy: the target's UNet wearing a LoRA. With the LoRA off, the same network is the reference."""
+"""The policy: the target's UNet with a LoRA applied. With the LoRA off, the same network is the reference."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.lora_files import read_notes
+from hgdpo_core.models.weight_files import load_safetensors
 
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -26,10 +26,10 @@ def add_lora(unet: UNet2DConditionModel, rank: int, seed: int,
 
     Scale 1 (lora_alpha = rank: every export assumes it), gaussian A and zero B, so that policy and reference
     are equal before training; LoRA weights are float32 whatever the UNet's dtype. The start depends only on
-    `seed`; nobody else's random numbers move. ModelError when the UNet already wears an adapter.
+    `seed` and leaves torch's own generators as they were. ModelError when the UNet already has an adapter.
     """
     if getattr(unet, "peft_config", None):
-        raise ModelError(f"the UNet already wears the adapters {', '.join(unet.peft_config)}: "
+        raise ModelError(f"the UNet already has the adapters {', '.join(unet.peft_config)}: "
                          "merge them into the weights first, or load a fresh UNet")
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # peft draws A on the CPU
@@ -55,15 +55,15 @@ def reference_mode(unet: UNet2DConditionModel) -> Iterator[None]:
 
 @contextmanager
 def worn_at(unet: UNet2DConditionModel, weight: float) -> Iterator[None]:
-    """Inside, the LoRA counts by `weight`; after it by 1 again, as in training. Nothing to do without a LoRA."""
-    worn = [(layer, name) for layer in unet.modules() if isinstance(layer, LoraLayer)
-            for name in layer.active_adapters]
-    for layer, name in worn:
+    """Inside, the LoRA is applied at `weight`; after it at 1 again, as in training. No effect without a LoRA."""
+    adapters = [(layer, name) for layer in unet.modules() if isinstance(layer, LoraLayer)
+                for name in layer.active_adapters]
+    for layer, name in adapters:
         layer.set_scale(name, weight)
     try:
         yield
     finally:
-        for layer, name in worn:
+        for layer, name in adapters:
             layer.set_scale(name, 1.0)
 
 
@@ -101,9 +101,8 @@ def write_kohya_lora(source: Path, path: Path) -> None:
     `lora_unet_<layer>.lora_down.weight`, `.lora_up.weight` and `.alpha` = rank, the same numbers in the same
     precision. ModelError for a LoRA whose alpha is not its rank: the converter writes alpha = rank whatever it was.
     """
-    with safe_open(source, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-        notes = read_notes(source, file.metadata() or {})
+    state, metadata = load_safetensors(source)
+    notes = read_notes(source, metadata)
     ranks = {len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight")}
     if not ranks:
         raise ModelError(f"{source} is no LoRA as diffusers saves it: expected keys that end in .lora_A.weight")

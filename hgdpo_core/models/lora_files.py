@@ -1,7 +1,7 @@
 """LoRA files as people have them: checked to be whole, applied as a whole, or refused.
 
-Libraries pass over layers that they cannot place, drop a DoRA's magnitudes and leave a missing half uninitialised; what
-was applied is therefore counted.
+Libraries skip layers that they do not find in the model, drop a DoRA's magnitudes and leave a missing half
+uninitialised; what was applied is therefore counted.
 """
 
 import json
@@ -13,13 +13,12 @@ from typing import Any, cast
 import torch
 from diffusers import StableDiffusionPipeline
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 
-from hgdpo_core.errors import ModelError
-from hgdpo_core.models.hub import first_line
-from hgdpo_core.models.networks import is_finite, quiet_libraries
-from hgdpo_core.models.weight_files import read_tensor_infos
+from hgdpo_core.errors import ModelError, first_line
+from hgdpo_core.models.hub import quiet_transformers
+from hgdpo_core.models.networks import is_finite
+from hgdpo_core.models.weight_files import load_safetensors, read_tensor_infos
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 DOWN = ("lora_A", "lora_down", "lora.down", "lora_linear_layer.down")
@@ -52,9 +51,7 @@ def read_lora(path: Path) -> dict[str, torch.Tensor]:
     _refuse_other_kinds(file, infos)
     layers = _layers(file, infos)
     try:
-        state = load_file(file)
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
+        state, metadata = load_safetensors(file)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"the LoRA {file} cannot be read: {first_line(error)}; get it again") from None
     read_notes(file, metadata)
@@ -81,8 +78,7 @@ def _layers(file: Path, infos: Mapping[str, Any]) -> Layers:
         elif name.endswith(".alpha"):
             alphas[name.removesuffix(".alpha")] = name
         else:
-            raise ModelError(f"the LoRA {file} holds {name}, which no LoRA has: it would be passed over, get a plain "
-                             "LoRA")
+            raise ModelError(f"the LoRA {file} holds {name}, which no LoRA has: it would be skipped, get a plain LoRA")
     for layer, names in layers.items():
         if len(names) < 2:
             lost = "lora_A (down)" if "up" in names else "lora_B (up)"
@@ -128,13 +124,13 @@ def read_notes(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def apply_lora(pipeline: StableDiffusionPipeline, path: Path) -> None:
-    """Give the pipeline's UNet and text encoder a LoRA's layers, all of them; ModelError where one finds no place."""
+    """Give the pipeline's UNet and text encoder a LoRA's layers, all of them; ModelError where one does not fit."""
     file = lora_file(path)
     state = read_lora(path)
     layers = sum(HALF.fullmatch(name) is not None for name in state) // 2
     before = _count_layers(pipeline)
     try:
-        with quiet_libraries():
+        with quiet_transformers():
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
     except Exception as error:  # diffusers and peft fail in many ways on names and shapes that do not fit
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -144,7 +140,7 @@ def apply_lora(pipeline: StableDiffusionPipeline, path: Path) -> None:
         raise ModelError(f"the LoRA {path} has no layer of this model: is it one for another family?")
     if placed != layers:
         raise ModelError(f"the LoRA {path} has {layers} layers, of which {placed} are this model's: it is one for "
-                         "another model, and a part of it would be passed over")
+                         "another model, and a part of it would be skipped")
 
 
 def _count_layers(pipeline: StableDiffusionPipeline) -> int:

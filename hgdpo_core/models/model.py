@@ -11,12 +11,12 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from hgdpo_core.config import PromptSyntax, TargetConfig, content_hash
 from hgdpo_core.devices import DTYPES, resolve_dtype
-from hgdpo_core.errors import HGDPOError, ModelError
+from hgdpo_core.errors import HGDPOError, ModelError, first_line
 from hgdpo_core.models.files import SD15_CONFIGS, check_channels, check_files, check_vae, find_files, read_config
 from hgdpo_core.models.fingerprints import fingerprint_path
-from hgdpo_core.models.hub import first_line
+from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.lora_files import apply_lora, lora_file
-from hgdpo_core.models.networks import check_finite, empty_network, quiet_libraries
+from hgdpo_core.models.networks import check_finite, empty_network
 from hgdpo_core.models.text_weights import has_flat_text_encoder, read_flat_text_encoder, use_encoder_length
 
 BROKEN = "the weights are broken (or, in float16, overflow: set target.dtype to float32)"
@@ -25,7 +25,7 @@ VAE_VERSION = 2  # 1 rounded the VAE's weights to the target's precision before 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA's .safetensors file, or the diffusers folder that holds it, and the weight it is used with."""
+    """A LoRA's .safetensors file, or the diffusers folder that holds it, and the weight it is applied with."""
 
     path: Path
     weight: float
@@ -34,7 +34,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that can be loaded: where it lies, what it is, how it samples. Cheap; holds no tensors."""
+    """A model that can be loaded: its files, its identity, its settings for sampling. Cheap; holds no tensors."""
 
     path: Path
     fingerprint: str
@@ -43,7 +43,7 @@ class Model:
     clip_skip: int | None = None
     lora: Lora | None = None
     hub_id: str | None = None
-    """Where the model was downloaded from, at the commit that is its fingerprint; None for one that lies on a disk."""
+    """Where the model was downloaded from, at the commit that is its fingerprint; None for one on a disk."""
     prompt_syntax: PromptSyntax = "plain"
     negative_syntax: PromptSyntax = "plain"
     vae: Path | None = None
@@ -64,24 +64,21 @@ class Model:
                 "clip_skip": self.clip_skip, "lora": lora, **self.syntax()}
 
     def encoding(self) -> dict[str, int]:
-        """What names latents made since the VAE's own weights encode, for ids; in float32 they were never rounded."""
+        """For ids of latents: marks those encoded with the VAE's own weights, which in float32 were never rounded."""
         return {} if self.dtype == "float32" else {"vae_version": VAE_VERSION}
 
     def syntax(self) -> dict[str, PromptSyntax]:
         """How prompts are written, for ids: what is plain is left out, as it was before there was a choice."""
-        found: dict[str, PromptSyntax] = {}
-        if self.prompt_syntax != "plain":
-            found["prompt_syntax"] = self.prompt_syntax
-        if self.negative_syntax != "plain" and self.negative_prompt:
-            found["negative_syntax"] = self.negative_syntax
-        return found
+        negative = self.negative_syntax if self.negative_prompt else "plain"
+        both: dict[str, PromptSyntax] = {"prompt_syntax": self.prompt_syntax, "negative_syntax": negative}
+        return {name: syntax for name, syntax in both.items() if syntax != "plain"}
 
     def reading(self, syntax: PromptSyntax) -> "Model":
         """The same model for prompts written in another syntax; its negative prompt is read as before."""
         return replace(self, prompt_syntax=syntax)
 
     def with_lora(self, path: Path, weight: float) -> "Model":
-        """The same model wearing a LoRA, a folder or a .safetensors file, at a weight."""
+        """The same model with a LoRA, a folder or a .safetensors file, applied at a weight."""
         return replace(self, lora=Lora(path, weight, fingerprint_path(lora_file(path))))
 
 
@@ -115,15 +112,15 @@ def load_pipeline(model: Model, device: str = "cpu", *, dtype: str | None = None
                   vae_dtype: str | None = None) -> StableDiffusionPipeline:
     """The model as a plain diffusers pipeline in `dtype` (default: the model's own), without a safety checker.
 
-    A LoRA is merged in float32 before the cast, so that its weight acts exactly and sampling costs nothing more; a
+    A LoRA is merged in float32 before the cast, so that its weight acts exactly and sampling takes no longer; a
     `vae_dtype` is that of the file's own weights, which were not rounded to `dtype` before. ModelError, in one line,
     where the files do not hold the whole model, or hold a weight that is not finite.
     """
-    wanted = DTYPES[dtype or model.dtype]
-    load_dtype = torch.float32 if model.lora or vae_dtype else wanted
+    final_dtype = DTYPES[dtype or model.dtype]
+    load_dtype = torch.float32 if model.lora or vae_dtype else final_dtype
     vae = _load_vae(model.vae, load_dtype) if model.vae else None
     check_files(model.path, model.configs, own_vae=vae is None, loads=True)
-    with _blamed(model.path, "Stable Diffusion 1.5"):
+    with _naming(model.path, "Stable Diffusion 1.5"):
         pipeline = _read_pipeline(model, load_dtype, vae)
     check_channels(model.path, pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels)
     own = {name: part for name, part in pipeline.components.items() if name != "vae" or vae is None}
@@ -135,23 +132,23 @@ def load_pipeline(model: Model, device: str = "cpu", *, dtype: str | None = None
         pipeline.unload_lora_weights()
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
-            part_dtype = DTYPES[vae_dtype] if name == "vae" and vae_dtype else wanted
+            part_dtype = DTYPES[vae_dtype] if name == "vae" and vae_dtype else final_dtype
             torch.nn.Module.to(part, device=device, dtype=part_dtype).eval().requires_grad_(False)
-    if load_dtype != wanted or model.lora:
+    if load_dtype != final_dtype or model.lora:
         check_finite(model.lora.path if model.lora else model.path, pipeline.components, BROKEN)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @contextmanager
-def _blamed(path: Path, what: str) -> Iterator[None]:
-    """The libraries' errors as one line that names the file; their bars and advice are silent."""
+def _naming(path: Path, what: str) -> Iterator[None]:
+    """The libraries' errors as one line that names the file; their bars and warnings are silent."""
     try:
-        with quiet_libraries():
+        with quiet_transformers():
             yield
     except HGDPOError:
         raise
-    except Exception as error:  # the files passed our checks: what fails now fails in any way
+    except Exception as error:  # the files passed our checks: any kind of error is left
         raise ModelError(f"{path} does not load as {what}: {first_line(error)}") from None
 
 
@@ -168,10 +165,10 @@ def _read_pipeline(model: Model, dtype: torch.dtype, vae: AutoencoderKL | None) 
 
 
 def _load_vae(path: Path, dtype: torch.dtype) -> AutoencoderKL:
-    """The VAE that replaces a model's own; what is the matter with it is said of its own file."""
+    """The VAE that replaces a model's own; errors name its own file."""
     check_vae(path)
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
-    with _blamed(path, "a VAE of Stable Diffusion 1.5"):
+    with _naming(path, "a VAE of Stable Diffusion 1.5"):
         if path.is_dir():
             vae = AutoencoderKL.from_pretrained(path, **options)
         else:

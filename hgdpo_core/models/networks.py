@@ -1,16 +1,15 @@
-"""One way to tell whether weights are a network's, whole: names and shapes against an empty network of its config.
+"""Checks that weights are a network's, whole: names and shapes against an empty network of its config.
 
 Nothing is read but headers, so this is done before any work; what only values can tell (NaN, infinity) is checked when
 the weights are loaded. diffusers and transformers fill a weight that is missing with random numbers or leave it
-uninitialised, and pass over one that they cannot place.
+uninitialised, and ignore one that they do not recognise.
 """
 
 import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,10 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
-from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel
-from transformers.utils import logging as transformers_logging
 
-from hgdpo_core.errors import ModelError
-from hgdpo_core.models.hub import first_line
+from hgdpo_core.errors import ModelError, first_line
+from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.weight_files import TEXT, UNET, VAE, TensorInfo, read_tensor_infos
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -37,39 +34,16 @@ WRAPPER = "text_model."  # older savers of text encoders wrote it, newer ones do
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _text_encoder(config: Mapping[str, Any]) -> torch.nn.Module:
-    return CLIPTextModel(CLIPTextConfig(**config))
-
-
-KINDS: dict[str, Callable[[Mapping[str, Any]], torch.nn.Module]] = {
-    "unet": lambda config: _of(UNet2DConditionModel, config), "vae": lambda config: _of(AutoencoderKL, config),
-    "text_encoder": _text_encoder}
-
-
-def _of(kind: Any, config: Mapping[str, Any]) -> torch.nn.Module:
-    return kind.from_config(dict(config))
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """diffusers and transformers without bars and warnings: what matters of them is an error of ours."""
-    verbosity = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, level in zip((diffusers_logging, transformers_logging), verbosity, strict=True):
-            library.set_verbosity(level)
-            library.enable_progress_bar()
+KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "unet": UNet2DConditionModel.from_config, "vae": AutoencoderKL.from_config,
+    "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig(**config))}
 
 
 def empty_network(path: Path, part: str, config: Mapping[str, Any]) -> torch.nn.Module:
     """A pipeline's `part` (unet, vae, text_encoder) without storage; ModelError where its config makes none."""
     try:
-        with quiet_libraries(), init_empty_weights(include_buffers=False):
-            return KINDS[part](config)
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            return KINDS[part](dict(config))
     except Exception as error:  # any value of any setting may be wrong, and each fails in its own way
         raise ModelError(f"{path} holds no usable config of a {part}: {first_line(error)}; get it again") from None
 
@@ -113,17 +87,17 @@ def _such(names: list[str]) -> str:
     return f" ({len(names)} such tensors)" if len(names) > 1 else ""
 
 
-def refuse_report(place: str, report: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
-    """ModelError where transformers reports weights that it made up, passed over or could not fit.
+def refuse_report(path: str, report: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
+    """ModelError where transformers reports weights that it made up, ignored or could not fit.
 
-    Names that begin with one of `ignored` may be over: they are of a part that is not used.
+    Unknown names that begin with one of `ignored` are accepted: they are of a part that is not used.
     """
     for verb, key in (("lacks", "missing_keys"), ("holds the unknown", "unexpected_keys"),
                       ("holds the misshapen", "mismatched_keys")):
         names = sorted(str(name) for name in report.get(key) or ()
                        if key != "unexpected_keys" or not (str(name).startswith(ignored) or name.endswith(NO_WEIGHTS)))
         if names:
-            raise ModelError(f"{place} {verb} {names[0]} ({len(names)} such tensors): these are weights of another "
+            raise ModelError(f"{path} {verb} {names[0]} ({len(names)} such tensors): these are weights of another "
                              "model")
 
 
@@ -208,7 +182,7 @@ def _compare_converted(path: Path, part: str, infos: Mapping[str, TensorInfo], c
     expected = expected_shapes(path, part, config)
     given = {name: torch.empty(info.shape, device="meta") for name, info in infos.items()}
     try:
-        with quiet_libraries():
+        with quiet_transformers():
             converted = convert(dict(given), config=dict(config))
     except Exception as error:  # the converter expects whole files, and fails in many ways on others
         raise ModelError(f"{path} does not hold the {part} of its config ({first_line(error)}): the file is incomplete "
@@ -224,11 +198,10 @@ def _compare_converted(path: Path, part: str, infos: Mapping[str, TensorInfo], c
 
 
 def check_finite(path: Path | str, components: Mapping[str, Any], advice: str = "the weights are broken") -> None:
-    """ModelError naming the first weight of loaded networks that is NaN, infinite or was never in the file."""
-    for part, module in components.items():
-        if not isinstance(module, torch.nn.Module):
-            continue
-        for name, tensor in module.state_dict().items():
+    """ModelError naming the first weight of loaded networks (or dicts of tensors) that is not finite or not loaded."""
+    for part, holder in components.items():
+        tensors = holder.state_dict() if isinstance(holder, torch.nn.Module) else holder
+        for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
             if tensor.is_meta:
                 raise ModelError(f"{path} lacks {part}'s {name}: the file is incomplete, get a whole one")
             if tensor.is_floating_point() and not is_finite(tensor):

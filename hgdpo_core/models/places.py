@@ -1,4 +1,4 @@
-"""Where a model lies, said so that another worker finds it: built in, on the hub, in the store, or on this disk."""
+"""Locations of models as other workers find them: built in, on the hub, in the store, or on this disk."""
 
 import tempfile
 from collections.abc import Mapping
@@ -31,11 +31,10 @@ class Place(BaseModel):
 
     @classmethod
     def of(cls, store: Store, path: Path, *, share: bool) -> Self:
-        """The place of a local file or folder; with `share`, one from outside the store is copied into it first."""
+        """The location of a local file or folder; with `share`, one from outside the store is copied into it first."""
         if built_in.holds(path):
             return cls(source=built_in.SOURCE)
-        inside = stored_id(store, path)
-        if inside is not None:
+        if (inside := stored_id(store, path)) is not None:
             return cls(model_id=inside)
         if not share:
             return cls(source=str(path.resolve()))
@@ -43,7 +42,7 @@ class Place(BaseModel):
 
     @classmethod
     def of_source(cls, store: Store, source: str | None, *, share: bool) -> Self:
-        """The place of a scorer's source: a path of this machine, or a name (hub id, built in) as it is."""
+        """The location of a scorer's source: a path of this machine, or a name (hub id, built in) as it is."""
         path = Path(source).expanduser() if source not in (None, built_in.SOURCE) else None
         if path is None or not path.exists():
             return cls(source=source)
@@ -84,35 +83,36 @@ def _copy_into_store(store: Store, path: Path) -> str:
 
 
 def model_means(store: Store, model: Model, *, share: bool) -> dict[str, Any]:
-    """Where the model, its LoRA, its VAE and its configs lie, for `find_offered_model`."""
-    hub = model.hub_id is not None
-    place = Place(source=model.hub_id, revision=model.fingerprint) if hub else Place.of(store, model.path, share=share)
-    lora = Place.of(store, model.lora.path, share=share).model_dump() if model.lora else None
-    vae = Place.of(store, model.vae, share=share).model_dump() if model.vae else None
-    own_configs = model.configs is not None and model.configs.resolve() != SD15_CONFIGS.resolve()
-    configs = Place.of(store, model.configs, share=share).model_dump() if model.configs and own_configs else None
-    return {"model": place.model_dump(), "lora": lora, "vae": vae, "configs": configs}
+    """Locations of the model, its LoRA, its VAE and its configs, for `find_offered_model`."""
+    def locate(path: Path | None) -> dict[str, Any] | None:
+        return Place.of(store, path, share=share).model_dump() if path else None
+
+    on_hub = Place(source=model.hub_id, revision=model.fingerprint).model_dump() if model.hub_id else None
+    shipped = model.configs is None or model.configs.resolve() == SD15_CONFIGS.resolve()
+    return {"model": on_hub or locate(model.path), "lora": locate(model.lora.path if model.lora else None),
+            "vae": locate(model.vae), "configs": None if shipped else locate(model.configs)}
 
 
-def find_offered_model(store: Store, wanted: Mapping[str, Any], means: Mapping[str, Any]) -> Model:
-    """The model of an identity (`Model.identity`) at its offered place; ModelError when it is another one by now."""
-    place = Place.model_validate(means["model"])
-    vae, configs = (Place.model_validate(means[name]).locate(store) if means.get(name) else None
+def find_offered_model(store: Store, identity: Mapping[str, Any], recipe: Mapping[str, Any]) -> Model:
+    """The model of an identity (`Model.identity`) at its recorded location; ModelError when it is another one now."""
+    location = Place.model_validate(recipe["model"])
+    vae, configs = (Place.model_validate(recipe[name]).locate(store) if recipe.get(name) else None
                     for name in ("vae", "configs"))
     model = find_model(TargetConfig(
-        source=place.locate(store), revision=place.revision, vae=vae, component_configs=configs, dtype=wanted["dtype"],
-        clip_skip=wanted["clip_skip"], negative_prompt=wanted.get("negative_prompt", "")))
-    model = replace(model, **recorded_syntax(wanted))
-    refuse_other_model("target", model.fingerprint, wanted["fingerprint"])
-    if not wanted.get("lora"):
+        source=location.locate(store), revision=location.revision, vae=vae, component_configs=configs,
+        dtype=identity["dtype"], clip_skip=identity["clip_skip"], negative_prompt=identity.get("negative_prompt", "")))
+    model = replace(model, **recorded_syntax(identity))
+    refuse_other_model("target", model.fingerprint, identity["fingerprint"])
+    if not identity.get("lora"):
         return model
-    model = model.with_lora(Path(Place.model_validate(means["lora"]).locate(store)), wanted["lora"]["weight"])
+    model = model.with_lora(Path(Place.model_validate(recipe["lora"]).locate(store)), identity["lora"]["weight"])
     assert isinstance(model.lora, Lora)
-    refuse_other_model("LoRA", model.lora.fingerprint, wanted["lora"]["fingerprint"])
+    refuse_other_model("LoRA", model.lora.fingerprint, identity["lora"]["fingerprint"])
     return model
 
 
-def refuse_other_model(what: str, found: str, wanted: str) -> None:
-    if found != wanted:
+def refuse_other_model(what: str, found: str, planned: str) -> None:
+    """ModelError where the fingerprint of what was found is not the planned one."""
+    if found != planned:
         raise ModelError(f"the {what} found here has fingerprint {found[:12]}, this work was planned with "
-                         f"{wanted[:12]}: put the same weights there, or start the run that planned it again")
+                         f"{planned[:12]}: put the same weights there, or start the run that planned it again")

@@ -8,6 +8,7 @@ from typing import Any
 from hgdpo_core.errors import StorageError
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.storage import Store
+from hgdpo_core.storage.scratch import cache_folder
 
 DOWNLOAD_TRIES = 3
 MAKE_AGAIN = "delete the folder and run the stage that makes it again"
@@ -46,7 +47,7 @@ def fetch_model(store: Store, model_id: str) -> Path | None:
         if fingerprint_path(local) != fingerprint:
             raise _changed(store, key)
         return local
-    folder = _cache() / f"{model_id}-{fingerprint[:12]}"
+    folder = cache_folder("models") / f"{model_id}-{fingerprint[:12]}"
     if folder.is_dir() and fingerprint_path(folder) != fingerprint:
         shutil.rmtree(folder)
     if not folder.is_dir():
@@ -62,23 +63,18 @@ def fetch_model(store: Store, model_id: str) -> Path | None:
 
 
 def stored_id(store: Store, path: Path) -> str | None:
-    """The id of the model whose local folder `fetch_model` gave as `path`; None for a folder from elsewhere."""
+    """The id of the model whose local folder `fetch_model` returned as `path`; None for a folder from elsewhere."""
     models = store.local_path("models")
-    if models is not None:
-        found = path.name if path.parent.resolve() == models.resolve() else None
-    else:
-        found = path.name.rpartition("-")[0] if path.parent.resolve() == _cache().resolve() else None
-    return found if found and find_record(store, found) is not None else None
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo" / "models"
+    name = path.name if models is not None else path.name.rpartition("-")[0]
+    if path.parent.resolve() != (models or cache_folder("models")).resolve():
+        return None
+    return name if name and find_record(store, name) is not None else None
 
 
 def _download(store: Store, key: str, folder: Path, fingerprint: str) -> None:
     """Copy a model's files, without its checkpoints, until they are what its record says."""
     for _ in range(DOWNLOAD_TRIES):
-        shutil.rmtree(folder, ignore_errors=True)  # a killed download left it, or the network spoiled it
+        shutil.rmtree(folder, ignore_errors=True)  # a killed download left it, or the network corrupted it
         store.get_folder(key, folder, leave_out=f"{key}/checkpoints/")
         if fingerprint_path(folder) == fingerprint:
             return

@@ -7,16 +7,15 @@
 | Eq. 7, LAN                   | `match_statistics`, with a `reference` |
 
 The loop does what diffusers' StableDiffusionPipeline does, so that plain diffusers reproduces an image from its seed.
-It is written out because latent adaptive normalisation and speed work need to stand between two steps.
+It is written out because latent adaptive normalisation and speed work act between two steps.
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from hgdpo_core.models.backbone import Conditioning
 
@@ -71,7 +70,7 @@ def sample_latents(denoiser: Denoise, scheduler: DPMSolverMultistepScheduler, pr
     device, dtype = prompts.embeds.device, prompts.embeds.dtype
     both = Conditioning.join([negative.expand(len(prompts)), prompts]) if guided else prompts
     scheduler.set_timesteps(steps, device=device)
-    scheduler.set_begin_index(0)  # else its first step looks its place up on the device, and everything waits
+    scheduler.set_begin_index(0)  # else its first step looks its index up on the device, and everything waits
     reference_scheduler = copy.deepcopy(scheduler)  # the solver remembers earlier steps: each trajectory its own
     latents = noise.to(device=device, dtype=dtype) * scheduler.init_noise_sigma
     reference_latents = latents
@@ -107,23 +106,3 @@ def match_statistics(latents: torch.Tensor, reference: torch.Tensor) -> torch.Te
     scale = torch.where(deviation > 0, other.std(dim=(2, 3), keepdim=True) / deviation, 1.0)
     offset = other.mean(dim=(2, 3), keepdim=True) - own.mean(dim=(2, 3), keepdim=True) * scale
     return (own * scale + offset).to(latents.dtype)
-
-
-@torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> np.ndarray:
-    """uint8 [B, H, W, 3] of scaled latents [B, C, h, w], rounded as diffusers' image processor rounds."""
-    scaled: Any = (latents / _scaling_factor(vae)).to(vae.dtype)
-    images = vae.decode(scaled, return_dict=False)[0]
-    pixels = (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
-    return (pixels * 255).round().to(torch.uint8).cpu().numpy()  # bytes travel, not floats
-
-
-@torch.no_grad()
-def encode_latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """scaling_factor * posterior mean, float32 [B, C, h, w] on the CPU, of images [B, 3, H, W] in [-1, 1]."""
-    posterior = vae.encode(images.to(device=vae.device, dtype=vae.dtype), return_dict=False)[0]
-    return (posterior.mean * _scaling_factor(vae)).float().cpu()
-
-
-def _scaling_factor(vae: AutoencoderKL) -> float:
-    return cast(Any, vae.config).scaling_factor

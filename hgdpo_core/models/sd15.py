@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
@@ -19,11 +19,11 @@ from hgdpo_core.models.ddpm import DdpmSchedule
 from hgdpo_core.models.files import check_files, read_config
 from hgdpo_core.models.lora import ATTENTION_LINEARS, save_lora
 from hgdpo_core.models.model import Model, load_pipeline
-from hgdpo_core.models.sampling import decode_latents, encode_latents, encode_text
+from hgdpo_core.models.sampling import encode_text
 from hgdpo_core.models.text_encoder import TextEncoder
 
 PIPELINE = "StableDiffusionPipeline"
-SMALL_LATENTS = 32  # pixels a side that a UNet is made for: 1 024 tokens, whose attention scores are megabytes
+SMALL_LATENTS = 32  # pixels per side that a UNet is made for: 1 024 tokens, whose attention scores are megabytes
 
 
 class UnetDenoiser(Denoiser):
@@ -53,16 +53,23 @@ class UnetDenoiser(Denoiser):
 class KlCodec:
     """An AutoencoderKL; latents are scaled by its scaling factor."""
 
-    def __init__(self, vae: AutoencoderKL, factor: int):
+    def __init__(self, vae: Any, factor: int):
         self.vae, self.factor = vae, factor
-        config: Any = vae.config
-        self.channels: int = config.latent_channels
+        self.channels: int = vae.config.latent_channels
 
+    @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return encode_latents(self.vae, images)
+        """scaling_factor * posterior mean, float32 [B, C, h, w] on the CPU, of images [B, 3, H, W] in [-1, 1]."""
+        posterior = self.vae.encode(images.to(device=self.vae.device, dtype=self.vae.dtype), return_dict=False)[0]
+        return (posterior.mean * self.vae.config.scaling_factor).float().cpu()
 
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        return decode_latents(self.vae, latents)
+        """uint8 [B, H, W, 3] of scaled latents [B, C, h, w], rounded as diffusers' image processor rounds."""
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        images = self.vae.decode(scaled, return_dict=False)[0]
+        pixels = (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
+        return (pixels * 255).round().to(torch.uint8).cpu().numpy()  # transferred as bytes, not floats
 
     def to(self, device: torch.device | str) -> None:
         nn.Module.to(self.vae, device)
@@ -76,14 +83,11 @@ class ClipText:
         self._model = model
         self.chunk_length: int = self._pipeline.tokenizer.model_max_length
         self.width: int = self._pipeline.text_encoder.config.hidden_size
-        self._reader: TextEncoder | None = None
 
-    @property
+    @cached_property
     def reader(self) -> TextEncoder:
         """Made when prompts are read: it embeds the negative prompt, which captions do not need."""
-        if self._reader is None:
-            self._reader = TextEncoder(self._pipeline, self._model)
-        return self._reader
+        return TextEncoder(self._pipeline, self._model)
 
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         return [Conditioning(embeds[None]) for embeds in self.reader.encode(prompts)]

@@ -2,25 +2,24 @@
 
 import json
 import math
-import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hgdpo_core.models.lora import ATTENTION_LINEARS
+from hgdpo_core.models.weight_files import TEXT_ENCODER, UNET, VAE, TensorInfo, read_header
 
 FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of a Stable Diffusion model. The defaults are SD 1.5's, for what a folder does not tell."""
+    """Numbers of a Stable Diffusion model. The defaults are SD 1.5's, for what a folder does not state."""
 
     denoiser: int = 860_000_000
     codec: int = 84_000_000
     text: int = 123_000_000
-    attention: int = 1_000_000      # inputs and outputs of all linear layers of attention, summed: a LoRA's size a rank
+    attention: int = 1_000_000      # inputs and outputs of attention's linear layers, summed: a LoRA's size per rank
     latent_channels: int = 4
     scale_factor: int = 8
     text_numbers: int = 77 * 768    # of one prompt's embedding
@@ -45,16 +44,17 @@ def model_size(path: Path) -> ModelSize:
     if path.is_file() and path.suffix != ".safetensors":
         return ModelSize()
     if path.is_file():
-        tensors = _tensors([path])
-        parts = {"denoiser": "model.diffusion_model.", "codec": "first_stage_model.", "text": "cond_stage_model."}
-        found = {part: {name: shape for name, shape in tensors.items() if name.startswith(prefix)}
+        tensors = read_header(path)
+        parts = {"denoiser": UNET, "codec": VAE, "text": TEXT_ENCODER}
+        found = {part: {name: info for name, info in tensors.items() if name.startswith(prefix)}
                  for part, prefix in parts.items()}
     else:
         folders = {"denoiser": "unet", "codec": "vae", "text": "text_encoder"}
-        found = {part: _tensors(sorted((path / folder).glob("*.safetensors"))) for part, folder in folders.items()}
+        found = {part: _tensors(path / folder) for part, folder in folders.items()}
         known = _from_configs(path)
-    known |= {part: _numbers(tensors) for part, tensors in found.items() if tensors}
-    attention = [shape for name, shape in found["denoiser"].items()
+    known |= {part: sum(math.prod(info.shape) for info in tensors.values()) for part, tensors in found.items()
+              if tensors}
+    attention = [info.shape for name, info in found["denoiser"].items()
                  if name.endswith(tuple(f".{layer}.weight" for layer in ATTENTION_LINEARS))]
     if attention:
         known["attention"] = sum(map(sum, attention))
@@ -75,15 +75,6 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
-def _tensors(files: Iterable[Path]) -> dict[str, list[int]]:
-    """Name -> shape of every tensor; a name in two files (two precisions of one model) counts once."""
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        with file.open("rb") as data:
-            header = json.loads(data.read(struct.unpack("<Q", data.read(8))[0]))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return shapes
-
-
-def _numbers(tensors: dict[str, list[int]]) -> int:
-    return sum(math.prod(shape) for shape in tensors.values())
+def _tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a component by name; a name in two files (two precisions of one model) counts once."""
+    return {name: info for file in sorted(folder.glob("*.safetensors")) for name, info in read_header(file).items()}

@@ -19,7 +19,7 @@ from hgdpo_core.models.sampling import encode_text, hidden_states
 from hgdpo_core.prompts.syntax import Segment, parse_weights
 
 COMMA_REACH = 20  # A1111's "comma padding backtrack": a full chunk is cut at a comma this near to its end
-NO_MEAN = 1e-4  # of the root mean square; the text encoder of SD 1.5 stands far above it
+NO_MEAN = 1e-4  # of the root mean square; that of SD 1.5's text encoder is far larger
 
 Token = tuple[int, float]
 """Id and weight."""
@@ -42,12 +42,12 @@ class TextEncoder:
         self._empty: torch.Tensor | None = None
 
     def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
-        """One embedding [K * 77, D] a prompt, in the encoder's precision; K is no less than the negative prompt's."""
+        """One embedding [K * 77, D] per prompt, in the encoder's precision; K is no less than the negative prompt's."""
         embeds = self._encode(prompts, self.model.prompt_syntax)
         return [self._pad(embed, len(self._negative)) for embed in embeds]
 
     def negative(self, length: int) -> torch.Tensor:
-        """The negative prompt's embedding [1, length, D], to stand against prompts of that length."""
+        """The negative prompt's embedding [1, length, D], to pair with prompts of that length."""
         return self._pad(self._negative, length)[None]
 
     def _encode(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[torch.Tensor]:
@@ -88,7 +88,7 @@ class TextEncoder:
 def split_chunks(parts: Sequence[Sequence[Token]], size: int, comma: int | None) -> list[list[Token]]:
     """Tokens in chunks of at most `size`, as A1111 cuts them; a new part (after a BREAK) begins a new chunk.
 
-    A full chunk ends behind its last comma if that stands among its last COMMA_REACH tokens and no comma follows.
+    A full chunk ends behind its last comma if that is among its last COMMA_REACH tokens and no comma follows.
     """
     chunks: list[list[Token]] = []
     for number, part in enumerate(parts):
@@ -106,14 +106,14 @@ def split_chunks(parts: Sequence[Sequence[Token]], size: int, comma: int | None)
 
 def _end_of_chunk(chunk: Sequence[Token], comma: int | None) -> int:
     near = range(len(chunk) - 1, max(len(chunk) - COMMA_REACH, 0) - 1, -1)
-    return next((place + 1 for place in near if chunk[place][0] == comma), len(chunk))
+    return next((position + 1 for position in near if chunk[position][0] == comma), len(chunk))
 
 
 def weigh_embedding(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Hidden states [K, L, D] times weights [K, L], each chunk then scaled so that its mean is what it was.
 
     In float32, returned in the precision of `hidden`; weights of 1 change no bit. A chunk whose weighted mean is mere
-    rounding has no scale to take: an untrained encoder ends in a norm without bias, where every row's mean is zero.
+    rounding keeps its scale: an untrained encoder ends in a norm without bias, where every row's mean is zero.
     """
     full = hidden.float()
     weighted = full * weights[:, :, None].float()

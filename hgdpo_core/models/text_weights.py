@@ -1,4 +1,4 @@
-"""A text encoder's weights and length as older tools left them, put right as every other tool does it."""
+"""A text encoder's weights and length as older tools left them, corrected as every other tool does it."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -6,26 +6,21 @@ from typing import Any, cast
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-from safetensors import safe_open
 from transformers import CLIPTextModel
 
-from hgdpo_core.models.weight_files import FLAT_TEXT_FIRST, TEXT, open_torch, read_tensor_infos
+from hgdpo_core.models.weight_files import FLAT_TEXT_FIRST, TEXT, load_safetensors, open_torch, read_tensor_infos
 
 
 def has_flat_text_encoder(path: Path) -> bool:
-    """Whether a single file's text encoder lies without `text_model.`, as in old anime models and their merges."""
+    """Whether a single file's text encoder has names without `text_model.`, as old anime models and their merges."""
     return FLAT_TEXT_FIRST in read_tensor_infos(path)
 
 
 def read_flat_text_encoder(path: Path, configs: str, dtype: torch.dtype) -> CLIPTextModel:
     """The text encoder of such a file, loaded as diffusers loads it from any other."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            given = {name: file.get_tensor(name) for name in file.keys()  # noqa: SIM118 - safe_open is no mapping
-                     if name.startswith(TEXT)}
-    else:
-        given = {name: tensor for name, tensor in open_torch(path, mmap=True).items() if name.startswith(TEXT)}
-    renamed = {f"{TEXT}text_model.{name.removeprefix(TEXT)}": tensor for name, tensor in given.items()}
+    given = load_safetensors(path, TEXT)[0] if path.suffix == ".safetensors" else open_torch(path, mmap=True)
+    renamed = {f"{TEXT}text_model.{name.removeprefix(TEXT)}": tensor for name, tensor in given.items()
+               if name.startswith(TEXT)}
     return create_diffusers_clip_model_from_ldm(CLIPTextModel, renamed, subfolder="text_encoder", config=configs,
                                                 torch_dtype=dtype, local_files_only=True)
 

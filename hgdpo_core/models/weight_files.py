@@ -1,4 +1,4 @@
-"""Weight files, judged before anything is loaded: whole or cut off, which precision, which model family."""
+"""Weight files, checked before anything is loaded: whole or cut off, which precision, which model family."""
 
 import json
 import pickle
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
 import torch
+from safetensors import safe_open
 
 from hgdpo_core.errors import ModelError
 
@@ -35,7 +36,7 @@ INPUT_CHANNELS = {9: "an inpainting model", 8: "an image-editing model"}
 
 
 class TensorInfo(NamedTuple):
-    """What a header says of a tensor; a float's dtype in safetensors' words (F32, BF16, ...)."""
+    """A tensor's entry in a header; a float's dtype in safetensors' words (F32, BF16, ...)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,7 +49,7 @@ def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
     the file's format permits it.
     """
     if path.suffix == ".safetensors":
-        infos = _read_safetensors(path)
+        infos = read_header(path)
     elif path.suffix in TORCH_SUFFIXES:
         infos = {name: TensorInfo(TORCH_DTYPES.get(value.dtype, str(value.dtype)), tuple(value.shape))
                  for name, value in open_torch(path, mmap=True).items()}
@@ -62,7 +63,8 @@ def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _read_safetensors(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The header of a .safetensors file of any precision; ModelError, in one line, if it is broken."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -98,6 +100,13 @@ def _parse_header(header: bytes) -> tuple[dict[str, TensorInfo], int]:
     if not all(isinstance(number, int) and number >= 0 for info in infos.values() for number in (*info.shape, *ends)):
         raise ValueError
     return infos, max(ends, default=0)
+
+
+def load_safetensors(path: Path, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors whose names begin with `prefix`, and the metadata of the file."""
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - safe_open is no mapping
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
 CONVERT = "convert it to .safetensors where you trust its origin (A1111's Checkpoint Merger saves it as such)"

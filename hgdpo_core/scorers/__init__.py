@@ -1,8 +1,9 @@
-"""Judges of images behind one small interface: `load_scorer(name).score(images, prompts)`."""
+"""Scorers of images behind one small interface: `load_scorer(name).score(images, prompts)`."""
 
 import functools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,13 +12,13 @@ from hgdpo_core.config import ScorerConfig
 from hgdpo_core.devices import DTYPES
 from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.scorers import aesthetic, clip, hps, imagereward, inspector, pickscore, tinted
-from hgdpo_core.scorers.pictures import Images
+from hgdpo_core.scorers.pixels import Images
 
 
 class Scorer(Protocol):
-    """A judge: higher is better. `fingerprint` tells one version of its weights from another.
+    """Scores images: higher is better. `fingerprint` differs between versions of its weights.
 
-    A score depends on its own picture and prompt alone: the rest of a batch, its order and size move it by float
+    A score depends on its own image and prompt alone: the rest of a batch, its order and size move it by float
     rounding only (below 1e-5 in float32). A score that is not finite comes back as it is: a pool that holds one
     yields no triplet, and a win rate refuses it.
     """
@@ -31,9 +32,9 @@ class Scorer(Protocol):
 
 
 class ScorerSource(Protocol):
-    """What stands in the registry: a module or an object that finds a scorer and loads it.
+    """An entry of `SCORERS`: a module or an object that finds a scorer and loads it.
 
-    One that can tell a defective image declares DEFECT_BELOW too: an image that scores below is defective.
+    One that can recognise a defective image declares DEFECT_BELOW too: an image that scores below is defective.
     """
 
     @property
@@ -47,7 +48,7 @@ class ScorerSource(Protocol):
         ...
 
     def locate(self, source: str | None) -> tuple[Any, ...]:
-        """What the scorer is made of; the last item is the fingerprint. ModelError when it is not to be had."""
+        """What the scorer is made of; the last item is the fingerprint. ModelError when it is not available."""
         ...
 
     def check(self, source: str | None) -> None:
@@ -69,14 +70,25 @@ def load_scorer(name: str, *, source: str | None = None, device: str = "cpu",
 
     pickscore, tinted and inspector have built-in weights too (hgdpo_core/built_in.py).
     """
-    return _module(name).load(source=source, device=device, dtype=dtype)
+    with _named(name):
+        return _module(name).load(source=source, device=device, dtype=dtype)
 
 
 def find_scorer(name: str, source: str | None) -> str:
-    """The fingerprint of a scorer without loading it; ModelError when its weights are not to be had, or not whole."""
-    fingerprint = _module(name).locate(source)[-1]
-    _check_once(name, source, fingerprint)
+    """The fingerprint of a scorer without loading it; ModelError when its weights are not available, or not whole."""
+    with _named(name):
+        fingerprint = _module(name).locate(source)[-1]
+        _check_once(name, source, fingerprint)
     return fingerprint
+
+
+@contextmanager
+def _named(scorer: str) -> Iterator[None]:
+    """A ModelError's message begins with the scorer that it is about."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"scorer {scorer}: {error}") from None
 
 
 @functools.lru_cache(maxsize=64)
@@ -85,7 +97,7 @@ def _check_once(name: str, source: str | None, fingerprint: str) -> None:
 
 
 def require_scorers(scorers: Sequence[ScorerConfig], option: str = "--set evaluation.scorers=") -> None:
-    """ModelError, in one line, when one of an evaluation's scorers is not to be had: what to do, with it or without.
+    """ModelError, in one line, when one of an evaluation's scorers is not available: what to do, with it or without.
 
     `option` is what a user would write before the names of the scorers.
     """
@@ -110,13 +122,13 @@ def scorer_title(name: str) -> str:
 
 
 def defect_limit(name: str) -> float | None:
-    """The score under which an image is defective, for scorers that can tell; None for those that only rank."""
+    """The score under which an image is defective, for scorers that recognise those; None for those that only rank."""
     return getattr(_module(name), "DEFECT_BELOW", None)
 
 
 @runtime_checkable
 class ImageEmbedder(Protocol):
-    """A judge with an image tower of its own, whose features tell how much images differ."""
+    """A scorer with an image tower of its own, whose features show how much images differ."""
 
     def embed_images(self, images: Images) -> torch.Tensor:
         """L2-normalised float32 [B, D] of B images (PIL, or uint8 [B, H, W, 3])."""

@@ -1,10 +1,9 @@
 """LAION's aesthetic predictor, sac+logos+ava1-l14-linearMSE: a linear head over OpenAI CLIP ViT-L/14's image embedding.
 
-It judges the picture alone; a prompt changes nothing. https://github.com/christophschuhmann/improved-aesthetic-predictor
+It rates the image alone; a prompt changes nothing. https://github.com/christophschuhmann/improved-aesthetic-predictor
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,12 @@ import fsspec
 import torch
 from transformers import CLIPVisionModelWithProjection
 
-from hgdpo_core.errors import ModelError
-from hgdpo_core.models.hub import first_line
+from hgdpo_core.errors import ModelError, first_line
+from hgdpo_core.scorers import towers, weights
 from hgdpo_core.scorers.heads import linear_head
-from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, normalise_pixels
-from hgdpo_core.scorers.towers import MODEL_FILES, OPENAI_CLIP, check_folder, load_folder, normalise
-from hgdpo_core.scorers.weights import (
-    beside,
-    find_files,
-    find_weights,
-    fingerprint,
-    first_of,
-    freeze,
-    read_empty_tensors,
-    read_tensors,
-)
+from hgdpo_core.scorers.pixels import Images, check_counts, crop_pixels, normalise_pixels
+from hgdpo_core.storage.local import write_atomically
+from hgdpo_core.storage.scratch import cache_folder
 
 NAME, TITLE = "aesthetic", "LAION aesthetic"
 STEM = "sac+logos+ava1-l14-linearMSE"
@@ -55,7 +45,7 @@ class Aesthetic:
     def embed_images(self, images: Images) -> torch.Tensor:
         """L2-normalised float32 [B, D]."""
         pixels = crop_pixels(images, self.vision.config.image_size).to(self.vision.device)
-        return normalise(self.vision(pixel_values=normalise_pixels(pixels, self.vision.dtype)).image_embeds)
+        return towers.normalise(self.vision(pixel_values=normalise_pixels(pixels, self.vision.dtype)).image_embeds)
 
 
 def locate(source: str | None) -> tuple[Path, Path, str]:
@@ -63,52 +53,50 @@ def locate(source: str | None) -> tuple[Path, Path, str]:
 
     The CLIP is the one beside the head, if there is one, else OpenAI's from the hub.
     """
-    head = public_head() if source is None else find_weights("aesthetic", source, NAMES, ADDRESS)
-    clip = find_files("aesthetic", "its CLIP", beside("aesthetic", source, head), MODEL_FILES, OPENAI_CLIP)
-    return head, clip[0].parent, fingerprint("aesthetic", [head, *clip])
+    head = public_head() if source is None else weights.find_weights(source, NAMES, ADDRESS)
+    clip = weights.find_files("its CLIP", source, head, towers.MODEL_FILES, towers.OPENAI_CLIP)
+    return head, clip[0].parent, weights.fingerprint(NAME, [head, *clip])
 
 
 def check(source: str | None) -> None:
     """ModelError where headers show that head or CLIP is not whole, or that they do not fit; no network is loaded."""
     path, folder, _ = locate(source)
-    head = linear_head("aesthetic", path, read_empty_tensors("aesthetic", path), "layers.")
-    vision: Any = check_folder("aesthetic", folder, CLIPVisionModelWithProjection).vision_config
+    head = linear_head(path, weights.read_empty_tensors(path), "layers.")
+    vision: Any = towers.check_folder(folder, CLIPVisionModelWithProjection).vision_config
     _check_width(head, folder, vision.projection_dim)
 
 
 def _check_width(head: torch.nn.Module, folder: Path, width: int) -> None:
     expected = next(head.parameters()).shape[1]
     if width != expected:
-        raise ModelError(f"scorer aesthetic: the head reads {expected} numbers, the CLIP in {folder} gives {width}: "
-                         f"put the head beside {OPENAI_CLIP}")
+        raise ModelError(f"the head reads {expected} numbers, the CLIP in {folder} gives {width}: put the head beside "
+                         f"{towers.OPENAI_CLIP}")
 
 
 def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Aesthetic:
     """The published head (None), or one from a folder or file; CLIP runs in `dtype`, the head in float32."""
-    path, folder, mark = locate(source)
-    head = linear_head("aesthetic", path, read_tensors("aesthetic", path), "layers.")
-    vision = load_folder("aesthetic", folder, dtype, CLIPVisionModelWithProjection)
+    path, folder, fingerprint = locate(source)
+    head = linear_head(path, weights.read_tensors(path), "layers.")
+    vision = towers.load_folder(folder, dtype, CLIPVisionModelWithProjection)
     _check_width(head, folder, vision.config.projection_dim)
-    return Aesthetic(freeze(vision, device), freeze(head, device), mark)
+    return Aesthetic(weights.freeze(vision, device), weights.freeze(head, device), fingerprint)
 
 
 def public_head() -> Path:
     """The published head, fetched once into the cache and checked by its sha256."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo" / "scorers"
-    found = first_of(cache, NAMES)
+    cache = cache_folder("scorers")
+    found = weights.first_of(cache, NAMES)
     if found:
         return found
     try:
         with fsspec.open(HEAD_URL, "rb") as file:
             data: bytes = file.read()  # type: ignore[union-attr]
-    except Exception as error:  # aiohttp raises a wide family: all mean "could not be had"
-        raise ModelError(f"scorer aesthetic: {HEAD_URL} could not be downloaded ({first_line(error)}): put that file "
-                         f"into {cache}, or beside the files of {OPENAI_CLIP} and give that folder as the scorer's "
+    except Exception as error:  # aiohttp raises a wide family: all mean "could not be downloaded"
+        raise ModelError(f"{HEAD_URL} could not be downloaded ({first_line(error)}): put that file into {cache}, or "
+                         f"beside the files of {towers.OPENAI_CLIP} and give that folder as the scorer's "
                          "source") from None
     if hashlib.sha256(data).hexdigest() != HEAD_SHA256:
-        raise ModelError(f"scorer aesthetic: {HEAD_URL} gave {len(data)} bytes that are not the published head: try "
-                         f"again, or put the right file into {cache}")
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = cache / f".{os.getpid()}"
-    temporary.write_bytes(data)
-    return temporary.replace(cache / NAMES[-1])
+        raise ModelError(f"{HEAD_URL} gave {len(data)} bytes that are not the published head: try again, or put the "
+                         f"right file into {cache}")
+    write_atomically(cache / NAMES[-1], lambda file: file.write(data))
+    return cache / NAMES[-1]

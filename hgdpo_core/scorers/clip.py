@@ -3,92 +3,49 @@
 The checkpoint is OpenAI's ViT-L/14 (`openai/clip-vit-large-patch14`) unless the source names another.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from hgdpo_core.errors import ModelError
-from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels
-from hgdpo_core.scorers.towers import (
-    MODEL_FILES,
-    OPENAI_CLIP,
-    TOKENIZER_FILES,
-    ClipTowers,
-    check_convert,
-    check_folder,
-    check_texts,
-    convert,
-    load_folder,
-    load_tokenizer,
-)
-from hgdpo_core.scorers.weights import (
-    all_of,
-    beside,
-    download_files,
-    find_files,
-    fingerprint,
-    freeze,
-    local_place,
-    read_tensors,
-)
+from hgdpo_core.scorers import towers, weights
+from hgdpo_core.scorers.pixels import crop_pixels
+from hgdpo_core.scorers.towers import MODEL_FILES, OPENAI_CLIP, TOKENIZER_FILES, ClipScorer
 
 NAME, TITLE = "clip", "CLIP"
 
 
-class ClipScore:
-    """A loaded CLIP as a judge."""
-
-    name = NAME
-
-    def __init__(self, towers: ClipTowers, fingerprint: str):
-        self.towers, self.fingerprint = towers, fingerprint
-
-    def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
-        """Cosines, float32 [B] on the CPU, about 0.15 to 0.35 for OpenAI's weights."""
-        check_counts(images, prompts)
-        return (self.towers.texts(prompts) * self.embed_images(images)).sum(dim=-1).cpu()
-
-    def embed_images(self, images: Images) -> torch.Tensor:
-        """L2-normalised float32 [B, D]."""
-        return self.towers.pictures(crop_pixels(images, self.towers.image_size))
-
-
 def locate(source: str | None) -> tuple[list[Path], list[Path], str]:
     """Model files (config and weights, or one file of OpenAI's tensors), tokenizer files, fingerprint."""
-    place = local_place("clip", source)
-    if place is None:
-        model = download_files("clip", source or OPENAI_CLIP, MODEL_FILES[0], "needs its model",
-                               "into a folder and give that as the scorer's source")
-    elif place.is_file():
-        model = [place]
+    path = weights.local_path(source)
+    if path is None:
+        model = weights.download_files(source or OPENAI_CLIP, MODEL_FILES[0], "its model",
+                                       "into a folder and give that as the scorer's source")
     else:
-        model = all_of(place, MODEL_FILES)
+        model = [path] if path.is_file() else weights.all_of(path, MODEL_FILES)
         if not model:
-            raise ModelError(f"scorer clip: {place} lacks {' or '.join(MODEL_FILES[0])}: put those of {OPENAI_CLIP} "
-                             "there")
-    folder = beside("clip", source, model[0])
-    tokenizer = find_files("clip", "the CLIP tokenizer", folder, TOKENIZER_FILES, OPENAI_CLIP)
-    return model, tokenizer, fingerprint("clip", [*model, *tokenizer])
+            raise ModelError(f"{path} lacks {' or '.join(MODEL_FILES[0])}: put those of {OPENAI_CLIP} there")
+    tokenizer = weights.find_files("the CLIP tokenizer", source, model[0], TOKENIZER_FILES, OPENAI_CLIP)
+    return model, tokenizer, weights.fingerprint(NAME, [*model, *tokenizer])
 
 
 def check(source: str | None) -> None:
     """ModelError where headers and tokenizer show that the files are no whole CLIP; no network is loaded."""
     files, tokenizer_files, _ = locate(source)
-    tokenizer = load_tokenizer("clip", tokenizer_files)
+    tokenizer = towers.load_tokenizer(tokenizer_files)
     if len(files) == 1:
-        check_convert("clip", files[0], tokenizer, act="quick_gelu")
+        towers.check_convert(files[0], tokenizer, act="quick_gelu")
     else:
-        check_texts("clip", tokenizer_files[0].parent, tokenizer, check_folder("clip", files[0].parent).text_config)
+        towers.check_texts(tokenizer_files[0].parent, tokenizer, towers.check_folder(files[0].parent).text_config)
 
 
-def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ClipScore:
+def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ClipScorer:
     """CLIP from the hub (None), a hub id, a folder, or a file with the tensors of OpenAI's own release."""
-    files, tokenizer_files, mark = locate(source)
-    tokenizer = load_tokenizer("clip", tokenizer_files)
+    files, tokenizer_files, fingerprint = locate(source)
+    tokenizer = towers.load_tokenizer(tokenizer_files)
     if len(files) == 1:
-        model = convert("clip", files[0], read_tensors("clip", files[0]), tokenizer, act="quick_gelu", dtype=dtype)
+        model = towers.convert(files[0], tokenizer, act="quick_gelu", dtype=dtype)
     else:
-        model = load_folder("clip", files[0].parent, dtype)
-    check_texts("clip", tokenizer_files[0].parent, tokenizer, model.config.text_config)
-    return ClipScore(ClipTowers(freeze(model, device), tokenizer), mark)
+        model = towers.load_folder(files[0].parent, dtype)
+        towers.check_texts(tokenizer_files[0].parent, tokenizer, model.config.text_config)
+    return ClipScorer(NAME, weights.freeze(model, device), tokenizer, crop_pixels, fingerprint)

@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023, arXiv:2304.05977): BLIP reads the prompt while it looks at the picture; a head rates it.
+"""ImageReward (Xu et al. 2023, arXiv:2304.05977): BLIP reads prompt and image together; a head rates what it read.
 
 Image and text meet in every layer of BLIP's text encoder, so a prompt's text cannot be encoded once for its images.
 """
@@ -10,23 +10,13 @@ from typing import Any
 import torch
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from hgdpo_core.errors import ModelError
-from hgdpo_core.models.hub import first_line, quiet_transformers
+from hgdpo_core.errors import ModelError, first_line
+from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.tokenizers import check_tokenizer
+from hgdpo_core.scorers import weights
 from hgdpo_core.scorers.heads import linear_head
-from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, normalise_pixels
-from hgdpo_core.scorers.weights import (
-    beside,
-    build,
-    check_build,
-    count_blocks,
-    find_files,
-    find_weights,
-    fingerprint,
-    freeze,
-    read_empty_tensors,
-    read_tensors,
-)
+from hgdpo_core.scorers.pixels import Images, check_counts, crop_pixels, normalise_pixels
+from hgdpo_core.scorers.weights import count_blocks, freeze
 
 NAME, TITLE = "imagereward", "ImageReward"
 REPOSITORY, NAMES = "THUDM/ImageReward", ("ImageReward.safetensors", "ImageReward.pt")
@@ -66,33 +56,32 @@ class ImageReward:
 
 def locate(source: str | None) -> tuple[Path, list[Path], str]:
     """Weights, tokenizer files, fingerprint. Downloads what is not there."""
-    weights = find_weights("imagereward", source, NAMES, REPOSITORY)
-    folder = beside("imagereward", source, weights)
-    tokenizer = find_files("imagereward", "BERT's vocabulary", folder, TOKENIZER_FILES, BERT)
-    return weights, tokenizer, fingerprint("imagereward", [weights, *tokenizer])
+    path = weights.find_weights(source, NAMES, REPOSITORY)
+    tokenizer = weights.find_files("BERT's vocabulary", source, path, TOKENIZER_FILES, BERT)
+    return path, tokenizer, weights.fingerprint(NAME, [path, *tokenizer])
 
 
 def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ImageReward:
     """ImageReward from the hub (None), a hub id, a folder or a file; BLIP runs in `dtype`, the head in float32."""
-    path, tokenizer_files, mark = locate(source)
-    tensors = read_tensors("imagereward", path)
+    path, tokenizer_files, fingerprint = locate(source)
+    tensors = weights.read_tensors(path)
     vision_config, text_config = _configs_of(path, tensors)
-    vision = build("imagereward", path, BlipVisionModel, vision_config, _vision_tensors(tensors), dtype)
-    text = build("imagereward", path, BlipTextModel, text_config, _text_tensors(tensors), dtype,
-                 attention="eager", add_pooling_layer=False)
-    head = linear_head("imagereward", path, tensors, HEAD)
+    vision = weights.build(path, BlipVisionModel, vision_config, _vision_tensors(tensors), dtype)
+    text = weights.build(path, BlipTextModel, text_config, _text_tensors(tensors), dtype, attention="eager",
+                         add_pooling_layer=False)
+    head = linear_head(path, tensors, HEAD)
     return ImageReward(freeze(vision, device), freeze(text, device), freeze(head, device),
-                       _load_tokenizer(tokenizer_files, text_config.vocab_size), mark)
+                       _load_tokenizer(tokenizer_files, text_config.vocab_size), fingerprint)
 
 
 def check(source: str | None) -> None:
     """ModelError where header and tokenizer show that the file is no whole ImageReward; no network is loaded."""
     path, tokenizer_files, _ = locate(source)
-    tensors = read_empty_tensors("imagereward", path)
+    tensors = weights.read_empty_tensors(path)
     vision_config, text_config = _configs_of(path, tensors)
-    check_build("imagereward", path, BlipVisionModel, vision_config, _vision_tensors(tensors))
-    check_build("imagereward", path, BlipTextModel, text_config, _text_tensors(tensors), add_pooling_layer=False)
-    linear_head("imagereward", path, tensors, HEAD)
+    weights.check_build(path, BlipVisionModel, vision_config, _vision_tensors(tensors))
+    weights.check_build(path, BlipTextModel, text_config, _text_tensors(tensors), add_pooling_layer=False)
+    linear_head(path, tensors, HEAD)
     _load_tokenizer(tokenizer_files, text_config.vocab_size)
 
 
@@ -100,11 +89,9 @@ def _configs_of(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[BlipVi
     try:
         return _read_configs(tensors)
     except KeyError as error:
-        raise ModelError(f"scorer imagereward: {path} lacks {error.args[0]}: expected the tensors of "
-                         f"{NAMES[-1]}") from None
+        raise ModelError(f"{path} lacks {error.args[0]}: expected the tensors of {NAMES[-1]}") from None
     except (ValueError, IndexError, TypeError) as error:
-        raise ModelError(f"scorer imagereward: {path} holds tensors of other shapes than {NAMES[-1]}: "
-                         f"{first_line(error)}") from None
+        raise ModelError(f"{path} holds tensors of other shapes than {NAMES[-1]}: {first_line(error)}") from None
 
 
 def _load_tokenizer(files: Sequence[Path], vocabulary: int) -> BertTokenizer:
@@ -113,8 +100,8 @@ def _load_tokenizer(files: Sequence[Path], vocabulary: int) -> BertTokenizer:
             tokenizer = (BertTokenizer.from_pretrained(files[0].parent, local_files_only=True)
                          if files[0].suffix == ".json" else BertTokenizer(vocab=str(files[0])))
     except Exception as error:  # tokenizers raises plain Exception
-        raise ModelError(f"scorer imagereward: {files[0]} is no BERT vocabulary: {first_line(error)}") from None
-    check_tokenizer(files[0], lambda text: tokenizer(text).input_ids, vocabulary, "scorer imagereward: ")
+        raise ModelError(f"{files[0]} is no BERT vocabulary: {first_line(error)}") from None
+    check_tokenizer(files[0], lambda text: tokenizer(text).input_ids, vocabulary)
     return tokenizer
 
 
@@ -132,7 +119,7 @@ def _read_configs(tensors: Mapping[str, torch.Tensor]) -> tuple[BlipVisionConfig
         num_hidden_layers=count_blocks(tensors, f"{TEXT}encoder.layer."),
         max_position_embeddings=len(tensors[f"{TEXT}embeddings.position_embeddings.weight"]),
         hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=True, bos_token_id=None, eos_token_id=None,
-        sep_token_id=None)  # is_decoder gives the layers that look at the picture
+        sep_token_id=None)  # is_decoder gives the layers that attend to the image
     return vision, text
 
 

@@ -1,6 +1,6 @@
 """PickScore (Kirstain et al. 2023, arXiv:2305.01569): exp(logit_scale) * cosine(text, image) of a tuned CLIP ViT-H/14.
 
-Any transformers CLIPModel folder trained with its objective serves, such as the built-in judge.
+Any transformers CLIPModel folder trained with its objective serves, such as the built-in one.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from huggingface_hub import snapshot_download
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from hgdpo_core.built_in import find_scorer_weights, is_built_in
-from hgdpo_core.errors import ModelError
+from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models.fingerprints import fingerprint_path
-from hgdpo_core.models.hub import first_line, quiet_transformers
+from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.tokenizers import load_clip_tokenizer
-from hgdpo_core.scorers.pictures import Images, check_counts, crop_pixels, floor_half, normalise_pixels
+from hgdpo_core.scorers.pixels import Images, check_counts, crop_pixels, floor_half, normalise_pixels
 from hgdpo_core.scorers.texts import TextCache
 from hgdpo_core.scorers.towers import check_folder, check_texts, load_folder, normalise
 from hgdpo_core.scorers.weights import freeze
@@ -29,13 +29,13 @@ PROCESSOR_FILES = ["*.json", "*.txt"]
 
 
 class PickScore:
-    """A loaded PickScore-shaped judge."""
+    """A loaded PickScore, or another CLIP of its shape."""
 
     name = NAME
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil,
                  fingerprint: str):
-        self.model: Any = model  # transformers' own types do not know what it returns
+        self.model: Any = model  # transformers' own types do not declare what it returns
         self.tokenizer, self.fingerprint = tokenizer, fingerprint
         self.image_size, self.mean, self.deviation = _read_processor(processor)
         text: Any = model.config.text_config
@@ -70,8 +70,8 @@ def _read_processor(processor: Any) -> tuple[int, list[float], list[float]]:
     crop = (processor.crop_size["height"], processor.crop_size["width"])
     steps = (processor.do_resize, processor.do_center_crop, processor.do_rescale, processor.do_normalize)
     if side is None or crop != (side, side) or not all(steps) or processor.resample != 3:
-        raise ModelError(f"scorer pickscore: its preprocessor_config.json asks for {processor.size} and a crop of "
-                         f"{crop}: expected CLIP's own (bicubic, shortest_edge equal to a square crop)")
+        raise ModelError(f"its preprocessor_config.json asks for {processor.size} and a crop of {crop}: expected "
+                         "CLIP's own (bicubic, shortest_edge equal to a square crop)")
     return side, processor.image_mean, processor.image_std
 
 
@@ -83,7 +83,7 @@ def locate(source: str | None) -> tuple[Path, Path, str]:
         folder = Path(source).expanduser()
         return folder, folder, fingerprint_path(folder)
     if source is not None and source.count("/") != 1:
-        raise ModelError(f"scorer pickscore: {source} does not exist: expected a folder with a CLIPModel or a hub id")
+        raise ModelError(f"{source} does not exist: expected a folder with a CLIPModel or a hub id")
     model = _download(source or MODEL, ["*.json", "*.txt", "*.safetensors"])
     processor = _download(PROCESSOR, PROCESSOR_FILES) if source is None else model
     return model, processor, model.name
@@ -92,17 +92,16 @@ def locate(source: str | None) -> tuple[Path, Path, str]:
 def _download(repository: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises a wide family: all mean "could not be had"
-        raise ModelError(f"scorer pickscore: {repository} could not be downloaded ({first_line(error)}); download it "
-                         "once on a machine with network and give its folder as the scorer's source") from None
+    except Exception as error:  # the hub client raises a wide family: all mean "could not be downloaded"
+        raise ModelError(f"{repository} could not be downloaded ({first_line(error)}); download it once on a machine "
+                         "with network and give its folder as the scorer's source") from None
 
 
 def check(source: str | None) -> None:
     """ModelError where headers and tokenizer show that the folder is no whole PickScore; no network is loaded."""
     folder, processor_folder, _ = locate(source)
-    config = check_folder("pickscore", folder)
-    check_texts("pickscore", processor_folder, load_clip_tokenizer(processor_folder, "scorer pickscore: "),
-                config.text_config)
+    text_config = check_folder(folder).text_config
+    check_texts(processor_folder, load_clip_tokenizer(processor_folder), text_config)
     _load_processor(processor_folder)
 
 
@@ -114,15 +113,14 @@ def _load_processor(folder: Path) -> CLIPImageProcessorPil:
     except ModelError:
         raise
     except Exception as error:  # any value of any setting may be wrong, and each fails in its own way
-        raise ModelError(f"scorer pickscore: {folder} holds no image processor of a CLIP: "
-                         f"{first_line(error)}") from None
+        raise ModelError(f"{folder} holds no image processor of a CLIP: {first_line(error)}") from None
     return processor
 
 
 def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PickScore:
     """PickScore from the hub (None), a hub id, a folder, or the built-in one."""
     folder, processor_folder, fingerprint = locate(source)
-    model = load_folder("pickscore", folder, dtype)
-    tokenizer = load_clip_tokenizer(processor_folder, "scorer pickscore: ")
-    check_texts("pickscore", processor_folder, tokenizer, model.config.text_config)
+    model = load_folder(folder, dtype)
+    tokenizer = load_clip_tokenizer(processor_folder)
+    check_texts(processor_folder, tokenizer, model.config.text_config)
     return PickScore(freeze(model, device), tokenizer, _load_processor(processor_folder), fingerprint)

@@ -1,7 +1,7 @@
 """CLIP's two towers as a transformers CLIPModel, also from weights that carry the names of open_clip and OpenAI."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,13 @@ import ftfy
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from hgdpo_core.errors import ModelError
-from hgdpo_core.models.hub import first_line, quiet_transformers
+from hgdpo_core.errors import ModelError, first_line
+from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.networks import check_finite, component_infos, refuse_report
 from hgdpo_core.models.tokenizers import check_tokenizer, load_clip_tokenizer
-from hgdpo_core.scorers.pictures import normalise_pixels
+from hgdpo_core.scorers.pixels import Images, check_counts, normalise_pixels
 from hgdpo_core.scorers.texts import TextCache
-from hgdpo_core.scorers.weights import build, check_build, count_blocks, read_empty_tensors
+from hgdpo_core.scorers.weights import build, check_build, count_blocks, read_empty_tensors, read_tensors
 
 OPENAI_CLIP = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -39,26 +39,36 @@ IN_A_BLOCK = {".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".mlp.c_fc."
               ".mlp.c_proj.": ".mlp.fc2.", ".attn.out_proj.": ".self_attn.out_proj."}
 
 
-class ClipTowers:
-    """Both embeddings of a CLIP, L2-normalised, float32. A prompt that repeats is embedded once."""
+class ClipScorer:
+    """A loaded CLIP as a scorer. A prompt that repeats is embedded once.
 
-    def __init__(self, model: Any, tokenizer: CLIPTokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    `pixels(images, size)`: what it sees of images, as `crop_pixels` or `letterbox_pixels` give it.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: CLIPTokenizer, pixels: Callable[[Images, int], torch.Tensor],
+                 fingerprint: str):
+        self.name, self.model, self.tokenizer, self.fingerprint = name, model, tokenizer, fingerprint
+        self.pixels = pixels
         self.max_tokens: int = model.config.text_config.max_position_embeddings
         self.image_size: int = model.config.vision_config.image_size
         self.texts = TextCache(self._embed_texts)
 
+    def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
+        """Cosines, float32 [B] on the CPU: about 0.15 to 0.35 for OpenAI's weights, 0.2 to 0.35 for HPS v2's."""
+        check_counts(images, prompts)
+        return (self.texts(prompts) * self.embed_images(images)).sum(dim=-1).cpu()
+
     @torch.no_grad()
-    def pictures(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, D] of the pixels of `crop_pixels` or `letterbox_pixels`."""
-        values = normalise_pixels(pixels.to(self.model.device), self.model.dtype)
+    def embed_images(self, images: Images) -> torch.Tensor:
+        """L2-normalised float32 [B, D]."""
+        values = normalise_pixels(self.pixels(images, self.image_size).to(self.model.device), self.model.dtype)
         return normalise(self.model.get_image_features(pixel_values=values).pooler_output)
 
     @torch.no_grad()
     def _embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
         tokens = self.tokenizer([clean_text(prompt) for prompt in prompts], padding=True, truncation=True,
                                 max_length=self.max_tokens, return_tensors="pt")
-        # without a mask: attention is causal, so what stands behind the end of a text cannot change it
+        # without a mask: attention is causal, so what follows the end of a text cannot change it
         ids = tokens["input_ids"].to(self.model.device)
         return normalise(self.model.get_text_features(input_ids=ids).pooler_output)
 
@@ -73,62 +83,61 @@ def clean_text(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
-def load_tokenizer(scorer: str, files: Sequence[Path]) -> CLIPTokenizer:
+def load_tokenizer(files: Sequence[Path]) -> CLIPTokenizer:
     """The tokenizer in `files`, one of the choices of TOKENIZER_FILES."""
     if len(files) == 1:
-        return load_clip_tokenizer(files[0].parent, f"scorer {scorer}: ")
+        return load_clip_tokenizer(files[0].parent)
     try:
         with quiet_transformers():
             return CLIPTokenizer(vocab=str(files[0]), merges=str(files[1]))
     except Exception as error:  # tokenizers raises plain Exception
-        raise ModelError(f"scorer {scorer}: {files[0].parent} holds no CLIP tokenizer: {first_line(error)}") from None
+        raise ModelError(f"{files[0].parent} holds no CLIP tokenizer: {first_line(error)}") from None
 
 
-def check_texts(scorer: str, place: Path, tokenizer: CLIPTokenizer, text: Any) -> None:
+def check_texts(path: Path, tokenizer: CLIPTokenizer, text: Any) -> None:
     """ModelError where two texts are one to a CLIP: the same ids, or pooled before they begin to differ.
 
-    `text` is the config of its text tower, which pools where the end token stands.
+    `text` is the config of its text tower, which pools at the end token.
     """
     def read(words: str) -> list[int]:
         ids: list[int] = tokenizer(words).input_ids
         end = max(ids) if text.eos_token_id == 2 else text.eos_token_id  # 2: what old configs say, whatever the end is
         return ids[:ids.index(end) + 1] if end in ids else ids[:1]
 
-    check_tokenizer(place, read, text.vocab_size, f"scorer {scorer}: ")
+    check_tokenizer(path, read, text.vocab_size)
 
 
-def convert(scorer: str, path: Path, tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, *, act: str,
-            vision_heads: int | None = None, text_heads: int | None = None, dtype: torch.dtype) -> Any:
-    """A CLIPModel of tensors named as in open_clip and OpenAI's CLIP.
+def convert(path: Path, tokenizer: CLIPTokenizer, *, act: str, heads: int | None = None, dtype: torch.dtype) -> Any:
+    """The CLIPModel in a file of tensors named as in open_clip and OpenAI's CLIP; ModelError as `check_convert`.
 
     Sizes are read from the tensors, heads are 64 wide unless numbered; `act` is "gelu" (open_clip) or "quick_gelu"
     (OpenAI), which no tensor tells.
     """
-    config, renamed = _converted(scorer, path, tensors, tokenizer, act, vision_heads, text_heads)
-    return build(scorer, path, CLIPModel, config, renamed, dtype)
+    config, renamed = _converted(path, read_tensors(path), tokenizer, act, heads)
+    model = build(path, CLIPModel, config, renamed, dtype)
+    check_texts(path, tokenizer, config.text_config)
+    return model
 
 
-def check_convert(scorer: str, path: Path, tokenizer: CLIPTokenizer, *, act: str, heads: int | None = None) -> None:
+def check_convert(path: Path, tokenizer: CLIPTokenizer, *, act: str, heads: int | None = None) -> None:
     """ModelError, from the file's header alone, where `convert` would refuse it, or where two texts would be one."""
-    tensors = read_empty_tensors(scorer, path)
-    config, renamed = _converted(scorer, path, tensors, tokenizer, act, heads, heads)
-    check_build(scorer, path, CLIPModel, config, renamed)
-    check_texts(scorer, path, tokenizer, config.text_config)
+    config, renamed = _converted(path, read_empty_tensors(path), tokenizer, act, heads)
+    check_build(path, CLIPModel, config, renamed)
+    check_texts(path, tokenizer, config.text_config)
 
 
-def _converted(scorer: str, path: Path, tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, act: str,
-               vision_heads: int | None, text_heads: int | None) -> tuple[CLIPConfig, dict[str, torch.Tensor]]:
+def _converted(path: Path, tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, act: str,
+               heads: int | None) -> tuple[CLIPConfig, dict[str, torch.Tensor]]:
     try:
-        return _read_config(tensors, tokenizer, act, vision_heads, text_heads), rename_tensors(tensors)
+        return _read_config(tensors, tokenizer, act, heads), rename_tensors(tensors)
     except KeyError as error:
-        raise ModelError(f"scorer {scorer}: {path} lacks {error.args[0]}: expected the tensors of a CLIP with the "
-                         "names of open_clip") from None
+        raise ModelError(f"{path} lacks {error.args[0]}: expected the tensors of a CLIP with the names of "
+                         "open_clip") from None
     except (ValueError, IndexError, RuntimeError, TypeError) as error:
-        raise ModelError(f"scorer {scorer}: {path} holds tensors of other shapes than a CLIP: {first_line(error)}"
-                         ) from None
+        raise ModelError(f"{path} holds tensors of other shapes than a CLIP: {first_line(error)}") from None
 
 
-def check_folder(scorer: str, folder: Path, kind: Any = CLIPModel) -> CLIPConfig:
+def check_folder(folder: Path, kind: Any = CLIPModel) -> CLIPConfig:
     """The config of a transformers CLIPModel folder that holds all weights of it, or with `kind` of one of its towers.
 
     ModelError, from the headers alone, for any other.
@@ -136,27 +145,27 @@ def check_folder(scorer: str, folder: Path, kind: Any = CLIPModel) -> CLIPConfig
     try:
         config = CLIPConfig.from_pretrained(folder, local_files_only=True)
         infos = component_infos(folder)
-    except ModelError as error:
-        raise ModelError(f"scorer {scorer}: {error}") from None
+    except ModelError:
+        raise
     except Exception as error:  # any value of any setting may be wrong, and each fails in its own way
-        raise ModelError(f"scorer {scorer}: {folder} does not load as a CLIP model: {first_line(error)}") from None
+        raise ModelError(f"{folder} does not load as a CLIP model: {first_line(error)}") from None
     tensors = {name: torch.empty(info.shape, device="meta") for name, info in infos.items()
                if kind is CLIPModel or not name.startswith(TEXT_TOWER)}
-    check_build(scorer, folder, kind, config if kind is CLIPModel else config.vision_config, tensors)
+    check_build(folder, kind, config if kind is CLIPModel else config.vision_config, tensors)
     return config
 
 
-def load_folder(scorer: str, folder: Path, dtype: torch.dtype, kind: Any = CLIPModel) -> Any:
+def load_folder(folder: Path, dtype: torch.dtype, kind: Any = CLIPModel) -> Any:
     """The transformers CLIPModel of a folder, or with `kind` one of its towers."""
-    check_folder(scorer, folder, kind)
-    with quiet_transformers():
-        try:
+    check_folder(folder, kind)
+    try:
+        with quiet_transformers():
             model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True,
                                                  output_loading_info=True)
-        except Exception as error:  # what passed the check may still fail in any way
-            raise ModelError(f"scorer {scorer}: {folder} does not load as a CLIP model: {first_line(error)}") from None
-    refuse_report(f"scorer {scorer}: {folder}", report, () if kind is CLIPModel else TEXT_TOWER)
-    check_finite(f"scorer {scorer}: {folder}", {"the CLIP": model}, "it is broken, get it again")
+    except Exception as error:  # what passed the check may still fail in any way
+        raise ModelError(f"{folder} does not load as a CLIP model: {first_line(error)}") from None
+    refuse_report(str(folder), report, () if kind is CLIPModel else TEXT_TOWER)
+    check_finite(folder, {"the CLIP": model}, "it is broken, get it again")
     return model
 
 
@@ -186,8 +195,8 @@ def _rename(name: str) -> str:
     return name
 
 
-def _read_config(tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, act: str, vision_heads: int | None,
-                 text_heads: int | None) -> CLIPConfig:
+def _read_config(tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, act: str,
+                 heads: int | None) -> CLIPConfig:
     width, _, patch, _ = tensors["visual.conv1.weight"].shape
     shared = {"projection_dim": tensors["visual.proj"].shape[1], "hidden_act": act}
     grid = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
@@ -195,13 +204,13 @@ def _read_config(tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, 
     vision = {"hidden_size": width, "patch_size": patch, "image_size": grid * patch,
               "intermediate_size": len(tensors["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
               "num_hidden_layers": count_blocks(tensors, "visual.transformer.resblocks."),
-              "num_attention_heads": vision_heads or width // 64, **shared}
+              "num_attention_heads": heads or width // 64, **shared}
     text = {"hidden_size": text_width, "vocab_size": vocabulary,
             "max_position_embeddings": len(tensors["positional_embedding"]),
             "intermediate_size": len(tensors["transformer.resblocks.0.mlp.c_fc.weight"]),
             "num_hidden_layers": count_blocks(tensors, "transformer.resblocks."),
-            "num_attention_heads": text_heads or text_width // 64, **shared,
-            # the text is pooled where the end stands: with another id every caption would be the same
+            "num_attention_heads": heads or text_width // 64, **shared,
+            # the text is pooled at its end: with another id every caption would be the same
             "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id}
     return CLIPConfig(vision_config=vision, text_config=text, projection_dim=shared["projection_dim"])

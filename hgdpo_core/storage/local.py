@@ -38,11 +38,11 @@ class LocalFiles:
             return file.read(end - start)
 
     def write(self, key: str, data: bytes) -> None:
-        place(self.path(key), lambda file: file.write(data))
+        write_atomically(self.path(key), lambda file: file.write(data))
 
     def put_file(self, source: Path, key: str) -> None:
         with source.open("rb") as data:
-            place(self.path(key), lambda file: shutil.copyfileobj(data, file))
+            write_atomically(self.path(key), lambda file: shutil.copyfileobj(data, file))
 
     def delete(self, key: str) -> None:
         self.path(key).unlink()
@@ -84,7 +84,7 @@ def open_file(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def place(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Create or replace the file at `path` with what `fill` writes, in one step once all of it is on disk."""
     _make_folder(path.parent)
     temporary = path.with_name(TEMPORARY_PREFIX + uuid.uuid4().hex)

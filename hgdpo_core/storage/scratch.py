@@ -1,6 +1,7 @@
-"""Temporary files on this machine's own disk, which may be another one than the root's, and may be full too."""
+"""Folders outside the root on this machine's own disk, which may be another one, and may be full too."""
 
 import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,11 @@ from pathlib import Path
 from hgdpo_core.errors import HGDPOError, StorageError
 
 NEARLY_NOTHING_BYTES = 2**20
+
+
+def cache_folder(name: str = "") -> Path:
+    """The folder of this user's cache for one purpose; it need not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgdpo" / name
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 from hgdpo_core.errors import StorageError
 from hgdpo_core.storage.failures import MissingKeyError, attempt
 from hgdpo_core.storage.keys import TEMPORARY_PREFIX, Entries, checked, is_temporary
-from hgdpo_core.storage.local import LocalFiles, open_file, place
+from hgdpo_core.storage.local import LocalFiles, open_file, write_atomically
 from hgdpo_core.storage.ranges import RangeReader
 from hgdpo_core.storage.remote import PARALLEL_CHUNKS, RemoteObjects
 from hgdpo_core.storage.roots import PARALLEL_REQUESTS, parse_root
@@ -297,4 +297,4 @@ class Store:
             else:
                 self._fetch(key, size, lambda start, data: os.pwrite(file.fileno(), data, start))
 
-        self._attempt("read", key, place, target, fill)
+        self._attempt("read", key, write_atomically, target, fill)

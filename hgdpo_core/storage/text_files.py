@@ -1,4 +1,4 @@
-"""Text that users hand in: decoded, and read as CSV, TSV or JSON; each mistake is one line that names its place."""
+"""Text files of users: decoded, and read as CSV, TSV or JSON; each mistake is one line that names its position."""
 
 import csv
 import io
@@ -58,6 +58,16 @@ def _parses(text: str) -> bool:
     except csv.Error:
         return False
     return True
+
+
+def json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
+    """(line, value) of every line that is not empty; InputError for one that is not JSON."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, parse_json(line)
+            except ValueError as error:
+                raise InputError(f"line {number} of {name} is not JSON: {error}") from None
 
 
 def parse_json(text: str) -> Any:

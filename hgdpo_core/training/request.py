@@ -12,10 +12,10 @@ from hgdpo_core.models.places import find_offered_model, model_means
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import FORMAT_VERSION, ShardFolder, format_range, parse_range
+from hgdpo_core.storage.version import code_version, refuse_other_code
 from hgdpo_core.training.objective import OBJECTIVES, find_objective
 from hgdpo_core.training.tune import Tuned, find_tuned, tune, tuned_id
 from hgdpo_core.training.validation import Validation
-from hgdpo_core.version import code_version, refuse_other_code
 
 
 class TrainRequest(BaseModel):

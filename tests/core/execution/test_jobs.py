@@ -24,7 +24,7 @@ from hgdpo_core.stages.scores import ScoreStage, score_folder
 from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, format_range, parse_range
-from hgdpo_core.version import code_version
+from hgdpo_core.storage.version import code_version
 
 SAMPLER = SamplerConfig(width=32, height=32, steps=2, guidance_scale=2.0)
 POOL = PoolConfig(images_per_prompt=2, prompts_per_shard=1, batch_size=2)

@@ -157,13 +157,13 @@ def test_what_lies_there_is_used_or_counted(folder, tmp_path):
     (folder / "root" / "made.png").write_bytes(picture(9))
     images = read_image_set(str(folder), leave_out=folder / "root")
     assert captions(images)["more/y.png"] == "linked" and len(images) == 4 + 4 + 1
-    assert images.passed_over == {
+    assert images.skipped == {
         "links to a folder above": 1, "links to nothing": 1, "pipes, sockets and devices": 1, "._ files of a Mac": 1,
         "names with a backslash (rename them)": 1, "the root of the results": 1, "files of the kind .mp4": 1}
     lying = [path for path in folder.rglob("*") if not path.is_dir() and path.name != "made.png"]
     linked, folders = ["more/y.png", "more/y.txt"], ["loop", "root"]
-    assert len(lying) + len(linked) + len(folders) == len(images.files) + sum(images.passed_over.values())
-    assert "9 images; passed over: 1 " in images.describe()
+    assert len(lying) + len(linked) + len(folders) == len(images.files) + sum(images.skipped.values())
+    assert "9 images; skipped: 1 " in images.describe()
     assert read_image_set(str(folder), leave_out=folder / "root") == images
     with pytest.raises(InputError, match="is the root of the results too: give another --root"):
         read_image_set(str(folder), leave_out=folder)
@@ -269,7 +269,7 @@ def test_dots_in_the_names_of_a_tar(tmp_path):
                                 ("a.tar/look 1.7.png", "coral coat", grey[1]),
                                 ("a.tar/0001.png", "whole sample", grey[2]),
                                 ("a.tar/hat 2.5.png", None, grey[4]), ("a.tar/3.png", None, grey[5])]
-    assert images.passed_over == {"images of tars beside another of their sample": 1,
+    assert images.skipped == {"images of tars beside another of their sample": 1,
                                   "members of tars of the kind .cls": 1}
 
 
@@ -343,8 +343,8 @@ def test_a_bucket_is_as_good_as_a_disk(server, folder, tars, tmp_path, root, pla
         bucket.put_folder(tmp_path / name, name)
     images = read_image_set(bucket.url("") + "/" + place)
     assert contents(images) == contents(read_image_set(f"{tmp_path}/{place}"))
-    assert images.id == read_image_set(images.place).id
-    assert images.folder is None and offer_images(Store(str(tmp_path / "root")), images, share=True) == images.place
+    assert images.id == read_image_set(images.address).id
+    assert images.folder is None and offer_images(Store(str(tmp_path / "root")), images, share=True) == images.address
 
 
 def test_a_set_is_offered_as_it_lies_or_as_a_copy(folder, tars, tmp_path):

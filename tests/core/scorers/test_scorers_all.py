@@ -17,7 +17,7 @@ from hgdpo_core.config import ScorerConfig, apply_overrides
 from hgdpo_core.errors import InputError, ModelError
 from hgdpo_core.presets import sd15
 from hgdpo_core.scorers import aesthetic, find_scorer, hps, load_scorer, require_scorers, texts, weights
-from hgdpo_core.scorers.pictures import crop_pixels, letterbox_pixels, to_pictures
+from hgdpo_core.scorers.pixels import crop_pixels, letterbox_pixels, to_rgb_images
 from hgdpo_core.scorers.towers import clean_text
 
 TOLERANCE = 1e-5
@@ -104,7 +104,7 @@ def test_wrong_inputs_are_one_line(scorers, inputs, name):
 @pytest.mark.parametrize("name", ["hps_v2.1", "clip", "pickscore"])
 def test_a_prompt_is_embedded_once_for_all_its_images_and_batches(sources, inputs, name):
     scorer = load_scorer(name, source=str(sources[name]))
-    cache = scorer.texts if name == "pickscore" else scorer.towers.texts
+    cache = scorer.texts
     embed, seen = cache.embed, []
     cache.embed = lambda prompts: (seen.extend(prompts), embed(prompts))[1]
     for _ in range(3):
@@ -135,7 +135,7 @@ def test_two_prompts_differ(scorers, inputs, name):
 def test_a_score_that_is_not_finite_comes_back_as_it_is(sources, inputs, name):
     """Selection then rejects its pool and a win rate refuses it (tests of both): it must not be hidden here."""
     scorer = load_scorer(name, source=str(sources[name]))
-    network = scorer.towers.model if hasattr(scorer, "towers") else scorer.vision
+    network = scorer.model if hasattr(scorer, "model") else scorer.vision
     broken = next(value for key, value in network.named_parameters() if key.endswith("class_embedding"))
     broken.fill_(float("nan"))
     scores = scorer.score(inputs[0][:2], inputs[1][:2])
@@ -218,7 +218,7 @@ def test_pixels_of_the_two_ways_to_look():
     box = letterbox_pixels([picture], 20, antialias=False)[0]
     assert box[:, :5].abs().max() == 0 and box[:, 15:].abs().max() == 0
     assert box[0, 5:15, :8].min() > 0.95 and box[2, 5:15, 12:].min() > 0.95
-    assert [p.mode for p in to_pictures([picture.convert("LA"), picture.convert("CMYK")])] == ["RGB", "RGB"]
+    assert [p.mode for p in to_rgb_images([picture.convert("LA"), picture.convert("CMYK")])] == ["RGB", "RGB"]
 
 
 @pytest.mark.parametrize("name", ["pickscore", "hps_v2.0", "hps_v2.1", "imagereward", "aesthetic", "clip"])
@@ -251,8 +251,8 @@ def test_what_comes_from_the_hub_does_not_depend_on_what_else_its_cache_holds(so
     ("hps_v2.1", "HPS_v2.1_compressed.safetensors",
      "no HPS_v2.1_compressed.safetensors or HPS_v2.1_compressed.pt: put the last of these, from xswu/HPSv2, there"),
     ("hps_v2.1", "merges.txt",
-     "scorer hps_v2.1 needs the CLIP tokenizer: vocab.json and merges.txt of openai/clip-vit-large-patch14 could not "
-     "be downloaded .*: put them beside the weights in"),
+     "scorer hps_v2.1: it needs the CLIP tokenizer: vocab.json and merges.txt of openai/clip-vit-large-patch14 could "
+     "not be downloaded .*: put them beside the weights in"),
     ("imagereward", "vocab.txt", "needs BERT's vocabulary: vocab.txt of google-bert/bert-base-uncased could not"),
     ("clip", "config.json", "lacks config.json or model.safetensors: put those of openai/clip-vit-large-patch14 there"),
     ("aesthetic", "model.safetensors", "needs its CLIP: config.json and model.safetensors of openai/clip-vit-large-pa"),

@@ -80,7 +80,7 @@ def test_pickscore_is_its_published_snippet(tmp_path, inputs, judge_folder):
 @pytest.mark.skipif(not HEAD.exists(), reason=f"{HEAD} (the published aesthetic head) is not here")
 def test_the_published_aesthetic_head_reads_and_rates():
     """The four ratings are the original architecture's, as noted beside the head; the file holds CUDA storages."""
-    head = linear_head("aesthetic", HEAD, read_tensors("aesthetic", HEAD), "layers.")
+    head = linear_head(HEAD, read_tensors(HEAD), "layers.")
     torch.manual_seed(0)
     embeds = towers.normalise(torch.randn(4, 768))
     torch.testing.assert_close(head(embeds)[:, 0], torch.tensor([5.5426, 5.3651, 4.9447, 4.6407]), rtol=0, atol=5e-5)

@@ -17,7 +17,7 @@ DECIDES_NO_SHARD = ("ablate/", "comparison_run.py", "evaluate.py", "execution/im
 @functools.cache
 def code_version() -> str:
     """The package's version and a hash of the sources that decide shards and models: who differs shares no work."""
-    return f"{__version__}+{hash_sources(Path(__file__).parent)}"
+    return f"{__version__}+{hash_sources(Path(__file__).parents[1])}"
 
 
 def hash_sources(package: Path) -> str:

@@ -1,8 +1,8 @@
-"""From pictures to the pixels a scorer sees, with PIL and torch alone. Each rule equals its original's torchvision.
+"""From images to the pixels a scorer sees, with PIL and torch alone. Each rule equals its original's torchvision.
 
 Every scorer sees what a viewer shows: EXIF rotation and colour profiles are applied, transparency is laid on white,
-grey and palette become RGB. So a score belongs to the picture, not to its file's mode. The originals agree
-on opaque pictures without an EXIF rotation; they know no other.
+grey and palette become RGB. So a score belongs to the image, not to its file's mode. The originals agree
+on opaque images without an EXIF rotation; they handle no others.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ Images = Sequence[Image.Image] | np.ndarray | torch.Tensor
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def to_pictures(images: Images) -> list[Image.Image]:
-    """RGB pictures of PIL images of any mode and size, or of uint8 [B, H, W, 3] (numpy or torch)."""
+def to_rgb_images(images: Images) -> list[Image.Image]:
+    """RGB images of PIL images of any mode and size, or of uint8 [B, H, W, 3] (numpy or torch)."""
     if isinstance(images, np.ndarray | torch.Tensor):
         array = images.cpu().numpy() if isinstance(images, torch.Tensor) else images
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
@@ -33,15 +33,15 @@ def to_pictures(images: Images) -> list[Image.Image]:
 
 
 def check_counts(images: Images, prompts: Sequence[str]) -> None:
-    """InputError unless there is one prompt an image."""
+    """InputError unless there is one prompt per image."""
     if len(images) != len(prompts):
         raise InputError(f"expected one prompt an image, got {len(images)} images and {len(prompts)} prompts")
 
 
-def map_pictures(function: Callable[[Image.Image], np.ndarray], images: Images) -> torch.Tensor:
-    """`function` of each picture, stacked; in threads, because PIL and numpy let go of the interpreter meanwhile."""
-    pictures = to_pictures(images)
-    arrays = list(threads().map(function, pictures)) if len(pictures) > 1 else [function(p) for p in pictures]
+def map_images(function: Callable[[Image.Image], np.ndarray], images: Images) -> torch.Tensor:
+    """`function` of each image, stacked; in threads, because PIL and numpy release the interpreter lock meanwhile."""
+    given = to_rgb_images(images)
+    arrays = list(threads().map(function, given)) if len(given) > 1 else [function(image) for image in given]
     return torch.from_numpy(np.stack(arrays))
 
 
@@ -56,39 +56,39 @@ def floor_half(rest: int) -> int:
 
 
 def crop_pixels(images: Images, size: int, *, halve: Callable[[int], int] = round_half) -> torch.Tensor:
-    """uint8 [B, 3, size, size]: shorter side to `size`, middle cut out, as OpenAI CLIP and ImageReward see a picture.
+    """uint8 [B, 3, size, size]: shorter side to `size`, middle cut out, as OpenAI CLIP and ImageReward see an image.
 
-    `halve` says where the middle lies when the rest is odd; the default is torchvision's rule.
+    `halve` decides where the middle is when the rest is odd; the default is torchvision's rule.
     """
-    return map_pictures(partial(_resize_and_crop, size=size, halve=halve), images)
+    return map_images(partial(_resize_and_crop, size=size, halve=halve), images)
 
 
 def letterbox_pixels(images: Images, size: int, *, antialias: bool) -> torch.Tensor:
-    """float32 [B, 3, size, size] in 0..1 as HPS v2 sees it: the whole picture, longer side to `size`, black around."""
-    return map_pictures(partial(_letterbox, size=size, antialias=antialias), images)
+    """float32 [B, 3, size, size] in 0..1 as HPS v2 sees it: the whole image, longer side to `size`, black around."""
+    return map_images(partial(_letterbox, size=size, antialias=antialias), images)
 
 
 def normalise_pixels(pixels: torch.Tensor, dtype: torch.dtype, *, mean: Sequence[float] = CLIP_MEAN,
                      deviation: Sequence[float] = CLIP_STD) -> torch.Tensor:
-    """uint8 or float32 in 0..1, shifted and scaled by a mean and a deviation a colour in float32, then cast."""
+    """uint8 or float32 in 0..1, shifted and scaled by a mean and a deviation per colour in float32, then cast."""
     scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
     centre, spread = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, deviation))
     return ((scaled - centre) / spread).to(dtype)
 
 
-def _resize_and_crop(picture: Image.Image, size: int, halve: Callable[[int], int]) -> np.ndarray:
-    shorter, longer = sorted(picture.size)
+def _resize_and_crop(image: Image.Image, size: int, halve: Callable[[int], int]) -> np.ndarray:
+    shorter, longer = sorted(image.size)
     other = int(size * longer / shorter)
-    width, height = (size, other) if picture.width <= picture.height else (other, size)
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    width, height = (size, other) if image.width <= image.height else (other, size)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = halve(width - size), halve(height - size)
     return np.asarray(resized.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
-def _letterbox(picture: Image.Image, size: int, antialias: bool) -> np.ndarray:
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
-    scale = size / max(picture.size)
-    height, width = (max(1, round(side * scale)) for side in (picture.height, picture.width))
+def _letterbox(image: Image.Image, size: int, antialias: bool) -> np.ndarray:
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    scale = size / max(image.size)
+    height, width = (max(1, round(side * scale)) for side in (image.height, image.width))
     if scale != 1:
         pixels = torch.nn.functional.interpolate(pixels, size=(height, width), mode="bicubic", align_corners=False,
                                                  antialias=antialias)

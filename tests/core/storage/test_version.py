@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import hgdpo_core
-from hgdpo_core.version import DECIDES_NO_SHARD, code_version, hash_sources
+from hgdpo_core.storage.version import DECIDES_NO_SHARD, code_version, hash_sources
 
 PACKAGE = Path(hgdpo_core.__file__).parent
 
