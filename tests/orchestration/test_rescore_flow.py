@@ -106,7 +106,7 @@ class Elsewhere:
 def test_scores_are_made_by_shard_runs_where_workers_are(server, root, monkeypatch):
     draw(Store(root), "broken", PROMPTS[:2], 4)
     chosen = Elsewhere()
-    monkeypatch.setattr("flows.rescore.choose_runner", lambda name, *_: chosen if name == "deployment" else None)
+    monkeypatch.setattr("flows.lifecycle.choose_runner", lambda name, *_: chosen if name == "deployment" else None)
     assert main(["rescore", "--root", root, "--scorer", "pickscore=two", "--shard-runner", "deployment"]) == 0
     name, = Store(root).list_folders("rescores")
     report = Store(root).read_json(f"rescores/{name}/report.json")
