@@ -137,16 +137,17 @@ def read_image_set(address: str, *, known_id: str | None = None, leave_out: Path
     index = _cached_index(store, kind, chosen)
     if not index.num_rows:
         raise InputError(f"images: the {kind} of {address} hold no image ({', '.join(IMAGE_SUFFIXES)})")
-    without = index.filter(pa.array([not (caption or "").strip() for caption in index["caption"].to_pylist()],
-                                    pa.bool_()))
-    if 2 * without.num_rows > index.num_rows:
-        raise InputError(f"images: {without.num_rows} of {index.num_rows} images have no caption, the first is "
-                         f"{without['name'][0]} of {address}: {CAPTIONING[kind]}")
+    without = [name for name, caption in zip(index["name"].to_pylist(), index["caption"].to_pylist(), strict=True)
+               if not (caption or "").strip()]
+    if 2 * len(without) > index.num_rows:
+        raise InputError(f"images: {len(without)} of {index.num_rows} images have no caption, the first is "
+                         f"{without[0]} of {address}: {CAPTIONING[kind]}")
     used = dict.fromkeys(file.key for file in chosen)
     inside = json.loads((index.schema.metadata or {}).get(SKIPPED, b"{}"))  # of tars
     others = Counter(f"files of the kind {_suffix(key) or 'without a suffix'}" for key in keys if key not in used)
-    return ImageSet(address, known_id or _identify(store, kind, chosen, index), kind, base=store.root,
-                    files=tuple(used), index=index, skipped=dict(skipped + others + Counter(inside)))
+    set_id = known_id or _identify(store, kind, chosen, index)
+    return ImageSet(address, set_id, kind, base=store.root, files=tuple(used), index=index,
+                    skipped=dict(skipped + others + Counter(inside)))
 
 
 def _suffix(key: str) -> str:

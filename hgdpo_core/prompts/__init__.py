@@ -1,5 +1,5 @@
-"""Prompts: `sources.py` reads them wherever people keep them, `lists.py` checks, numbers and keeps them, `syntax.py`
-knows AUTOMATIC1111's weights.
+"""Prompts: `sources.py` reads them from files and data sets, `lists.py` checks, numbers and keeps them, `syntax.py`
+reads AUTOMATIC1111's weights.
 """
 
 from hgdpo_core.prompts.lists import (

@@ -1,7 +1,7 @@
 """Prompts: read, checked, numbered and kept in the store exactly as written."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -24,14 +24,14 @@ def prompt_id(prompt: str) -> str:
 
 
 def image_seed(run_seed: int, prompt: str, index: int) -> int:
-    """Seed of candidate `index` (0-based j) of a prompt: 63 bits, the same whatever shard, batch or worker draws it."""
+    """Seed of candidate `index` (0-based j) of a prompt: 63 bits, the same in every shard, batch and worker."""
     digest = hashlib.sha256(f"{run_seed}\0{prompt}\0{index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
 class PromptList:
-    """Distinct, non-empty prompts in their order, and what was left out on the way."""
+    """Distinct, non-empty prompts in their order. Every row that is not used is counted by its reason."""
 
     prompts: tuple[str, ...]
     duplicates: tuple[str, ...] = ()
@@ -41,24 +41,16 @@ class PromptList:
     beyond_limit: int = 0
 
     @property
-    def rows(self) -> int:
-        """Rows that came in: every one is used or counted by the reason why it is not."""
-        return len(self.prompts) + len(self.duplicates) + self.empty + self.other_category + self.beyond_limit
-
-    @property
     def id(self) -> str:
         """Readable id: the count and a hash of the exact texts."""
         return f"{len(self.prompts)}-{content_hash(list(self.prompts))}"
 
     def describe(self) -> str:
-        """One line: how many are used, what was dropped, and what a person should know of the rest."""
-        dropped = [f"{self.empty} empty"] if self.empty else []
-        if self.duplicates:
-            dropped.append(f"{len(self.duplicates)} duplicate (the first: {self.duplicates[0]!r:.80})")
-        if self.other_category:
-            dropped.append(f"{self.other_category} of another category")
-        if self.beyond_limit:
-            dropped.append(f"{self.beyond_limit} beyond the limit")
+        """One line: how many are used, what was dropped, and remarks on the rest."""
+        first = f" (the first: {self.duplicates[0]!r:.80})" if self.duplicates else ""
+        reasons = {"empty": self.empty, f"duplicate{first}": len(self.duplicates),
+                   "of another category": self.other_category, "beyond the limit": self.beyond_limit}
+        dropped = [f"{count} {reason}" for reason, count in reasons.items() if count]
         parts = [f"{len(self.prompts)} prompts"] + ([f"dropped {' and '.join(dropped)}"] if dropped else [])
         long = [len(prompt) for prompt in self.prompts if len(prompt) > LONG_PROMPT_CHARACTERS]
         if long:
@@ -85,7 +77,7 @@ def read_prompts(source: PromptSource, store: Store | None = None) -> PromptList
 
 
 def clean_prompts(texts: Iterable[str]) -> PromptList:
-    """Drop empty and repeated texts, keep the rest to the letter."""
+    """Drop empty and repeated texts, keep the rest exactly as written."""
     kept: dict[str, None] = {}
     duplicates: list[str] = []
     empty = 0
@@ -106,15 +98,11 @@ def save_prompts(store: Store, prompts: PromptList) -> str:
     """Write the list to `prompts/<id>/prompts.parquet` once; returns the id."""
     key = f"prompts/{prompts.id}/prompts.parquet"
     if not store.exists(key):
-        write_table(store, key, prompt_table(prompts.prompts))
+        write_table(store, key, pa.table({"prompt_id": [prompt_id(prompt) for prompt in prompts.prompts],
+                                          "prompt": list(prompts.prompts)}, schema=SCHEMA))
     return prompts.id
 
 
 def load_prompts(store: Store, prompts_id: str) -> PromptList:
     """The list that `save_prompts` wrote."""
     return PromptList(tuple(read_table(store, f"prompts/{prompts_id}/prompts.parquet")["prompt"].to_pylist()))
-
-
-def prompt_table(prompts: Sequence[str]) -> pa.Table:
-    """Arrow table of prompt_id and prompt."""
-    return pa.table({"prompt_id": [prompt_id(p) for p in prompts], "prompt": list(prompts)}, schema=SCHEMA)

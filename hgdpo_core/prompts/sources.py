@@ -1,6 +1,6 @@
-"""Texts out of whatever people keep prompts in: files and data sets, local or remote. Nothing is cleaned here.
+"""Texts of prompt files and data sets, local or remote. Nothing is cleaned here.
 
-A remote list is copied into the store each time it is read; when it cannot be reached later, the copy serves.
+A remote list is copied into the store each time it is read; when it cannot be reached later, the copy is used.
 """
 
 import io
@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hgdpo_core.config import PromptSource, content_hash
-from hgdpo_core.errors import ConfigError, InputError, StorageError
+from hgdpo_core.errors import ConfigError, InputError, StorageError, first_line
 from hgdpo_core.storage import MissingKeyError, Store
 from hgdpo_core.storage.roots import local_address
 from hgdpo_core.storage.shards import read_table, write_table
-from hgdpo_core.storage.text_files import csv_rows, decode_text, parse_json
+from hgdpo_core.storage.text_files import csv_rows, decode_text, json_lines
 
 FORMATS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 COLUMNS = ("prompt", "Prompt", "caption", "text")
@@ -31,7 +31,7 @@ SECRET_IN_QUERY = re.compile(r"[?&;#](sig|[\w.-]*(signature|token|key|password|p
 
 
 class UnreachableError(StorageError):
-    """A remote list cannot be had at the moment, or is gone."""
+    """A remote list is not available at the moment, or is gone."""
 
 
 class Texts(NamedTuple):
@@ -48,8 +48,7 @@ def read_texts(source: PromptSource, store: Store | None) -> Texts:
     InputError for a source that cannot be used, UnreachableError for a remote one that is out of reach and of which
     `store` holds no copy.
     """
-    kind = _kind(source.source)
-    if kind == "local":
+    if not _is_remote(source.source):
         return _read(source)
     key = f"prompts/sources/{content_hash(source)}.parquet"
     try:
@@ -64,19 +63,19 @@ def read_texts(source: PromptSource, store: Store | None) -> Texts:
     return found
 
 
-def _kind(address: str) -> str:
-    """local or remote; InputError for an address with a secret, which would end up in configs and logs."""
-    protocol, found, _ = address.partition("://")
-    if not found:
-        return "remote" if _is_hub_id(address) else "local"
+def _is_remote(address: str) -> bool:
+    """Whether an address is remote; InputError for one with a secret, which would end up in configs and logs."""
+    protocol, separator, _ = address.partition("://")
+    if not separator:
+        return _is_hub_id(address)
     refuse_secret_address(address, "prompts")
     if protocol.lower() not in LOCAL_PROTOCOLS:
-        return "remote"
+        return True
     try:
         local_address(address)
     except ConfigError as error:
         raise InputError(f"prompts: {error}") from None
-    return "local"
+    return False
 
 
 def refuse_secret_address(address: str, what: str) -> None:
@@ -87,7 +86,7 @@ def refuse_secret_address(address: str, what: str) -> None:
 
 
 def _has_user(address: str) -> bool:
-    """Whether a user, which may be a token, stands before the host; one that is no URL at all counts as a secret."""
+    """Whether a user, which may be a token, precedes the host; one that is no URL at all counts as a secret."""
     try:
         return "@" in unquote(urlsplit(address).netloc)
     except ValueError:
@@ -108,7 +107,7 @@ def _read(source: PromptSource) -> Texts:
         return _read_data_set(source)
     if suffix not in FORMATS:
         raise InputError(f"{address} is not a prompt file: expected one of {', '.join(FORMATS)}, got "
-                         f"{suffix or 'no extension'}; put one prompt a line into a .txt file")
+                         f"{suffix or 'no extension'}; put one prompt per line into a .txt file")
     if suffix == ".txt" and (source.column or source.category):
         raise InputError(f"{address} is plain text and has no columns: drop prompts.column and prompts.category, or "
                          "give a csv, tsv, jsonl or parquet file")
@@ -119,7 +118,8 @@ def _read(source: PromptSource) -> Texts:
     if suffix == ".txt":
         return Texts(text.replace("\r\n", "\n").removesuffix("\n").split("\n"))
     if suffix == ".jsonl":
-        return _column(_json_rows(text, address), source)
+        values = (value for _, value in json_lines(text, address))
+        return _column([value if isinstance(value, dict) else {"prompt": value} for value in values], source)
     return _column([row for _, row in csv_rows(text, address, tabs=suffix == ".tsv")], source)
 
 
@@ -127,7 +127,7 @@ def _read(source: PromptSource) -> Texts:
 
 
 def _read_bytes(address: str) -> bytes:
-    remote = _kind(address) == "remote"
+    remote = _is_remote(address)
     try:
         if address.startswith(("s3://", "s3a://")):  # with the store's own retries and endpoint
             folder, _, name = address.rpartition("/")
@@ -140,7 +140,7 @@ def _read_bytes(address: str) -> bytes:
         if gone or getattr(reason, "status", None) == 404:
             message = f"there is no prompt file at {address}"
         else:
-            message = f"the prompt file {address} cannot be read: {_first_line(reason)}"
+            message = f"the prompt file {address} cannot be read: {first_line(reason)}"
             message += "; without the network, give the path of a copy" if remote else ""
         raise (UnreachableError if remote else InputError)(message) from None
 
@@ -148,27 +148,14 @@ def _read_bytes(address: str) -> bytes:
 # -- rows
 
 
-def _json_rows(text: str, address: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise InputError(f"line {number} of {address} is not JSON: {error}") from None
-        rows.append(row if isinstance(row, dict) else {"prompt": row})
-    return rows
-
-
 def _parquet_texts(data: bytes, source: PromptSource) -> Texts:
-    """Only the columns of text and category are read: beside them may lie images."""
+    """Only the columns of text and category are read: others may hold images."""
     try:
         file = pq.ParquetFile(io.BytesIO(data))
         names = _find_columns(file.schema_arrow.names, source)
         return _column(file.read(columns=list(names)).to_pylist(), source)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # damaged pages: each codec has its own
-        raise InputError(f"{source.source} is not a Parquet file, or a damaged one: {_first_line(error)}; get it "
+        raise InputError(f"{source.source} is not a Parquet file, or a damaged one: {first_line(error)}; get it "
                          "again") from None
 
 
@@ -189,13 +176,11 @@ def _read_data_set(source: PromptSource) -> Texts:
         return _column(list(_take(rows, source)), source)
     except InputError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"the data set {source.source} cannot be read: {_first_line(error)}") from None
     except Exception as error:  # the hub client raises a wide family
-        if Path(source.source).exists():
-            raise InputError(f"the data set {source.source} cannot be read: {_first_line(error)}") from None
-        raise UnreachableError(f"{source.source} is no file or folder here, and as a data set of the hub it cannot be "
-                               f"had: {_first_line(error)}") from None
+        if isinstance(error, (ValueError, TypeError, KeyError)) or Path(source.source).exists():
+            raise InputError(f"the data set {source.source} cannot be read: {first_line(error)}") from None
+        raise UnreachableError(f"{source.source} is no file or folder here, and as a data set of the hub it is not "
+                               f"available: {first_line(error)}") from None
 
 
 def _open_data_set(datasets: Any, source: PromptSource) -> Any:
@@ -212,7 +197,7 @@ def _open_data_set(datasets: Any, source: PromptSource) -> Any:
 
 
 def _take(rows: Iterable[dict[str, Any]], source: PromptSource) -> Iterable[dict[str, Any]]:
-    """Rows until there are `limit` different ones (of the wanted category)."""
+    """Rows until there are `limit` different ones (of the requested category)."""
     seen: set[Any] = set()
     for row in rows:
         yield row
@@ -227,12 +212,12 @@ def _take(rows: Iterable[dict[str, Any]], source: PromptSource) -> Iterable[dict
 
 
 def _find_columns(known: Sequence[str], source: PromptSource) -> tuple[str, ...]:
-    """The column of texts, and behind it the one of categories if rows are chosen by it."""
+    """The column of texts, then the one of categories if rows are chosen by it."""
     column = source.column or next((name for name in COLUMNS if name in known), None)
     if column is None or column not in known:
-        wanted = repr(source.column) if source.column else f"one of {', '.join(COLUMNS)}"
-        raise InputError(f"{source.source} has no prompt column: expected {wanted}, got {', '.join(map(str, known))}; "
-                         "name yours in prompts.column")
+        expected = repr(source.column) if source.column else f"one of {', '.join(COLUMNS)}"
+        raise InputError(f"{source.source} has no prompt column: expected {expected}, got "
+                         f"{', '.join(map(str, known))}; name yours in prompts.column")
     if source.category is None:
         return (column,)
     category = next((name for name in CATEGORIES if name in known), None)
@@ -255,7 +240,3 @@ def _column(rows: list[dict[str, Any]], source: PromptSource) -> Texts:
     if bad is not None:
         raise InputError(f"row {bad} of {source.source} has a {column} that is not text: {rows[bad - 1][column]!r}")
     return Texts([row.get(column) or "" for row in rows], given - len(rows))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

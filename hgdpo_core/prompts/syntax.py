@@ -38,6 +38,9 @@ _CLIP_SKIP = re.compile(r"clip[ _]skip\s*:?\s*\d", re.IGNORECASE)
 CLIP_SKIP_COUNTS = ("what A1111 calls Clip skip 2 is target.clip_skip=1 here (Clip skip 1, its default, is none): it "
                     "counts as diffusers does")
 _STEP_BY_STEP = re.compile(r"(?<!\\)\[[^\[\]]*[:|][^\[\]]*\]|\bAND\b")
+_UNREAD = {_NETWORK: "networks such as <lora:...>, which are left out",
+           _STEP_BY_STEP: "[a:b:0.5], [a|b] or AND, whose words are read as plain text",
+           _CLIP_SKIP: "a clip skip, which is read as text"}
 
 
 class Segment(NamedTuple):
@@ -100,27 +103,11 @@ def describe_unread(prompts: Iterable[str], syntax: PromptSyntax) -> str:
     """One line on what A1111 itself would do with these prompts and this project does not; empty if there is none."""
     if syntax == "plain":
         return ""
-    networks, steps, skips = [], [], []
-    for prompt in prompts:
-        if _CLIP_SKIP.search(prompt):
-            skips.append(prompt)
-        if _NETWORK.search(prompt):
-            networks.append(prompt)
-        if _STEP_BY_STEP.search(prompt):
-            steps.append(prompt)
-    remarks = []
-    if networks:
-        remarks.append(f"{len(networks)} of the prompts with networks such as <lora:...>, which are left out "
-                       f"(the first: {networks[0]!r:.80})")
-    if steps:
-        remarks.append(f"{len(steps)} of the prompts with [a:b:0.5], [a|b] or AND, whose words are read as they stand "
-                       f"(the first: {steps[0]!r:.80})")
-    if skips:
-        remarks.append(f"{len(skips)} of the prompts with a clip skip, which is read as text "
-                       f"(the first: {skips[0]!r:.80})")
-    if remarks:
-        remarks.append(CLIP_SKIP_COUNTS)
-    return "; ".join(remarks)
+    texts, remarks = list(prompts), []
+    for pattern, what in _UNREAD.items():
+        if found := [text for text in texts if pattern.search(text)]:
+            remarks.append(f"{len(found)} of the prompts with {what} (the first: {found[0]!r:.80})")
+    return "; ".join([*remarks, CLIP_SKIP_COUNTS] if remarks else [])
 
 
 def _number(weight: str, text: str) -> float:

@@ -128,7 +128,8 @@ def test_every_row_is_used_or_counted(tmp_path, limit):
     rows = ["a,People", "b,People", "a,People", ",People", "c,Cats", "d,Dogs"]
     (tmp_path / "a.csv").write_text("\n".join(["prompt,Category", *rows]) + "\n")
     found = read(tmp_path / "a.csv", category="People", limit=limit)
-    assert found.rows == len(rows) and found.other_category == 2 and found.empty == 1
+    dropped = len(found.duplicates) + found.empty + found.other_category + found.beyond_limit
+    assert len(found.prompts) + dropped == len(rows) and found.other_category == 2 and found.empty == 1
     assert found.beyond_limit == (1 if limit == 1 else 0)
     assert "1 empty and 1 duplicate (the first: 'a') and 2 of another category" in found.describe()
 
