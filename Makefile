@@ -15,7 +15,7 @@ PREFECT_ENV = env $$(env | sed -n 's/^\(PREFECT_[A-Z0-9_]*\)=.*/-u \1/p') \
 .PHONY: help install demo test test-slow lint up schedule down clean
 
 help:
-	@echo "make demo    install, run the whole method on the built-in figures world, write output/demo/report.html"
+	@echo "make demo    install, run the whole method on the built-in figures setting, write output/demo/report.html"
 	@echo "make test    install, then lint, types and tests; no network after the install"
 	@echo "make test-slow  the tests that take minutes to hours, resumable by file; FRESH=1 starts over"
 	@echo "make up      a local Prefect server with UI and workers; make schedule: nightly re-scoring; make down: end all"

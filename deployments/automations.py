@@ -45,9 +45,9 @@ def automations(silent_seconds: float = SILENT_SECONDS, pending_seconds: float =
     ]
 
 
-def ship(wanted: list[Automation] | None = None) -> None:
+def ship(requested: list[Automation] | None = None) -> None:
     """Create them on the configured server; existing ones of the same name are updated."""
-    for automation in wanted or automations():
+    for automation in requested or automations():
         try:
             found: Any = Automation.read(name=automation.name)
         except ValueError:

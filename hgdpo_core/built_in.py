@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 SOURCE = "figures"
 SPLITS = ("train", "validation", "test")
 SFT_IMAGES = 512
-DATA_SET = "figures world"
-SCORER_NOTE = ("the judge is the figures world's own: a small model of PickScore's shape, trained on drawings. Nothing "
-               "here says anything about photographs")
+DATA_SET = "figures setting"
+SCORER_NOTE = ("the judge is the figures setting's own: a small model of PickScore's shape, trained on drawings. "
+               "Nothing here says anything about photographs")
 
 
 def is_built_in(source: str | None) -> bool:

@@ -227,7 +227,7 @@ class TrainingConfig(StageConfig):
     mixed_precision: MixedPrecision = "auto"
     gradient_checkpointing: bool = False
     flip: Annotated[bool, InIds(result="changed")] = Field(
-        default=False, description="mirror half of the samples, drawn anew each time; winner and loser of a pair "
+        default=False, description="mirror half of the samples, drawn again each time; winner and loser of a pair "
         "together. Doubles the cached latents")
     seed: int = Field(default=0, ge=0, lt=2**63)
     checkpoint_every: Annotated[int, OWN_TO_RUNS] = Field(
@@ -358,9 +358,9 @@ class ComparisonConfig(StageConfig):
     """Two models on the same prompts and seeds, without the rest of the pipeline."""
 
     preset: str
-    target: TargetConfig = Field(description="a model, or a LoRA worn by `base`; its other settings count for both")
-    tuned: str = Field(description="what is held against the target: a model, or a LoRA")
-    base: str | None = Field(default=None, description="the model that wears the LoRAs; default: the target")
+    target: TargetConfig = Field(description="a model, or a LoRA for `base`; its other settings count for both")
+    tuned: str = Field(description="what is compared with the target: a model, or a LoRA")
+    base: str | None = Field(default=None, description="the model that the LoRAs are for; default: the target")
     target_lora_weight: float | None = Field(default=None, gt=0, description="where the target is a LoRA; default: "
                                              "evaluation.lora_weight, the tuned one's")
     lora_weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], ADDED] = Field(

@@ -31,13 +31,13 @@ def cpu_has_fast_bfloat16() -> bool:
 def default_device() -> str:
     """$HGDPO_DEVICE (cpu or cuda), else the accelerator torch sees, else the CPU; ConfigError for one not there."""
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = os.environ.get("HGDPO_DEVICE") or found
-    if wanted not in ("cpu", "cuda"):
-        raise ConfigError(f"HGDPO_DEVICE is {wanted!r}: expected cpu or cuda (CUDA_VISIBLE_DEVICES says which GPU)")
-    if wanted == "cuda" != found:
+    requested = os.environ.get("HGDPO_DEVICE") or found
+    if requested not in ("cpu", "cuda"):
+        raise ConfigError(f"HGDPO_DEVICE is {requested!r}: expected cpu or cuda (CUDA_VISIBLE_DEVICES says which GPU)")
+    if requested == "cuda" != found:
         raise ConfigError(f"HGDPO_DEVICE asks for cuda, but torch {torch.__version__} sees no GPU here: make one "
                           "visible (driver, CUDA_VISIBLE_DEVICES, a CUDA build of torch), or use cpu")
-    return wanted
+    return requested
 
 
 def device_name(device: str) -> str:

@@ -154,7 +154,7 @@ def check_push(repo_id: str, folder: Path, *, public: bool) -> None:
 
 
 def push_folder(folder: Path, repo_id: str, *, public: bool = False, hub: Hub | None = None) -> str:
-    """Upload an export to the Hub, privately unless told otherwise; returns its address.
+    """Upload an export to the Hub, privately by default; returns its address.
 
     The token is HF_TOKEN and nothing else. A repository that is already public takes no private push.
     """

@@ -94,7 +94,7 @@ class ColourShift(NamedTuple):
 
 @dataclass
 class ColourStatistics:
-    """Sums over the HSV pixels of any number of images, so that nobody has to hold the images themselves.
+    """Sums over the HSV pixels of any number of images, so that the images need not be held.
 
     Hue, saturation and value are in 0..1. The fields are plain numbers: `dataclasses.asdict` carries the
     statistics of a shard through JSON, and `merge` puts shards together.

@@ -15,17 +15,17 @@ from torch import nn
 T = TypeVar("T")
 
 SMALL_PARAMETERS = 100_000_000  # above that one operation fills several cores, and several batches may not fit
-MAX_LANES = 8  # Python itself runs in one thread at a time
+MAX_THREADS = 8  # Python itself runs in one thread at a time
 MAX_THREADS = 16  # that decode and scale images
 
 
-def count_lanes(module: nn.Module, device: str) -> int:
+def count_threads(module: nn.Module, device: str) -> int:
     """How many batches to put through `module` in parallel: torch's threads for a small one on a CPU, else 1."""
     small = sum(parameter.numel() for parameter in module.parameters()) < SMALL_PARAMETERS
-    return min(torch.get_num_threads(), MAX_LANES) if device == "cpu" and small else 1
+    return min(torch.get_num_threads(), MAX_THREADS) if device == "cpu" and small else 1
 
 
-def side_by_side(jobs: Iterable[Callable[[], T]], parallel: int) -> Iterator[T]:
+def parallel_map(jobs: Iterable[Callable[[], T]], parallel: int) -> Iterator[T]:
     """The jobs' results in their order; up to `parallel` jobs run at once, each with one of torch's threads.
 
     Jobs are taken from `jobs` as threads become free, in the caller's thread. With one they run there too, one after

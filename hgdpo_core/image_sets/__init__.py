@@ -4,6 +4,6 @@
 where there are none, by the LLaVA of `llava.py`.
 """
 
-from hgdpo_core.image_sets.sets import ImageSet, expand_braces, offer_images, open_offered_images, read_image_set
+from hgdpo_core.image_sets.sets import ImageSet, expand_braces, locate_images, open_located_images, read_image_set
 
-__all__ = ["ImageSet", "expand_braces", "offer_images", "open_offered_images", "read_image_set"]
+__all__ = ["ImageSet", "expand_braces", "locate_images", "open_located_images", "read_image_set"]

@@ -312,7 +312,7 @@ def _identify(store: Store, kind: Kind, files: list[_File], index: pa.Table) -> 
 # -- for workers elsewhere
 
 
-def offer_images(store: Store, images: ImageSet, *, share: bool) -> str:
+def locate_images(store: Store, images: ImageSet, *, share: bool) -> str:
     """Where a worker finds the images: their own address, or with `share` their key in the store after a copy.
 
     A set that has a URL of its own is never copied.
@@ -334,8 +334,8 @@ def offer_images(store: Store, images: ImageSet, *, share: bool) -> str:
     return key
 
 
-def open_offered_images(store: Store, address: str, images_id: str) -> ImageSet:
-    """The images at an address of `offer_images`; InputError when they are no longer those of `images_id`."""
+def open_located_images(store: Store, address: str, images_id: str) -> ImageSet:
+    """The images at an address of `locate_images`; InputError when they are no longer those of `images_id`."""
     if address == f"images/{images_id}":
         return read_image_set(store.url(address), known_id=images_id)
     images = read_image_set(address, leave_out=store.local_path(""))

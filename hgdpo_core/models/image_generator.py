@@ -18,7 +18,7 @@ from hgdpo_core.images import encode_image
 from hgdpo_core.models.backbone import Conditioning, load_backbone
 from hgdpo_core.models.model import Model
 from hgdpo_core.models.sampling import initial_noise, sample_latents
-from hgdpo_core.parallel import count_lanes, side_by_side
+from hgdpo_core.parallel import count_threads, parallel_map
 from hgdpo_core.progress import ShouldStop, never_stop
 from hgdpo_core.prompts import image_seed, prompt_id
 
@@ -38,7 +38,7 @@ class ImageGenerator:
         base = replace(model, lora=None)
         self.reference = load_backbone(base, device).denoiser if sampler.latent_normalisation else None
         self.solver = self.backbone.schedule.solver()
-        self.lanes = count_lanes(self.backbone.denoiser, device)
+        self.lanes = count_threads(self.backbone.denoiser, device)
 
     def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
         """Rows of SCHEMA for every candidate of the prompts: in order, but prompts with longer embeddings last.
@@ -54,7 +54,7 @@ class ImageGenerator:
                 for batch in _until_stopped(batches, should_stop))
         waiting: list[Future[dict]] = []
         with ThreadPoolExecutor(ENCODER_THREADS) as executor:
-            for batch, seeds, pixels in side_by_side(jobs, lanes):
+            for batch, seeds, pixels in parallel_map(jobs, lanes):
                 yield from (future.result() for future in waiting)
                 waiting = [executor.submit(self._row, prompts[number], index, seed, image)
                            for (number, index), seed, image in zip(batch, seeds, pixels, strict=True)]

@@ -83,7 +83,7 @@ def _copy_into_store(store: Store, path: Path) -> str:
 
 
 def model_means(store: Store, model: Model, *, share: bool) -> dict[str, Any]:
-    """Locations of the model, its LoRA, its VAE and its configs, for `find_offered_model`."""
+    """Locations of the model, its LoRA, its VAE and its configs, for `find_located_model`."""
     def locate(path: Path | None) -> dict[str, Any] | None:
         return Place.of(store, path, share=share).model_dump() if path else None
 
@@ -93,7 +93,7 @@ def model_means(store: Store, model: Model, *, share: bool) -> dict[str, Any]:
             "vae": locate(model.vae), "configs": None if shipped else locate(model.configs)}
 
 
-def find_offered_model(store: Store, identity: Mapping[str, Any], recipe: Mapping[str, Any]) -> Model:
+def find_located_model(store: Store, identity: Mapping[str, Any], recipe: Mapping[str, Any]) -> Model:
     """The model of an identity (`Model.identity`) at its recorded location; ModelError when it is another one now."""
     location = Place.model_validate(recipe["model"])
     vae, configs = (Place.model_validate(recipe[name]).locate(store) if recipe.get(name) else None

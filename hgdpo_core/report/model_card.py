@@ -112,7 +112,7 @@ def _data(config: RunConfig, summary: Mapping[str, Any]) -> str:
     if not config.dpo.allow_foreign_triplets:
         lines.append("- No photograph was used as a preference: winners and losers are the model's own images.")
     if is_built_in(config.scorer.source):
-        lines.append(f"- {scorer} is here the figures world's own judge, a small model trained on drawings: the "
+        lines.append(f"- {scorer} is here the figures setting's own judge, a small model trained on drawings: the "
                      "results on this card do not apply to photographs.")
     return "\n".join(lines) + "\n"
 

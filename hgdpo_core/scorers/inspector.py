@@ -46,7 +46,7 @@ def _read(prompt: str) -> Figure:
     try:
         return parse_caption(prompt)
     except ValueError as error:
-        raise InputError(f"scorer inspector knows captions of the figures world only: {error}") from None
+        raise InputError(f"scorer inspector knows captions of the figures setting only: {error}") from None
 
 
 def locate(source: str | None) -> tuple[Path, str]:

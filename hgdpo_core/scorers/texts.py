@@ -16,8 +16,8 @@ class TextCache:
 
     def __call__(self, prompts: Sequence[str]) -> torch.Tensor:
         """[B, D] for B prompts, in their order."""
-        wanted = dict.fromkeys(prompts)
-        new = [prompt for prompt in wanted if prompt not in self.rows]
+        requested = dict.fromkeys(prompts)
+        new = [prompt for prompt in requested if prompt not in self.rows]
         if new:
             self.rows |= zip(new, self.embed(new), strict=True)
         rows = torch.stack([self.rows[prompt] for prompt in prompts])

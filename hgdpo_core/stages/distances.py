@@ -15,7 +15,7 @@ from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import latent_distance
 from hgdpo_core.models import Model
 from hgdpo_core.models.backbone import LatentCodec
-from hgdpo_core.models.places import find_offered_model
+from hgdpo_core.models.places import find_located_model
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.parallel import threads
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
@@ -77,7 +77,7 @@ class DistanceStage(EncodingStage):
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
         pool, scores = (ShardFolder.open(folder.store, folder.config[name]) for name in cls.reads)
-        return cls(pool, scores, folder, find_offered_model(folder.store, folder.config["model"], recipe),
+        return cls(pool, scores, folder, find_located_model(folder.store, folder.config["model"], recipe),
                    tuple(indices))
 
     def load(self, worker: Worker) -> AbstractContextManager[Computer]:

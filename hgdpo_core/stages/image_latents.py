@@ -13,11 +13,11 @@ import torch
 
 from hgdpo_core.config import content_hash
 from hgdpo_core.errors import InputError
-from hgdpo_core.image_sets import offer_images, open_offered_images
+from hgdpo_core.image_sets import locate_images, open_located_images
 from hgdpo_core.image_sets.sets import CAPTIONING, ImageSet, Kind
 from hgdpo_core.images import decode_image, fit_image, to_model_range
 from hgdpo_core.models import Backbone, Model
-from hgdpo_core.models.places import find_offered_model
+from hgdpo_core.models.places import find_located_model
 from hgdpo_core.parallel import threads
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
 from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes
@@ -72,14 +72,14 @@ class ImageLatentStage(EncodingStage):
         return {index: len(self.images.shard(index)) for index in indices}
 
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
-        return {"images": offer_images(self.folder.store, self.images, share=copy_to_store),
+        return {"images": locate_images(self.folder.store, self.images, share=copy_to_store),
                 "images_id": self.images.id, **super().recipe(copy_to_store=copy_to_store)}
 
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
         store = folder.store
-        return cls(open_offered_images(store, recipe["images"], recipe["images_id"]), folder,
-                   find_offered_model(store, folder.config, recipe), requested=tuple(indices))
+        return cls(open_located_images(store, recipe["images"], recipe["images_id"]), folder,
+                   find_located_model(store, folder.config, recipe), requested=tuple(indices))
 
     @contextmanager
     def load(self, worker: Worker) -> Iterator[Computer]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from hgdpo_core.config import content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.models import Backbone, Model
-from hgdpo_core.models.places import find_offered_model
+from hgdpo_core.models.places import find_located_model
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
 from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes, stack_pixels
 from hgdpo_core.stages.pool import image_size
@@ -69,7 +69,7 @@ class LatentStage(EncodingStage):
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
         return cls(ShardFolder.open(folder.store, folder.config["triplets"]), folder,
-                   find_offered_model(folder.store, folder.config, recipe), tuple(indices))
+                   find_located_model(folder.store, folder.config, recipe), tuple(indices))
 
     def load(self, worker: Worker) -> AbstractContextManager[Computer]:
         return nullcontext(_Encoding(self.backbone(worker.device), self.size, self.flips, ENCODE_BATCH))

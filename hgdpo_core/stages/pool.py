@@ -16,7 +16,7 @@ from hgdpo_core.devices import default_device
 from hgdpo_core.errors import ConfigError, StorageError
 from hgdpo_core.models import Model
 from hgdpo_core.models.image_generator import ImageGenerator, chunks
-from hgdpo_core.models.places import find_offered_model, model_means
+from hgdpo_core.models.places import find_located_model, model_means
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import prompt_id
@@ -96,7 +96,7 @@ class PoolPlan(Stage):
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> "PoolPlan":
         config, planned = folder.config, _read_plan(folder.store, folder.key)
         pool = PoolConfig.from_identity(config, batch_size=recipe["batch_size"])
-        model = find_offered_model(folder.store, config["model"], recipe)
+        model = find_located_model(folder.store, config["model"], recipe)
         unknown = [index for index in indices if index not in planned]
         if unknown:
             raise StorageError(f"{folder.store.url(folder.key)}/plan names no prompts for shard {unknown[0]}: start "

@@ -26,7 +26,7 @@ _HEALING_ERRNOS = {None} | {getattr(errno, name, errno.EIO) for name in (
 # By name, so that a local root never imports botocore, aiohttp or their like.
 _HEALING_NAMES = {"ConnectionError", "HTTPClientError", "IncompleteReadError", "IncompleteRead",
                   "ResponseParserError", "ClientPayloadError", "ClientConnectionError"}
-# A server that nobody has reached yet is more likely a wrong address than one that is about to come back.
+# A server that was never reached is more likely a wrong address than one that is about to come back.
 _TLS = {"SSLError", "ClientSSLError"}
 _NOBODY_THERE = {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"}
 _HEALING_CODES = {"SlowDown", "RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch",
@@ -134,7 +134,7 @@ def _advice(error: Exception, code: str) -> str:
     if code in _ADVICE:
         return _ADVICE[code]
     if names & _NOBODY_THERE:
-        return f"nobody answers there: correct {where}, or start the server"
+        return f"no server answers there: correct {where}, or start the server"
     if names & _TLS:
         return f"correct http or https in {where}, or AWS_CA_BUNDLE for a certificate of your own"
     if isinstance(error, PermissionError) or number == errno.EROFS:

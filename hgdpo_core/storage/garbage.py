@@ -25,7 +25,7 @@ class GarbageReport:
     """What was removed, or with `dry_run` what would be.
 
     `files`: keys; `bytes`: their sum; `uploads`: keys of unfinished multipart uploads; `kept_folders`:
-    folders left alone, since a manifest in them cannot be read and nobody knows what it names; `problems`:
+    folders left alone, since a manifest in them cannot be read and what it names is unknown; `problems`:
     one line each.
     """
 

@@ -22,7 +22,7 @@ _inherited: list[Any] = []
 
 
 class RemoteObjects:
-    """The requests of a Store, each carried out once below `base`. Connects on first use, anew after a fork."""
+    """The requests of a Store, each carried out once below `base`. Connects on first use, again after a fork."""
 
     def __init__(self, protocol: str, base: str):
         self._protocol, self._base = protocol, base

@@ -88,12 +88,12 @@ class ShardFolder:
 
         The entry `expected` is outside the comparison and the hash; the newest one is kept.
         """
-        wanted = json.loads(canonical_json(config))
-        if _read_config(store, key) != wanted:
-            _refuse_other(store, key, wanted)
-            store.write_json(f"{key}/config.json", wanted)
-            _refuse_other(store, key, wanted)       # somebody may have written another one at the same moment
-        return cls(store, key, wanted)
+        requested = json.loads(canonical_json(config))
+        if _read_config(store, key) != requested:
+            _refuse_other(store, key, requested)
+            store.write_json(f"{key}/config.json", requested)
+            _refuse_other(store, key, requested)       # another writer may have written another one at the same moment
+        return cls(store, key, requested)
 
     @classmethod
     def open(cls, store: Store, key: str) -> Self:
@@ -196,10 +196,10 @@ class ShardFolder:
 
     def read(self, index: int, columns: Sequence[str] | None = None, *,
              manifest: ShardManifest | None = None) -> pa.Table:
-        """The shard's table, its sha256 verified even if only some `columns` are wanted.
+        """The shard's table, its sha256 verified even if only some `columns` are requested.
 
         StorageError when there is no such shard; CorruptShardError when its bytes are wrong: then its files
-        are moved to `quarantine/`, so that running again makes it anew. InputError for unknown columns.
+        are moved to `quarantine/`, so that running again makes it again. InputError for unknown columns.
         """
         manifest = manifest or self._require(index)
         key = f"{self.key}/{manifest.file}"
@@ -262,10 +262,10 @@ class ShardFolder:
         return CorruptShardError(
             f"{self.store.url(pairs[0][0])} is not what {self.store.url(pairs[1][0])} says: expected "
             f"{manifest.bytes} bytes of sha256 {manifest.sha256[:12]}...; both were moved to quarantine/ "
-            "beside them, so run again to make this shard anew")
+            "beside them, so run again to make this shard again")
 
     def _still_names(self, manifest: ShardManifest) -> bool:
-        """Whether nobody made the shard anew meanwhile."""
+        """Whether no other writer made the shard again meanwhile."""
         current = self._parse(self.store.read_bytes(self._manifest_key(manifest.index)), manifest.index)
         return current is not None and current.file == manifest.file
 
@@ -331,21 +331,21 @@ def _read_config(store: Store, key: str) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def _refuse_other(store: Store, key: str, wanted: dict[str, Any]) -> None:
+def _refuse_other(store: Store, key: str, requested: dict[str, Any]) -> None:
     found = _read_config(store, key)
-    if found is not None and _hash_of(found) != _hash_of(wanted):
-        raise ConfigError(f"{store.url(key)} was made with other settings: {_first_difference(found, wanted)}"
+    if found is not None and _hash_of(found) != _hash_of(requested):
+        raise ConfigError(f"{store.url(key)} was made with other settings: {_first_difference(found, requested)}"
                           "; use another root, or the settings it was made with")
 
 
-def _first_difference(found: Any, wanted: Any, name: str = "") -> str:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
+def _first_difference(found: Any, requested: Any, name: str = "") -> str:
+    if isinstance(found, dict) and isinstance(requested, dict):
+        for key in sorted(found.keys() | requested.keys()):
             dotted = f"{name}.{key}" if name else key
-            if dotted == EXPECTED or (key in found and key in wanted and found[key] == wanted[key]):
+            if dotted == EXPECTED or (key in found and key in requested and found[key] == requested[key]):
                 continue
-            return _first_difference(found.get(key, "nothing"), wanted.get(key, "nothing"), dotted)
-    return f"{name} is {found!r} there, {wanted!r} now"
+            return _first_difference(found.get(key, "nothing"), requested.get(key, "nothing"), dotted)
+    return f"{name} is {found!r} there, {requested!r} now"
 
 
 @functools.cache

@@ -187,7 +187,7 @@ class Store:
         for name, size in found:
             self._download(name, size, local / name[len(key) + 1:])
 
-    # -- unfinished multipart uploads: S3 keeps, hides and bills them until somebody aborts them
+    # -- unfinished multipart uploads: S3 keeps, hides and bills them until they are aborted
 
     def unfinished_uploads(self) -> Iterator[tuple[str, str, float]]:
         """(key, upload id, start in seconds since 1970); none where the store has no such thing."""

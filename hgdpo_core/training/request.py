@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from hgdpo_core.config import TrainingConfig
 from hgdpo_core.errors import InputError
 from hgdpo_core.models import Model
-from hgdpo_core.models.places import find_offered_model, model_means
+from hgdpo_core.models.places import find_located_model, model_means
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import FORMAT_VERSION, ShardFolder, format_range, parse_range
@@ -92,6 +92,6 @@ def run_train(request: TrainRequest, *, progress: Progress = silent, should_stop
     if missing:
         raise InputError(f"{latents.store.url(latents.key)} lacks {len(missing)} of the {len(indices)} shards to train "
                          "on: run the pipeline again, which makes what is missing")
-    model = find_offered_model(latents.store, request.model, request.means)
+    model = find_located_model(latents.store, request.model, request.means)
     return tune(request.kind, model, latents, indices, request.settings, request.triplets,
                 validation=request.validation, progress=progress, should_stop=should_stop)

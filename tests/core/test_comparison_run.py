@@ -13,7 +13,7 @@ from hgdpo_core.errors import ConfigError, HGDPOError, InputError, ModelError
 from hgdpo_core.figures import target_path
 from hgdpo_core.models import find_model, load_pipeline
 from hgdpo_core.models.files import is_lora
-from hgdpo_core.models.places import find_offered_model, model_means
+from hgdpo_core.models.places import find_located_model, model_means
 from hgdpo_core.presets import figures
 from hgdpo_core.storage import Store
 
@@ -161,7 +161,7 @@ def test_a_lora_file_reaches_workers_through_the_store(compare, lora, tmp_path):
     run = compare(tuned=str(file))
     means = json.loads(json.dumps(model_means(run.store, run.tuned, share=True)))
     file.unlink()
-    found = find_offered_model(run.store, run.tuned.identity(), means)
+    found = find_located_model(run.store, run.tuned.identity(), means)
     assert found.identity() == run.tuned.identity()
     load_pipeline(found)
 

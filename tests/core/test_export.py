@@ -186,7 +186,7 @@ def test_the_card_of_a_hub_model_with_images(tmp_path):
     card = render_card(changed, SUMMARY, kohya_name="x.safetensors", fused=False)
     assert "No photograph" not in card and '"vae": "my.vae.pt"' in card
     figures_card = render_card(figures(), SUMMARY, kohya_name="x.safetensors", fused=False)
-    assert "PickScore is here the figures world's own judge" in figures_card
+    assert "PickScore is here the figures setting's own judge" in figures_card
     assert public_name("figures") == "the built-in figures model" and public_name("s3://b/dir/p.txt") == "p.txt"
 
 

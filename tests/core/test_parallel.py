@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from hgdpo_core.parallel import MAX_LANES, SMALL_PARAMETERS, count_lanes, side_by_side
+from hgdpo_core.parallel import MAX_THREADS, SMALL_PARAMETERS, count_threads, parallel_map
 
 
 def test_results_keep_the_order_of_the_jobs():
@@ -19,16 +19,16 @@ def test_results_keep_the_order_of_the_jobs():
         first_may_end.set()
         return 1
 
-    assert list(side_by_side([slow, quick, lambda: 2, lambda: 3], 2)) == [0, 1, 2, 3]  # slow alone would never end
+    assert list(parallel_map([slow, quick, lambda: 2, lambda: 3], 2)) == [0, 1, 2, 3]  # slow alone would never end
 
 
 def test_each_lane_has_one_thread_and_the_caller_keeps_its_own():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert set(side_by_side([torch.get_num_threads] * 6, 2)) == {1}
+        assert set(parallel_map([torch.get_num_threads] * 6, 2)) == {1}
         assert torch.get_num_threads() == 2
-        assert list(side_by_side([torch.get_num_threads], 1)) == [2]
+        assert list(parallel_map([torch.get_num_threads], 1)) == [2]
     finally:
         torch.set_num_threads(before)
 
@@ -45,7 +45,7 @@ def test_an_error_comes_through_and_no_further_job_starts(lanes):
             return number
         return run
 
-    results = side_by_side((job(number) for number in range(50)), lanes)
+    results = parallel_map((job(number) for number in range(50)), lanes)
     assert next(results) == 0
     with pytest.raises(ValueError, match="the second"):
         list(results)
@@ -60,7 +60,7 @@ def test_jobs_are_taken_as_lanes_become_free():
             taken.append(number)
             yield int
 
-    results = side_by_side(jobs(), 2)
+    results = parallel_map(jobs(), 2)
     next(results)
     assert len(taken) <= 3
     results.close()
@@ -69,5 +69,5 @@ def test_jobs_are_taken_as_lanes_become_free():
 def test_only_small_models_on_a_cpu_have_several(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     small, large = torch.nn.Linear(8, 8, device="meta"), torch.nn.Linear(1, SMALL_PARAMETERS, device="meta")
-    assert count_lanes(small, "cpu") == MAX_LANES
-    assert count_lanes(large, "cpu") == count_lanes(small, "cuda") == 1
+    assert count_threads(small, "cpu") == MAX_THREADS
+    assert count_threads(large, "cpu") == count_threads(small, "cuda") == 1

@@ -77,7 +77,7 @@ def test_the_command_plans_and_finishes(result, parameters, tmp_path, capsys):
 @pytest.mark.parametrize(("more", "message"), [
     (["--worlds", "pink"], "worlds.0"),
     (["--set", "ablation.pool_sizes=[7]"], "ablation.pool_sizes holds 7"),
-    (["--split", "validation"], "only the figures world's prompts"),
+    (["--split", "validation"], "only the figures setting's prompts"),
 ])
 def test_a_mistake_is_one_line(parameters, tmp_path, capsys, more, message):
     assert main([*arguments(parameters, tmp_path), *more]) == 2

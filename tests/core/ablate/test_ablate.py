@@ -128,7 +128,7 @@ def test_an_arms_config_changes_what_it_varies_and_keeps_defaults():
     ({"dpo.lambda_stat": 0}, "dpo.lambda_stat is 0: the comparisons statistics and lora_weight need"),
     ({"ablation.worlds": ["tinted"], "ablation.comparisons": ["pool_size"]}, "tinted world is for the comparisons"),
     ({"scorer.name": "tinted"}, "the tinted world tints PickScore, but scorer.name is tinted"),
-    ({"ablation.split": "validation"}, "only the figures world's prompts have a validation split"),
+    ({"ablation.split": "validation"}, "only the figures setting's prompts have a validation split"),
     ({"ablation.colour": 1}, "ablation.colour names no setting; there are beta_factors"),
     ({"evaluation.scorers": [{"name": "inspector", "source": "figures"}], "scorer.name": "inspector",
       "scorer.source": "figures", "ablation.worlds": ["plain"]}, "is measured with PickScore's image tower"),

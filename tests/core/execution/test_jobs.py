@@ -12,7 +12,7 @@ from hgdpo_core.errors import ConfigError, ModelError, StoppedError
 from hgdpo_core.execution.jobs import MAX_SHARD_RUNS, ShardRequest, cut, run_name, run_shards, write_recipe
 from hgdpo_core.execution.runner import IN_PROCESS
 from hgdpo_core.models import find_model
-from hgdpo_core.models.places import find_offered_model, model_means
+from hgdpo_core.models.places import find_located_model, model_means
 from hgdpo_core.models.published import publish_model
 from hgdpo_core.prompts import PromptList, save_prompts
 from hgdpo_core.stages.base import Worker
@@ -104,9 +104,9 @@ def test_a_worker_reads_prompts_as_the_planner_does(tmp_path, target_folder):
     for planned in (weighted, weighted.reading("plain")):
         there = plan(tmp_path, planned)
         means = model_means(there.folder.store, planned, share=False)
-        assert find_offered_model(there.folder.store, there.folder.config["model"], means) == planned
+        assert find_located_model(there.folder.store, there.folder.config["model"], means) == planned
         latents = latent_folder(there.folder.store, there.folder, planned, (32, 32))
-        assert find_offered_model(there.folder.store, latents.config, means) == planned
+        assert find_located_model(there.folder.store, latents.config, means) == planned
 
 
 def test_only_what_is_missing_is_made_and_each_shard_is_told(tmp_path, model):

@@ -133,7 +133,7 @@ def test_the_inspector_separates_broken_from_correct_images():
 
 
 def test_the_inspector_knows_figures_captions_only():
-    with pytest.raises(InputError, match="captions of the figures world only"):
+    with pytest.raises(InputError, match="captions of the figures setting only"):
         load_scorer("inspector").score(np.zeros((1, 64, 64, 3), np.uint8), ["a portrait photo"])
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from hgdpo_core.config import content_hash
 from hgdpo_core.errors import InputError
-from hgdpo_core.image_sets import expand_braces, offer_images, open_offered_images, read_image_set
+from hgdpo_core.image_sets import expand_braces, locate_images, open_located_images, read_image_set
 from hgdpo_core.image_sets import folders as image_folders
 from hgdpo_core.image_sets import sets as image_sets
 from hgdpo_core.image_sets import tars as image_tars
@@ -344,20 +344,20 @@ def test_a_bucket_is_as_good_as_a_disk(server, folder, tars, tmp_path, root, pla
     images = read_image_set(bucket.url("") + "/" + place)
     assert contents(images) == contents(read_image_set(f"{tmp_path}/{place}"))
     assert images.id == read_image_set(images.address).id
-    assert images.folder is None and offer_images(Store(str(tmp_path / "root")), images, share=True) == images.address
+    assert images.folder is None and locate_images(Store(str(tmp_path / "root")), images, share=True) == images.address
 
 
 def test_a_set_is_offered_as_it_lies_or_as_a_copy(folder, tars, tmp_path):
     store = Store(str(tmp_path / "root"))
     for place in (str(folder), f"{tars}/set-*.tar"):
         images = read_image_set(place)
-        assert offer_images(store, images, share=False) == place
-        key = offer_images(store, images, share=True)
-        copy = open_offered_images(store, key, images.id)
+        assert locate_images(store, images, share=False) == place
+        key = locate_images(store, images, share=True)
+        copy = open_located_images(store, key, images.id)
         assert key == f"images/{images.id}" and contents(copy) == contents(images) and copy.id == images.id
     (tars / "set-001.tar").unlink()
     with pytest.raises(InputError, match="planned with 3-"):
-        open_offered_images(store, f"{tars}/set-*.tar", images.id)
+        open_located_images(store, f"{tars}/set-*.tar", images.id)
 
 
 @pytest.mark.parametrize(("place", "message"), [

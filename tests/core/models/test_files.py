@@ -18,7 +18,7 @@ from hgdpo_core.config import TargetConfig
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models import Model, find_model, load_pipeline
 from hgdpo_core.models.files import SD15_CONFIGS
-from hgdpo_core.models.places import find_offered_model, model_means
+from hgdpo_core.models.places import find_located_model, model_means
 from hgdpo_core.models.text_encoder import TextEncoder
 from hgdpo_core.storage import Store
 from hgdpo_core.training.tune import Tuned
@@ -68,7 +68,7 @@ def test_a_worker_finds_a_single_file_and_its_configs_in_the_store(place, tmp_pa
     means = model_means(store, model, share=True)
     shutil.rmtree(tmp_path / "configs")
     (tmp_path / "single.safetensors").unlink()
-    found = find_offered_model(store, model.identity(), means)
+    found = find_located_model(store, model.identity(), means)
     assert found.fingerprint == model.fingerprint and found.configs is not None
     assert store.local_path("models") in found.path.parents and store.local_path("models") in found.configs.parents
 

@@ -236,7 +236,7 @@ def test_presets_say_how_prompts_are_written():
     sd15 = build_config("sd15", target="a/b", prompts="p.txt")
     assert (sd15.target.prompt_syntax, sd15.evaluation.prompt_syntax) == ("a1111", "plain")
     assert build_config("figures").target.prompt_syntax == "plain"
-    with pytest.raises(ConfigError, match="split is 'dev', but the figures world has train, validation, test"):
+    with pytest.raises(ConfigError, match="split is 'dev', but the figures setting has train, validation, test"):
         apply_overrides(build_config("figures"), {"prompts.split": "dev"})
 
 

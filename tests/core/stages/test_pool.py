@@ -52,7 +52,7 @@ def test_the_same_plan_gives_the_same_bits(tmp_path, model):
 
 def test_batches_side_by_side_give_the_same_bits(tmp_path, model, monkeypatch):
     one, _ = draw(tmp_path / "a", model, batch_size=2)
-    monkeypatch.setattr(image_generator, "count_lanes", lambda *_: 3)
+    monkeypatch.setattr(image_generator, "count_threads", lambda *_: 3)
     several, _ = draw(tmp_path / "b", model, batch_size=2)
     assert difference(one, several) == 0 and one.keys() == several.keys()
 
@@ -61,8 +61,8 @@ def test_batches_side_by_side_give_the_same_bits(tmp_path, model, monkeypatch):
 def test_a_shard_of_few_batches_gives_each_all_cores(tmp_path, model, monkeypatch, batch_size, lanes):
     """Six images a shard: three batches fill three cores, two or one do not."""
     asked = []
-    monkeypatch.setattr(image_generator, "count_lanes", lambda *_: 3)
-    monkeypatch.setattr(image_generator, "side_by_side",
+    monkeypatch.setattr(image_generator, "count_threads", lambda *_: 3)
+    monkeypatch.setattr(image_generator, "parallel_map",
                         lambda jobs, count: asked.append(count) or (job() for job in jobs))
     draw(tmp_path, model, prompts=PROMPTS[:2], batch_size=batch_size)
     assert asked == [lanes]

@@ -261,7 +261,7 @@ def test_a_bucket_that_is_not_there(server, name):
 def test_an_endpoint_where_nobody_listens(server, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited for what cannot heal"))
-    with pytest.raises(StorageError, match=r"nobody answers there: correct AWS_ENDPOINT_URL \(now http://127.0.0.1:9"):
+    with pytest.raises(StorageError, match=r"no server answers there: correct AWS_ENDPOINT_URL \(now http://127.0.0.1:9"):
         Store("s3://bucket/x").check_writable()
 
 
