@@ -114,14 +114,14 @@ def full(monkeypatch):
 
 
 def _write_half_of(path: Path, data: bytes) -> None:
-    """As `place` does on a disk without room: into a temporary file, which it then takes away."""
-    from hgdpo_core.storage.local import place
+    """As `write_atomically` does on a disk without room: into a temporary file, which it then takes away."""
+    from hgdpo_core.storage.local import write_atomically
 
     def fill(file):
         file.write(data[:len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    place(path, fill)
+    write_atomically(path, fill)
 
 
 def test_a_full_disk_loses_nothing_and_leaves_nothing_half_written(tmp_path, target_folder, judge_folder, full,

@@ -12,7 +12,7 @@ def test_it_prints_a_table_with_equal_scores(capsys, clock):
     score.main(["--size", "tiny", "--images", "3", "--batch", "2", "--images-per-prompt", "2", "--width", "90",
                 "--height", "130", "--clock", clock])
     lines = capsys.readouterr().out.splitlines()
-    assert "3 images of 90x130, 2 a prompt, cpu" in lines[0] and f"{clock} clock" in lines[0]
+    assert "3 images of 90x130, 2 per prompt, cpu" in lines[0] and f"{clock} clock" in lines[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
     assert [(row[0], row[1], row[2]) for row in rows] == [
         ("model card, one by one", "float32", "1"), ("ours", "float32", "2"),

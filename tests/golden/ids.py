@@ -180,7 +180,7 @@ def latent_ids(store: Store) -> Ids:
 
 
 def image_latent_ids(store: Store) -> Ids:
-    images = ImageSet(place="images", id="4-0123456789ab", kind="folder", base="", files=(), index=pa.table({}))
+    images = ImageSet(address="images", id="4-0123456789ab", kind="folder", base="", files=(), index=pa.table({}))
     return {case: [image_latent_folder(store, images, model, (64, 96), flips=flips).key for flips in (False, True)]
             for case, model in MODELS.items() if model.lora is None}
 

@@ -345,7 +345,7 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_refused(place, tmp_path):
     shutil.copytree(place / "folder", tmp_path / "folder")
     shutil.rmtree(tmp_path / "folder" / "tokenizer")
     shutil.copytree(SD15_CONFIGS / "tokenizer", tmp_path / "folder" / "tokenizer")
-    refuse(tmp_path / "folder", r"gives the id 49407, the text encoder knows \d+: put the tokenizer there")
+    refuse(tmp_path / "folder", r"gives the id 49407, the text encoder has \d+: put the tokenizer there")
 
 
 @pytest.mark.parametrize("syntax", ["plain", "a1111"])

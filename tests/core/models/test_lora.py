@@ -114,7 +114,7 @@ def test_state_round_trip_and_misfits():
     add_lora(narrow, rank=2, seed=0)
     with pytest.raises(ModelError, match="the rank they were made with"):
         load_lora_state(narrow, lora_state(unet))
-    with pytest.raises(ModelError, match="already wears"):
+    with pytest.raises(ModelError, match="already has the adapters"):
         add_lora(unet, rank=4, seed=0)
 
 

@@ -68,8 +68,8 @@ def write_run(store, compared, seconds, cached):
     scores = make_scores(store, pool, PROMPTS, {prompt: [1, 2, 3, 4] for prompt in PROMPTS})
     return write_run_report(
         open_run(store), pool, scores, np.zeros((4, 3, 2)), SimpleNamespace(key="triplets/1"), TripletCounts(4, 0),
-        SimpleNamespace(model_id="dpo-1", log=LOG), LOG, images, comparison, [RunWarning("defects", "More defects.")],
-        seconds=seconds, cached=cached)
+        SimpleNamespace(model_id="dpo-1", objective="dpo", log=LOG), LOG, images, comparison,
+        [RunWarning("defects", "More defects.")], seconds=seconds, cached=cached)
 
 
 def test_a_run_has_a_summary_and_a_page_without_prefect(store, compared):

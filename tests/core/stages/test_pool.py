@@ -15,7 +15,7 @@ from hgdpo_core.models import find_model, image_generator
 from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.prompts import image_seed
 from hgdpo_core.stages.base import Worker
-from hgdpo_core.stages.pool import open_pool, plan_pool
+from hgdpo_core.stages.pool import PoolPlan, plan_pool
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -121,7 +121,8 @@ def test_a_lost_plan_makes_no_image_again(tmp_path, model, asked):
         path.unlink()
     again = plan_pool(plan.folder.store, model, SAMPLER, plan.pool, asked)
     assert again.shards == plan.shards and again.missing == ()
-    assert open_pool(plan.folder, model, SAMPLER, plan.pool, plan.indices).shards == plan.shards  # as a worker reads it
+    worker = PoolPlan.open(plan.folder, plan.recipe(), plan.indices)  # which reads the plan from the store
+    assert worker.shards == plan.shards
 
 
 def test_an_index_planned_twice_keeps_its_shard_and_the_other_prompts_move_on(tmp_path, model):
