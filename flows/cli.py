@@ -119,7 +119,8 @@ def collect(options: argparse.Namespace) -> int:
 
     store = open_store(options.root)
     planned = collect_garbage(store, dry_run=True)
-    print(f"would remove {len(planned.files)} files of {store.root}, {planned.bytes:,} bytes")
+    verb = "would" if options.dry_run else "will"
+    print(f"{verb} remove {len(planned.files)} files of {store.root}, {planned.bytes:,} bytes")
     for name in planned.files:
         print(name)
     if not options.dry_run:
@@ -156,7 +157,7 @@ def _print_summary(summary: dict[str, Any], publish: str | None) -> None:
     report = _publish(summary, Path(publish)) if publish else summary["artifacts"]["report"]
     print("\n" + "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["timings"].items()))
     if summary.get("found"):
-        print(f"Existed, with the seconds it took to make them: {', '.join(summary['found'])}")
+        print(f"Reused; the times above are those of the run that made them: {', '.join(summary['found'])}")
     for scorer, rate in summary["win_rate"].items():
         if rate["rate"] is None:
             print(f"{scorer}: the models tie on every prompt ({rate['ties']} ties)")

@@ -135,9 +135,9 @@ def colours(comparison: Comparison) -> str:
     table = Table(("Channel", "Change", "As in the paper"), rows, caption="Tuned against target over all pixels of the "
                   "evaluation images; below each change its 95 % bootstrap interval over prompts. The last column "
                   "compares with the paper's Table 2.").html()
-    intro = ("No shift is 0. For hue, which is an angle, use the first row: the shift of the mean weighted by "
-             "saturation, + from red towards yellow. The other rows are plain means over pixels; the paper prints "
-             "their absolute values.")
+    intro = ("A value of 0 means no shift. For hue, which is an angle, use the first row: the shift of the mean "
+             "weighted by saturation, + from red towards yellow. The other rows are plain means over pixels; the paper "
+             "prints their absolute values.")
     note = f'<p class="intro">{escape(_weak_hue(change))}</p>' if change.hue_is_weak else ""
     charts = "".join(histogram(spec, comparison.target_histograms, comparison.tuned_histograms) for spec in HISTOGRAMS)
     return section("Colours", intro, f'{table}{note}<div class="charts">{charts}</div>')
