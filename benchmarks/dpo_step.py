@@ -8,7 +8,7 @@
 The example (examples/research_projects/diffusion_dpo/train_diffusion_dpo.py) decodes its images, encodes them and their
 captions in every step, in the process that trains. It is written out here in its own order with its own defaults; only
 its square resize is rectangular, and so that losses can be compared it takes the mean of the VAE's posterior instead of
-a sample, draws noise and timesteps as our trainer does, and flips nothing. Ours is `train_dpo` over latents in shards.
+a sample, draws noise and timesteps as our trainer does, and flips nothing. Ours is `run_training` on latents in shards.
 Same weights, LoRA, pairs, batch, precision and optimizer.
 
 Whether both compute the same losses is asked in float32 first, over three steps of one pair, and the script fails where
@@ -40,16 +40,18 @@ from benchmarks.targets import add_device_options, clock_of, describe, open_targ
 from hgdpo_core.config import DpoConfig
 from hgdpo_core.images import encode_image, to_model_range
 from hgdpo_core.models import Model, load_backbone, load_pipeline
-from hgdpo_core.models.ddpm import DdpmSchedule
+from hgdpo_core.models.ddpm import DdpmSchedule, draw_timesteps
 from hgdpo_core.models.lora import add_lora
 from hgdpo_core.models.sd15 import UnetDenoiser
 from hgdpo_core.stages.latents import SCHEMA
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training import draw_noise, draw_timesteps, sample_generator
-from hgdpo_core.training.data import LatentPairs
-from hgdpo_core.training.dpo import train_dpo
+from hgdpo_core.training.base import Hooks
+from hgdpo_core.training.data import LatentPairs, sample_generator
+from hgdpo_core.training.dpo import prepare_dpo
+from hgdpo_core.training.loop import run_training
 from hgdpo_core.training.optimization import make_optimizer, warm_up_schedule
+from hgdpo_core.training.parts import draw_noise
 
 PRECISIONS: dict[str, Any] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 TOLERANCE = 1e-3
@@ -192,8 +194,8 @@ def run_ours(model: Model, pairs: Pairs, config: DpoConfig, options: argparse.Na
     schedule, denoiser = DdpmSchedule(pipeline.scheduler.config), UnetDenoiser(pipeline.unet.float())
     del pipeline
     _forget_peak(options)
-    result = train_dpo(denoiser, schedule, pairs.latents, config, checkpoints=None,
-                       on_log=lambda _: marks.append(now()))
+    result = run_training(prepare_dpo(denoiser, schedule, config), pairs.latents, config, None,
+                          Hooks(on_log=lambda _: marks.append(now())))
     name = "ours with SML" if config.lambda_stat else "ours without SML"
     return Row(_named(name, config), _step_seconds(marks), [row["dpo_loss"] for row in result.log], _peak(options))
 

@@ -6,7 +6,7 @@
     python -m benchmarks.pool --size tiny --dtype float32         # seconds, to see that the pipeline of sd15 runs
 
 The loop is what a user would write: prompt by prompt, `num_images_per_prompt`, one generator per image, every image
-saved as PNG. Ours is `generate_pool`, from prompts to committed shards. Same weights, precision, scheduler, steps,
+saved as PNG. Ours is `PoolPlan.make`, from prompts to committed shards. Same weights, precision, scheduler, steps,
 guidance and seeds; models are loaded before the clock starts, and every batch size is warmed up. A batch that does not
 fit is skipped. The script fails where the images differ by more than the tolerance it prints.
 """
@@ -35,7 +35,8 @@ from hgdpo_core.models import Model
 from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.models.sd15 import KlCodec
 from hgdpo_core.prompts import image_seed
-from hgdpo_core.stages.pool import PoolPlan, generate_pool, plan_pool
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.pool import PoolPlan, plan_pool
 from hgdpo_core.storage import Store
 
 LARGEST_IN_FLOAT32 = 1
@@ -84,7 +85,7 @@ class Loop:
 
 
 class Ours:
-    """`generate_pool` with a generator that stays loaded."""
+    """`PoolPlan.make` with a generator that stays loaded."""
 
     def __init__(self, model: Model, config: RunConfig, device: str):
         self.config = config
@@ -97,7 +98,7 @@ class Ours:
         pool = self.config.pool.model_copy(update={"batch_size": batch})
         plan = plan_pool(Store(str(folder)), self.generator.model, self.config.sampler, pool, prompts)
         self.generator.pool = pool
-        generate_pool(plan, generator=self.generator)
+        plan.make(Worker(network=self.generator))
         if self.generator.pool.batch_size < batch:
             raise torch.OutOfMemoryError(f"a batch of {batch} was halved")
         return lambda: _read_images(plan, prompts)

@@ -27,9 +27,10 @@ from hgdpo_core.images import encode_image
 from hgdpo_core.models import Model, find_model
 from hgdpo_core.progress import ShouldStop, never_stop
 from hgdpo_core.prompts import image_seed, prompt_id
-from hgdpo_core.stages.pool import PoolPlan, generate_pool, plan_pool
-from hgdpo_core.stages.scores import missing_scores, score_folder, score_pool
-from hgdpo_core.stages.triplets import build_triplets, triplet_folder
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.pool import PoolPlan, plan_pool
+from hgdpo_core.stages.scores import ScoreStage, missing_scores, score_folder
+from hgdpo_core.stages.triplets import TripletStage, triplet_folder
 from hgdpo_core.storage import Store
 
 IMAGES_PER_PROMPT = 2
@@ -91,12 +92,13 @@ def run_pipeline(root: str, count: int, prompts_per_shard: int) -> Row:
     prompts = [f"a person, number {i}" for i in range(count)]
     plan: PoolPlan = timed("plan", lambda: plan_pool(store, model, SAMPLER, pool, prompts))
     generator, network = NullGenerator(), NullScorer()
-    timed("pool", lambda: generate_pool(plan, generator=generator))  # pyright: ignore[reportArgumentType]
+    timed("pool", lambda: plan.make(Worker(network=generator)))  # pyright: ignore[reportArgumentType]
     scores = score_folder(store, plan.pool_id, scorer)
-    timed("scores", lambda: score_pool(store, plan.folder, scores, scorer, plan.indices, device="cpu",
-                                       judge=network))  # pyright: ignore[reportArgumentType]
+    timed("scores", lambda: ScoreStage.of(plan, scorer).make(Worker("cpu", network=network)))  # pyright: ignore[reportArgumentType]
     triplets = triplet_folder(store, plan.folder, scores, "prompts", TripletConfig())
-    timed("triplets", lambda: build_triplets(plan.folder, scores, triplets, prompts, plan.indices, TripletConfig()))
+    stage = TripletStage(plan.folder, scores, triplets, frozenset(map(prompt_id, prompts)), TripletConfig(),
+                         tuple(plan.indices))
+    timed("triplets", lambda: stage.make(Worker("cpu")))
     timed("plans again", lambda: _find_all(store, model, pool, prompts, plan, scores))
     return Row(count, cost, _peak_mib() - before)
 

@@ -4,7 +4,7 @@
     python -m benchmarks.shard_wait --size sd15 --device cuda --prompts 6 --prompts-per-shard 2 --batch 8
     python -m benchmarks.shard_wait --size tiny --dtype float32      # seconds, to see that the pipeline of sd15 runs
 
-`generate_pool` is watched from outside: the time in the solver's loop and in the VAE counts as generating, and between
+`PoolPlan.make` is watched from outside: the time in the solver's loop and in the VAE counts as generating, and between
 the first image's start and the last commit's end everything else is waiting. The first shard's prompts and the last
 shard's commit have nothing to hide behind, so they are reported apart. `--slow` seconds are added to every write of the
 store, as a far one would; the last row runs with that and writes in the generating thread, as the code did
@@ -30,7 +30,8 @@ from hgdpo_core.models import image_generator
 from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.models.sd15 import KlCodec
 from hgdpo_core.stages import base
-from hgdpo_core.stages.pool import generate_pool, plan_pool
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.pool import plan_pool
 from hgdpo_core.storage import Store
 
 
@@ -108,7 +109,7 @@ def run(what: str, generator: ImageGenerator, options: argparse.Namespace, folde
     watch = Watch(options.device)
     with watching(watch, inline=inline):
         start = time.perf_counter()
-        generate_pool(plan, generator=generator)
+        plan.make(Worker(network=generator))
         end = time.perf_counter()
     generating = sum(b - a for a, b in watch.busy)
     first, last = watch.busy[0][0], watch.busy[-1][1]

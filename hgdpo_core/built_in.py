@@ -1,6 +1,6 @@
 """What comes with the package under one source name: a target, two scorers, prompts and captioned images.
 
-The only file outside `figures/` and the preset that knows what the name stands for.
+The only file outside `figures/` and the preset that resolves the name.
 """
 
 from pathlib import Path
@@ -51,7 +51,7 @@ def read_prompts(split: str, limit: int | None) -> tuple[str, ...]:
     from hgdpo_core import figures
 
     if limit is None:
-        raise InputError(f'prompts from "{SOURCE}" need a limit: there are more of them than anyone wants images of')
+        raise InputError(f'prompts from "{SOURCE}" need a limit: there are far more of them than a run can use')
     return tuple(figures.prompts(split, limit, seed=0))
 
 

@@ -9,15 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hgdpo_core.built_in import DATA_SET, SPLITS, is_built_in
 from hgdpo_core.errors import ConfigError
@@ -41,15 +33,15 @@ class InIds:
     result: When = "always"
     """Of what is made by these settings: pools, scores, triplets, trained models."""
     run: When = "always"
-    """Of runs, comparisons and ablations, whose ids name all that was asked for."""
+    """Of runs, comparisons and ablations, whose ids name all that was requested."""
 
 
 ADDED = InIds(result="changed", run="changed")
 """For a setting added with a default: ids of earlier runs stay."""
 OWN_TO_RUNS = InIds(result="never")
-"""For what changes no result, as how it is computed or what is shown on the way."""
+"""For what changes no result: how it is computed, or what is shown during the run."""
 NO_ID = InIds(result="never", run="never")
-"""For how work is cut."""
+"""For how work is divided."""
 
 
 class StageConfig(BaseModel):
@@ -62,7 +54,7 @@ class StageConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would take true for 1."""
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
@@ -71,19 +63,18 @@ class StageConfig(BaseModel):
 
     def identity(self, of: IdOf = "result") -> dict[str, Any]:
         """Plain data for an id: the settings that enter it by their definitions, nested ones by theirs."""
-        names = [name for name in type(self).model_fields if self._enters(name, of)]
-        data = self.model_dump(mode="json", include=set(names))
-        return {name: _identity_of(getattr(self, name), data[name], of) for name in names}
+        data, identity = self.model_dump(mode="json"), {}
+        for name, field in type(self).model_fields.items():
+            when, value = self._when(name, of), getattr(self, name)
+            if when == "always" or when == "changed" and value != field.get_default(call_default_factory=True):
+                identity[name] = _identity_of(value, data[name], of)
+        return identity
 
     @classmethod
     def from_identity(cls, record: Mapping[str, Any], **others: Any) -> Self:
-        """The settings whose result identity stands in `record`, among other data; `others` are in no identity."""
+        """The settings whose result identity is in `record`, among other data; `others` are in no identity."""
         names = [name for name in cls.model_fields if name in record and cls._when(name, "result") != "never"]
         return cls.model_validate({**{name: record[name] for name in names}, **others})
-
-    def _enters(self, name: str, of: IdOf) -> bool:
-        when, default = self._when(name, of), type(self).model_fields[name].get_default(call_default_factory=True)
-        return when == "always" or when == "changed" and getattr(self, name) != default
 
     @classmethod
     def _when(cls, name: str, of: IdOf) -> When:
@@ -120,24 +111,21 @@ class PromptSource(StageConfig):
 class TargetConfig(StageConfig):
     """The user's model. Negative prompt and clip skip belong to it: the same in pool, training and evaluation.
 
-    Captions of SFT images are plain, whatever the syntax of prompts: they describe, and describe with brackets too.
+    Captions of SFT images are plain, whatever the syntax of prompts: in descriptions brackets are text.
     """
 
     source: str = Field(description='hub id, diffusers folder, .safetensors or .ckpt file; "figures" is built in')
     revision: str | None = Field(default=None, description="commit, branch or tag of a hub id")
-    vae: str | None = Field(default=None, description="VAE instead of the target's own: diffusers folder, single file "
-                                                      "or hub id")
+    vae: str | None = Field(default=None, description="replaces the target's: diffusers folder, single file or hub id")
     component_configs: str | None = Field(
         default=None, description="diffusers folder with the component configs and tokenizer of a single file (needed "
                                   "for v-prediction); default: Stable Diffusion 1.5's, which come with this package")
     negative_prompt: str = ""
-    clip_skip: int | None = Field(default=None, ge=1, description="layers of the text encoder to skip, as diffusers "
-                                  "counts them: 1 here is what A1111 calls Clip skip 2")
-    dtype: Dtype = Field(default="auto",
-                         description="precision of sampling; auto: bfloat16 where it is fast, else float32")
+    clip_skip: int | None = Field(default=None, ge=1, description="text layers to skip: 1 is A1111's Clip skip 2")
+    dtype: Dtype = Field(default="auto", description="precision of sampling; auto: bfloat16 where fast, else float32")
     prompt_syntax: PromptSyntax = Field(
-        default="plain", description="how prompts and the negative prompt are written. plain: every sign is text, cut "
-        "at 77 tokens. a1111: (words:1.2) and [words] weigh, \\( is a bracket, BREAK and long texts make chunks")
+        default="plain", description="how prompts and the negative prompt are written. plain: all characters are text, "
+        "cut at 77 tokens. a1111: (words:1.2) and [words] weigh, \\( is a bracket, BREAK and long texts make chunks")
 
 
 class SamplerConfig(StageConfig):
@@ -158,7 +146,7 @@ class SamplerConfig(StageConfig):
 
 
 class DrawingConfig(StageConfig):
-    """How images are drawn and kept, whatever they are for."""
+    """How images are generated and stored, for pools and evaluations."""
 
     image_format: ImageFormat = "png"
     prompts_per_shard: int = Field(default=32, ge=1, description="prompts in the unit of commit")
@@ -175,10 +163,10 @@ class PoolConfig(DrawingConfig):
 
 
 class ScorerConfig(StageConfig):
-    """A judge of images."""
+    """A scorer of images."""
 
     name: str = Field(default="pickscore", description="one of hgdpo_core.scorers.SCORERS")
-    source: Annotated[str | None, OWN_TO_RUNS] = Field(  # the fingerprint of what lies there enters
+    source: Annotated[str | None, OWN_TO_RUNS] = Field(  # the fingerprint of what it names enters
         default=None, description="hub id, folder or weights file; default: the public weights of that name")
     batch_size: Annotated[int, OWN_TO_RUNS] = Field(default=32, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -194,8 +182,8 @@ class ScorerConfig(StageConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_does(cls, value: Any) -> Any:
-        """`name` or `name=source`, where the other defaults serve."""
+    def _from_name(cls, value: Any) -> Any:
+        """`name` or `name=source`, where the other defaults suffice."""
         if not isinstance(value, str):
             return value
         name, _, source = value.partition("=")
@@ -205,14 +193,13 @@ class ScorerConfig(StageConfig):
 class TripletConfig(StageConfig):
     """Which two candidates of a pool become winner and loser (paper Eq. 6, Table 5)."""
 
-    loser_rank: int | None = Field(default=None, ge=2,
-                                   description="l of N-20-L-l: 1-based rank of the loser; default: last")
+    loser_rank: int | None = Field(default=None, ge=2, description="l of N-20-L-l, 1-based; default: last")
     pool_size: Annotated[int | None, InIds(result="changed")] = Field(
         default=None, ge=2, description="N of N-2, N-5, ...: rank only a pool's first N images; default: all")
 
 
 class TrainingConfig(StageConfig):
-    """What both trainers share."""
+    """Settings of both trainers."""
 
     epochs: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
@@ -227,42 +214,35 @@ class TrainingConfig(StageConfig):
     mixed_precision: MixedPrecision = "auto"
     gradient_checkpointing: bool = False
     flip: Annotated[bool, InIds(result="changed")] = Field(
-        default=False, description="mirror half of the samples, drawn again each time; winner and loser of a pair "
+        default=False, description="mirror half of the samples, chosen again each time; winner and loser of a pair "
         "together. Doubles the cached latents")
     seed: int = Field(default=0, ge=0, lt=2**63)
-    checkpoint_every: Annotated[int, OWN_TO_RUNS] = Field(
-        default=500, ge=1, description="optimizer steps between resume points")
+    checkpoint_every: Annotated[int, OWN_TO_RUNS] = Field(default=500, ge=1, description="steps between resume points")
     log_every: Annotated[int, OWN_TO_RUNS] = Field(default=1, ge=1, description="optimizer steps between log rows")
     validation_every: Annotated[int | None, OWN_TO_RUNS] = Field(
-        default=None, ge=1, description="optimizer steps between validation images: some evaluation prompts from fixed "
-        "seeds; default: none")
+        default=None, ge=1, description="optimizer steps between images of evaluation prompts; default: none")
     validation_images: Annotated[int, OWN_TO_RUNS] = Field(default=4, ge=1, description="how many of them")
     tracker: Annotated[TrackerName | None, OWN_TO_RUNS] = Field(
-        default=None, description="where training curves go besides the store's log.json; tensorboard writes its files "
-        "beside it")
+        default=None, description="where training curves go besides the store's log.json; tensorboard writes beside it")
 
 
 class SftConfig(TrainingConfig):
     """Supervised fine-tuning of the whole UNet on the user's images (paper D.1)."""
 
-    caption_dropout: float = Field(default=0.1, ge=0, lt=1,
-                                   description="share of captions replaced by the empty text (ours)")
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="fraction of captions that become empty (ours)")
     ema_decay: Annotated[float | None, InIds(result="changed")] = Field(
-        default=None, gt=0, lt=1, description="the tuned model gets the moving average of its weights, as 0.9999; "
-        "default: its last weights (ours)")
+        default=None, gt=0, lt=1, description="keep the average of the weights, as 0.9999; default: the last (ours)")
 
 
 class DpoConfig(TrainingConfig):
     """Diffusion-DPO with the statistic matching loss on a LoRA (paper Eq. 9, D.2).
 
-    `beta` is the paper's, for a loss of per-sample MEAN errors without a factor 1/2. The same number is
-    `beta_dpo=2500` in diffusers' SD 1.5 example, and `beta_dpo=5000` in the Salesforce code and in diffusers'
-    SDXL example, which carry a factor 1/2.
+    `beta` is the paper's, for a loss of per-sample MEAN errors without a factor 1/2. The same number is `beta_dpo=2500`
+    in diffusers' SD 1.5 example, and `beta_dpo=5000` where there is a factor 1/2 (Salesforce, diffusers' SDXL example).
     """
 
     beta: float = Field(default=2500.0, gt=0, le=1e12)
-    lambda_stat: float = Field(default=10_000.0, ge=0, le=1e18,
-                               description="weight of the statistic matching loss; 0 switches it off")
+    lambda_stat: float = Field(default=10_000.0, ge=0, le=1e18, description="weight of statistic matching; 0 is off")
     lora_rank: int = Field(default=8, ge=1, description="lora_alpha always equals it, so the LoRA's scale is 1 (ours)")
     share_noise: bool = Field(default=True, description="winner and loser of a pair share their noise")
     allow_foreign_triplets: bool = Field(default=False, description="train on triplets made by another model")
@@ -280,14 +260,9 @@ class EvaluationConfig(StageConfig):
 
     @field_validator("scorers", mode="before")
     @classmethod
-    def _names_do(cls, value: Any) -> Any:
-        """Scorers from `name` or `name=source`, in one string or each in its own, where the other defaults serve."""
-        items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, list | tuple):
-            return value
-        parts = [item.partition("=") if isinstance(item, str) else item for item in items]
-        return [{"name": part[0].strip(), "source": part[2].strip() or None} if isinstance(part, tuple) else part
-                for part in parts]
+    def _split_names(cls, value: Any) -> Any:
+        """Several `name` or `name=source` in one string."""
+        return value.split(",") if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _scorers_differ(self) -> Self:
@@ -298,13 +273,11 @@ class EvaluationConfig(StageConfig):
 
 
 class WorkersConfig(StageConfig):
-    """How work is cut for workers. It changes no result, so it is part of no id."""
+    """How work is divided among workers. It changes no result, so it is part of no id."""
 
-    draw_images_per_run: int = Field(default=1280, ge=1, description="images that one shard run draws")
-    score_images_per_run: int = Field(default=6400, ge=1,
-                                      description="images that one shard run scores or encodes, which is far quicker")
-    least_draw_runs: int = Field(default=1, ge=1, description="shard runs that drawing a small set of images is spread "
-                                 "over at least, so that as many GPUs share it")
+    draw_images_per_run: int = Field(default=1280, ge=1, description="images that one shard run generates")
+    score_images_per_run: int = Field(default=6400, ge=1, description="images that one shard run scores or encodes")
+    least_draw_runs: int = Field(default=1, ge=1, description="fewest shard runs that even few images are spread over")
     open_runs: int = Field(default=50, ge=1, description="shard runs of a stage that wait or run at once, at least "
                            "twice the workers; the next ones are started as these end")
     max_failed_shards: int = Field(default=10, ge=0,
@@ -314,7 +287,7 @@ class WorkersConfig(StageConfig):
 
 
 class RunConfig(StageConfig):
-    """Everything one run needs, saved beside everything it made."""
+    """Everything one run needs, stored beside its results."""
 
     preset: str
     licence: str = Field(default=UNKNOWN_LICENCE, pattern=r"^[a-z0-9][a-z0-9.\-]*$",
@@ -335,8 +308,8 @@ class RunConfig(StageConfig):
     @property
     def training_judge(self) -> str | None:
         """Name of the evaluation scorer that also ranks the training pools; None when the evaluation leaves it out."""
-        judge = (self.scorer.name, self.scorer.source)
-        return next((s.name for s in self.evaluation.scorers if (s.name, s.source) == judge), None)
+        training = (self.scorer.name, self.scorer.source)
+        return next((s.name for s in self.evaluation.scorers if (s.name, s.source) == training), None)
 
     @model_validator(mode="after")
     def _ranks_exist(self) -> Self:
@@ -358,11 +331,10 @@ class ComparisonConfig(StageConfig):
     """Two models on the same prompts and seeds, without the rest of the pipeline."""
 
     preset: str
-    target: TargetConfig = Field(description="a model, or a LoRA for `base`; its other settings count for both")
+    target: TargetConfig = Field(description="a model, or a LoRA of `base`; its other settings apply to both")
     tuned: str = Field(description="what is compared with the target: a model, or a LoRA")
-    base: str | None = Field(default=None, description="the model that the LoRAs are for; default: the target")
-    target_lora_weight: float | None = Field(default=None, gt=0, description="where the target is a LoRA; default: "
-                                             "evaluation.lora_weight, the tuned one's")
+    base: str | None = Field(default=None, description="the model that the LoRAs are applied to; default: the target")
+    target_lora_weight: float | None = Field(default=None, gt=0, description="for a LoRA; default: the tuned one's")
     lora_weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], ADDED] = Field(
         default=(), description="weights to try the tuned LoRA at, beside evaluation.lora_weight (paper Figure 8)")
     sampler: SamplerConfig
@@ -371,10 +343,10 @@ class ComparisonConfig(StageConfig):
     workers: Annotated[WorkersConfig, NO_ID] = WorkersConfig()
 
 
-def canonical_json(value: BaseModel | Mapping[str, Any] | list[Any]) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, UTF-8 kept."""
+def canonical_json(value: Any) -> str:
+    """The one JSON text of plain data or of settings: sorted keys, no spaces, UTF-8 kept."""
     data = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    return _to_json(data)
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def content_hash(value: BaseModel | Mapping[str, Any] | list[Any], length: int = 12) -> str:
@@ -383,13 +355,9 @@ def content_hash(value: BaseModel | Mapping[str, Any] | list[Any], length: int =
         return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
     digest = hashlib.sha256(b"[")
     for position, item in enumerate(value):  # one by one: as one text, all prompts would be in memory twice more
-        digest.update((("," if position else "") + _to_json(item)).encode())
+        digest.update((("," if position else "") + canonical_json(item)).encode())
     digest.update(b"]")
     return digest.hexdigest()[:length]
-
-
-def _to_json(data: Any) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def apply_overrides(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
@@ -410,14 +378,14 @@ def apply_overrides(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
 
 
 def _merged(old: Any, new: Any) -> Any:
-    """Settings `new` put into those that stand there; with a source they describe another thing, as a whole."""
+    """Settings `new` merged into the `old` ones; with a source they describe another thing, as a whole."""
     if not isinstance(old, dict) or not isinstance(new, Mapping) or "source" in new:
         return new
     return {**old, **{name: _merged(old.get(name), value) for name, value in new.items()}}
 
 
 def validate(kind: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
-    """A config from plain data; ConfigError with one line a mistake instead of pydantic's report."""
+    """A config from plain data; ConfigError with one line per mistake instead of pydantic's report."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -426,8 +394,6 @@ def validate(kind: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
 
 def describe(error: ValidationError) -> str:
     """One readable line for all mistakes in a pydantic error."""
-    return "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}"
-        + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
-        for item in error.errors()
-    )
+    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}"
+                     + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
+                     for item in error.errors())

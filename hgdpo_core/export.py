@@ -1,10 +1,9 @@
-"""A finished run's model, handed over: LoRA files, model card, on demand a whole pipeline, on demand to the Hub."""
+"""Export of a finished run's model: LoRA files, model card, on demand a whole pipeline, on demand to the Hub."""
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
@@ -27,20 +26,22 @@ def export_run(store: Store, folder: Path, run_id: str | None = None, *, fused: 
     """Put a run's LoRA, its kohya file and a model card into a local folder; returns what was written.
 
     Where the run fine-tuned its target first, that fine-tuned model goes along as `base/`, a whole diffusers pipeline:
-    the LoRA was trained and judged on it and on no other.
+    the LoRA was trained and evaluated on it and on no other.
     `run_id`: may be left out where the root holds one finished run. `fused`: also a whole diffusers pipeline with the
-    LoRA merged in at the run's LoRA weight, in the precision the run sampled in; `target` says where the target model
-    lies now, if it moved. A model card that is already there stays: its fields are filled in by hand. InputError for a
-    run that is not there or not finished, ModelError for a target that is not the run's, StorageError for a full disk.
+    LoRA merged in at the run's LoRA weight, in the precision the run sampled in; `target`: the present path of the
+    target model, if it moved. An existing model card stays: its fields are filled in by hand. InputError for a run that
+    is missing or not finished, ModelError for a target that is not the run's, StorageError for a full disk.
     """
     config, summary = _read_run(store, run_id or _only_run(store))
-    lora_id = _lora_id(summary)
+    # summaries of earlier versions name the LoRA by its URL alone
+    lora_id = summary.get("lora_id") or summary["artifacts"]["lora"].rstrip("/").rpartition("/")[2]
     lora = fetch_model(store, lora_id)
     if lora is None:
         raise InputError(f"{store.url(f'models/{lora_id}')} is gone: start the run again, it makes what is missing")
     weight = summary["lora_weight"]
     tuned = _find_tuned(store, lora_id)
-    base = tuned or (_find_target(store, lora_id, _moved(config.target, target)) if fused else None)
+    moved = {"source": target} if target is not None else {}
+    base = tuned or (_find_target(store, lora_id, config.target.model_copy(update=moved)) if fused else None)
     if config.images is not None and tuned is None:
         raise InputError(f"the fine-tuned model that {lora_id} was trained on is gone from {store.url('models')}: "
                          "start the run again, it makes what is missing")
@@ -84,15 +85,6 @@ def _read_run(store: Store, run_id: str) -> tuple[RunConfig, dict[str, Any]]:
     return validate(RunConfig, config), store.read_json(f"runs/{run_id}/summary.json")
 
 
-def _lora_id(summary: Mapping[str, Any]) -> str:
-    """Summaries of earlier versions name the LoRA by its URL alone."""
-    return summary.get("lora_id") or summary["artifacts"]["lora"].rstrip("/").rpartition("/")[2]
-
-
-def _moved(config: TargetConfig, source: str | None) -> TargetConfig:
-    return config if source is None else config.model_copy(update={"source": source})
-
-
 def _find_tuned(store: Store, lora_id: str) -> Model | None:
     """The run's fine-tuned model in the store, where the LoRA was trained on one."""
     identity = _trained_on(store, lora_id)
@@ -107,12 +99,12 @@ def _find_tuned(store: Store, lora_id: str) -> Model | None:
 
 
 def _find_target(store: Store, lora_id: str, config: TargetConfig) -> Model:
-    """The target where it lies now; ModelError for one that the LoRA was not trained on."""
+    """The target at its present path; ModelError for one that the LoRA was not trained on."""
     identity, model = _trained_on(store, lora_id), find_model(config)
     if model.fingerprint != identity["fingerprint"]:
         raise ModelError(f"target {config.source} is not the model this LoRA was trained on (fingerprint "
-                         f"{model.fingerprint[:12]}, expected {identity['fingerprint'][:12]}): say with --target where "
-                         "that one lies")
+                         f"{model.fingerprint[:12]}, expected {identity['fingerprint'][:12]}): give that one "
+                         "with --target")
     return model
 
 
@@ -132,15 +124,6 @@ def _copy_base(source: Path, folder: Path) -> None:
 # -- the Hub
 
 
-class Hub(Protocol):
-    """The part of `huggingface_hub.HfApi` used here."""
-
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any: ...
-    def model_info(self, repo_id: str) -> Any: ...
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str,
-                      allow_patterns: list[str]) -> Any: ...
-
-
 def check_push(repo_id: str, folder: Path, *, public: bool) -> None:
     """Refuse, before any work, a push that cannot succeed or that should not be public yet."""
     if repo_id.count("/") != 1:
@@ -153,8 +136,8 @@ def check_push(repo_id: str, folder: Path, *, public: bool) -> None:
                          "or push it privately first")
 
 
-def push_folder(folder: Path, repo_id: str, *, public: bool = False, hub: Hub | None = None) -> str:
-    """Upload an export to the Hub, privately by default; returns its address.
+def push_folder(folder: Path, repo_id: str, *, public: bool = False, hub: HfApi | None = None) -> str:
+    """Upload an export to the Hub, privately unless `public`; returns its address.
 
     The token is HF_TOKEN and nothing else. A repository that is already public takes no private push.
     """

@@ -103,7 +103,7 @@ def step_coefficient(timesteps: torch.Tensor, scheduler: DDPMScheduler) -> torch
     if timesteps.dtype not in (torch.int64, torch.int32):
         raise InputError(f"timesteps are {timesteps.dtype}: expected integers of the chain, not sigmas")
     kind = check_prediction(scheduler)
-    # On the CPU, where the tables lie: fetching them from a GPU would stall it in every step.
+    # On the CPU, where the tables are: fetching them from a GPU would stall it in every step.
     t = timesteps.to("cpu", torch.int64)
     if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < len(scheduler):
         raise InputError(f"timesteps are from {int(t.min())} to {int(t.max())}: "

@@ -55,9 +55,9 @@ class WinRate:
 
 
 def win_rate(scores_a: Scores, scores_b: Scores) -> WinRate:
-    """Share of prompts on which A scores above B, ties apart.
+    """Fraction of prompts on which A scores above B, without ties.
 
-    Scores are finite [P] (one image a prompt) or [P, K] (K images a prompt, averaged before the comparison);
+    Scores are finite [P] (one image per prompt) or [P, K] (K images per prompt, averaged before the comparison);
     row i of both is the same prompt with the same seeds. A tie is exact equality. InputError (a ValueError)
     names shapes that differ and how many scores are not finite.
     """
@@ -94,7 +94,7 @@ class ColourShift(NamedTuple):
 
 @dataclass
 class ColourStatistics:
-    """Sums over the HSV pixels of any number of images, so that the images need not be held.
+    """Sums over the HSV pixels of any number of images, so that the images need not be in memory.
 
     Hue, saturation and value are in 0..1. The fields are plain numbers: `dataclasses.asdict` carries the
     statistics of a shard through JSON, and `merge` puts shards together.
@@ -132,12 +132,10 @@ class ColourStatistics:
         if not self.pixels or not reference.pixels:
             raise InputError("colour shift needs at least one image on both sides, "
                              f"got {self.pixels} and {reference.pixels} pixels")
-        return ColourShift(
-            _percent_change(self.hue_sum / self.pixels, reference.hue_sum / reference.pixels),
-            _percent_change(self.saturation_sum / self.pixels, reference.saturation_sum / reference.pixels),
-            _percent_change(self.value_sum / self.pixels, reference.value_sum / reference.pixels),
-            _hue_difference(self._hue_degrees(), reference._hue_degrees()),
-        )
+        hue, saturation, value = (
+            _percent_change(getattr(self, name) / self.pixels, getattr(reference, name) / reference.pixels)
+            for name in ("hue_sum", "saturation_sum", "value_sum"))
+        return ColourShift(hue, saturation, value, _hue_difference(self._hue_degrees(), reference._hue_degrees()))
 
     def _hue_degrees(self) -> float | None:
         """Saturation-weighted circular mean of the hue; None for images without colour."""
@@ -170,11 +168,8 @@ def rgb_to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     chroma = value - np.minimum(np.minimum(red, green), blue)
     safe_chroma = np.where(chroma > 0, chroma, 1.0)
     saturation = chroma / np.where(value > 0, value, 1.0)
-    sextant = np.where(
-        value == red,
-        (green - blue) / safe_chroma,
-        np.where(value == green, 2 + (blue - red) / safe_chroma, 4 + (red - green) / safe_chroma),
-    )
+    not_red = np.where(value == green, 2 + (blue - red) / safe_chroma, 4 + (red - green) / safe_chroma)
+    sextant = np.where(value == red, (green - blue) / safe_chroma, not_red)
     hue = np.where(chroma > 0, sextant / 6 % 1.0, 0.0)
     return hue, saturation, value
 
@@ -200,7 +195,7 @@ def mean_pairwise_distance(features: torch.Tensor) -> torch.Tensor:
     `features` are [P, K, D] of any length, K >= 2; 0 means that all images of a prompt look alike to the features.
     """
     if features.ndim != 3 or features.shape[1] < 2:
-        raise InputError("mean_pairwise_distance needs features [P, K, D] of at least 2 images a prompt, got "
+        raise InputError("mean_pairwise_distance needs features [P, K, D] of at least 2 images per prompt, got "
                          f"{list(features.shape)}")
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
     first, second = torch.triu_indices(features.shape[1], features.shape[1], offset=1)

@@ -25,44 +25,44 @@ class ScoredImage:
     problem: str | None = None
 
 
-def images_to_score(place: str, prompt: str | None = None) -> list[CaptionedImage]:
+def images_to_score(path: str, prompt: str | None = None) -> list[CaptionedImage]:
     """One image file, or every image of a folder, with `prompt` or, without one, the folder's own captions.
 
     InputError when there is no image, or no prompt for one.
     """
-    path = Path(place).expanduser()
+    location = Path(path).expanduser()
     if prompt is not None and not prompt.strip():
-        raise InputError("the prompt is empty: say what the images should show")
-    if path.is_file():
+        raise InputError("the prompt is empty: describe what the images should show")
+    if location.is_file():
         if prompt is None:
-            raise InputError(f"{place} is one image: say what it should show with --prompt")
-        return [CaptionedImage(path, prompt)]
-    if prompt is None or not path.is_dir():
-        return find_captioned_images(str(path))
-    return [CaptionedImage(file, prompt) for file in find_images(path)]
+            raise InputError(f"{path} is one image: describe what it should show with --prompt")
+        return [CaptionedImage(location, prompt)]
+    if prompt is None or not location.is_dir():
+        return find_captioned_images(str(location))
+    return [CaptionedImage(file, prompt) for file in find_images(location)]
 
 
 def score_images(images: Sequence[CaptionedImage], scorer: ScorerConfig, *, device: str | None = None,
                  progress: Progress = silent, should_stop: ShouldStop = never_stop) -> list[ScoredImage]:
     """Every image with its score, in their order."""
-    judge = load_judge(scorer, device or default_device())
+    loaded = load_judge(scorer, device or default_device())
     scored: list[ScoredImage] = []
     for first in range(0, len(images), scorer.batch_size):
         if should_stop():
             raise StoppedError("stopped while scoring images")
         batch = images[first:first + scorer.batch_size]
         opened = [_open(image.path) for image in batch]
-        good = [(picture, image.caption) for picture, image in zip(opened, batch, strict=True)
-                if isinstance(picture, Image.Image)]
-        scores = iter(judge.score(*zip(*good, strict=True)).tolist() if good else ())
-        scored += [ScoredImage(image, math.nan, picture) if isinstance(picture, str)
-                   else ScoredImage(image, next(scores)) for picture, image in zip(opened, batch, strict=True)]
+        good = [(pixels, image.caption) for pixels, image in zip(opened, batch, strict=True)
+                if isinstance(pixels, Image.Image)]
+        scores = iter(loaded.score(*zip(*good, strict=True)).tolist() if good else ())
+        scored += [ScoredImage(image, math.nan, problem) if isinstance(problem, str)
+                   else ScoredImage(image, next(scores)) for problem, image in zip(opened, batch, strict=True)]
         progress(len(scored), len(images), "images")
     return scored
 
 
 def _open(path: Path) -> Image.Image | str:
-    """The picture, or why there is none."""
+    """The image, or why there is none."""
     try:
         return decode_image(path.read_bytes())
     except (InputError, OSError) as error:

@@ -86,7 +86,7 @@ def _open(reader: FolderReader, names: Sequence[str], result: Captioned) -> dict
 def _write(store: Store, name: str, caption: str, result: Captioned) -> None:
     key = caption_file(name)
     if not caption.strip():
-        result.problems[name] = "the model had nothing to say about it"
+        result.problems[name] = "the model gave no caption"
     elif not (store.exists(key) and store.read_bytes(key).strip()):  # another process may have written one meanwhile
         store.write_bytes(key, f"{caption}\n".encode())
         result.written += 1

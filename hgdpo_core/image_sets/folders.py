@@ -40,11 +40,8 @@ def find_captioned_images(folder: str) -> list[CaptionedImage]:
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"images: {folder} is not a folder; expected images with metadata.jsonl or .txt captions")
-    store, files = Store(str(root)), _files(root)
-    names = select_images(files)
-    if not names:
-        raise _no_image(folder)
-    captions, problems = read_captions(store, names, files)
+    files, names = _files_and_images(root)
+    captions, problems = read_captions(Store(str(root)), names, files)
     missing = [name for name in names if name not in captions]
     if problems:
         raise InputError(f"images: the caption of {root / min(problems)} cannot be read: {problems[min(problems)]}")
@@ -56,18 +53,15 @@ def find_captioned_images(folder: str) -> list[CaptionedImage]:
 
 def find_images(folder: Path) -> list[Path]:
     """Every image file below a local folder, in name order; InputError when there is none."""
-    names = select_images(_files(folder))
-    if not names:
-        raise _no_image(str(folder))
-    return [folder / name for name in names]
+    return [folder / name for name in _files_and_images(folder)[1]]
 
 
-def _files(folder: Path) -> list[str]:
-    return [name for name, *_ in local_tree(folder)[0]]
-
-
-def _no_image(folder: str) -> InputError:
-    return InputError(f"images: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+def _files_and_images(folder: Path) -> tuple[list[str], list[str]]:
+    files = [name for name, *_ in local_tree(folder)[0]]
+    images = select_images(files)
+    if not images:
+        raise InputError(f"images: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return files, images
 
 
 def select_images(files: Iterable[str]) -> list[str]:

@@ -105,7 +105,7 @@ class ImageSet:
 
     @property
     def folder(self) -> Path | None:
-        """The folder that all files lie in; None where it is not on this machine."""
+        """The folder that holds all files; None where it is not on this machine."""
         return Store(self.base).local_path("")
 
     @contextmanager

@@ -57,23 +57,25 @@ def _image_column(schema: pa.Schema, url: str) -> str:
         if name in schema.names and _holds_bytes(schema.field(name).type):
             return name
     raise InputError(f"images: {url} has no column of images: expected {', '.join(IMAGE_COLUMNS[:-1])} or "
-                     f"{IMAGE_COLUMNS[-1]} with encoded bytes, got "
-                     f"{', '.join(f'{field.name} ({field.type})' for field in schema)}")
+                     f"{IMAGE_COLUMNS[-1]} with encoded bytes, got {_columns(schema)}")
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return kind in (pa.binary(), pa.large_binary())
 
 
 def _caption_column(schema: pa.Schema, url: str) -> str:
     for name in CAPTION_COLUMNS:
-        if name in schema.names and (pa.types.is_string(schema.field(name).type)
-                                     or pa.types.is_large_string(schema.field(name).type)):
+        if name in schema.names and schema.field(name).type in (pa.string(), pa.large_string()):
             return name
     raise InputError(f"images: {url} has no column of captions: expected {' or '.join(CAPTION_COLUMNS)} as text, got "
-                     f"{', '.join(f'{field.name} ({field.type})' for field in schema)}; rename yours")
+                     f"{_columns(schema)}; rename yours")
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
 class TableReader:

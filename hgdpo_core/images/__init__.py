@@ -1,4 +1,4 @@
-"""Images at the edges: encoded bytes to pixels and back."""
+"""Encoded images to pixels and back."""
 
 import contextlib
 import functools
@@ -57,7 +57,7 @@ def decode_image(data: bytes) -> Image.Image:
         return to_srgb(ImageOps.exif_transpose(open_image(io.BytesIO(data))))
     except (InputError, MemoryError):
         raise
-    except UnidentifiedImageError:  # whose message is an address in memory
+    except UnidentifiedImageError:  # its message is an address in memory
         raise InputError(f"{len(data)} bytes do not decode as an image: expected {', '.join(FORMATS)}") from None
     except Exception as error:  # broken bytes: every codec has its own family of errors
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -67,7 +67,11 @@ class Conditioning:
 
     def replaced(self, rows: torch.Tensor, other: "Conditioning") -> Self:
         """The same with `other`, of one text, in the rows where `rows`, bool [B], is True."""
-        return self._map(lambda own, their: torch.where(_over(rows, own), their.to(own.device), own), other)
+        def choose(own: torch.Tensor, their: torch.Tensor) -> torch.Tensor:
+            over = rows.to(own.device).reshape(-1, *[1] * (own.ndim - 1))
+            return torch.where(over, their.to(own.device), own)
+
+        return self._map(choose, other)
 
     @classmethod
     def join(cls, parts: "Sequence[Conditioning]") -> "Conditioning":
@@ -83,11 +87,6 @@ class Conditioning:
 
         return replace(self, **{f.name: changed(*(getattr(each, f.name) for each in (self, *others)))
                                 for f in fields(self)})
-
-
-def _over(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """bool [B] shaped to broadcast over `like` [B, ...], on its device."""
-    return rows.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
 class Denoiser(nn.Module, ABC):

@@ -3,7 +3,7 @@
 import copy
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
@@ -28,6 +28,9 @@ T = TypeVar("T")
 
 ENCODER_THREADS = 2
 
+Sampled = tuple[Sequence[tuple[int, int]], list[int], np.ndarray]
+"""A batch of (prompt number, image index), its seeds and its pixels."""
+
 
 class ImageGenerator:
     """A loaded model that generates candidates; one per process."""
@@ -50,19 +53,23 @@ class ImageGenerator:
         lengths = [text.length for text in texts]
         batches = list(_cut_batches(lengths, self.pool.images_per_prompt, self.pool.batch_size))
         lanes = self.lanes if len(batches) >= self.lanes else 1  # too few to fill the cores: each takes them all
-        jobs = (functools.partial(self._sample_batch, prompts, texts, batch)
-                for batch in _until_stopped(batches, should_stop))
+
+        def jobs() -> Iterator[Callable[[], Sampled]]:
+            for batch in batches:
+                if should_stop():
+                    raise StoppedError("stopped while generating a pool; finished shards are kept")
+                yield functools.partial(self._sample_batch, prompts, texts, batch)
+
         waiting: list[Future[dict]] = []
         with ThreadPoolExecutor(ENCODER_THREADS) as executor:
-            for batch, seeds, pixels in parallel_map(jobs, lanes):
+            for batch, seeds, pixels in parallel_map(jobs(), lanes):
                 yield from (future.result() for future in waiting)
                 waiting = [executor.submit(self._row, prompts[number], index, seed, image)
                            for (number, index), seed, image in zip(batch, seeds, pixels, strict=True)]
             yield from (future.result() for future in waiting)
 
     def _sample_batch(self, prompts: Sequence[str], texts: Sequence[Conditioning],
-                      batch: Sequence[tuple[int, int]]) -> tuple[Sequence[tuple[int, int]], list[int], np.ndarray]:
-        """The batch, its seeds and its pixels."""
+                      batch: Sequence[tuple[int, int]]) -> Sampled:
         seeds = [image_seed(self.pool.seed, prompts[number], index) for number, index in batch]
         return batch, seeds, self.sample(Conditioning.join([texts[number] for number, _ in batch]), seeds)
 
@@ -84,13 +91,6 @@ class ImageGenerator:
         return {"prompt_id": prompt_id(prompt), "prompt": prompt, "index": index, "seed": seed,
                 "image": encode_image(pixels, self.pool.image_format),
                 "width": self.sampler.width, "height": self.sampler.height}
-
-
-def _until_stopped(batches: Iterable[T], should_stop: ShouldStop) -> Iterator[T]:
-    for batch in batches:
-        if should_stop():
-            raise StoppedError("stopped while generating a pool; finished shards are kept")
-        yield batch
 
 
 def _cut_batches(lengths: Sequence[int], images: int, size: int) -> Iterator[Sequence[tuple[int, int]]]:

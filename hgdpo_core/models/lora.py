@@ -32,7 +32,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int, seed: int,
         raise ModelError(f"the UNet already has the adapters {', '.join(unet.peft_config)}: "
                          "merge them into the weights first, or load a fresh UNet")
     unet.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):  # peft draws A on the CPU
+    with torch.random.fork_rng(devices=[]):  # peft samples A on the CPU
         torch.default_generator.manual_seed(seed)
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                     target_modules=list(targets)))

@@ -17,7 +17,7 @@ from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.lora_files import apply_lora, lora_file
 from hgdpo_core.models.networks import check_finite, empty_network
-from hgdpo_core.models.text_weights import has_flat_text_encoder, read_flat_text_encoder, use_encoder_length
+from hgdpo_core.models.text_weights import read_flat_text_encoder, use_encoder_length
 
 BROKEN = "the weights are broken (or, in float16, overflow: set target.dtype to float32)"
 VAE_VERSION = 2  # 1 rounded the VAE's weights to the target's precision before it encoded in float32
@@ -156,8 +156,8 @@ def _read_pipeline(model: Model, dtype: torch.dtype, vae: AutoencoderKL | None) 
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     given: dict[str, Any] = {"vae": vae} if vae is not None else {}
     if model.path.is_file():
-        if has_flat_text_encoder(model.path):
-            given["text_encoder"] = read_flat_text_encoder(model.path, str(model.configs), dtype)
+        text_encoder = read_flat_text_encoder(model.path, str(model.configs), dtype)
+        given |= {"text_encoder": text_encoder} if text_encoder else {}
         return StableDiffusionPipeline.from_single_file(
             str(model.path), config=str(model.configs), safety_checker=None, **given, **options)
     return StableDiffusionPipeline.from_pretrained(

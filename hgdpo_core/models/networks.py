@@ -1,6 +1,6 @@
 """Checks that weights are a network's, whole: names and shapes against an empty network of its config.
 
-Nothing is read but headers, so this is done before any work; what only values can tell (NaN, infinity) is checked when
+Nothing is read but headers, so this is done before any work; what only values show (NaN, infinity) is checked when
 the weights are loaded. diffusers and transformers fill a weight that is missing with random numbers or leave it
 uninitialised, and ignore one that they do not recognise.
 """
@@ -154,13 +154,11 @@ def _plain_name(name: str) -> str:
 def check_single_networks(path: Path, infos: Mapping[str, TensorInfo], configs: Mapping[str, Mapping[str, Any]], *,
                           own_vae: bool) -> None:
     """ModelError where a single file does not hold exactly the networks of `configs` (unet, vae, text_encoder)."""
-    unet = _below(infos, UNET)
-    _compare_converted(path, "unet", unet, configs["unet"], convert_ldm_unet_checkpoint)
-    text = {name.removeprefix(TEXT).removeprefix(WRAPPER): info.shape for name, info in infos.items()
-            if name.startswith(TEXT)}
-    text = {name: shape for name, shape in text.items() if not name.startswith(UNREAD_TEXT)}
-    compare_shapes(path, "text_encoder", text, _plain_names(expected_shapes(path, "text_encoder",
-                                                                             configs["text_encoder"])))
+    _compare_converted(path, "unet", _below(infos, UNET), configs["unet"], convert_ldm_unet_checkpoint)
+    given = {name.removeprefix(TEXT).removeprefix(WRAPPER): info.shape for name, info in _below(infos, TEXT).items()}
+    given = {name: shape for name, shape in given.items() if not name.startswith(UNREAD_TEXT)}
+    expected = _plain_names(expected_shapes(path, "text_encoder", configs["text_encoder"]))
+    compare_shapes(path, "text_encoder", given, expected)
     if own_vae:
         check_single_vae(path, infos, configs["vae"])
 

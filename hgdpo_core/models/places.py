@@ -73,12 +73,10 @@ def _copy_into_store(store: Store, path: Path) -> str:
     model_id = f"{name}-{fingerprint[:12]}"
     if find_record(store, model_id) is not None:
         return model_id
-    if path.is_dir():
-        publish_model(store, model_id, path, {"kind": "copy"})
-        return model_id
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / path.name).symlink_to(path.resolve())
-        publish_model(store, model_id, Path(folder), {"kind": "copy"})
+    with tempfile.TemporaryDirectory() as links:
+        if path.is_file():
+            (Path(links) / path.name).symlink_to(path.resolve())
+        publish_model(store, model_id, path if path.is_dir() else Path(links), {"kind": "copy"})
     return model_id
 
 

@@ -20,7 +20,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from hgdpo_core.models.backbone import Conditioning
 
 Denoise = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
-"""A `Denoiser`, or what stands for one."""
+"""A `Denoiser`, or a function like it."""
 
 
 def make_scheduler(config: Mapping[str, Any]) -> DPMSolverMultistepScheduler:

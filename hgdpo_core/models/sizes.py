@@ -29,13 +29,10 @@ class ModelSize:
         """All of them."""
         return self.denoiser + self.codec + self.text
 
-    def latent_pixels(self, size: tuple[int, int]) -> int:
-        """Of an image of (width, height) pixels."""
-        return (size[0] // self.scale_factor) * (size[1] // self.scale_factor)
-
     def latent_bytes(self, size: tuple[int, int], images: int) -> int:
-        """Of `images` latents and one prompt's embedding."""
-        return FLOAT_BYTES * (images * self.latent_channels * self.latent_pixels(size) + self.text_numbers)
+        """Of the latents of `images` images of (width, height) pixels and one prompt's embedding."""
+        pixels = (size[0] // self.scale_factor) * (size[1] // self.scale_factor)
+        return FLOAT_BYTES * (images * self.latent_channels * pixels + self.text_numbers)
 
 
 def model_size(path: Path) -> ModelSize:

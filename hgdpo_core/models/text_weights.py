@@ -11,13 +11,13 @@ from transformers import CLIPTextModel
 from hgdpo_core.models.weight_files import FLAT_TEXT_FIRST, TEXT, load_safetensors, open_torch, read_tensor_infos
 
 
-def has_flat_text_encoder(path: Path) -> bool:
-    """Whether a single file's text encoder has names without `text_model.`, as old anime models and their merges."""
-    return FLAT_TEXT_FIRST in read_tensor_infos(path)
+def read_flat_text_encoder(path: Path, configs: str, dtype: torch.dtype) -> CLIPTextModel | None:
+    """The text encoder of a single file whose names lack `text_model.`, as old anime models and their merges have it.
 
-
-def read_flat_text_encoder(path: Path, configs: str, dtype: torch.dtype) -> CLIPTextModel:
-    """The text encoder of such a file, loaded as diffusers loads it from any other."""
+    None for any other file, whose text encoder diffusers reads itself.
+    """
+    if FLAT_TEXT_FIRST not in read_tensor_infos(path):
+        return None
     given = load_safetensors(path, TEXT)[0] if path.suffix == ".safetensors" else open_torch(path, mmap=True)
     renamed = {f"{TEXT}text_model.{name.removeprefix(TEXT)}": tensor for name, tensor in given.items()
                if name.startswith(TEXT)}

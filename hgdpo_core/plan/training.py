@@ -17,7 +17,7 @@ from hgdpo_core.plan.rates import CHECKPOINTS, OPTIMIZER_FLOATS, Rate
 from hgdpo_core.plan.table import StagePlan
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training import Hooks
+from hgdpo_core.training.base import Hooks
 from hgdpo_core.training.loop import run_training
 from hgdpo_core.training.objective import RandomSamples, TrainingObjective
 

@@ -27,7 +27,8 @@ MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 
 VISION, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
 VISION_RENAMES = {"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding",
-                  "patch_embed.proj.": "embeddings.patch_embedding.", "norm.": "post_layernorm."}
+                  "patch_embed.proj.": "embeddings.patch_embedding.", "norm.": "post_layernorm.",
+                  "blocks.": "encoder.layers."}
 IN_A_BLOCK = {".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.", ".attn.qkv.": ".self_attn.qkv.",
               ".attn.proj.": ".self_attn.projection."}
 
@@ -86,12 +87,8 @@ def check(source: str | None) -> None:
 
 
 def _configs_of(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[BlipVisionConfig, BlipTextConfig]:
-    try:
+    with weights.sizes_read_from(path, NAMES[-1]):
         return _read_configs(tensors)
-    except KeyError as error:
-        raise ModelError(f"{path} lacks {error.args[0]}: expected the tensors of {NAMES[-1]}") from None
-    except (ValueError, IndexError, TypeError) as error:
-        raise ModelError(f"{path} holds tensors of other shapes than {NAMES[-1]}: {first_line(error)}") from None
 
 
 def _load_tokenizer(files: Sequence[Path], vocabulary: int) -> BertTokenizer:
@@ -124,20 +121,8 @@ def _read_configs(tensors: Mapping[str, torch.Tensor]) -> tuple[BlipVisionConfig
 
 
 def _vision_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {}
-    for name, value in tensors.items():
-        if not name.startswith(VISION):
-            continue
-        name = name.removeprefix(VISION)
-        for old, new in VISION_RENAMES.items():
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-        if name.startswith("blocks."):
-            name = "encoder.layers." + name.removeprefix("blocks.")
-            for old, new in IN_A_BLOCK.items():
-                name = name.replace(old, new)
-        renamed[name] = value
-    return renamed
+    return {weights.renamed(name.removeprefix(VISION), VISION_RENAMES, IN_A_BLOCK): value
+            for name, value in tensors.items() if name.startswith(VISION)}
 
 
 def _text_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

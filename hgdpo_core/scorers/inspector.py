@@ -21,7 +21,7 @@ from hgdpo_core.scorers.weights import check_build, read_empty_tensors, read_ten
 
 NAME, TITLE = "inspector", "Inspector"
 DEFECT_BELOW = 0.0
-"""An image that scores below is defective: wrong anatomy, smeared, or not what the caption says."""
+"""An image that scores below is defective: wrong anatomy, smeared, or not what the caption describes."""
 
 SIZE_PX = 64
 

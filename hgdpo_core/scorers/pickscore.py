@@ -4,21 +4,21 @@ Any transformers CLIPModel folder trained with its objective serves, such as the
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from hgdpo_core.built_in import find_scorer_weights, is_built_in
 from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.tokenizers import load_clip_tokenizer
-from hgdpo_core.scorers.pixels import Images, check_counts, crop_pixels, floor_half, normalise_pixels
-from hgdpo_core.scorers.texts import TextCache
-from hgdpo_core.scorers.towers import check_folder, check_texts, load_folder, normalise
+from hgdpo_core.scorers.pixels import Images, crop_pixels, floor_half
+from hgdpo_core.scorers.towers import ClipScorer, check_folder, check_texts, load_folder, normalise
 from hgdpo_core.scorers.weights import freeze
 
 NAME, TITLE = "pickscore", "PickScore"
@@ -28,26 +28,18 @@ MAX_TOKENS = 77
 PROCESSOR_FILES = ["*.json", "*.txt"]
 
 
-class PickScore:
+class PickScore(ClipScorer):
     """A loaded PickScore, or another CLIP of its shape."""
 
-    name = NAME
-
-    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil,
-                 fingerprint: str):
-        self.model: Any = model  # transformers' own types do not declare what it returns
-        self.tokenizer, self.fingerprint = tokenizer, fingerprint
+    def __init__(self, model: Any, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil, fingerprint: str):
+        super().__init__(NAME, model, tokenizer, partial(crop_pixels, halve=floor_half), fingerprint)
         self.image_size, self.mean, self.deviation = _read_processor(processor)
-        text: Any = model.config.text_config
-        self.max_tokens = min(MAX_TOKENS, text.max_position_embeddings)
-        self.texts = TextCache(self.embed_texts)
+        self.max_tokens = min(MAX_TOKENS, self.max_tokens)
 
     @torch.no_grad()
     def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
         """Raw PickScore (not a probability), float32 [B] on the CPU. A prompt that repeats is embedded once."""
-        check_counts(images, prompts)
-        cosine = (self.texts(prompts) * self.embed_images(images)).sum(dim=-1)
-        return (self.model.logit_scale.float().exp() * cosine).cpu()
+        return (self.model.logit_scale.float().exp() * self.cosines(images, prompts)).cpu()
 
     @torch.no_grad()
     def embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -55,13 +47,6 @@ class PickScore:
         tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=self.max_tokens,
                                 return_tensors="pt").to(self.model.device)
         return normalise(self.model.get_text_features(**tokens).pooler_output)
-
-    @torch.no_grad()
-    def embed_images(self, images: Images) -> torch.Tensor:
-        """L2-normalised float32 [B, D]."""
-        pixels = crop_pixels(images, self.image_size, halve=floor_half).to(self.model.device)
-        values = normalise_pixels(pixels, self.model.dtype, mean=self.mean, deviation=self.deviation)
-        return normalise(self.model.get_image_features(pixel_values=values).pooler_output)
 
 
 def _read_processor(processor: Any) -> tuple[int, list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""Text embeddings, once per prompt: the twenty images of a pool share theirs, also across batches."""
+"""Text embeddings, once per prompt: all images of a prompt use the same, also across batches."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,8 +16,7 @@ class TextCache:
 
     def __call__(self, prompts: Sequence[str]) -> torch.Tensor:
         """[B, D] for B prompts, in their order."""
-        requested = dict.fromkeys(prompts)
-        new = [prompt for prompt in requested if prompt not in self.rows]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.rows]
         if new:
             self.rows |= zip(new, self.embed(new), strict=True)
         rows = torch.stack([self.rows[prompt] for prompt in prompts])

@@ -13,9 +13,9 @@ from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.networks import check_finite, component_infos, refuse_report
 from hgdpo_core.models.tokenizers import check_tokenizer, load_clip_tokenizer
-from hgdpo_core.scorers.pixels import Images, check_counts, normalise_pixels
+from hgdpo_core.scorers import weights
+from hgdpo_core.scorers.pixels import CLIP_MEAN, CLIP_STD, Images, check_counts, normalise_pixels
 from hgdpo_core.scorers.texts import TextCache
-from hgdpo_core.scorers.weights import build, check_build, count_blocks, read_empty_tensors, read_tensors
 
 OPENAI_CLIP = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -45,27 +45,36 @@ class ClipScorer:
     `pixels(images, size)`: what it sees of images, as `crop_pixels` or `letterbox_pixels` give it.
     """
 
+    mean: Sequence[float] = CLIP_MEAN
+    deviation: Sequence[float] = CLIP_STD
+
     def __init__(self, name: str, model: Any, tokenizer: CLIPTokenizer, pixels: Callable[[Images, int], torch.Tensor],
                  fingerprint: str):
         self.name, self.model, self.tokenizer, self.fingerprint = name, model, tokenizer, fingerprint
         self.pixels = pixels
         self.max_tokens: int = model.config.text_config.max_position_embeddings
         self.image_size: int = model.config.vision_config.image_size
-        self.texts = TextCache(self._embed_texts)
+        self.texts = TextCache(self.embed_texts)
 
     def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
         """Cosines, float32 [B] on the CPU: about 0.15 to 0.35 for OpenAI's weights, 0.2 to 0.35 for HPS v2's."""
+        return self.cosines(images, prompts).cpu()
+
+    def cosines(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
+        """Cosine of each image with its prompt, float32 [B] on the model's device."""
         check_counts(images, prompts)
-        return (self.texts(prompts) * self.embed_images(images)).sum(dim=-1).cpu()
+        return (self.texts(prompts) * self.embed_images(images)).sum(dim=-1)
 
     @torch.no_grad()
     def embed_images(self, images: Images) -> torch.Tensor:
         """L2-normalised float32 [B, D]."""
-        values = normalise_pixels(self.pixels(images, self.image_size).to(self.model.device), self.model.dtype)
+        pixels = self.pixels(images, self.image_size).to(self.model.device)
+        values = normalise_pixels(pixels, self.model.dtype, mean=self.mean, deviation=self.deviation)
         return normalise(self.model.get_image_features(pixel_values=values).pooler_output)
 
     @torch.no_grad()
-    def _embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
+    def embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        """L2-normalised float32 [B, D]; texts are cut at what the model's positions allow."""
         tokens = self.tokenizer([clean_text(prompt) for prompt in prompts], padding=True, truncation=True,
                                 max_length=self.max_tokens, return_tensors="pt")
         # without a mask: attention is causal, so what follows the end of a text cannot change it
@@ -101,7 +110,7 @@ def check_texts(path: Path, tokenizer: CLIPTokenizer, text: Any) -> None:
     """
     def read(words: str) -> list[int]:
         ids: list[int] = tokenizer(words).input_ids
-        end = max(ids) if text.eos_token_id == 2 else text.eos_token_id  # 2: what old configs say, whatever the end is
+        end = max(ids) if text.eos_token_id == 2 else text.eos_token_id  # 2: what old configs hold, whatever the end is
         return ids[:ids.index(end) + 1] if end in ids else ids[:1]
 
     check_tokenizer(path, read, text.vocab_size)
@@ -111,30 +120,25 @@ def convert(path: Path, tokenizer: CLIPTokenizer, *, act: str, heads: int | None
     """The CLIPModel in a file of tensors named as in open_clip and OpenAI's CLIP; ModelError as `check_convert`.
 
     Sizes are read from the tensors, heads are 64 wide unless numbered; `act` is "gelu" (open_clip) or "quick_gelu"
-    (OpenAI), which no tensor tells.
+    (OpenAI), which no tensor shows.
     """
-    config, renamed = _converted(path, read_tensors(path), tokenizer, act, heads)
-    model = build(path, CLIPModel, config, renamed, dtype)
+    config, converted = _converted(path, weights.read_tensors(path), tokenizer, act, heads)
+    model = weights.build(path, CLIPModel, config, converted, dtype)
     check_texts(path, tokenizer, config.text_config)
     return model
 
 
 def check_convert(path: Path, tokenizer: CLIPTokenizer, *, act: str, heads: int | None = None) -> None:
     """ModelError, from the file's header alone, where `convert` would refuse it, or where two texts would be one."""
-    config, renamed = _converted(path, read_empty_tensors(path), tokenizer, act, heads)
-    check_build(path, CLIPModel, config, renamed)
+    config, converted = _converted(path, weights.read_empty_tensors(path), tokenizer, act, heads)
+    weights.check_build(path, CLIPModel, config, converted)
     check_texts(path, tokenizer, config.text_config)
 
 
 def _converted(path: Path, tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, act: str,
                heads: int | None) -> tuple[CLIPConfig, dict[str, torch.Tensor]]:
-    try:
+    with weights.sizes_read_from(path, "a CLIP with the names of open_clip"):
         return _read_config(tensors, tokenizer, act, heads), rename_tensors(tensors)
-    except KeyError as error:
-        raise ModelError(f"{path} lacks {error.args[0]}: expected the tensors of a CLIP with the names of "
-                         "open_clip") from None
-    except (ValueError, IndexError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{path} holds tensors of other shapes than a CLIP: {first_line(error)}") from None
 
 
 def check_folder(folder: Path, kind: Any = CLIPModel) -> CLIPConfig:
@@ -151,7 +155,7 @@ def check_folder(folder: Path, kind: Any = CLIPModel) -> CLIPConfig:
         raise ModelError(f"{folder} does not load as a CLIP model: {first_line(error)}") from None
     tensors = {name: torch.empty(info.shape, device="meta") for name, info in infos.items()
                if kind is CLIPModel or not name.startswith(TEXT_TOWER)}
-    check_build(folder, kind, config if kind is CLIPModel else config.vision_config, tensors)
+    weights.check_build(folder, kind, config if kind is CLIPModel else config.vision_config, tensors)
     return config
 
 
@@ -171,28 +175,18 @@ def load_folder(folder: Path, dtype: torch.dtype, kind: Any = CLIPModel) -> Any:
 
 def rename_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """open_clip's tensors under transformers' names; attention's joint input projection is cut in three."""
-    renamed: dict[str, torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         if name in SETTINGS:
             continue
-        new = _rename(name)
+        new = weights.renamed(name, RENAMES, IN_A_BLOCK)
         if ".attn.in_proj_" in new:
             stem, kind = new.split(".attn.in_proj_")
             for letter, part in zip("qkv", value.chunk(3), strict=True):
-                renamed[f"{stem}.self_attn.{letter}_proj.{kind}"] = part.contiguous()
+                found[f"{stem}.self_attn.{letter}_proj.{kind}"] = part.contiguous()
         else:
-            renamed[new] = value.T.contiguous() if name in ("visual.proj", "text_projection") else value
-    return renamed
-
-
-def _rename(name: str) -> str:
-    for old, new in RENAMES.items():
-        if name == old or old.endswith(".") and name.startswith(old):
-            name = new + name.removeprefix(old)
-            break
-    for old, new in IN_A_BLOCK.items():
-        name = name.replace(old, new)
-    return name
+            found[new] = value.T.contiguous() if name in ("visual.proj", "text_projection") else value
+    return found
 
 
 def _read_config(tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, act: str,
@@ -203,12 +197,12 @@ def _read_config(tensors: Mapping[str, torch.Tensor], tokenizer: CLIPTokenizer, 
     vocabulary, text_width = tensors["token_embedding.weight"].shape
     vision = {"hidden_size": width, "patch_size": patch, "image_size": grid * patch,
               "intermediate_size": len(tensors["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
-              "num_hidden_layers": count_blocks(tensors, "visual.transformer.resblocks."),
+              "num_hidden_layers": weights.count_blocks(tensors, "visual.transformer.resblocks."),
               "num_attention_heads": heads or width // 64, **shared}
     text = {"hidden_size": text_width, "vocab_size": vocabulary,
             "max_position_embeddings": len(tensors["positional_embedding"]),
             "intermediate_size": len(tensors["transformer.resblocks.0.mlp.c_fc.weight"]),
-            "num_hidden_layers": count_blocks(tensors, "transformer.resblocks."),
+            "num_hidden_layers": weights.count_blocks(tensors, "transformer.resblocks."),
             "num_attention_heads": heads or text_width // 64, **shared,
             # the text is pooled at its end: with another id every caption would be the same
             "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,

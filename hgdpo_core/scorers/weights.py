@@ -4,7 +4,8 @@ A scorer's `source` names its own weights: None for the public ones, a hub id, a
 them (tokenizer, CLIP towers) is looked for in the same folder first, then on the hub.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a weights file, unwrapped from a checkpoint; only data is read, never code (weights_only)."""
     try:
         if path.suffix == ".safetensors":
-            read_tensor_infos(path)  # whose errors say what is wrong with the file
+            read_tensor_infos(path)  # its errors are more precise
             tensors = load_file(path)
         else:
             tensors = open_torch(path, convert=CONVERT)
@@ -131,6 +132,28 @@ def count_blocks(tensors: Mapping[str, torch.Tensor], prefix: str) -> int:
     if not numbers:
         raise KeyError(f"{prefix}0")
     return 1 + max(numbers)
+
+
+@contextmanager
+def sizes_read_from(path: Path, what: str) -> Iterator[None]:
+    """Inside, sizes of a network are read from tensors; ModelError where `path` does not hold those of `what`."""
+    try:
+        yield
+    except KeyError as error:
+        raise ModelError(f"{path} lacks {error.args[0]}: expected the tensors of {what}") from None
+    except (ValueError, IndexError, RuntimeError, TypeError) as error:
+        raise ModelError(f"{path} holds tensors of other shapes than {what}: {first_line(error)}") from None
+
+
+def renamed(name: str, whole: Mapping[str, str], parts: Mapping[str, str]) -> str:
+    """A tensor's new name: the first of `whole` that it is, or begins with if that ends in a dot, and all `parts`."""
+    for old, new in whole.items():
+        if name == old or old.endswith(".") and name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    for old, new in parts.items():
+        name = name.replace(old, new)
+    return name
 
 
 def check_build(path: Path, kind: Any, config: Any, tensors: Mapping[str, torch.Tensor], **options: Any) -> None:

@@ -12,13 +12,11 @@ from typing import Any
 import pyarrow as pa
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, content_hash
-from hgdpo_core.devices import default_device
 from hgdpo_core.errors import ConfigError, StorageError
 from hgdpo_core.models import Model
 from hgdpo_core.models.image_generator import ImageGenerator, chunks
 from hgdpo_core.models.places import find_located_model, model_means
 from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, shards_like
 from hgdpo_core.stages.probes import probe_generation
@@ -233,9 +231,3 @@ def _write_plan(store: Store, key: str, shards: Sequence[PlannedShard]) -> None:
     table = pa.Table.from_pylist([{"shard": index, "prompt_id": prompt_id(prompt), "prompt": prompt}
                                   for index, prompt in rows], schema=PLAN_SCHEMA)
     write_table(store, f"{key}/plan/{shards[0].index:05d}-{content_hash(rows)}.parquet", table)
-
-
-def generate_pool(plan: PoolPlan, *, device: str | None = None, generator: ImageGenerator | None = None,
-                  progress: Progress = silent, should_stop: ShouldStop = never_stop) -> int:
-    """Make the plan's missing shards here; returns the number of images made. `generator`: its model, loaded."""
-    return plan.make(Worker(device or default_device(), progress, should_stop, network=generator))

@@ -9,10 +9,8 @@ import pyarrow as pa
 from PIL import Image
 
 from hgdpo_core.config import ScorerConfig, content_hash
-from hgdpo_core.devices import default_device
 from hgdpo_core.models import recorded_syntax
 from hgdpo_core.models.places import Place, refuse_other_model
-from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts.syntax import strip_syntax
 from hgdpo_core.scorers import Scorer, find_scorer, load_judge
 from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, is_made_from, shards_like
@@ -139,17 +137,6 @@ class Measuring:
             values += self.measure(batch, prompts[len(values):len(values) + len(batch)])
             advance(len(batch))
         return ShardRows(pa.table([images["prompt_id"], images["index"], values], schema=self.stage.schema))
-
-
-def score_pool(store: Store, pool: ShardFolder, scores: ShardFolder, scorer: ScorerConfig, indices: Sequence[int], *,
-               device: str | None = None, judge: Scorer | None = None, progress: Progress = silent,
-               should_stop: ShouldStop = never_stop) -> int:
-    """Score the missing shards among `indices` here; returns the images scored.
-
-    `judge`: the scorer, already on `device`, where one serves several pools.
-    """
-    stage = ScoreStage(pool, scores, scorer, tuple(indices), scorer.name)
-    return stage.make(Worker(device or default_device(), progress, should_stop, network=judge))
 
 
 def read_scores(table: pa.Table) -> dict[str, dict[int, float]]:

@@ -15,7 +15,6 @@ import torch
 from hgdpo_core.config import UNKNOWN_LICENCE, TripletConfig, content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import PromptList, load_prompts, prompt_id
 from hgdpo_core.selection import select_pair
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Stage, Worker, shards_like
@@ -150,15 +149,6 @@ def _select(pools: Sequence["RankedPool"], loser_rank: int | None) -> list[tuple
         return []
     winners, losers = select_pair(torch.tensor([pool.scores for pool in pools]), loser_rank=loser_rank)
     return list(zip(winners.tolist(), losers.tolist(), strict=True))
-
-
-def build_triplets(pool: ShardFolder, scores: ShardFolder, triplets: ShardFolder, prompts: Sequence[str],
-                   indices: Sequence[int], config: TripletConfig, *, progress: Progress = silent,
-                   should_stop: ShouldStop = never_stop) -> TripletCounts:
-    """Make the missing shards among `indices` here, for the requested prompts in them; returns all their counts."""
-    stage = TripletStage(pool, scores, triplets, frozenset(map(prompt_id, prompts)), config, tuple(indices))
-    stage.make(Worker("cpu", progress, should_stop))
-    return stage.counts()
 
 
 @dataclass(frozen=True)

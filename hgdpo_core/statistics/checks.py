@@ -60,7 +60,7 @@ def check_run(log: Sequence[Mapping[str, float]], win_rates: Mapping[str, WinRat
 def check_collapse(log: Sequence[Mapping[str, float]]) -> RunWarning | None:
     """Winner and loser errors both rise above the reference: the loss falls only because losers get worse faster.
 
-    Reads the columns `winner_error`, `loser_error` and their `reference_` counterparts of `train_dpo`'s log.
+    Reads the columns `winner_error`, `loser_error` and their `reference_` counterparts of `prepare_dpo`'s log.
     """
     rises = [_rise(log, side) for side in ("winner", "loser")]
     if any(rise is None or rise <= COLLAPSE_RISE for rise in rises):

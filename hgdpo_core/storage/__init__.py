@@ -1,6 +1,6 @@
-"""The object store under every stage: a local folder or any fsspec URL, with the same promises for both.
+"""The object store under every stage: a local folder or any fsspec URL, with the same guarantees for both.
 
-`store.py` holds the promises; `local.py` and `remote.py` carry out one request each; `failures.py` decides what is
+`store.py` gives the guarantees; `local.py` and `remote.py` carry out one request each; `failures.py` decides what is
 tried again and explains the rest; `roots.py` reads roots, refuses secrets and connects; `keys.py` names objects;
 `ranges.py` makes a file of ranged reads; `scratch.py` gives temporary folders; `dry.py` is the store of plans.
 """

@@ -6,7 +6,7 @@ from hgdpo_core.storage.store import Store
 
 
 class DryStore(Store):
-    """Reads as its root's store does; every write, move and removal does nothing, without a word.
+    """Reads as its root's store does; every write, move and removal does nothing, without a message.
 
     So what a run would make can be planned by the code that makes it, up to the first thing that does not exist.
     """

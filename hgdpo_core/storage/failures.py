@@ -1,4 +1,4 @@
-"""What went wrong: trying again what can heal, and one line of explanation for what cannot."""
+"""Failures of a store: transient ones are tried again, others explained in one line."""
 
 import errno
 import logging
@@ -14,7 +14,7 @@ ATTEMPTS = 8
 PATIENCE_SECONDS = 120.0
 FIRST_PAUSE_SECONDS = 0.4
 LONGEST_PAUSE_SECONDS = 10.0
-TELL_AFTER = 4
+WARN_AFTER = 4
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,10 @@ _HEALING_NAMES = {"ConnectionError", "HTTPClientError", "IncompleteReadError", "
                   "ResponseParserError", "ClientPayloadError", "ClientConnectionError"}
 # A server that was never reached is more likely a wrong address than one that is about to come back.
 _TLS = {"SSLError", "ClientSSLError"}
-_NOBODY_THERE = {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"}
+_NO_SERVER = {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"}
 _HEALING_CODES = {"SlowDown", "RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch",
                   "OperationAborted", "TooManyRequests"}
-_MISTAKES_OF_OURS = (HGDPOError, TypeError, AttributeError, LookupError, AssertionError, MemoryError)
+_OWN_MISTAKES = (HGDPOError, TypeError, AttributeError, LookupError, AssertionError, MemoryError)
 
 _KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _ADVICE = {
@@ -62,27 +62,27 @@ def attempt(doing: str, url: str, function: Callable[..., _T], *args: Any, answe
         tries += 1
         try:
             return function(*args)
-        except _MISTAKES_OF_OURS:
+        except _OWN_MISTAKES:
             raise
         except Exception as error:
-            if not _can_heal(error) or (not answered and _names(error) & _NOBODY_THERE):
+            if not _can_heal(error) or (not answered and _names(error) & _NO_SERVER):
                 raise _explained(doing, url, error) from error
             if tries == ATTEMPTS or time.monotonic() - started > PATIENCE_SECONDS:
                 advice = f"gave up after {tries} tries; running again later can help"
                 raise _explained(doing, url, error, advice) from error
-            logger.log(logging.DEBUG if tries < TELL_AFTER else logging.WARNING,
+            logger.log(logging.DEBUG if tries < WARN_AFTER else logging.WARNING,
                        "cannot %s %s yet (%s): try %d of %d follows", doing, url, _reason(error), tries + 1, ATTEMPTS)
-        # Half of the pause is chance, so that workers that failed together do not come back together.
+        # Half of the pause is random, so that workers that failed together do not return together.
         time.sleep(min(FIRST_PAUSE_SECONDS * 2**(tries - 1), LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0))
 
 
 def _can_heal(error: Exception) -> bool:
-    names, response = _names(error), _s3_response(error)
+    names, source = _names(error), _s3_error(error)
     if names & _TLS:
         return False
-    if response is not None:
-        code = str(response["Error"].get("Code"))
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if source is not None:
+        code = _code(source)
+        status = source.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if status in (408, 429) or (status >= 500 and status != 501):
             return True
         return code in _HEALING_CODES or "Throttl" in code
@@ -107,14 +107,13 @@ def _s3_error(error: BaseException | None) -> Any:
     return None
 
 
-def _s3_response(error: BaseException | None) -> dict[str, Any] | None:
-    source = _s3_error(error)
-    return None if source is None else source.response
+def _code(source: Any) -> str:
+    return "" if source is None else str(source.response["Error"].get("Code"))
 
 
 def _explained(doing: str, url: str, error: Exception, advice: str = "") -> StorageError:
     source = _s3_error(error)
-    code = "" if source is None else str(source.response["Error"].get("Code"))
+    code = _code(source)
     operation = getattr(source, "operation_name", "")
     lost = isinstance(error, (FileNotFoundError, NotADirectoryError)) and code != "NoSuchBucket"
     # S3 answers a LIST of nothing with an empty list: 404 means that this is no S3.
@@ -133,7 +132,7 @@ def _advice(error: Exception, code: str) -> str:
     where = f"AWS_ENDPOINT_URL (now {endpoint})" if endpoint else "the network, or set AWS_ENDPOINT_URL"
     if code in _ADVICE:
         return _ADVICE[code]
-    if names & _NOBODY_THERE:
+    if names & _NO_SERVER:
         return f"no server answers there: correct {where}, or start the server"
     if names & _TLS:
         return f"correct http or https in {where}, or AWS_CA_BUNDLE for a certificate of your own"

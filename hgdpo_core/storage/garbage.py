@@ -25,7 +25,7 @@ class GarbageReport:
     """What was removed, or with `dry_run` what would be.
 
     `files`: keys; `bytes`: their sum; `uploads`: keys of unfinished multipart uploads; `kept_folders`:
-    folders left alone, since a manifest in them cannot be read and what it names is unknown; `problems`:
+    folders skipped, since a manifest in them cannot be read and the files it names are unknown; `problems`:
     one line each.
     """
 
@@ -46,20 +46,17 @@ def collect_garbage(store: Store, *, older_than_seconds: float = DAY_SECONDS,
     root. StorageError when the root cannot be listed, ConfigError when it is none of ours.
     """
     before = time.time() - older_than_seconds
-    sizes: dict[str, int] = {}
-    old: set[str] = set()
-    for key, size, changed in store.walk():
-        sizes[key] = size
-        if changed < before:
-            old.add(key)
+    found = list(store.walk())
+    sizes = {key: size for key, size, _ in found}
+    old = {key for key, _, changed in found if changed < before}
     if sizes and not any(OURS.fullmatch(key) or TEMPORARY.fullmatch(key) for key in sizes):
         raise ConfigError(f"{store.root} is no root of this project: it holds no pools, runs or models of ours, and "
                           "nothing in it was touched; give the --root of a run")
     sizes = {key: size for key, size in sizes.items() if "/" not in key or key.partition("/")[0] in FOLDERS}
     old &= sizes.keys()
     named, kept_folders = _named_files(store, sizes)
-    garbage = [key for key in sorted(old) if TEMPORARY.fullmatch(key.rpartition("/")[2]) or (
-        "/" in key and _is_data(key) and _folder(key) not in kept_folders and key not in named)]
+    garbage = [key for key in sorted(old) if TEMPORARY.fullmatch(_name(key)) or (
+        "/" in key and DATA_NAME.fullmatch(_name(key)) and _folder(key) not in kept_folders and key not in named)]
     if not dry_run:
         garbage = [key for key in garbage if _remove(store, key)]
     uploads, problems = _end_uploads(store, before, dry_run)
@@ -71,10 +68,9 @@ def _named_files(store: Store, keys: dict[str, int]) -> tuple[set[str], set[str]
     """Data files that a manifest names, and the folders where one cannot be read."""
     manifests: dict[str, list[str]] = defaultdict(list)
     for key in keys:
-        if MANIFEST_NAME.fullmatch(key.rpartition("/")[2]):
+        if MANIFEST_NAME.fullmatch(_name(key)):
             manifests[_folder(key)].append(key)
-    named: set[str] = set()
-    unreadable: set[str] = set()
+    named, unreadable = set[str](), set[str]()
     for folder, found in manifests.items():
         for data in store.read_many(found).values():
             file = _named_in(data)
@@ -95,12 +91,12 @@ def _named_in(manifest: bytes) -> str | None:
 
 
 def _remove(store: Store, key: str) -> bool:
-    match = DATA_NAME.fullmatch(key.rpartition("/")[2])
+    match = DATA_NAME.fullmatch(_name(key))
     if match is not None:
-        # Look again just before: a writer of the same content may have named this file since we listed.
+        # Check again just before: a writer of the same content may have named this file since we listed.
         manifest_key = f"{_folder(key)}/shard-{match[1]}.json".lstrip("/")
         manifest = store.read_many([manifest_key]).get(manifest_key)
-        if manifest is not None and _named_in(manifest) in (None, key.rpartition("/")[2]):
+        if manifest is not None and _named_in(manifest) in (None, _name(key)):
             return False
     store.delete(key)
     return True
@@ -123,5 +119,5 @@ def _folder(key: str) -> str:
     return key.rpartition("/")[0]
 
 
-def _is_data(key: str) -> bool:
-    return DATA_NAME.fullmatch(key.rpartition("/")[2]) is not None
+def _name(key: str) -> str:
+    return key.rpartition("/")[2]

@@ -5,7 +5,7 @@ from hgdpo_core.errors import ConfigError
 TEMPORARY_PREFIX = ".tmp-"
 
 Entries = list[tuple[str, bool, int]]
-"""What lies directly inside a folder: name, whether it is a folder itself, bytes."""
+"""What is directly inside a folder: name, whether it is a folder itself, bytes."""
 Tree = list[tuple[str, int, float]]
 """Every object below a folder: path inside the folder, bytes, last change in seconds since 1970."""
 

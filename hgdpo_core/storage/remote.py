@@ -22,7 +22,7 @@ _inherited: list[Any] = []
 
 
 class RemoteObjects:
-    """The requests of a Store, each carried out once below `base`. Connects on first use, again after a fork."""
+    """The requests of a Store, each carried out once below `base`. Connects on first use, and again after a fork."""
 
     def __init__(self, protocol: str, base: str):
         self._protocol, self._base = protocol, base
@@ -46,8 +46,7 @@ class RemoteObjects:
         """The size, without the listing by which s3fs looks for a folder where there is no object."""
         if not self.is_s3:
             return self.size(key)
-        bucket, name, _ = self.filesystem.split_path(self._path(key))
-        return self.filesystem.call_s3("head_object", Bucket=bucket, Key=name)["ContentLength"]
+        return self._call("head_object", key)["ContentLength"]
 
     def read(self, key: str) -> bytes:
         """The whole object, on S3 checked against its ETag where that is an MD5; ConnectionError for other bytes."""
@@ -141,7 +140,7 @@ class RemoteObjects:
         return f"{self._base}/{checked(key)}".rstrip("/")
 
     def _make_parent(self, key: str) -> None:
-        # s3fs and gcsfs would take this for a wish to create the bucket, and neither needs it
+        # s3fs and gcsfs would try to create the bucket, and neither needs it
         if self._protocol not in (*S3_PROTOCOLS, "gs", "gcs", "abfs", "az"):
             self.filesystem.makedirs(self._path(key).rpartition("/")[0], exist_ok=True)
 
@@ -153,4 +152,4 @@ def _changed_at(info: dict[str, Any]) -> float:
             return value.timestamp()
         if isinstance(value, (int, float)):
             return float(value)
-    return time.time()              # unknown: new, so that no clean-up ever takes it for old
+    return time.time()              # unknown counts as new, so that no clean-up removes it as old

@@ -20,7 +20,7 @@ _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 class Root(NamedTuple):
-    """Where a store lies: its URL, the protocol ("file" for a local folder), the path its file system knows."""
+    """The location of a store: its URL, the protocol ("file" for a local folder), the path inside its file system."""
 
     url: str
     protocol: str

@@ -14,7 +14,7 @@ import io
 import json
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import groupby
@@ -32,7 +32,7 @@ from hgdpo_core.storage import PARALLEL_REQUESTS, MissingKeyError, Store
 FORMAT_VERSION = 1
 EXPECTED = "expected"
 """The one entry of a folder's config outside its hash: how many shards and rows there should be. It may
-change, for a prompt list that grows finds its finished shards again."""
+change, so that a prompt list that grows finds its finished shards again."""
 MANIFEST_NAME = re.compile(r"shard-(\d{5,})\.json")
 DATA_NAME = re.compile(r"shard-(\d{5,})-[0-9a-f]{12}\.parquet")
 
@@ -88,21 +88,21 @@ class ShardFolder:
 
         The entry `expected` is outside the comparison and the hash; the newest one is kept.
         """
-        requested = json.loads(canonical_json(config))
-        if _read_config(store, key) != requested:
-            _refuse_other(store, key, requested)
-            store.write_json(f"{key}/config.json", requested)
-            _refuse_other(store, key, requested)       # another writer may have written another one at the same moment
-        return cls(store, key, requested)
+        given = json.loads(canonical_json(config))
+        if _read_config(store, key) != given:
+            _refuse_other(store, key, given)
+            store.write_json(f"{key}/config.json", given)
+            _refuse_other(store, key, given)       # another run may have written another one at the same moment
+        return cls(store, key, given)
 
     @classmethod
     def open(cls, store: Store, key: str) -> Self:
         """The folder as its `config.json` describes it; StorageError when there is none."""
-        config = _read_config(store, key)
-        if config is None:
-            raise StorageError(f"{store.url(key)} holds no readable config.json: expected a folder of "
-                               "shards; run the stage that makes it first")
-        return cls(store, key, config)
+        folder = cls.open_if_readable(store, key)
+        if folder is None:
+            raise StorageError(f"{store.url(key)} holds no readable config.json: expected a folder of shards; run the "
+                               "stage that makes it first")
+        return folder
 
     @classmethod
     def open_if_readable(cls, store: Store, key: str) -> Self | None:
@@ -115,28 +115,23 @@ class ShardFolder:
     def manifests(self, among: Iterable[int] | None = None) -> dict[int, ShardManifest]:
         """Every committed shard, or those `among` some indices, sorted: one LIST, then many manifests at a time."""
         sizes = self.store.list(self.key)
-        indices = {f"{self.key}/{name}": int(match[1]) for name in sizes
-                   if (match := MANIFEST_NAME.fullmatch(name)) is not None}
+        indices = {f"{self.key}/{name}": int(match[1]) for name in sizes if (match := MANIFEST_NAME.fullmatch(name))}
         if among is not None:
-            looked_for = set(among)
-            indices = {key: index for key, index in indices.items() if index in looked_for}
-        found = {indices[key]: self._parse(data, indices[key])
-                 for key, data in self.store.read_many(indices).items()}
+            requested = set(among)
+            indices = {key: index for key, index in indices.items() if index in requested}
+        found = {indices[key]: self._parse(data, indices[key]) for key, data in self.store.read_many(indices).items()}
         return {index: manifest for index, manifest in sorted(found.items())
                 if manifest is not None and sizes.get(manifest.file) == manifest.bytes}
 
     def listed(self) -> set[int]:
-        """Indices with a manifest of any content: one LIST, to see how far others are."""
-        return {int(match[1]) for name in self.store.list(self.key)
-                if (match := MANIFEST_NAME.fullmatch(name)) is not None}
+        """Indices with a manifest of any content: one LIST, to follow the progress of others."""
+        return {int(match[1]) for name in self.store.list(self.key) if (match := MANIFEST_NAME.fullmatch(name))}
 
     def find(self, index: int, inputs: Sequence[InputShard] | None = None) -> ShardManifest | None:
         """The shard's manifest if the shard exists; with `inputs`, only if it was made from exactly these."""
-        try:
-            data = self.store.read_many([self._manifest_key(index)])[self._manifest_key(index)]
-        except KeyError:
-            return None
-        manifest = self._parse(data, index)
+        key = self._manifest_key(index)
+        data = self.store.read_many([key]).get(key)
+        manifest = None if data is None else self._parse(data, index)
         if manifest is None or (inputs is not None and manifest.inputs != tuple(inputs)):
             return None
         return manifest if self.store.size(f"{self.key}/{manifest.file}") == manifest.bytes else None
@@ -199,7 +194,7 @@ class ShardFolder:
         """The shard's table, its sha256 verified even if only some `columns` are requested.
 
         StorageError when there is no such shard; CorruptShardError when its bytes are wrong: then its files
-        are moved to `quarantine/`, so that running again makes it again. InputError for unknown columns.
+        are moved to `quarantine/`, so that the next run makes it again. InputError for unknown columns.
         """
         manifest = manifest or self._require(index)
         key = f"{self.key}/{manifest.file}"
@@ -209,8 +204,7 @@ class ShardFolder:
                 return _from_parquet(pa.BufferReader(data), self.store.url(key), columns)
         raise self._quarantine(manifest)
 
-    def read_columns(self, index: int, columns: Sequence[str], *,
-                     manifest: ShardManifest | None = None) -> pa.Table:
+    def read_columns(self, index: int, columns: Sequence[str], *, manifest: ShardManifest | None = None) -> pa.Table:
         """Some columns, fetching only their bytes where the shard is large (small ones beside images).
 
         Then the sha256 is NOT verified, only the checksums of the Parquet pages. StorageError for a broken file.
@@ -260,12 +254,12 @@ class ShardFolder:
             except MissingKeyError:
                 continue            # another reader moved it
         return CorruptShardError(
-            f"{self.store.url(pairs[0][0])} is not what {self.store.url(pairs[1][0])} says: expected "
+            f"{self.store.url(pairs[0][0])} is not what {self.store.url(pairs[1][0])} records: expected "
             f"{manifest.bytes} bytes of sha256 {manifest.sha256[:12]}...; both were moved to quarantine/ "
-            "beside them, so run again to make this shard again")
+            "beside them; the next run makes this shard again")
 
     def _still_names(self, manifest: ShardManifest) -> bool:
-        """Whether no other writer made the shard again meanwhile."""
+        """Whether the manifest is still this one: the shard may have been made again meanwhile."""
         current = self._parse(self.store.read_bytes(self._manifest_key(manifest.index)), manifest.index)
         return current is not None and current.file == manifest.file
 
@@ -331,21 +325,21 @@ def _read_config(store: Store, key: str) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def _refuse_other(store: Store, key: str, requested: dict[str, Any]) -> None:
+def _refuse_other(store: Store, key: str, given: dict[str, Any]) -> None:
     found = _read_config(store, key)
-    if found is not None and _hash_of(found) != _hash_of(requested):
-        raise ConfigError(f"{store.url(key)} was made with other settings: {_first_difference(found, requested)}"
+    if found is not None and _hash_of(found) != _hash_of(given):
+        raise ConfigError(f"{store.url(key)} was made with other settings: {_first_difference(found, given)}"
                           "; use another root, or the settings it was made with")
 
 
-def _first_difference(found: Any, requested: Any, name: str = "") -> str:
-    if isinstance(found, dict) and isinstance(requested, dict):
-        for key in sorted(found.keys() | requested.keys()):
+def _first_difference(found: Any, given: Any, name: str = "") -> str:
+    if isinstance(found, dict) and isinstance(given, dict):
+        for key in sorted(found.keys() | given.keys()):
             dotted = f"{name}.{key}" if name else key
-            if dotted == EXPECTED or (key in found and key in requested and found[key] == requested[key]):
+            if dotted == EXPECTED or (key in found and key in given and found[key] == given[key]):
                 continue
-            return _first_difference(found.get(key, "nothing"), requested.get(key, "nothing"), dotted)
-    return f"{name} is {found!r} there, {requested!r} now"
+            return _first_difference(found.get(key, "nothing"), given.get(key, "nothing"), dotted)
+    return f"{name} is {found!r} there, {given!r} now"
 
 
 @functools.cache
@@ -370,9 +364,5 @@ def format_range(indices: Iterable[int]) -> str:
 
 def parse_range(text: str) -> list[int]:
     """The indices that `format_range` wrote, ascending."""
-    def parts() -> Iterator[int]:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            yield from range(int(first), int(last or first) + 1)
-
-    return sorted(set(parts()))
+    bounds = [part.partition("-") for part in text.split(",")]
+    return sorted({index for first, _, last in bounds for index in range(int(first), int(last or first) + 1)})

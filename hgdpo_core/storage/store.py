@@ -1,8 +1,8 @@
-"""The promises every stage relies on, the same for a local folder and for any fsspec URL.
+"""The guarantees every stage relies on, the same for a local folder and for any fsspec URL.
 
 A key is a relative path such as `pools/<id>/shard-00000.json`. What is written appears whole or not at all.
-What can heal (5xx, throttling, timeouts, cut-off reads) is tried again with growing pauses; what cannot (no
-permission, no bucket, no such key) fails at once. Every failure is a StorageError of one line.
+Transient failures (5xx, throttling, timeouts, cut-off reads) are tried again with growing pauses; others (no
+permission, no bucket, no such key) fail at once. Every failure is a StorageError of one line.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class Store:
         return f"{self.root.rstrip('/')}/{checked(key)}".rstrip("/")
 
     def local_path(self, key: str) -> Path | None:
-        """Where `key` lies on this machine; None when the root is not local."""
+        """The path of `key` on this machine; None when the root is not local."""
         return self._objects.path(key) if isinstance(self._objects, LocalFiles) else None
 
     # -- objects
@@ -103,7 +103,7 @@ class Store:
             return None
 
     def holds(self, key: str, size: int) -> bool:
-        """Whether the object is there with so many bytes: one request, which does not tell a bucket that is missing."""
+        """Whether the object is there with so many bytes: one request, which does not detect a missing bucket."""
         try:
             return self._attempt("look at", key, self._objects.head, key) == size
         except MissingKeyError:
@@ -125,7 +125,7 @@ class Store:
             return {key: data for key, data in pool.map(read, keys) if data is not None}
 
     def open(self, key: str) -> BinaryIO:
-        """A readable, seekable file; only the ranges asked for travel, each tried again by itself."""
+        """A readable, seekable file; only the ranges asked for are transferred, each tried again by itself."""
         path = self.local_path(key)
         if path is not None:
             return self._attempt("read", key, open_file, path)
@@ -146,7 +146,7 @@ class Store:
             self.delete(key)
 
     def check_writable(self) -> None:
-        """Write and delete a tiny object: an unusable root fails before any work; StorageError says why."""
+        """Write and delete a tiny object: an unusable root fails before any work, with a StorageError."""
         probe = f"{TEMPORARY_PREFIX}probe-{uuid.uuid4().hex}"
         self.write_bytes(probe, b"hgdpo")
         self.delete(probe)
@@ -169,14 +169,14 @@ class Store:
             yield prefix + name, size, changed
 
     def put_folder(self, local: Path, key: str) -> None:
-        """Copy every file below `local` to the same relative place below `key`."""
+        """Copy every file below `local` to the same relative path below `key`."""
         if not local.is_dir():
             raise StorageError(f"expected a folder at {local} to copy to {self.url(key)}, found none")
         for source in sorted(path for path in local.rglob("*") if path.is_file()):
             self._put_file(source, f"{key}/{source.relative_to(local).as_posix()}")
 
     def get_folder(self, key: str, local: Path, *, leave_out: str | None = None) -> None:
-        """Copy the objects below `key` to the same place below `local`, but those whose keys start with `leave_out`.
+        """Copy the objects below `key` to the same path below `local`, but those whose keys start with `leave_out`.
 
         MissingKeyError when there is none.
         """

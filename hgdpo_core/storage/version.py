@@ -1,4 +1,4 @@
-"""Which code and which format of shards this is: a worker refuses work that other code planned."""
+"""Which code and which format of shards this is: a worker refuses requests that other code planned."""
 
 import functools
 import hashlib
@@ -16,7 +16,7 @@ DECIDES_NO_SHARD = ("ablate/", "comparison_run.py", "evaluate.py", "execution/im
 
 @functools.cache
 def code_version() -> str:
-    """The package's version and a hash of the sources that decide shards and models: who differs shares no work."""
+    """The package's version and a hash of the sources that decide shards and models: others exchange no requests."""
     return f"{__version__}+{hash_sources(Path(__file__).parents[1])}"
 
 

@@ -6,10 +6,3 @@ precision.
 `micro_batches.py` fits steps into memory, `processes.py` joins processes, with `optimization.py` and `checkpoints.py`.
 During training, `validation.py` generates images and `trackers.py` sends curves.
 """
-
-from hgdpo_core.models.ddpm import draw_timesteps
-from hgdpo_core.training.base import Hooks
-from hgdpo_core.training.data import sample_generator
-from hgdpo_core.training.parts import draw_noise, resolve_precision
-
-__all__ = ["Hooks", "draw_noise", "draw_timesteps", "resolve_precision", "sample_generator"]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +20,8 @@ from hgdpo_core.stages.triplets import model_fingerprint
 from hgdpo_core.statistics.checks import PREFERENCE_CHECKS, CollapseWatch
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training.base import OPTIMIZER_CHARTS, Hooks, Objective, OnLog, TrainingObjective, TrainingResult
-from hgdpo_core.training.checkpoints import Checkpoints
+from hgdpo_core.training.base import OPTIMIZER_CHARTS, Objective, OnLog, TrainingObjective
 from hgdpo_core.training.data import LatentPairs, PairBatch, SampleSource
-from hgdpo_core.training.loop import run_training
 from hgdpo_core.training.parts import Generators, apply_flips, cast_frozen, draw_flips, draw_noise, resolve_precision
 
 CHARTS = (
@@ -37,12 +34,6 @@ CHARTS = (
     ChartSpec("Rise of the error", ("winner_rise", "loser_rise"), "against the reference: winner solid, loser dashed; "
               "both far above 0 is collapse", 0.0),
 )
-
-
-def train_dpo(denoiser: Denoiser, schedule: NoiseSchedule, pairs: SampleSource[PairBatch], config: DpoConfig, *,
-              checkpoints: Checkpoints | None, **hooks: Any) -> TrainingResult:
-    """`run_training` by `prepare_dpo`; `hooks`: those of `Hooks`."""
-    return run_training(prepare_dpo(denoiser, schedule, config), pairs, config, checkpoints, Hooks(**hooks))
 
 
 def prepare_dpo(denoiser: Denoiser, schedule: NoiseSchedule, config: DpoConfig) -> Objective:

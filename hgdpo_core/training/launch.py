@@ -35,11 +35,8 @@ logger = logging.getLogger(__name__)
 
 
 def run_train_everywhere(request: TrainRequest, *, processes: int | None = None, progress: Progress = silent,
-                         encode_progress: Progress = silent, should_stop: ShouldStop = never_stop) -> Tuned:
-    """`run_train`, in as many processes as this machine has GPUs (or `processes`); in this one where that is one.
-
-    `encode_progress` is not called: latents are a stage of their own.
-    """
+                         should_stop: ShouldStop = never_stop) -> Tuned:
+    """`run_train`, in as many processes as this machine has GPUs (or `processes`); in this one where that is one."""
     forget_launchers()
     processes = processes or (1 if use_cpu() else max(1, torch.cuda.device_count()))
     if processes == 1 or find_result(request) is not None:

@@ -37,7 +37,7 @@ def test_sd15_is_the_papers():
         "pickscore", "hps_v2.0", "imagereward", "aesthetic", "clip"]
 
 
-def test_the_training_judge_is_known_by_name_and_weights():
+def test_the_training_scorer_is_identified_by_name_and_weights():
     config = figures()
     assert config.training_judge == "pickscore"
     other = config.scorer.model_copy(update={"source": "somewhere/else"})

@@ -82,7 +82,7 @@ def test_a_summary_without_lora_id_names_the_lora_by_its_url(store, tmp_path, ta
     assert export_run(store, tmp_path / "out")[1].name == "dpo-1-kohya.safetensors"
 
 
-def test_a_fused_pipeline_draws_what_target_and_lora_draw(store, tmp_path, target_folder):
+def test_a_fused_pipeline_generates_what_target_and_lora_do(store, tmp_path, target_folder):
     export_run(store, tmp_path / "out", "run-1", fused=True)
     fused = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     worn = StableDiffusionPipeline.from_pretrained(target_folder)
@@ -92,7 +92,7 @@ def test_a_fused_pipeline_draws_what_target_and_lora_draw(store, tmp_path, targe
     assert "with the LoRA merged in at weight 0.5" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_fusing_wants_the_very_target(store, tmp_path, target_folder):
+def test_fusing_needs_the_same_target(store, tmp_path, target_folder):
     write_run(store, "run-1", tmp_path / "gone")
     with pytest.raises(ModelError, match="gone does not exist"):
         export_run(store, tmp_path / "out", fused=True)
@@ -125,7 +125,7 @@ def test_fusing_takes_the_fine_tuned_model_from_the_store(store, tmp_path, targe
     assert [base.path for base in bases] == [path] and bases[0].lora is not None and bases[0].lora.weight == 0.5
 
 
-def test_the_fine_tuned_base_is_shipped_and_the_exported_lora_on_it_draws_the_evaluations_image(
+def test_the_fine_tuned_base_is_shipped_and_with_the_exported_lora_generates_the_evaluations_image(
         store, tmp_path, target_folder):
     tuned = StableDiffusionPipeline.from_pretrained(target_folder)
     tuned.unet.conv_out.bias.data += 0.5
@@ -151,7 +151,7 @@ def test_the_fine_tuned_base_is_shipped_and_the_exported_lora_on_it_draws_the_ev
         export_run(store, tmp_path / "again")
 
 
-def test_the_card_says_what_was_found_and_leaves_fields_to_fill_in(store, tmp_path, target_folder):
+def test_the_card_states_results_and_leaves_fields_to_fill_in(store, tmp_path, target_folder):
     export_run(store, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n") and "base_model" not in card
@@ -234,7 +234,7 @@ def exported(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_a_push_is_private_unless_told_otherwise(exported):
+def test_a_push_is_private_by_default(exported):
     hub = FakeHub()
     assert push_folder(exported, "me/model", hub=hub) == "https://huggingface.co/me/model"
     assert hub.private is True

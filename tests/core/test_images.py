@@ -70,7 +70,7 @@ def test_pixels_without_a_known_white_are_refused(image):
 
 
 @pytest.mark.parametrize(("orientation", "left"), [(1, (254, 0, 0)), (2, (0, 0, 254)), (3, (0, 0, 254))])
-def test_pictures_are_turned_as_their_exif_says(orientation, left):
+def test_images_are_rotated_by_their_exif(orientation, left):
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = decode_image(saved(halves(64, 32), "JPEG", quality=95, exif=exif))
@@ -78,7 +78,7 @@ def test_pictures_are_turned_as_their_exif_says(orientation, left):
 
 
 @pytest.mark.parametrize(("orientation", "top"), [(6, (254, 0, 0)), (8, (0, 0, 254))])
-def test_pictures_on_their_side_stand_up(orientation, top):
+def test_images_on_their_side_are_rotated_upright(orientation, top):
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = decode_image(saved(halves(64, 32), "JPEG", quality=95, exif=exif))
@@ -87,7 +87,7 @@ def test_pictures_on_their_side_stand_up(orientation, top):
 
 @pytest.mark.parametrize("size", [(704, 1024), (1024, 704), (705, 1025), (353, 513), (3000, 701), (640, 5000),
                                   (997, 991)])
-def test_a_picture_covers_the_size_and_keeps_its_aspect(size):
+def test_an_image_covers_the_size_and_keeps_its_aspect(size):
     """A centred circle of the source is a centred circle of the result, scaled by what makes the picture cover."""
     width, height = 88, 128
     radius = 0.2 * min(size)

@@ -41,7 +41,7 @@ def test_all_wins_leave_only_the_lower_end_open():
     assert rate.ci_high == 1.0
 
 
-def test_one_prompt_says_almost_nothing():
+def test_one_prompt_shows_almost_nothing():
     rate = win_rate(torch.tensor([1.0]), torch.tensor([2.0]))
     assert rate.rate == 0.0
     assert (rate.ci_low, rate.ci_high) == (0.0, pytest.approx(0.975))  # 1 - p = 0.025
@@ -141,7 +141,7 @@ def test_hue_wraps_at_red():
     assert colour_shift(solid(0, 255, 255), solid(255, 0, 0)).hue_degrees == pytest.approx(180)
 
 
-def test_grey_pixels_have_no_say_in_the_hue():
+def test_grey_pixels_do_not_affect_the_hue():
     coloured = np.concatenate([solid(0, 200, 0), solid(90, 90, 90)])
     assert colour_shift(coloured, solid(0, 200, 0)).hue_degrees == pytest.approx(0, abs=1e-9)
 
@@ -203,7 +203,7 @@ def test_latent_distance_worked_by_hand():
 def test_diversity_is_the_mean_distance_of_all_pairs():
     features = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]], [[3.0, 3.0], [1.0, 1.0], [2.0, 2.0]]])
     torch.testing.assert_close(mean_pairwise_distance(features), torch.tensor([(1 + 2 + 1) / 3, 0.0]))
-    with pytest.raises(InputError, match="at least 2 images a prompt"):
+    with pytest.raises(InputError, match="at least 2 images per prompt"):
         mean_pairwise_distance(features[:, :1])
 
 

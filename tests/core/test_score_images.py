@@ -35,13 +35,13 @@ def test_captions_or_one_prompt_for_all(folder):
 @pytest.mark.parametrize(("place", "prompt", "message"), [
     ("1.png", None, "--prompt"), ("nowhere", None, "not a folder"), ("nowhere", "a man", "not a folder"),
     ("", " ", "prompt is empty"), ("empty", "a man", "holds no image")])
-def test_mistakes_are_told(folder, place, prompt, message):
+def test_mistakes_are_named(folder, place, prompt, message):
     (folder / "empty").mkdir()
     with pytest.raises(InputError, match=message):
         images_to_score(str(folder / place), prompt)
 
 
-def test_scores_are_the_judges_and_a_broken_file_says_so(folder, judge_folder):
+def test_scores_are_the_scorers_and_a_broken_file_is_named(folder, judge_folder):
     config = ScorerConfig(source=str(judge_folder), batch_size=2)
     calls = []
     scored = score_images(images_to_score(str(folder)), config, device="cpu",

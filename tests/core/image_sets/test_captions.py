@@ -129,7 +129,7 @@ def test_what_others_wrote_meanwhile_and_silence_are_no_captions_of_ours(folder)
 
     (folder / "f.png").unlink()
     result = write_captions(find_uncaptioned(str(folder)), describe)
-    assert result.written == 1 and result.problems == {"sub/e.png": "the model had nothing to say about it"}
+    assert result.written == 1 and result.problems == {"sub/e.png": "the model gave no caption"}
     assert text_of(folder, "d.txt") == "theirs" and text_of(folder, "c.txt") == "ours\n"
 
 
@@ -197,7 +197,7 @@ def test_unusable_images_and_questions_are_one_line(llava, tmp_path, folder):
             cli.main(["caption", "--images", str(folder), option, "0"])
 
 
-def test_too_large_a_batch_says_what_to_lower(llava, folder, monkeypatch):
+def test_too_large_a_batch_is_one_line_with_what_to_lower(llava, folder, monkeypatch):
     captioner = Captioner(llava, "What?", device="cpu", dtype="float32")
 
     def generate(**_):

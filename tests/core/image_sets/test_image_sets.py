@@ -298,7 +298,7 @@ def test_rows_are_read_from_anywhere_without_the_rest(tmp_path, rows_a_group):
             assert list(reader.read(images.index.slice(row, 1))) == [table["jpg"][row].as_py()]
 
 
-def test_rows_without_bytes_say_so(tmp_path):
+def test_rows_without_bytes_have_a_reason(tmp_path):
     values = [{"bytes": None, "path": "/home/them/1.jpg"}, {"bytes": None, "path": None}, None]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pq.write_table(pa.table({"image": pa.array(values, kind), "text": ["a", "b", "c"]}), tmp_path / "a.parquet")
@@ -371,7 +371,7 @@ def test_a_set_is_offered_as_it_lies_or_as_a_copy(folder, tars, tmp_path):
     ("nosuch://bucket/images", "is no usable address"),
     ("file://data/images", "names the host data, not a folder"),
 ])
-def test_unusable_places_are_one_line(folder, tmp_path, place, message):
+def test_unusable_addresses_are_one_line(folder, tmp_path, place, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "both").mkdir()
     for name in ("a.tar", "a.parquet"):

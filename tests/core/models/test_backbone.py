@@ -66,7 +66,7 @@ def test_a_family_from_outside_is_found_by_its_files_and_generates(other, target
         find_model(other)
 
 
-def test_a_backbone_says_its_shapes_and_encodes_what_it_decodes(target_folder):
+def test_a_backbone_gives_its_shapes_and_encodes_what_it_decodes(target_folder):
     backbone = load_backbone(find_model(TargetConfig(source=str(target_folder), dtype="float32")))
     assert backbone.latent_shape((32, 64)) == (4, 8, 4)
     assert backbone.shapes((32, 64)) == {"latent_shape": [4, 8, 4], "embeds_shape": [24, 32]}

@@ -74,7 +74,7 @@ def test_a_worker_finds_a_single_file_and_its_configs_in_the_store(place, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["single.safetensors", "plain.ckpt"])
-def test_a_single_file_draws_the_folders_images(place, name):
+def test_a_single_file_generates_the_folders_images(place, name):
     image = draw(find(place / name, place))
     assert image.std() > 1
     assert alike(image, draw(find(place / "folder")))
@@ -293,7 +293,7 @@ class Anything:
     """What a pickle may hold beside tensors."""
 
 
-def test_a_ckpt_that_is_no_plain_state_dict_says_how_to_convert(tmp_path):
+def test_a_ckpt_that_is_no_plain_state_dict_is_refused_with_a_way_to_convert(tmp_path):
     path = tmp_path / "model.ckpt"
     for content in ({"state_dict": {"a": torch.zeros(1)}, "callbacks": Anything()}, Anything()):
         torch.save(content, path)
@@ -317,7 +317,7 @@ def test_other_mistakes_with_vae_and_configs(place, tmp_path):
     refuse(tmp_path / "gone.safetensors", "does not exist")
 
 
-def test_a_broken_vae_is_blamed_and_not_the_checkpoint(place, tmp_path):
+def test_a_broken_vae_is_named_and_not_the_checkpoint(place, tmp_path):
     shutil.copytree(place / "folder" / "vae", tmp_path / "vae")
     path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
@@ -360,7 +360,7 @@ def test_a_tokenizer_without_a_length_takes_the_text_encoders(place, tmp_path, s
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-def test_a_text_encoder_without_its_wrapper_draws_the_same(place, tmp_path, suffix):
+def test_a_text_encoder_without_its_wrapper_generates_the_same(place, tmp_path, suffix):
     """Old anime models and their merges: other tools put `text_model.` in while they load."""
     state = {name.replace("transformer.text_model.", "transformer."): tensor
              for name, tensor in load_file(place / "single.safetensors").items()}

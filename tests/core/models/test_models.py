@@ -16,14 +16,14 @@ from hgdpo_core.models.published import fetch_model, publish_model
 from hgdpo_core.presets import figures
 from hgdpo_core.run import open_run
 from hgdpo_core.storage import Store
-from hgdpo_core.training import resolve_precision
+from hgdpo_core.training.parts import resolve_precision
 
 
 def find(path, **settings):
     return find_model(TargetConfig(source=str(path), dtype="float32", **settings))
 
 
-def test_the_fingerprint_follows_the_weights_and_not_the_place(target_folder, tmp_path):
+def test_the_fingerprint_follows_the_weights_and_not_the_location(target_folder, tmp_path):
     copy = tmp_path / "elsewhere"
     shutil.copytree(target_folder, copy)
     index = json.loads((copy / "model_index.json").read_text())

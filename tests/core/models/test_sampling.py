@@ -19,7 +19,8 @@ from hgdpo_core.models.lora import add_lora, save_lora
 from hgdpo_core.models.sampling import make_scheduler, match_statistics, sample_latents
 from hgdpo_core.models.sd15 import UnetDenoiser
 from hgdpo_core.presets import figures
-from hgdpo_core.stages.pool import generate_pool, plan_pool, pool_settings
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.pool import plan_pool, pool_settings
 from hgdpo_core.storage import Store
 
 STEPS = 5
@@ -143,7 +144,7 @@ def tuned(target, tmp_path_factory):
 
 def draw(root, model, sampler):
     plan = plan_pool(Store(str(root)), model, sampler, POOL, PROMPTS)
-    generate_pool(plan, device="cpu")
+    plan.make(Worker("cpu"))
     rows = [row for index in plan.indices for row in plan.folder.read(index).to_pylist()]
     return plan, np.stack([np.asarray(decode_image(row["image"])).astype(int) for row in rows])
 

@@ -156,13 +156,13 @@ def test_a_folder_is_a_data_set(tmp_path):
         read(saved)
 
 
-def test_a_hub_id_out_of_reach_says_both_readings(tmp_path):
+def test_a_hub_id_out_of_reach_names_both_readings(tmp_path):
     pytest.importorskip("datasets")
     with pytest.raises(StorageError, match="somebody/prompts is no file or folder here, and as a data set of the hub"):
         read("somebody/prompts", Store(str(tmp_path)))
 
 
-def test_without_the_package_one_line_says_how_to_get_it(tmp_path, monkeypatch):
+def test_without_the_package_one_line_names_it(tmp_path, monkeypatch):
     real = builtins.__import__
 
     def without(name, *arguments, **options):
@@ -232,7 +232,7 @@ def test_a_file_url_with_a_host_is_refused():
 # -- settings
 
 
-def test_presets_say_how_prompts_are_written():
+def test_presets_state_how_prompts_are_written():
     sd15 = build_config("sd15", target="a/b", prompts="p.txt")
     assert (sd15.target.prompt_syntax, sd15.evaluation.prompt_syntax) == ("a1111", "plain")
     assert build_config("figures").target.prompt_syntax == "plain"

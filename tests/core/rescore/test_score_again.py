@@ -17,12 +17,13 @@ from hand_pools import HELD_OUT, PROMPTS, TABLE, Judge, draw, table_judge
 from hgdpo_core import scorers
 from hgdpo_core.config import ScorerConfig, TripletConfig
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError
-from hgdpo_core.prompts import PromptList, save_prompts
+from hgdpo_core.prompts import PromptList, prompt_id, save_prompts
 from hgdpo_core.rescore import Ranking, rank_again, score_missing, summarise_pools
 from hgdpo_core.rescore.plan import Skipped, find_versions, plan_requested, plan_rescore
 from hgdpo_core.rescore.requested import RequestedScorer
 from hgdpo_core.rescore.rescore_run import close_rescore_run, last_report, open_rescore_run
-from hgdpo_core.stages.triplets import build_triplets, triplet_folder
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.triplets import TripletStage, triplet_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -50,7 +51,8 @@ def fill(store):
     pool = ShardFolder.open(store, "pools/n4")
     scores = ShardFolder.open(store, scores_key(store, "n4", "one"))
     triplets = triplet_folder(store, pool, scores, prompts_id, TripletConfig())
-    build_triplets(pool, scores, triplets, PROMPTS, [0, 1], TripletConfig())
+    requested = frozenset(map(prompt_id, PROMPTS))
+    TripletStage(pool, scores, triplets, requested, TripletConfig(), (0, 1)).make(Worker("cpu"))
 
 
 def versions(*names):

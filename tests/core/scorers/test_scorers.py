@@ -22,8 +22,9 @@ from hgdpo_core.scorers import (
     scorer_title,
 )
 from hgdpo_core.scorers.tinted import STRENGTH, warmth
-from hgdpo_core.stages.pool import generate_pool, plan_pool
-from hgdpo_core.stages.scores import missing_scores, score_folder, score_pool
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.pool import plan_pool
+from hgdpo_core.stages.scores import ScoreStage, missing_scores, score_folder
 from hgdpo_core.storage import Store
 
 TOLERANCE = 1e-4  # of scores of order 1: float32 sums in another order
@@ -111,11 +112,11 @@ def test_scores_are_found_again_and_follow_the_pool(tmp_path, target_folder, jud
     pool = PoolConfig(images_per_prompt=2, prompts_per_shard=2)
     model = find_model(TargetConfig(source=str(target_folder), dtype="float32"))
     plan = plan_pool(store, model, sampler, pool, TEXTS[:3])
-    generate_pool(plan, device="cpu")
+    plan.make(Worker("cpu"))
     config = ScorerConfig(source=str(judge_folder), batch_size=3)
     scores = score_folder(store, plan.pool_id, config)
-    assert score_pool(store, plan.folder, scores, config, plan.indices, device="cpu") == 6
-    assert score_pool(store, plan.folder, scores, config, plan.indices, device="cpu") == 0
+    assert ScoreStage.of(plan, config).make(Worker("cpu")) == 6
+    assert ScoreStage.of(plan, config).make(Worker("cpu")) == 0
     rows, images = scores.read(0), plan.folder.read(0)
     again = scorer.score([decode_image(data) for data in images["image"].to_pylist()], images["prompt"].to_pylist())
     torch.testing.assert_close(torch.tensor(rows["score"].to_pylist()), again, rtol=0, atol=TOLERANCE)
@@ -123,7 +124,7 @@ def test_scores_are_found_again_and_follow_the_pool(tmp_path, target_folder, jud
     assert missing_scores(plan.folder, score_folder(store, plan.pool_id, half), plan.indices) == plan.indices
 
 
-def test_the_tinted_judge_is_the_judge_and_a_stated_fondness(judge_folder, scorer, images, tmp_path):
+def test_tinted_is_pickscore_and_a_stated_preference(judge_folder, scorer, images, tmp_path):
     import tiny
 
     tinted = load_scorer("tinted", source=str(judge_folder))
@@ -137,7 +138,7 @@ def test_the_tinted_judge_is_the_judge_and_a_stated_fondness(judge_folder, score
     assert other.fingerprint != tinted.fingerprint == find_scorer("tinted", str(judge_folder))
 
 
-def test_features_of_images_come_from_the_judge(judge_folder, scorer, images):
+def test_features_of_images_come_from_pickscore(judge_folder, scorer, images):
     for name in ("pickscore", "tinted"):
         features = load_embedder(name, source=str(judge_folder)).embed_images(images)
         torch.testing.assert_close(features, scorer.embed_images(images))

@@ -59,7 +59,7 @@ def test_batches_their_order_and_padding_do_not_matter(sources, scorers, inputs,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_picture_one_score_whatever_its_file_mode(scorers, name):
+def test_one_image_one_score_whatever_its_file_mode(scorers, name):
     """RGB, opaque RGBA, palette, PNG's EXIF rotation; uint8 arrays; grey as L and as RGB; transparency on white."""
     few_colours = scorer_inputs.make_pictures()[1].resize((96, 64)).quantize(64)
     picture, score = few_colours.convert("RGB"), scorers[name].score
@@ -257,7 +257,7 @@ def test_what_comes_from_the_hub_does_not_depend_on_what_else_its_cache_holds(so
     ("clip", "config.json", "lacks config.json or model.safetensors: put those of openai/clip-vit-large-patch14 there"),
     ("aesthetic", "model.safetensors", "needs its CLIP: config.json and model.safetensors of openai/clip-vit-large-pa"),
 ])
-def test_an_incomplete_folder_says_what_to_put_there(sources, tmp_path, name, remove, message):
+def test_an_incomplete_folder_is_refused_with_what_to_put_there(sources, tmp_path, name, remove, message):
     folder = shutil.copytree(sources[name], tmp_path / name)
     (folder / remove).unlink()
     with pytest.raises(ModelError, match=message) as error:
@@ -269,7 +269,7 @@ def _refuse(name):
     raise ModelError(f"no {name}")
 
 
-def test_an_evaluation_says_which_scorers_it_lacks_and_how_to_do_without(sources, monkeypatch):
+def test_missing_scorers_of_an_evaluation_are_named_with_a_way_to_do_without(sources, monkeypatch):
     found = ScorerConfig(name="imagereward", source=str(sources["imagereward"]))
     lacking = [ScorerConfig(name="hps_v2.0"), found, ScorerConfig(name="clip")]
     with pytest.raises(ModelError, match="scorer hps_v2.0: HPS_v2_compressed.pt of xswu/HPSv2 could not be") as error:

@@ -32,7 +32,7 @@ def expected(scorer: str, size: str = "tiny", key: str = "scores") -> torch.Tens
 
 
 @pytest.mark.parametrize("size", ["tiny", "full"])
-def test_both_sides_see_the_same_pictures(inputs, size):
+def test_both_sides_see_the_same_images(inputs, size):
     hashes = tiny_scorers.read_golden(size)["pictures"]
     assert [scorer_inputs.picture_hash(picture) for picture in inputs[0]][:len(hashes)] == hashes
 

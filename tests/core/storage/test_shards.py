@@ -54,7 +54,7 @@ def manifest_key(index=0):
     return f"{KEY}/shard-{index:05d}.json"
 
 
-def test_a_table_round_trips_exactly_and_its_manifest_tells_all(folder):
+def test_a_table_round_trips_exactly_and_its_manifest_is_complete(folder):
     table, inputs = some_table(), [InputShard(key="prompts/x/shard-00000-0.parquet", sha256="ab")]
     manifest = folder.commit(0, table, inputs=inputs, device="cuda", batch_size=8, seconds=1.5,
                              details={"prompts": ["ü"]})
@@ -147,11 +147,11 @@ def test_a_data_file_of_the_wrong_size_is_no_shard(folder, size):
     assert folder.read(0).equals(some_table())
 
 
-def test_wrong_bytes_are_quarantined_and_made_anew(folder):
+def test_wrong_bytes_are_quarantined_and_made_again(folder):
     manifest = folder.commit(0, some_table())
     data_key = f"{KEY}/{manifest.file}"
     folder.store.write_bytes(data_key, b"x" * manifest.bytes)
-    with pytest.raises(CorruptShardError, match="run again") as caught:
+    with pytest.raises(CorruptShardError, match="the next run makes this shard again") as caught:
         folder.read(0)
     assert manifest.file in str(caught.value) and "shard-00000.json" in str(caught.value)
     assert sorted(name.partition("-")[2] for name in folder.store.list(f"{KEY}/quarantine")) == [

@@ -242,7 +242,7 @@ def test_parts_that_never_arrive_leave_no_upload_behind(parts, store, server, mo
     (403, "InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"), (403, "ExpiredToken", "new AWS credentials"),
     (403, "RequestTimeTooSkewed", "clock"), (400, "AuthorizationHeaderMalformed", "AWS_DEFAULT_REGION"),
     (400, "InvalidBucketName", "correct the bucket's name")])
-def test_refusals_end_at_once_and_say_what_to_do(store, server, status, code, advice):
+def test_refusals_end_at_once_with_advice(store, server, status, code, advice):
     server.refuse_all = (status, code)
     for name, operation in OPERATIONS.items():
         server.requests.clear()
@@ -262,7 +262,7 @@ def test_a_bucket_that_is_not_there(server, name):
     assert not isinstance(caught.value, MissingKeyError) and len(server.requests) <= 2
 
 
-def test_an_endpoint_where_nobody_listens(server, monkeypatch):
+def test_an_endpoint_without_a_server(server, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited for what cannot heal"))
     with pytest.raises(StorageError, match=r"no server answers there: correct AWS_ENDPOINT_URL \(now http://127.0.0.1:9"):
@@ -346,7 +346,7 @@ def test_requests_are_path_style_and_carry_nothing_that_old_servers_refuse(store
     assert {headers["host"] for headers in server.headers} == {server.url.removeprefix("http://")}
 
 
-def test_our_loggers_and_errors_tell_no_credentials(server, monkeypatch, caplog):
+def test_our_logs_and_errors_hold_no_credentials(server, monkeypatch, caplog):
     secrets = {"AWS_ACCESS_KEY_ID": "AKIAVERYVISIBLE", "AWS_SECRET_ACCESS_KEY": "hunter2hunter2",
                "AWS_SESSION_TOKEN": "token-hunter2"}
     for name, value in secrets.items():
