@@ -30,6 +30,9 @@ END_SECONDS = 15
 CPU_SHARD_WORKERS = 2
 KEEP_ALIVE = ("sh", "-c", 'while :; do "$@"; sleep 5; done', "keep-alive")
 """A worker may die: of a Retry before the run's last process is gone, or of a SQLite that is locked for long."""
+YIELDING = ("nice", "-n", "5")
+"""For workers and their runs: on a machine whose cores they fill, a server that waits for a core holds its SQLite
+locked for half a minute, and its answers become errors."""
 MARK = "HGDPO_LOCAL_PREFECT"
 """Set in every process that `up` starts, and so in their children: `down` finds them by it."""
 TOML_MARK = "# Written by `make up`; `make down` removes it."
@@ -162,8 +165,9 @@ def _start_workers(local: Local, environment: dict[str, str]) -> None:
             elif pool.name == "hgdpo-gpu":  # else they would take the cores from each other
                 own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // pool.workers)))
             limit = ["--limit", str(pool.worker_limit)] if pool.worker_limit else []
-            _spawn([*KEEP_ALIVE, sys.executable, "-m", "prefect", "worker", "start", "--pool", pool.name, "--type",
-                    "process", "--name", name, *limit], own, local.home / f"worker-{pool.name}-{number}.log")
+            _spawn([*YIELDING, *KEEP_ALIVE, sys.executable, "-m", "prefect", "worker", "start", "--pool", pool.name,
+                    "--type", "process", "--name", name, *limit], own,
+                   local.home / f"worker-{pool.name}-{number}.log")
             print(f"Started worker {name}", flush=True)
 
 

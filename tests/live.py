@@ -39,6 +39,8 @@ KNOWN_SERVER_ERRORS = {
     r"sqlite3\.OperationalError\S* database is locked":
         "SQLite refuses a write that meets another one. Clients send a request again, consumers take a message again, "
         "services come round again; what is lost for good fails the test that waits for it.",
+    r"sqlalchemy\.exc\.TimeoutError: QueuePool limit":
+        "The same seen earlier: all connections wait for a write. The server gives SQLite 15 and no setting for it.",
     r"(worker_channel|WorkerChannel).*(WebSocketDisconnect|ClientDisconnected)":
         "The other end of a channel was killed, or tired of waiting: workers open a new one by themselves.",
 }

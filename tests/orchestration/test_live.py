@@ -8,6 +8,10 @@ Traceback (most recent call last):
   File "prefect/server/api/workers.py", line 1118, in worker_channel_connect
 sqlite3.OperationalError: database is locked
 """
+POOL = """00:49:06.517 | ERROR   | docket.worker - cancel_child_task_runs(UUID('01a21f9c'))
+Traceback (most recent call last):
+sqlalchemy.exc.TimeoutError: QueuePool limit of size 5 overflow 10 reached, connection timed out, timeout 30.00
+"""
 SCHEDULER = """16:49:01.120 | ERROR   | prefect.server.services.scheduler - Can't evaluate bulk DML statement
 Traceback (most recent call last):
 sqlalchemy.exc.CompileError: no
@@ -15,7 +19,7 @@ sqlalchemy.exc.CompileError: no
 
 
 def test_an_error_is_told_with_its_traceback_and_a_known_one_is_not():
-    log = f"Check out the dashboard\n16:48:39.100 | WARNING | prefect - an ERROR in a text\n{KNOWN}{SCHEDULER}{KNOWN}"
+    log = f"Check out the dashboard\n16:48:39.100 | WARNING | prefect - an ERROR in a text\n{KNOWN}{SCHEDULER}{POOL}{KNOWN}"
     assert live.unknown_errors(log) == [SCHEDULER.strip()]
 
 
