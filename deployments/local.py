@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -42,7 +43,7 @@ Prefect UI: {ui}
 `make schedule` turns the nightly re-scoring on, `make down` ends all of it.
 Start a run on the workers with this line:
 
-    source .venv/bin/activate && prefect deployment run hgdpo/full
+    cd {checkout} && {prefect} deployment run hgdpo/full
 """
 
 
@@ -372,7 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command in INSIDE:
             INSIDE[options.command](local)
         elif options.command == "up":
-            print(UP.format(ui=up(local)))
+            prefect = Path(sys.executable).with_name("prefect")
+            print(UP.format(ui=up(local), checkout=shlex.quote(str(ROOT)), prefect=shlex.quote(str(prefect))))
         elif options.command == "schedule":
             schedule(local)
         else:

@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.states import State
 
 from flows import parameters as p
-from flows.lifecycle import cancel_shard_runs, run_with
+from flows.lifecycle import cancel_shard_runs, refuse_relative_paths, run_with
 from flows.runner import ShardRunnerName
 from hgdpo_core.ablate.arms import arm_labels
 from hgdpo_core.ablate.cost import plan_ablation
@@ -34,6 +34,7 @@ def hgdpo_ablate(
 ) -> dict[str, Any] | State[Any]:
     """Measure the paper's ablations (arXiv:2405.20216v1, Tables 2, 3, 5, 6, Figures 5b, 6, 8); returns all numbers."""
     explain_own_errors()
+    refuse_relative_paths(root=root, prompts=prompts, target=target, images=images)
     settings = {"seeds": seeds, "worlds": worlds, "comparisons": comparisons, "split": split}
     ablation = prepare_ablation(preset=preset, root=root, prompts=prompts, target=target, images=images,
                                 overrides=overrides, settings=settings)

@@ -6,7 +6,7 @@ from flows.terminal import terminal_bar
 
 
 def caption(options: argparse.Namespace) -> int:
-    """Write captions by LLaVA for images that have none, as a .txt beside each."""
+    """Caption images that have no caption with LLaVA, and write a .txt file beside each."""
     from hgdpo_core.devices import default_device, resolve_dtype
     from hgdpo_core.image_sets.captions import find_uncaptioned, write_captions
 

@@ -1,6 +1,7 @@
 """The `hgdpo` command: the flows of this project, with the same parameters, from a terminal."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -38,7 +39,20 @@ def _prepare_environment() -> None:
     OpenMP's threads wait by spinning and so take the cores from each other once the machine has other work: generating
     figures on 2 cores beside a busy process ran at 1.7 images/s, and at 21 without spinning. Never spinning makes
     an idle machine half as fast; a short spin loses little in both cases.
+
+    A temporary Prefect server keeps its database in a folder of this project, and reports nothing to anybody; the
+    user's own Prefect is left as it is, and a server that their profile names is used.
     """
+    from hgdpo_core.storage.scratch import cache_folder
+
+    if "PREFECT_HOME" not in os.environ:
+        home = cache_folder("prefect")
+        with contextlib.suppress(OSError):  # a cache that cannot be written is named where the store or the hub uses it
+            home.mkdir(parents=True, exist_ok=True)
+            os.environ["PREFECT_HOME"] = str(home)
+            os.environ.setdefault("PREFECT_PROFILES_PATH", str(Path.home() / ".prefect" / "profiles.toml"))
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers, not for this command
 
@@ -114,7 +128,7 @@ def ablate(options: argparse.Namespace) -> int:
 
 
 def collect(options: argparse.Namespace) -> int:
-    """Remove what no manifest names."""
+    """Delete files that unfinished work left in a root."""
     from hgdpo_core.storage.garbage import collect_garbage
 
     store = open_store(options.root)

@@ -7,7 +7,7 @@ from prefect.runtime import flow_run
 from prefect.states import State
 
 from flows import parameters as p
-from flows.lifecycle import cancel_shard_runs, run_with
+from flows.lifecycle import cancel_shard_runs, refuse_relative_paths, run_with
 from flows.runner import ShardRunnerName
 from hgdpo_core.comparison_run import ComparisonRun, weight_name
 from hgdpo_core.execution.runner import Runner
@@ -48,6 +48,7 @@ def hgdpo_evaluate(
 ) -> dict[str, Any] | State[Any]:
     """Compare any two models or LoRA weights; returns the summary. Finished images and scores are used again."""
     explain_own_errors()
+    refuse_relative_paths(root=root, tuned=tuned, target=target, base=base, prompts=prompts)
     times = StageTimes()
     with times.stage("prepare", makes=False):
         run = prepare_comparison(

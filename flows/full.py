@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.states import State
 
 from flows import parameters as p
-from flows.lifecycle import cancel_shard_runs, run_with
+from flows.lifecycle import cancel_shard_runs, refuse_relative_paths, run_with
 from flows.runner import ShardRunnerName
 from hgdpo_core.execution.runner import Runner
 from hgdpo_core.pipeline import Made, Result
@@ -36,6 +36,7 @@ def hgdpo(
 ) -> dict[str, Any] | State[Any]:
     """Tune a model without human labels (HG-DPO, arXiv:2405.20216v1); returns the summary."""
     explain_own_errors()
+    refuse_relative_paths(root=root, prompts=prompts, target=target, images=images)
     times = StageTimes()
     with times.stage("prepare", makes=False):
         run = prepare(preset=preset, root=root, prompts=prompts, target=target, images=images, overrides=overrides,

@@ -1,21 +1,40 @@
 """How a flow of this project runs, is stopped and is cancelled."""
 
 from collections.abc import Callable
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from prefect.client.schemas.objects import FlowRun
+from prefect.runtime import deployment
 from prefect.states import State
 
 from flows.children import cancel_children
 from flows.runner import ShardRunnerName, choose_runner
 from flows.watch import answer_stop, watch_this_run
+from hgdpo_core.built_in import is_built_in
 from hgdpo_core.config import WorkersConfig
-from hgdpo_core.errors import StoppedError
+from hgdpo_core.errors import ConfigError, StoppedError
 from hgdpo_core.execution.runner import Runner
 from hgdpo_core.progress import ShouldStop
 from hgdpo_core.storage import Store
 
 T = TypeVar("T")
+
+
+def refuse_relative_paths(**given: str | None) -> None:
+    """ConfigError for a relative path in a run of a deployment: a worker would look it up in a folder of its own."""
+    if deployment.id is None:
+        return
+    for name, value in given.items():
+        if value and not is_built_in(value) and _is_relative(value, is_root=name == "root"):
+            raise ConfigError(f"{name} is the relative path {value!r}, which a worker would look up in its own folder "
+                              f"({Path.cwd()}): give the absolute path, or a URL that all workers reach")
+
+
+def _is_relative(value: str, *, is_root: bool) -> bool:
+    if "://" in value or PurePath(value).is_absolute() or value.startswith("~"):
+        return False
+    return is_root or value.startswith(".") or bool(PurePath(value).suffix) or Path(value).exists()  # else a hub id
 
 
 def cancel_shard_runs(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:

@@ -20,11 +20,11 @@ def reason_to_skip() -> str | None:
     """
     if not deployment.id:
         return None
-    return judge_schedule(flow_run.scheduled_start_time, datetime.now(UTC), run_count=flow_run.run_count,
+    return check_schedule(flow_run.scheduled_start_time, datetime.now(UTC), run_count=flow_run.run_count,
                           running=active_runs(FULL))
 
 
-def judge_schedule(scheduled: datetime, now: datetime, *, run_count: int, running: Sequence[str]) -> str | None:
+def check_schedule(scheduled: datetime, now: datetime, *, run_count: int, running: Sequence[str]) -> str | None:
     """A run over 12 h late gives way to the next night, any run to a live `hgdpo/full`: both need the GPU.
 
     A retry keeps the time it was first scheduled for, so its age does not count.

@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.states import Completed, State
 
 from flows import parameters as p
-from flows.lifecycle import cancel_shard_runs, run_with
+from flows.lifecycle import cancel_shard_runs, refuse_relative_paths, run_with
 from flows.nightly import reason_to_skip
 from flows.runner import ShardRunnerName
 from flows.terminal import open_store
@@ -35,6 +35,7 @@ def hgdpo_rescore(
     should not start, it ends Completed with the reason as its message.
     """
     explain_own_errors()
+    refuse_relative_paths(root=root)
     if (reason := reason_to_skip()) is not None:
         return _completed("Skipped", f"skipped: {reason}")
     store = open_store(root)

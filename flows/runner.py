@@ -102,7 +102,7 @@ class DeploymentRunner:
         progress(1, 1, "trainings")
         tuned = find_result(request)
         assert tuned is not None  # run_jobs saw it
-        return replace(tuned, found=False)
+        return replace(tuned, existing=False)
 
 
 def _job(stage: Stage, request: ShardRequest) -> Job:

@@ -12,7 +12,7 @@ from prefect.logging.handlers import APILogWorker
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-from hgdpo_core.errors import StoppedError, StorageError, first_line
+from hgdpo_core.errors import ConfigError, StoppedError, StorageError, first_line
 
 START_SECONDS = 60
 DRAIN_SECONDS = 10
@@ -20,7 +20,13 @@ THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 def call_flow(flow: Flow[..., Any], **parameters: Any) -> Any:
-    """What the flow returns, run in this process; StoppedError where it was cancelled in the UI."""
+    """What the flow returns, run in this process; StoppedError where it was cancelled in the UI.
+
+    ConfigError when it is to use workers and no Prefect server is configured: a temporary one has none.
+    """
+    if parameters.get("shard_runner") == "deployment" and not get_current_settings().api.url:
+        raise ConfigError("shard_runner is deployment, but no Prefect server is configured, so there are no workers: "
+                          "start one with `make up` and set PREFECT_API_URL to its address, or leave shard_runner out")
     try:
         with some_server():
             return flow(**parameters)

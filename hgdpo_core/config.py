@@ -306,7 +306,7 @@ class RunConfig(StageConfig):
     workers: Annotated[WorkersConfig, NO_ID] = WorkersConfig()
 
     @property
-    def training_judge(self) -> str | None:
+    def training_scorer(self) -> str | None:
         """Name of the evaluation scorer that also ranks the training pools; None when the evaluation leaves it out."""
         training = (self.scorer.name, self.scorer.source)
         return next((s.name for s in self.evaluation.scorers if (s.name, s.source) == training), None)
@@ -370,7 +370,7 @@ def apply_overrides(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
             node = node.get(name) if isinstance(node, dict) else None
         if not isinstance(node, dict) or leaf not in node:
             known = ", ".join(sorted(node)) if isinstance(node, dict) else "none below that name"
-            raise ConfigError(f"override {dotted!r} names no setting; settings at that place: {known}")
+            raise ConfigError(f"override {dotted!r} names no setting; it can be one of: {known}")
         if dotted == "preset":
             raise ConfigError(f"preset {value!r} as an override would only rename what runs: name it with --preset")
         node[leaf] = _merged(node[leaf], value)

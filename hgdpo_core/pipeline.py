@@ -204,7 +204,7 @@ def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], sco
 def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[RunWarning]:
     """What a good win rate or a falling loss may hide."""
     return check_run(lora.log, comparison.win_rates, comparison.defects, comparison.variety_change,
-                     run.config.training_judge, find_objective(lora.objective).checks)
+                     run.config.training_scorer, find_objective(lora.objective).checks)
 
 
 def write_report(run: Run, result: Result, times: StageTimes | None = None) -> Published:

@@ -13,7 +13,7 @@ from hgdpo_core.errors import InputError, StoppedError
 from hgdpo_core.image_sets.folders import CaptionedImage, find_captioned_images, find_images
 from hgdpo_core.images import decode_image
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
-from hgdpo_core.scorers import load_judge
+from hgdpo_core.scorers import load_configured_scorer
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def images_to_score(path: str, prompt: str | None = None) -> list[CaptionedImage
 def score_images(images: Sequence[CaptionedImage], scorer: ScorerConfig, *, device: str | None = None,
                  progress: Progress = silent, should_stop: ShouldStop = never_stop) -> list[ScoredImage]:
     """Every image with its score, in their order."""
-    loaded = load_judge(scorer, device or default_device())
+    loaded = load_configured_scorer(scorer, device or default_device())
     scored: list[ScoredImage] = []
     for first in range(0, len(images), scorer.batch_size):
         if should_stop():

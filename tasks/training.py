@@ -10,7 +10,7 @@ from hgdpo_core.execution.runner import Runner
 from hgdpo_core.models import Model
 from hgdpo_core.progress import ShouldStop, StageProgress
 from hgdpo_core.run import Run
-from hgdpo_core.stages.image_latents import find_set_aside
+from hgdpo_core.stages.image_latents import find_skipped
 from hgdpo_core.stages.latents import LatentStage
 from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.training.launch import run_train_everywhere
@@ -32,7 +32,7 @@ def tune_target(run: Run, runner: Runner, on: StageProgress) -> tuple[Model, lis
         return model, log
     logger.info("SFT: %s", model.path.name)
     latents = pipeline.image_latent_stage(run).folder
-    skipped = find_set_aside(latents, len(run.images))
+    skipped = find_skipped(latents, len(run.images))
     if skipped.describe():
         logger.warning("Images for SFT: %s; %s/rejected lists them", skipped.describe(),
                        latents.store.url(latents.key))
@@ -45,7 +45,7 @@ def train_lora(run: Run, model: Model, triplets: TripletStage, latents: LatentSt
                on: StageProgress) -> Tuned:
     """A LoRA of the target by Diffusion-DPO with the statistic matching loss."""
     lora = pipeline.train_lora(run, model, triplets, latents, runner, on, partial(training_progress, on=on))
-    get_run_logger().info("LoRA: %s %s", "existing" if lora.found else "trained", lora.path)
+    get_run_logger().info("LoRA: %s %s", "existing" if lora.existing else "trained", lora.path)
     show_table("dpo-log", lora.log[:: max(1, len(lora.log) // 50)], "Training of the LoRA, every few steps")
     return lora
 
@@ -55,5 +55,5 @@ def make_tuned(request: TrainRequest, should_stop: ShouldStop) -> str:
     """The id of the tuned model in `models/`."""
     with training_progress(request) as progress:
         tuned = run_train_everywhere(request, progress=progress, should_stop=should_stop)
-    get_run_logger().info("%s: %s %s", request.kind, "existing" if tuned.found else "trained", tuned.model_id)
+    get_run_logger().info("%s: %s %s", request.kind, "existing" if tuned.existing else "trained", tuned.model_id)
     return tuned.model_id

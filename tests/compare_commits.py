@@ -128,19 +128,19 @@ def _neutral(text: str, root: Path) -> str:
     return NIGHT.sub("<night>", DATA_NAME.sub(r"\1", text.replace(str(root), "<root>")))
 
 
-def _compare_values(old: Any, new: Any, place: str = "") -> Iterator[str]:
+def _compare_values(old: Any, new: Any, location: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted((old.keys() | new.keys()) - CHANGING):
-            here = f"{place}.{name}" if place else name
+            here = f"{location}.{name}" if location else name
             if name in old and name in new:
                 yield from _compare_values(old[name], new[name], here)
             else:
                 yield f"{here} is only in {'base' if name in old else 'present'}"
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for position, pair in enumerate(zip(old, new, strict=True)):
-            yield from _compare_values(*pair, f"{place}[{position}]")
+            yield from _compare_values(*pair, f"{location}[{position}]")
     elif repr(old) != repr(new):
-        yield f"{place} is {_shown(old)} and {_shown(new)}"
+        yield f"{location} is {_shown(old)} and {_shown(new)}"
 
 
 def _shown(value: Any) -> str:
@@ -155,64 +155,64 @@ import sys
 from pathlib import Path
 import tiny
 from hgdpo_core.figures.dataset import write_image_folder
-place = Path(sys.argv[1])
-tiny.save_target(place / "target")
-tiny.save_judge(place / "judge")
-tiny.save_judge(place / "other-judge", seed=1)
-write_image_folder(place / "images", 4, seed=0)
+location = Path(sys.argv[1])
+tiny.save_target(location / "target")
+tiny.save_judge(location / "judge")
+tiny.save_judge(location / "other-judge", seed=1)
+write_image_folder(location / "images", 4, seed=0)
 """
 
 
-def make_inputs(place: Path, base: Path, environment: Mapping[str, str]) -> None:
+def make_inputs(location: Path, base: Path, environment: Mapping[str, str]) -> None:
     """Tiny models, images and prompts; by the base's code, and the same files for both."""
-    place.mkdir(parents=True)
+    location.mkdir(parents=True)
     paths = os.pathsep.join([str(base), str(base / "tests")])
-    _call([sys.executable, "-c", INPUTS, str(place)], {**environment, "PYTHONPATH": paths}, place)
+    _call([sys.executable, "-c", INPUTS, str(location)], {**environment, "PYTHONPATH": paths}, location)
     prompts = [f"(a woman:1.3) in a [red] top, number {i}" for i in range(5)] + ["a red top, " * 7 + "BREAK a boy"]
-    (place / "prompts.txt").write_text("\n".join(prompts) + "\n")
-    (place / "held-out.txt").write_text("".join(f"a (man:0.8) in a blue top, number {i}\n" for i in range(4)))
+    (location / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    (location / "held-out.txt").write_text("".join(f"a (man:0.8) in a blue top, number {i}\n" for i in range(4)))
 
 
-def make_database(environment: Mapping[str, str], place: Path) -> None:
+def make_database(environment: Mapping[str, str], location: Path) -> None:
     """Prefect's database, before a server is waited for: on a busy machine making it takes over a minute."""
-    _call([sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"], environment, place)
+    _call([sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"], environment, location)
 
 
-def commands(place: Path, root: Path) -> dict[str, list[str]]:
+def commands(location: Path, root: Path) -> dict[str, list[str]]:
     """What both commits are asked to do, in this order."""
-    judges = [{"name": "pickscore", "source": str(place / "judge")}, {"name": "tinted", "source": str(place / "judge")}]
+    judges = [{"name": name, "source": str(location / "judge")} for name in ("pickscore", "tinted")]
     common = {"target.dtype": "float32", "target.prompt_syntax": "a1111", "target.negative_prompt": "(blurry:1.2)",
               "sampler.width": 32, "sampler.height": 32, "sampler.steps": 2, "pool.prompts_per_shard": 4,
               "evaluation.scorers": judges, "evaluation.prompt_syntax": "a1111", "evaluation.images_per_prompt": 3}
     training = {f"{kind}.{name}": value for kind in ("sft", "dpo") for name, value in {
         "max_steps": 2, "batch_size": 2, "flip": True, "learning_rate": 0.01, "warmup_steps": 0, "validation_every": 2,
         "validation_images": 1, "optimizer": "adamw", "mixed_precision": "no"}.items()}
-    run = {**common, **training, "scorer.source": str(place / "judge"), "pool.images_per_prompt": 3,
-           "dpo.gradient_accumulation_steps": 2, "evaluation.prompts": {"source": str(place / "held-out.txt")}}
-    models, rooted = ["--target", str(place / "target")], ["--root", str(root)]
+    run = {**common, **training, "scorer.source": str(location / "judge"), "pool.images_per_prompt": 3,
+           "dpo.gradient_accumulation_steps": 2, "evaluation.prompts": {"source": str(location / "held-out.txt")}}
+    models, rooted = ["--target", str(location / "target")], ["--root", str(root)]
     return {
-        "run": ["run", *rooted, *models, "--prompts", str(place / "prompts.txt"), "--images", str(place / "images"),
-                *_settings(run)],
-        "evaluate": ["evaluate", *rooted, *models, "--tuned", str(place / "lora.safetensors"), "--prompts",
-                     str(place / "held-out.txt"), "--lora-weight", "0.5", "--lora-weights", "0.25,1.5",
+        "run": ["run", *rooted, *models, "--prompts", str(location / "prompts.txt"), "--images",
+                str(location / "images"), *_settings(run)],
+        "evaluate": ["evaluate", *rooted, *models, "--tuned", str(location / "lora.safetensors"), "--prompts",
+                     str(location / "held-out.txt"), "--lora-weight", "0.5", "--lora-weights", "0.25,1.5",
                      *_settings({**common, "sampler.latent_normalisation": True})],
-        "rescore": ["rescore", *rooted, "--scorer", f"pickscore={place / 'other-judge'}"]}
+        "rescore": ["rescore", *rooted, "--scorer", f"pickscore={location / 'other-judge'}"]}
 
 
 def _settings(values: Mapping[str, Any]) -> list[str]:
     return [part for name, value in values.items() for part in ("--set", f"{name}={json.dumps(value)}")]
 
 
-def run_commit(checkout: Path, place: Path, root: Path, environment: Mapping[str, str]) -> None:
+def run_commit(checkout: Path, location: Path, root: Path, environment: Mapping[str, str]) -> None:
     """All commands by the code of a checkout; the first commit's LoRA is the one that both evaluate."""
-    for name, arguments in commands(place, root).items():
+    for name, arguments in commands(location, root).items():
         start = time.monotonic()
         code = "import sys; from flows.cli import main; sys.exit(main())"
-        _call([sys.executable, "-c", code, *arguments], {**environment, "PYTHONPATH": str(checkout)}, place)
+        _call([sys.executable, "-c", code, *arguments], {**environment, "PYTHONPATH": str(checkout)}, location)
         print(f"  hgdpo {name}: {time.monotonic() - start:.0f} s", flush=True)
-        if name == "run" and not (place / "lora.safetensors").exists():
+        if name == "run" and not (location / "lora.safetensors").exists():
             lora = next(root.glob("models/dpo-*/pytorch_lora_weights.safetensors"))
-            shutil.copyfile(lora, place / "lora.safetensors")
+            shutil.copyfile(lora, location / "lora.safetensors")
 
 
 def _call(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:

@@ -26,7 +26,7 @@ REFUSED = ("x-amz-checksum", "x-amz-sdk-checksum", "x-amz-trailer", "content-md5
 
 
 class FaultyS3:
-    """`share` of all requests fail in one of `kinds`, drawn from a seeded generator.
+    """`fraction` of all requests fail in one of `kinds`, drawn from a seeded generator.
 
     close: no answer and nothing done; lose answer: done, no answer; delay: an answer after `delay` seconds; cut: half
     of the body its header promises; shorten: half of the body, and a header that says so; flip: one bit of an object's
@@ -66,10 +66,11 @@ class FaultyS3:
         self.requests.clear()
         self.headers.clear()
 
-    def misbehave(self, share: float, *, seed: int = 0, kinds: tuple[str, ...] = KINDS, only: str = "",
+    def misbehave(self, fraction: float, *, seed: int = 0, kinds: tuple[str, ...] = KINDS, only: str = "",
                   most: dict[str, int] | None = None) -> None:
         """`only`: what the request line must match; `most`: how often at most, by kind."""
-        self.share, self.random, self.kinds, self.only, self.most = share, random.Random(seed), kinds, only, most or {}
+        self.fraction, self.random, self.kinds = fraction, random.Random(seed), kinds
+        self.only, self.most = only, most or {}
         self.spoiled = Counter[str]()
 
     def stop(self) -> None:
@@ -82,7 +83,7 @@ class FaultyS3:
         with self.lock:
             kinds = [kind for kind in self.kinds
                      if kind in possible and self.spoiled[kind] < self.most.get(kind, 1 << 30)]
-            if not kinds or not re.search(self.only, request) or self.random.random() >= self.share:
+            if not kinds or not re.search(self.only, request) or self.random.random() >= self.fraction:
                 return None
             kind = self.random.choice(kinds)
             self.spoiled[kind] += 1
@@ -90,8 +91,8 @@ class FaultyS3:
 
     def flipped(self, data: bytes) -> bytes:
         with self.lock:
-            place, bit = self.random.randrange(max(1, len(data))), self.random.randrange(8)
-        return data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1:] if data else data
+            location, bit = self.random.randrange(max(1, len(data))), self.random.randrange(8)
+        return data[:location] + bytes([data[location] ^ (1 << bit)]) + data[location + 1:] if data else data
 
 
 class _Server(ThreadingHTTPServer):

@@ -1,4 +1,4 @@
-"""Pools made by hand, and a judge that is a table: its score of an image follows from the image's place in the pool.
+"""Pools made by hand, and a judge that is a table: its score of an image follows from the image's location in the pool.
 
 So every ranking is known, and nothing needs a model.
 """
@@ -26,7 +26,7 @@ RATES = {   # version -> (target, tuned) scores of the held-out prompts
 
 
 class Judge:
-    """Scores by the table; the image's red is its place in the pool, its green the model that drew it."""
+    """Scores by the table; the image's red is its location in the pool, its green the model that drew it."""
 
     name = "pickscore"
 
@@ -56,9 +56,9 @@ def table_judge(loaded):
     return SimpleNamespace(locate=locate, load=load, check=lambda source: None)
 
 
-def picture(place, model=0):
+def image_bytes(location, model=0):
     buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (place, model, 0)).save(buffer, format="PNG")
+    Image.new("RGB", (4, 4), (location, model, 0)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -70,8 +70,9 @@ def draw(store, pool_id, prompts, candidates, *, model=0, shards=None, expected=
             "shards": len(chunks), "rows": candidates * len(prompts)},
         "model": {"fingerprint": f"model {model}", "negative_prompt": "", "clip_skip": None, "lora": None}})
     for index in range(len(chunks)) if shards is None else shards:
-        rows = [{"prompt_id": prompt_id(prompt), "prompt": prompt, "index": j, "seed": j, "image": picture(j, model),
-                 "width": 4, "height": 4} for prompt in chunks[index] for j in range(candidates)]
+        rows = [{"prompt_id": prompt_id(prompt), "prompt": prompt, "index": j, "seed": j,
+                 "image": image_bytes(j, model), "width": 4, "height": 4}
+                for prompt in chunks[index] for j in range(candidates)]
         folder.commit(index, pa.Table.from_pylist(rows, schema=SCHEMA),
                       details={"prompt_ids": [prompt_id(prompt) for prompt in chunks[index]]})
     return folder

@@ -88,9 +88,9 @@ class Live:
     def run(self, run_id: str) -> dict[str, Any]:
         return patiently(lambda: self.http.get(f"/flow_runs/{run_id}"), lambda got: got.status_code == 200).json()
 
-    def runs(self, **wanted: Any) -> list[dict[str, Any]]:
+    def runs(self, **expected: Any) -> list[dict[str, Any]]:
         """All runs that a filter of the API finds, oldest first."""
-        return self.post("/flow_runs/filter", {"flow_runs": wanted, "sort": "START_TIME_ASC", "limit": 200})
+        return self.post("/flow_runs/filter", {"flow_runs": expected, "sort": "START_TIME_ASC", "limit": 200})
 
     def children(self, parent: str, *tags: str) -> list[dict[str, Any]]:
         more = {"tags": {"all_": list(tags)}} if tags else {}
@@ -116,7 +116,7 @@ class Live:
             if now != states or abs(used - worked) > WORK_SECONDS:
                 states, worked, moved = now, used, time.monotonic()
             time.sleep(0.5)
-        raise AssertionError(f"never came: {what}\n{self.told()}")
+        raise AssertionError(f"never came: {what}\n{self.log_tails()}")
 
     def await_final(self, run_id: str) -> dict[str, Any]:
         return self.until(f"the end of {run_id}",
@@ -127,7 +127,7 @@ class Live:
         return self.until("the end of all children", lambda: (found := self.children(parent)) and all(
             child["state_type"] in FINAL for child in found) and found)
 
-    def told(self) -> str:
+    def log_tails(self) -> str:
         """The end of every log, for a failed test."""
         return "\n".join(f"== {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:])
                          for log in sorted(self.local.home.glob("worker*.log")))
@@ -156,7 +156,7 @@ class Live:
         return [prompt for _, prompt in self.painted_at()]
 
     def kill_with_worker(self, run_id: str) -> None:
-        """Kill a run's worker and then all its processes, so that no end of the run is ever told."""
+        """Kill a run's worker and then all its processes, so that no end of the run is ever reported."""
         process = self.process_of(run_id)
         assert process is not None
         next(parent for parent in process.parents() if "worker" in parent.cmdline()).kill()
@@ -231,15 +231,15 @@ def unknown_errors(log: str) -> list[str]:
             if not any(re.search(known, error, re.DOTALL) for known in KNOWN_SERVER_ERRORS)]
 
 
-def small_run(place: Path, prompts: Sequence[str], held_out: int, **overrides: Any) -> dict[str, Any]:
-    """Parameters of `hgdpo` for tiny models and prompts that are written to `place`; a prompt is a shard of its own."""
-    (place / "prompts.txt").write_text("\n".join(prompts) + "\n")
-    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(held_out)))
-    target, judge = tiny.save_target(place / "target"), tiny.save_judge(place / "judge")
-    return {"target": str(target), "prompts": str(place / "prompts.txt"), "overrides": {
+def small_run(location: Path, prompts: Sequence[str], held_out: int, **overrides: Any) -> dict[str, Any]:
+    """Parameters of `hgdpo` for tiny models and prompts, written to `location`; a prompt is a shard of its own."""
+    (location / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    (location / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(held_out)))
+    target, judge = tiny.save_target(location / "target"), tiny.save_judge(location / "judge")
+    return {"target": str(target), "prompts": str(location / "prompts.txt"), "overrides": {
         "target.dtype": "float32", "scorer.source": str(judge),
         "evaluation.scorers": [{"name": "pickscore", "source": str(judge)}],
-        "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
+        "evaluation.prompts": {"source": str(location / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
         "sampler.steps": 2, "pool.prompts_per_shard": 1, "dpo.max_steps": 2, "dpo.batch_size": 2,
         "dpo.learning_rate": 5e-2} | overrides}
 

@@ -54,20 +54,20 @@ def run_slow_tests(root: Path, *, fresh: bool = False) -> int:
 
     SlowTestsError where pytest cannot collect the tests.
     """
-    place, commit, began = root / "output" / "slow", describe_commit(root), now()
-    place.mkdir(parents=True, exist_ok=True)
+    location, commit, began = root / "output" / "slow", describe_commit(root), now()
+    location.mkdir(parents=True, exist_ok=True)
     files, outcomes, interrupted = find_files(root), {}, False
     if not fresh and not commit.endswith(UNCOMMITTED):
-        outcomes = {file: outcome for file, outcome in read_state(place, commit).items() if file in files}
+        outcomes = {file: outcome for file, outcome in read_state(location, commit).items() if file in files}
     try:
         for file in files:
             if file not in outcomes or not outcomes[file].good:
-                outcomes[file] = run_file(root, file, commit, place / "last.xml")
-                write_state(place, outcomes)
+                outcomes[file] = run_file(root, file, commit, location / "last.xml")
+                write_state(location, outcomes)
     except KeyboardInterrupt:
         interrupted = True
     summary = summarise(files, outcomes, commit, began)
-    (place / "summary.txt").write_text(summary)
+    (location / "summary.txt").write_text(summary)
     print(f"\n{summary}")
     if interrupted:
         return 130
@@ -129,20 +129,20 @@ def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=root, text=True, capture_output=True, check=True).stdout.strip()
 
 
-def read_state(place: Path, commit: str) -> dict[str, Outcome]:
+def read_state(location: Path, commit: str) -> dict[str, Outcome]:
     """The outcomes at this commit of earlier calls, by file."""
     try:
-        rows = [Outcome(**row) for row in json.loads((place / "state.json").read_text())]
+        rows = [Outcome(**row) for row in json.loads((location / "state.json").read_text())]
     except (OSError, ValueError, TypeError):  # none yet, cut short, or of another version
         return {}
     return {row.file: row for row in rows if row.commit == commit}
 
 
-def write_state(place: Path, outcomes: dict[str, Outcome]) -> None:
+def write_state(location: Path, outcomes: dict[str, Outcome]) -> None:
     """Replace the state in one step, so that a kill leaves the old one or the new one."""
-    draft = place / "state.json.new"
+    draft = location / "state.json.new"
     draft.write_text(json.dumps([asdict(outcome) for outcome in outcomes.values()], indent=1))
-    draft.replace(place / "state.json")
+    draft.replace(location / "state.json")
 
 
 def summarise(files: Sequence[str], outcomes: dict[str, Outcome], commit: str, began: str) -> str:

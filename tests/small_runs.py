@@ -1,4 +1,4 @@
-"""Tunings of the figures model that take seconds: rendered pairs in, a LoRA trained in memory, pictures by both out."""
+"""Tunings of the figures model that take seconds: rendered pairs in, a LoRA trained in memory, images by both out."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from hgdpo_core.training.data import PairBatch, epoch_order
 
 
 class SmallWorld:
-    """The shipped figures target, some training figures, and held-out prompts with the target's own pictures."""
+    """The shipped figures target, some training figures, and held-out prompts with the target's own images."""
 
     def __init__(self, *, pairs: int = 8, held_out: int = 16, steps: int = 6):
         self.model = find_model(TargetConfig(source="figures", dtype="float32"))
@@ -26,16 +26,16 @@ class SmallWorld:
         self.backbone = load_backbone(self.model)
         self.embeds = self.backbone.text.encode_captions([caption(figure) for figure in self.figures]).embeds
         self.held_out_embeds = self.backbone.text.encode_captions(self.prompts).embeds
-        self.target_pictures = self.draw(self.backbone)
+        self.target_images = self.draw(self.backbone)
 
-    def pictures(self, defects: Sequence[str | None], *, seed: int = 0) -> np.ndarray:
+    def images(self, defects: Sequence[str | None], *, seed: int = 0) -> np.ndarray:
         """The training figures as the renderer draws them, uint8 [B, 64, 64, 3]."""
         return np.stack([np.asarray(render(figure, seed + i, defect=defect))
                          for i, (figure, defect) in enumerate(zip(self.figures, defects, strict=True))])
 
     def train(self, winners: np.ndarray, losers: np.ndarray, *, on_log: OnLog | None = None,
               **settings) -> tuple[TrainingResult, np.ndarray]:
-        """The training's result, and the tuned model's pictures of the held-out prompts from the target's seeds."""
+        """The training's result, and the tuned model's images of the held-out prompts from the target's seeds."""
         pairs = _Pairs(*(self.backbone.codec.encode(to_model_range(side)) for side in (winners, losers)),
                        self.embeds)
         tuned = load_backbone(self.model)

@@ -10,17 +10,17 @@ from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
 
-def tiny_parameters(place: Path, target: Path, judge: Path) -> dict[str, Any]:
+def tiny_parameters(location: Path, target: Path, judge: Path) -> dict[str, Any]:
     """What `open_run` takes, but for the root: 6 prompts of 3 candidates in 2 shards, 8 held-out prompts, 4 images."""
-    (place / "prompts.txt").write_text("".join(f"a woman in a red top, number {i}\n" for i in range(6)))
-    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(8)))
-    write_image_folder(place / "images", 4, seed=0)
+    (location / "prompts.txt").write_text("".join(f"a woman in a red top, number {i}\n" for i in range(6)))
+    (location / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(8)))
+    write_image_folder(location / "images", 4, seed=0)
     scorer = {"name": "pickscore", "source": str(judge)}
     return {
-        "target": str(target), "prompts": str(place / "prompts.txt"), "images": str(place / "images"),
+        "target": str(target), "prompts": str(location / "prompts.txt"), "images": str(location / "images"),
         "overrides": {
             "target.dtype": "float32", "scorer.source": str(judge), "evaluation.scorers": [scorer],
-            "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
+            "evaluation.prompts": {"source": str(location / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
             "sampler.steps": 2, "pool.images_per_prompt": 3, "pool.prompts_per_shard": 4, "sft.max_steps": 2,
             "sft.batch_size": 2, "sft.flip": True, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2,
             "dpo.flip": True}}

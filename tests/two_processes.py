@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
     handler.emit = lambda record: warnings.append(record.getMessage())
     logging.getLogger("hgdpo_core").addHandler(handler)
 
-    def place(name: str) -> Checkpoints:
+    def location(name: str) -> Checkpoints:
         return Checkpoints(Store(str(folder)), name)
 
     results = {
@@ -65,14 +65,14 @@ def main(folder: Path) -> None:
         results["empty"] = str(error)
     asked = iter([False, False, FIRST])  # one process alone is asked to stop
     try:
-        train(config(batch_size=2), checkpoints=place("two"), should_stop=lambda: next(asked))
+        train(config(batch_size=2), checkpoints=location("two"), should_stop=lambda: next(asked))
     except StoppedError as error:
         results["stopped"] = str(error)
     if FIRST:
         shutil.copytree(folder / "two", folder / "two-kept")
-    results["resumed"] = result_of(train(config(batch_size=2), checkpoints=place("two")))
+    results["resumed"] = result_of(train(config(batch_size=2), checkpoints=location("two")))
     for name, batch in (("four", 4), ("three", 3), ("one", 1)):
-        results[f"from {name}"] = result_of(train(config(batch_size=batch), checkpoints=place(name)))
+        results[f"from {name}"] = result_of(train(config(batch_size=batch), checkpoints=location(name)))
     results["warnings"] = [text for text in warnings if "goes on with" in text]
     if FIRST:
         torch.save(results, folder / "results.pt")

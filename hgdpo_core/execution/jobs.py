@@ -23,7 +23,7 @@ NAME_CHARACTERS = 24
 
 
 class ShardRequest(BaseModel):
-    """A range of shards of one folder, for `run_shards`. Survives JSON: it is the parameter of a shard flow run."""
+    """A range of shards of one folder, for `run_shards`. It is the parameter of a shard flow run, as JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -312,15 +312,15 @@ def _identify(store: Store, kind: Kind, files: list[_File], index: pa.Table) -> 
 # -- for workers elsewhere
 
 
-def locate_images(store: Store, images: ImageSet, *, share: bool) -> str:
-    """Where a worker finds the images: their own address, or with `share` their key in the store after a copy.
+def locate_images(store: Store, images: ImageSet, *, copy_to_store: bool) -> str:
+    """Where a worker finds the images: their own address, or with `copy_to_store` their key in the store after a copy.
 
     A set that has a URL of its own is never copied.
     """
     folder = images.folder
     if folder is None:
         return images.address
-    if not share:
+    if not copy_to_store:
         return images.address if "://" in images.address else str(Path(images.address).expanduser().absolute())
     key = f"images/{images.id}"
     if not store.exists(f"{key}/complete.json"):

@@ -41,7 +41,7 @@ class ImageGenerator:
         base = replace(model, lora=None)
         self.reference = load_backbone(base, device).denoiser if sampler.latent_normalisation else None
         self.solver = self.backbone.schedule.solver()
-        self.lanes = count_threads(self.backbone.denoiser, device)
+        self.threads = count_threads(self.backbone.denoiser, device)
 
     def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
         """Rows of SCHEMA for every candidate of the prompts: in order, but prompts with longer embeddings last.
@@ -52,7 +52,7 @@ class ImageGenerator:
         texts = self.backbone.text.encode(prompts)
         lengths = [text.length for text in texts]
         batches = list(_cut_batches(lengths, self.pool.images_per_prompt, self.pool.batch_size))
-        lanes = self.lanes if len(batches) >= self.lanes else 1  # too few to fill the cores: each takes them all
+        threads = self.threads if len(batches) >= self.threads else 1  # too few to fill the cores: each takes them all
 
         def jobs() -> Iterator[Callable[[], Sampled]]:
             for batch in batches:
@@ -62,7 +62,7 @@ class ImageGenerator:
 
         waiting: list[Future[dict]] = []
         with ThreadPoolExecutor(ENCODER_THREADS) as executor:
-            for batch, seeds, pixels in parallel_map(jobs(), lanes):
+            for batch, seeds, pixels in parallel_map(jobs(), threads):
                 yield from (future.result() for future in waiting)
                 waiting = [executor.submit(self._row, prompts[number], index, seed, image)
                            for (number, index), seed, image in zip(batch, seeds, pixels, strict=True)]

@@ -54,7 +54,7 @@ def reference_mode(unet: UNet2DConditionModel) -> Iterator[None]:
 
 
 @contextmanager
-def worn_at(unet: UNet2DConditionModel, weight: float) -> Iterator[None]:
+def lora_weight_set(unet: UNet2DConditionModel, weight: float) -> Iterator[None]:
     """Inside, the LoRA is applied at `weight`; after it at 1 again, as in training. No effect without a LoRA."""
     adapters = [(layer, name) for layer in unet.modules() if isinstance(layer, LoraLayer)
                 for name in layer.active_adapters]

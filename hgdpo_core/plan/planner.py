@@ -137,9 +137,9 @@ class PlanningRunner:
         self.stages.append(training.row(store, model_id, latents.samples, record, lambda: (
             training.probed(self.device_name) if self.with_probe else training.past(store))))
         if record is not None:
-            return RecordedTuning(model_id=model_id, path=Path(), log=[], found=True, store=store,
+            return RecordedTuning(model_id=model_id, path=Path(), log=[], existing=True, store=store,
                                   fingerprint=record["fingerprint"])
-        planned = PlannedTuning(model_id or request.kind, Path(), [], found=False)
+        planned = PlannedTuning(model_id or request.kind, Path(), [], existing=False)
         self._unknown[planned.fingerprint] = request.kind
         return planned
 

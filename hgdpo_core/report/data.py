@@ -27,7 +27,7 @@ class ReportData:
     """The first scorer is that of the headline, and its scores are shown below the pairs."""
     counts: Mapping[str, int]
     """Shown in this order; underscores become spaces: prompts, pool_images, triplets, rejected, ..."""
-    training_judge: str | None = None
+    training_scorer: str | None = None
     """The scorer of the comparison that ranked the training pools: its win rate is no independent evidence."""
     sweep: Sequence[Comparison] = ()
     """The tuned LoRA at several weights, ascending."""

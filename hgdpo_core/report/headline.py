@@ -34,7 +34,7 @@ def read_interval(data: ReportData) -> str:
     name, rate = next(iter(data.comparison.win_rates.items()))
     undecided = rate.ci_low is None
     reading = "Without a single win or loss there is no win rate." if undecided else READINGS[_verdict(rate)]
-    if name == data.training_judge:
+    if name == data.training_scorer:
         reading += (" The same scorer chose the training pairs, so this measures whether training reached its aim, "
                     "not what people prefer.")
     return reading + _other_scorers(data.comparison.win_rates)

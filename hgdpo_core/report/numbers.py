@@ -21,7 +21,7 @@ def win_rates(data: ReportData) -> str:
     """Bars with error bars, the table in the form of the paper's Table 1, counts, and mean scores."""
     comparison, origin = data.comparison, "<small>ranked the training pools</small>"
     bars = "".join(f"<li><span>{escape(scorer_title(name))}</span><b>{percent(rate.rate)}</b>"
-                   f"{origin if name == data.training_judge else ''}{rate_bar(rate)}</li>"
+                   f"{origin if name == data.training_scorer else ''}{rate_bar(rate)}</li>"
                    for name, rate in comparison.win_rates.items())
     weight = "" if comparison.lora_weight is None else f" (LoRA weight {float(comparison.lora_weight)})"
     several = ("" if comparison.images_per_prompt == 1 else
@@ -115,7 +115,7 @@ def defects(changes: Mapping[str, DefectChange]) -> str:
         low, high = (None if end is None else 100 * end for end in (change.ci_low, change.ci_high))
         rows.append((title, f"{change.below:g}", percent(change.target), percent(change.tuned),
                      with_interval(f"{signed(100 * change.difference, 1)} points", signed_interval(low, high, 1))))
-    intro = "An image that scores below the scorer's own limit counts as defective. Less is better."
+    intro = "An image that scores below the scorer's own limit counts as defective. Lower is better."
     table = Table(("Scorer", "Limit", "Target", "Tuned", "Difference"), rows, caption="The difference is tuned minus "
                   "target, in percentage points; below it its 95 % bootstrap interval over prompts.")
     return (section("Defective images", intro, f'<ul class="bars">{"".join(bars)}</ul>{SCALE}{table.html()}')

@@ -51,7 +51,7 @@ def write_run_report(run: Run, pool: PoolPlan, scores: ShardFolder, distances: n
                "rejected": counts.rejected, "pool_images": pool.images, "lora_id": lora.model_id}
     return _write(
         run, images, comparison, seconds, cached, keys, summary, title=f"HG-DPO on {run.config.target.source}",
-        training_judge=run.config.training_judge, rank_distances=distances, objective=lora.objective,
+        training_scorer=run.config.training_scorer, rank_distances=distances, objective=lora.objective,
         training_log=lora.log, sft_log=sft_log,
         counts={"prompts": len(run.prompts.prompts), "pool_images": pool.images, "triplets": counts.triplets,
                 "rejected": counts.rejected, "evaluation_prompts": len(comparison.prompts)},
@@ -108,7 +108,7 @@ def _making_seconds(run: Run | ComparisonRun, seconds: Mapping[str, float], cach
 
 
 def _notes(scorers: Sequence[ScorerConfig]) -> list[str]:
-    notes = [f"CLIP is the checkpoint {scorer.source or OPENAI_CLIP}." for scorer in scorers if scorer.name == "clip"]
+    notes = [f"CLIP scores are from {scorer.source or OPENAI_CLIP}." for scorer in scorers if scorer.name == "clip"]
     if any(is_built_in(scorer.source) for scorer in scorers):
         notes.append(f"Where this page says PickScore, {SCORER_NOTE}.")
     return notes

@@ -11,7 +11,7 @@ from hgdpo_core.errors import CorruptShardError, InputError, ModelError
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.prompts import load_prompts, prompt_id
 from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, Skipped, shards_of
-from hgdpo_core.scorers import load_judge
+from hgdpo_core.scorers import load_configured_scorer
 from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.dataset_card import card_licence
 from hgdpo_core.stages.scores import ScoreStage, missing_scores, score_settings
@@ -33,7 +33,7 @@ def score_missing(store: Store, jobs: Sequence[ScoreJob], *, device: str | None 
     if not images:
         return []
     device, version = device or default_device(), jobs[0].version
-    loaded = load_judge(version.scorer, device)
+    loaded = load_configured_scorer(version.scorer, device)
     if loaded.fingerprint != version.fingerprint:
         raise ModelError(f"scorer {version.scorer.name} changed since the plan was made (fingerprint "
                          f"{version.fingerprint[:12]} then, {loaded.fingerprint[:12]} now): start again")

@@ -150,6 +150,6 @@ def _module(name: str) -> ScorerSource:
     return SCORERS[name]
 
 
-def load_judge(scorer: ScorerConfig, device: str) -> Scorer:
+def load_configured_scorer(scorer: ScorerConfig, device: str) -> Scorer:
     """The scorer that the settings name."""
     return load_scorer(scorer.name, source=scorer.source, device=device, dtype=DTYPES[scorer.dtype])

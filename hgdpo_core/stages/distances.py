@@ -15,7 +15,7 @@ from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import latent_distance
 from hgdpo_core.models import Model
 from hgdpo_core.models.backbone import LatentCodec
-from hgdpo_core.models.places import find_located_model
+from hgdpo_core.models.locations import find_located_model
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.parallel import threads
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker

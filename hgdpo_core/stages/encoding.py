@@ -9,7 +9,7 @@ from PIL import Image
 
 from hgdpo_core.images import to_model_range
 from hgdpo_core.models import Backbone, Model, load_backbone
-from hgdpo_core.models.places import model_means
+from hgdpo_core.models.locations import model_locations
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.stages.base import Probe, Stage
 from hgdpo_core.stages.probes import probe_encoding
@@ -35,7 +35,7 @@ class EncodingStage(Stage):
         return self.folder.config.get("flips", False)
 
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
-        return model_means(self.folder.store, self.model, share=copy_to_store)
+        return model_locations(self.folder.store, self.model, copy_to_store=copy_to_store)
 
     def backbone(self, device: str) -> Backbone:
         """The loaded model, its VAE in float32."""

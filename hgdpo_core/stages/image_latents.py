@@ -17,7 +17,7 @@ from hgdpo_core.image_sets import locate_images, open_located_images
 from hgdpo_core.image_sets.sets import CAPTIONING, ImageSet, Kind
 from hgdpo_core.images import decode_image, fit_image, to_model_range
 from hgdpo_core.models import Backbone, Model
-from hgdpo_core.models.places import find_located_model
+from hgdpo_core.models.locations import find_located_model
 from hgdpo_core.parallel import threads
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
 from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes
@@ -72,7 +72,7 @@ class ImageLatentStage(EncodingStage):
         return {index: len(self.images.shard(index)) for index in indices}
 
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
-        return {"images": locate_images(self.folder.store, self.images, share=copy_to_store),
+        return {"images": locate_images(self.folder.store, self.images, copy_to_store=copy_to_store),
                 "images_id": self.images.id, **super().recipe(copy_to_store=copy_to_store)}
 
     @classmethod
@@ -180,7 +180,7 @@ def _encode(backbone: Backbone, batches: Iterator[list[Captioned]], flips: bool,
 
 
 @dataclass(frozen=True)
-class SetAside:
+class SkippedImages:
     """The part of an image set that is not trained on, or not whole."""
 
     images: int
@@ -202,7 +202,7 @@ class SetAside:
         return "; ".join(parts)
 
 
-def find_set_aside(latents: ShardFolder, images: int, *, show: int = 200) -> SetAside:
+def find_skipped(latents: ShardFolder, images: int, *, show: int = 200) -> SkippedImages:
     """What was skipped when `latents` were made of so many images; of it the first `show` by name."""
     manifests = latents.manifests()
     kinds: Counter[str] = Counter()
@@ -212,8 +212,8 @@ def find_set_aside(latents: ShardFolder, images: int, *, show: int = 200) -> Set
             rows = read_table(latents.store, f"{latents.key}/rejected/shard-{index:05d}.parquet").to_pylist()
             kinds.update(_kind(row["reason"]) for row in rows)
             reasons += rows[:show - len(reasons)]
-    return SetAside(images, kinds.total(), sum(m.details.get("cut_captions", 0) for m in manifests.values()), reasons,
-                    dict(kinds.most_common()))
+    cut = sum(manifest.details.get("cut_captions", 0) for manifest in manifests.values())
+    return SkippedImages(images, kinds.total(), cut, reasons, dict(kinds.most_common()))
 
 
 def _kind(reason: str) -> str:

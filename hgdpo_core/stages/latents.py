@@ -16,7 +16,7 @@ import pyarrow as pa
 from hgdpo_core.config import content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.models import Backbone, Model
-from hgdpo_core.models.places import find_located_model
+from hgdpo_core.models.locations import find_located_model
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
 from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes, stack_pixels
 from hgdpo_core.stages.pool import image_size

@@ -15,7 +15,7 @@ from hgdpo_core.config import PoolConfig, SamplerConfig, content_hash
 from hgdpo_core.errors import ConfigError, StorageError
 from hgdpo_core.models import Model
 from hgdpo_core.models.image_generator import ImageGenerator, chunks
-from hgdpo_core.models.places import find_located_model, model_means
+from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, shards_like
@@ -88,7 +88,8 @@ class PoolPlan(Stage):
         return {index: self.pool.images_per_prompt * len(self._by_index[index].prompts) for index in indices}
 
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
-        return {"batch_size": self.pool.batch_size, **model_means(self.folder.store, self.model, share=copy_to_store)}
+        locations = model_locations(self.folder.store, self.model, copy_to_store=copy_to_store)
+        return {"batch_size": self.pool.batch_size, **locations}
 
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> "PoolPlan":

@@ -11,7 +11,7 @@ from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
 from hgdpo_core.devices import default_device, free_memory
 from hgdpo_core.models import Model, load_backbone
 from hgdpo_core.models.image_generator import ImageGenerator
-from hgdpo_core.scorers import load_judge
+from hgdpo_core.scorers import load_configured_scorer
 from hgdpo_core.stages.base import Probe
 
 MAX_SECONDS = 60.0  # of timed sampling; a machine that is slower than this gets a smaller batch
@@ -45,7 +45,7 @@ def probe_generation(model: Model, sampler: SamplerConfig, pool: PoolConfig, pro
 def probe_scoring(scorer: ScorerConfig, size: tuple[int, int], prompt: str) -> Probe:
     """One batch of noise of (width, height) pixels, after one image that warms up."""
     free_memory()
-    loaded = load_judge(scorer, default_device())
+    loaded = load_configured_scorer(scorer, default_device())
     images = np.random.default_rng(0).integers(0, 256, (scorer.batch_size, size[1], size[0], 3), dtype=np.uint8)
     loaded.score(images[:1], [prompt])
     return Probe(_timed(lambda: loaded.score(images, [prompt] * len(images))) / len(images))

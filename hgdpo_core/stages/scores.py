@@ -10,9 +10,9 @@ from PIL import Image
 
 from hgdpo_core.config import ScorerConfig, content_hash
 from hgdpo_core.models import recorded_syntax
-from hgdpo_core.models.places import Place, refuse_other_model
+from hgdpo_core.models.locations import Location, refuse_other_model
 from hgdpo_core.prompts.syntax import strip_syntax
-from hgdpo_core.scorers import Scorer, find_scorer, load_judge
+from hgdpo_core.scorers import Scorer, find_scorer, load_configured_scorer
 from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, is_made_from, shards_like
 from hgdpo_core.stages.pool import PoolPlan, image_size
 from hgdpo_core.stages.probes import probe_scoring
@@ -81,15 +81,15 @@ class ScoreStage(Stage):
         return {index: images * len(prompts) for index, prompts in self.prompts.items()}
 
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
-        place = Place.of_source(self.folder.store, self.scorer.source, share=copy_to_store)
-        return {"scorer": self.scorer.model_dump(mode="json"), "place": place.model_dump()}
+        location = Location.of_source(self.folder.store, self.scorer.source, copy_to_store=copy_to_store)
+        return {"scorer": self.scorer.model_dump(mode="json"), "place": location.model_dump()}
 
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
         scorer = ScorerConfig.model_validate(recipe["scorer"])
-        place = Place.model_validate(recipe["place"])
-        if place != Place():
-            scorer = scorer.model_copy(update={"source": place.locate(folder.store)})
+        location = Location.model_validate(recipe["place"])
+        if location != Location():
+            scorer = scorer.model_copy(update={"source": location.locate(folder.store)})
         found = find_scorer(scorer.name, scorer.source)
         refuse_other_model(f"scorer {scorer.name}", found, folder.config["fingerprint"])
         pool = ShardFolder.open(folder.store, f"pools/{folder.config['pool_id']}")
@@ -97,7 +97,7 @@ class ScoreStage(Stage):
 
     def load(self, worker: Worker) -> AbstractContextManager[Computer]:
         """A scorer reads prompts without the weights and brackets that the pool's model was given."""
-        scorer: Scorer = worker.network or load_judge(self.scorer, worker.device)
+        scorer: Scorer = worker.network or load_configured_scorer(self.scorer, worker.device)
         syntax = recorded_syntax(self.pool.config["model"])["prompt_syntax"]
 
         def score(images: list[Image.Image], prompts: list[str]) -> list[float]:

@@ -43,17 +43,17 @@ LogCheck = Callable[[Sequence[Mapping[str, float]], Mapping[str, WinRate]], RunW
 
 
 def check_run(log: Sequence[Mapping[str, float]], win_rates: Mapping[str, WinRate],
-              defects: Mapping[str, DefectChange], variety_change: Estimate, training_judge: str | None,
+              defects: Mapping[str, DefectChange], variety_change: Estimate, training_scorer: str | None,
               log_checks: Sequence[LogCheck] | None = None) -> list[RunWarning]:
     """All warnings of a finished run: its training's log, the evaluation by every scorer, the spread of the images.
 
-    `log_checks` are the objective's, by default those of preference training. `training_judge` is the name, among
+    `log_checks` are the objective's, by default those of preference training. `training_scorer` is the name, among
     `win_rates`, of the scorer that ranked the training pools; None if the evaluation does not include it.
     """
     checks = PREFERENCE_CHECKS if log_checks is None else log_checks
     warnings = [*(check(log, win_rates) for check in checks), check_variety(win_rates, variety_change)]
-    if training_judge is not None:
-        warnings += [check_scorers(win_rates, training_judge), check_defects(win_rates, defects, training_judge)]
+    if training_scorer is not None:
+        warnings += [check_scorers(win_rates, training_scorer), check_defects(win_rates, defects, training_scorer)]
     return [warning for warning in warnings if warning is not None]
 
 
@@ -100,38 +100,38 @@ def check_stall(log: Sequence[Mapping[str, float]], win_rates: Mapping[str, WinR
 PREFERENCE_CHECKS: tuple[LogCheck, ...] = (lambda log, _: check_collapse(log), check_stall)
 
 
-def check_scorers(win_rates: Mapping[str, WinRate], training_judge: str) -> RunWarning | None:
+def check_scorers(win_rates: Mapping[str, WinRate], training_scorer: str) -> RunWarning | None:
     """The scorer that ranked the pools sees a gain where an independent one sees a loss, or clearly less of a gain.
 
     "Clearly": its interval is not above one half and ends below the start of the training scorer's.
     """
-    trained = win_rates.get(training_judge)
+    trained = win_rates.get(training_scorer)
     if trained is None or trained.ci_low is None or not _is_gain(trained):
         return None
-    apart = {name: rate for name, rate in win_rates.items() if name != training_judge and not _is_gain(rate)
+    apart = {name: rate for name, rate in win_rates.items() if name != training_scorer and not _is_gain(rate)
              and rate.ci_high is not None and rate.ci_high < trained.ci_low}
     if not apart:
         return None
     word = "a loss" if any(rate.ci_high is not None and rate.ci_high < 0.5 for rate in apart.values()) else "no gain"
     return RunWarning(
         "parted_judges", f"The scorers disagree: the one that ranked the training pools prefers the tuned "
-        f"model ({_describe({training_judge: trained})}), but an independent scorer sees "
+        f"model ({_describe({training_scorer: trained})}), but an independent scorer sees "
         f"{word} ({_describe(apart)}). The LoRA may satisfy its scorer instead of people: "
         "look at the images, lower dpo.max_steps or evaluation.lora_weight, or rank by "
         "another scorer.")
 
 
 def check_defects(win_rates: Mapping[str, WinRate], defects: Mapping[str, DefectChange],
-                  training_judge: str) -> RunWarning | None:
+                  training_scorer: str) -> RunWarning | None:
     """The training scorer sees a gain while the fraction of defective images clearly rises."""
-    trained = win_rates.get(training_judge)
+    trained = win_rates.get(training_scorer)
     risen = {name: change for name, change in defects.items() if change.ci_low is not None and change.ci_low > 0}
     if trained is None or not _is_gain(trained) or not risen:
         return None
     rises = "; ".join(f"{name}: {100 * change.target:.1f} % before, {100 * change.tuned:.1f} % after"
                       for name, change in risen.items())
     return RunWarning(
-        "more_defects", f"More defects: {training_judge}, which ranked the training pools, prefers the tuned "
+        "more_defects", f"More defects: {training_scorer}, which ranked the training pools, prefers the tuned "
         f"model, but more of its images are defective ({rises}). Look at the images, lower "
         "dpo.max_steps or evaluation.lora_weight.")
 

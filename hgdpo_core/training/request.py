@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from hgdpo_core.config import TrainingConfig
 from hgdpo_core.errors import InputError
 from hgdpo_core.models import Model
-from hgdpo_core.models.places import find_located_model, model_means
+from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import FORMAT_VERSION, ShardFolder, format_range, parse_range
@@ -19,7 +19,7 @@ from hgdpo_core.training.validation import Validation
 
 
 class TrainRequest(BaseModel):
-    """One training, for `run_train`. Survives JSON: it is the parameter of a flow run."""
+    """One training, for `run_train`. It is the parameter of a flow run, as JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,7 +29,7 @@ class TrainRequest(BaseModel):
     shards: str = Field(description="which shards of it")
     triplets: str | None = Field(default=None, description="dpo: key of the triplets that the latents were made of")
     model: dict[str, Any] = Field(description="the identity of the model to train")
-    means: dict[str, Any] = Field(description="the location of that model")
+    locations: dict[str, Any] = Field(description="where that model is")
     config: dict[str, Any] = Field(description="the settings of the training")
     validation: Validation | None = Field(default=None, description="images to generate during training")
     code_version: str
@@ -53,8 +53,9 @@ class TrainRequest(BaseModel):
         store = latents.store
         return cls(root=store.root, kind=kind, latents=latents.key, shards=format_range(indices),
                    triplets=triplets and triplets.key, model=model.identity(),
-                   means=model_means(store, model, share=copy_to_store), config=config.model_dump(mode="json"),
-                   validation=validation, code_version=code_version(), format_version=FORMAT_VERSION)
+                   locations=model_locations(store, model, copy_to_store=copy_to_store),
+                   config=config.model_dump(mode="json"), validation=validation, code_version=code_version(),
+                   format_version=FORMAT_VERSION)
 
     @property
     def settings(self) -> TrainingConfig:
@@ -92,6 +93,6 @@ def run_train(request: TrainRequest, *, progress: Progress = silent, should_stop
     if missing:
         raise InputError(f"{latents.store.url(latents.key)} lacks {len(missing)} of the {len(indices)} shards to train "
                          "on: run the pipeline again, which makes what is missing")
-    model = find_located_model(latents.store, request.model, request.means)
+    model = find_located_model(latents.store, request.model, request.locations)
     return tune(request.kind, model, latents, indices, request.settings, request.triplets,
                 validation=request.validation, progress=progress, should_stop=should_stop)

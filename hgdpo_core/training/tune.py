@@ -33,7 +33,7 @@ class Tuned:
     model_id: str
     path: Path
     log: list[dict[str, float]]
-    found: bool
+    existing: bool
 
     @property
     def objective(self) -> str:
@@ -98,13 +98,13 @@ def find_tuned(store: Store, model_id: str) -> Tuned | None:
     path = fetch_model(store, model_id)
     if path is None:
         return None
-    return Tuned(model_id, path, store.read_json(f"models/{model_id}/log.json")["rows"], found=True)
+    return Tuned(model_id, path, store.read_json(f"models/{model_id}/log.json")["rows"], existing=True)
 
 
 def _publish(model_id: str, folder: Path, kind: str, target: Model, config: TrainingConfig, latents: ShardFolder,
              result: TrainingResult) -> Tuned:
     if not is_first_process():
-        return Tuned(model_id, folder, result.log, found=False)
+        return Tuned(model_id, folder, result.log, existing=False)
     store = latents.store
     store.write_json(f"models/{model_id}/log.json", {"rows": result.log})
     store.write_json(f"models/{model_id}/config.json", {
@@ -112,4 +112,4 @@ def _publish(model_id: str, folder: Path, kind: str, target: Model, config: Trai
         "global_batch": result.global_batch})
     path = publish_model(store, model_id, folder, {"kind": kind, "steps": result.steps, "seconds": result.seconds,
                                                    "device": device_name(default_device())})
-    return Tuned(model_id, path, result.log, found=False)
+    return Tuned(model_id, path, result.log, existing=False)

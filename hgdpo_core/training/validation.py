@@ -16,7 +16,7 @@ from hgdpo_core.config import PromptSyntax, RunConfig, SamplerConfig, StageConfi
 from hgdpo_core.devices import free_memory, is_out_of_memory
 from hgdpo_core.images import decode_image, encode_image
 from hgdpo_core.models import Backbone
-from hgdpo_core.models.lora import worn_at
+from hgdpo_core.models.lora import lora_weight_set
 from hgdpo_core.models.sampling import initial_noise, sample_latents
 from hgdpo_core.prompts import image_seed
 from hgdpo_core.rendering.grids import row_grid
@@ -101,7 +101,7 @@ class ValidationGenerator:
         training, dtype = denoiser.training, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision)
         denoiser.eval()
         try:
-            with worn_at(denoiser.network, self._validation.lora_weight), \
+            with lora_weight_set(denoiser.network, self._validation.lora_weight), \
                     torch.autocast(denoiser.device.type, dtype=dtype, enabled=dtype is not None):
                 yield
         finally:

@@ -144,9 +144,9 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_half_written(tmp_path, tar
 
 def test_a_full_disk_under_the_temporary_folder_is_named(tmp_path, monkeypatch):
     """Checkpoints are written there first; safetensors and torch.save raise errors of their own for it."""
-    place = checkpoints.Checkpoints(Store(str(tmp_path / "root")), "models/x/checkpoints")
+    location = checkpoints.Checkpoints(Store(str(tmp_path / "root")), "models/x/checkpoints")
     checkpoint = checkpoints.Checkpoint(1, {"weight": torch.zeros(4)}, {"log": []})
-    checkpoints.save_checkpoint(place, checkpoint, "hash")
+    checkpoints.save_checkpoint(location, checkpoint, "hash")
 
     def no_room(*_, **__):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -162,13 +162,13 @@ def test_a_full_disk_under_the_temporary_folder_is_named(tmp_path, monkeypatch):
     for name, error in (("save_file", no_room), ("save_file", no_blocks)):
         with monkeypatch.context() as patched, pytest.raises(StorageError, match=message):
             patched.setattr(checkpoints, name, error)
-            checkpoints.save_checkpoint(place, later, "hash")
+            checkpoints.save_checkpoint(location, later, "hash")
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints, "save_file", no_reason)
         with pytest.raises(RuntimeError, match="unexpected pos"):  # there is room: it was something else
-            checkpoints.save_checkpoint(place, later, "hash")
+            checkpoints.save_checkpoint(location, later, "hash")
         patched.setattr(scratch, "NEARLY_NOTHING_BYTES", 2**60)
         with pytest.raises(StorageError, match=message):
-            checkpoints.save_checkpoint(place, later, "hash")
-    latest = checkpoints.load_latest(place, "hash")
+            checkpoints.save_checkpoint(location, later, "hash")
+    latest = checkpoints.load_latest(location, "hash")
     assert latest is not None and latest.step == 1

@@ -1,4 +1,4 @@
-"""The scaling benchmark walks its road: every prompt gets its images, scores and triplet, and is found again."""
+"""The scaling benchmark, small: every prompt gets its images, scores and triplet, and is found again."""
 
 from benchmarks import scaling
 from hgdpo_core.storage import Store

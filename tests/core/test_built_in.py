@@ -1,4 +1,4 @@
-"""What comes with the package is resolved in one place."""
+"""What comes with the package is resolved in one location."""
 
 import json
 import re

@@ -13,7 +13,7 @@ from hgdpo_core.errors import ConfigError, HGDPOError, InputError, ModelError
 from hgdpo_core.figures import target_path
 from hgdpo_core.models import find_model, load_pipeline
 from hgdpo_core.models.files import is_lora
-from hgdpo_core.models.places import find_located_model, model_means
+from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.presets import figures
 from hgdpo_core.storage import Store
 
@@ -147,7 +147,7 @@ def test_a_lora_for_another_model_is_one_line(compare, lora, tmp_path):
 
 
 def test_a_file_and_its_folder_are_the_same_model(compare, lora):
-    folder, file = (compare(tuned=str(place)).tuned for place in (lora, lora / "pytorch_lora_weights.safetensors"))
+    folder, file = (compare(tuned=str(path)).tuned for path in (lora, lora / "pytorch_lora_weights.safetensors"))
     assert folder.identity() == file.identity()
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     weights = [load_pipeline(model).unet.state_dict()[name] for model in (folder, file)]
@@ -159,7 +159,7 @@ def test_a_lora_file_reaches_workers_through_the_store(compare, lora, tmp_path):
     file.parent.mkdir()
     file.write_bytes((lora / "pytorch_lora_weights.safetensors").read_bytes())
     run = compare(tuned=str(file))
-    means = json.loads(json.dumps(model_means(run.store, run.tuned, share=True)))
+    means = json.loads(json.dumps(model_locations(run.store, run.tuned, copy_to_store=True)))
     file.unlink()
     found = find_located_model(run.store, run.tuned.identity(), means)
     assert found.identity() == run.tuned.identity()

@@ -39,11 +39,11 @@ def test_sd15_is_the_papers():
 
 def test_the_training_scorer_is_identified_by_name_and_weights():
     config = figures()
-    assert config.training_judge == "pickscore"
+    assert config.training_scorer == "pickscore"
     other = config.scorer.model_copy(update={"source": "somewhere/else"})
-    assert config.model_copy(update={"scorer": other}).training_judge is None
+    assert config.model_copy(update={"scorer": other}).training_scorer is None
     slower = config.scorer.model_copy(update={"batch_size": 1})
-    assert config.model_copy(update={"scorer": slower}).training_judge == "pickscore"
+    assert config.model_copy(update={"scorer": slower}).training_scorer == "pickscore"
 
 
 def test_overrides_reach_their_setting_and_are_checked():
@@ -64,7 +64,7 @@ def test_scorers_may_be_given_by_name():
 @pytest.mark.parametrize(("overrides", "message"), [
     ({"evaluation.scorers": "pickscore,beauty"}, r"scorers.1.name: there is no such scorer; .*\(got 'beauty'\)"),
     ({"evaluation.scorers": 3}, "evaluation.scorers"),
-    ({"dpo.bata": 1}, "'dpo.bata' names no setting; settings at that place: .*beta"),
+    ({"dpo.bata": 1}, "'dpo.bata' names no setting; settings at that location: .*beta"),
     ({"nothing.here": 1}, "names no setting"),
     ({"dpo.beta": -1}, "dpo.beta: Input should be greater than 0 .got -1"),
     ({"sampler.width": 100}, "sampler.width: Input should be a multiple of 8"),

@@ -36,7 +36,7 @@ def models(target_folder):
 
 
 def write_images(store, model, seed: int, prompts=PROMPTS) -> tuple[PoolPlan, np.ndarray]:
-    """A committed pool of random pictures, [P, 2, 8, 8, 3]."""
+    """A committed pool of random images, [P, 2, 8, 8, 3]."""
     plan = plan_evaluation(store, model, SAMPLER, PoolConfig(prompts_per_shard=2), CONFIG, prompts)
     pixels = np.random.default_rng(seed).integers(0, 256, (len(prompts), 2, 8, 8, 3), dtype=np.uint8)
     for shard in plan.shards:

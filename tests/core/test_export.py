@@ -85,10 +85,10 @@ def test_a_summary_without_lora_id_names_the_lora_by_its_url(store, tmp_path, ta
 def test_a_fused_pipeline_generates_what_target_and_lora_do(store, tmp_path, target_folder):
     export_run(store, tmp_path / "out", "run-1", fused=True)
     fused = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
-    worn = StableDiffusionPipeline.from_pretrained(target_folder)
-    worn.load_lora_weights(tmp_path / "out", weight_name="pytorch_lora_weights.safetensors", adapter_name="hgdpo")
-    worn.set_adapters(["hgdpo"], [0.5])
-    assert np.abs(draw(fused) - draw(worn)).max() <= 1
+    applied = StableDiffusionPipeline.from_pretrained(target_folder)
+    applied.load_lora_weights(tmp_path / "out", weight_name="pytorch_lora_weights.safetensors", adapter_name="hgdpo")
+    applied.set_adapters(["hgdpo"], [0.5])
+    assert np.abs(draw(fused) - draw(applied)).max() <= 1
     assert "with the LoRA merged in at weight 0.5" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -194,5 +194,5 @@ def test_the_whole_pipeline_runs_with_them(registered, target_folder, judge_fold
 
     again = run_all(open_run(root=str(tmp_path / "root"), **parameters), times=(found := StageTimes()),
                     objective="winners")
-    assert again.made.lora.found and again.comparison.evaluation_id == result.comparison.evaluation_id
+    assert again.made.lora.existing and again.comparison.evaluation_id == result.comparison.evaluation_id
     assert "dpo" in found.cached and "pool" in found.cached

@@ -46,21 +46,21 @@ class Hang(BaseException):
 
 Parameters = dict[str, Any]
 Mutation = Callable[[random.Random, Path, Parameters], None]
-"""Spoils the inputs that lie in a folder, or the parameters that name them, in place."""
+"""Spoils the inputs that lie in a folder, or the parameters that name them, in location."""
 
 
 # -- what is spoiled
 
 
-def spoil_settings(rng: random.Random, place: Path, parameters: Parameters) -> None:
+def spoil_settings(rng: random.Random, location: Path, parameters: Parameters) -> None:
     names = sorted(_leaves(open_run(**parameters, dry=True).config.model_dump(mode="json")))
     name = rng.choice(names)
     name = rng.choice([name, name, name, name.rpartition(".")[0] or name, f"{name}.more", name[:-1]])
     parameters["overrides"] = parameters["overrides"] | {name: rng.choice(VALUES)}
 
 
-def spoil_weights(rng: random.Random, place: Path, parameters: Parameters) -> None:
-    folder = place / rng.choice(["target", "target", "judge"])
+def spoil_weights(rng: random.Random, location: Path, parameters: Parameters) -> None:
+    folder = location / rng.choice(["target", "target", "judge"])
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     weights = [path for path in files if path.suffix == ".safetensors"]
     if rng.random() < 0.5:
@@ -71,16 +71,16 @@ def spoil_weights(rng: random.Random, place: Path, parameters: Parameters) -> No
         spoil_file(rng, rng.choice(files))
 
 
-def spoil_store(rng: random.Random, place: Path, parameters: Parameters) -> None:
-    files = sorted(path for path in (place / "root").rglob("*") if path.is_file())
+def spoil_store(rng: random.Random, location: Path, parameters: Parameters) -> None:
+    files = sorted(path for path in (location / "root").rglob("*") if path.is_file())
     chosen = rng.choice(files)
     spoil_json(rng, chosen) if chosen.suffix == ".json" and rng.random() < 0.5 else spoil_file(rng, chosen)
 
 
-def spoil_prompts(rng: random.Random, place: Path, parameters: Parameters) -> None:
+def spoil_prompts(rng: random.Random, location: Path, parameters: Parameters) -> None:
     name = rng.choice(["prompts.txt", "held-out.txt"])
     suffix = rng.choice([".txt", ".csv", ".tsv", ".jsonl", ".json", ".parquet", ""])
-    renamed = (place / name).rename((place / name).with_suffix(suffix) if suffix else place / "prompts")
+    renamed = (location / name).rename((location / name).with_suffix(suffix) if suffix else location / "prompts")
     data = rng.choice(BYTES)
     renamed.write_bytes(data if rng.random() < 0.7 else renamed.read_bytes() + data)
     if rng.random() < 0.2:
@@ -91,8 +91,8 @@ def spoil_prompts(rng: random.Random, place: Path, parameters: Parameters) -> No
         parameters["overrides"] = parameters["overrides"] | {"evaluation.prompts": {"source": str(renamed)}}
 
 
-def spoil_images(rng: random.Random, place: Path, parameters: Parameters) -> None:
-    folder = place / "images"
+def spoil_images(rng: random.Random, location: Path, parameters: Parameters) -> None:
+    folder = location / "images"
     for _ in range(rng.randint(1, 3)):
         name = rng.choice(["0.png", "1.txt", "new.png", "new.jpg", "new.txt", "._0.png", "a\\b.png", "new.gif",
                            "0.json", "metadata.jsonl", "metadata.csv", "new.tar", "new.parquet"])
@@ -109,16 +109,16 @@ def spoil_images(rng: random.Random, place: Path, parameters: Parameters) -> Non
                                            f"{folder}/set-{{000000000..999999999}}.tar", str(folder / "nothing")])
 
 
-def spoil_root(rng: random.Random, place: Path, parameters: Parameters) -> None:
-    (place / "file").write_text("no folder")
-    (place / "loop").symlink_to(place / "loop")
-    (place / "stranger").mkdir()
-    (place / "stranger" / "notes.txt").write_text("not ours")
+def spoil_root(rng: random.Random, location: Path, parameters: Parameters) -> None:
+    (location / "file").write_text("no folder")
+    (location / "loop").symlink_to(location / "loop")
+    (location / "stranger").mkdir()
+    (location / "stranger" / "notes.txt").write_text("not ours")
     parameters["root"] = rng.choice([
         "", " ", "s3://", "s3:///x", "s3://Bucket_/x", "file://host/x", "file://", "http://host/x", "memory://x",
-        "~nobody/x", str(place / "file"), str(place / "file" / "below"), str(place / "loop"), "/proc/nowhere",
-        "/dev/null/x", "a\x00b", str(place / ("x" * 300)), str(place / "stranger"), str(place / "a b ü"), f"file://{place}/with%20escape",
-        f"{place}//double", str(place / "images"), str(place / "target"), "x://y", "::", "C:\\x", "gs://bucket/x"])
+        "~nobody/x", str(location / "file"), str(location / "file" / "below"), str(location / "loop"), "/proc/nowhere",
+        "/dev/null/x", "a\x00b", str(location / ("x" * 300)), str(location / "stranger"), str(location / "a b ü"), f"file://{location}/with%20escape",
+        f"{location}//double", str(location / "images"), str(location / "target"), "x://y", "::", "C:\\x", "gs://bucket/x"])
 
 
 def spoil_tensors(rng: random.Random, file: Path) -> None:
@@ -199,16 +199,16 @@ SPOILERS: dict[str, Mutation] = {"settings": spoil_settings, "weights": spoil_we
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory, target_folder, judge_folder) -> tuple[Path, Parameters, dict[str, Any]]:
     """A folder with all inputs and the root of a finished run, its parameters, and its rows."""
-    place = tmp_path_factory.mktemp("clean")
-    shutil.copytree(target_folder, place / "target")
-    shutil.copytree(judge_folder, place / "judge")
-    parameters = tiny_parameters(place, place / "target", place / "judge")
+    location = tmp_path_factory.mktemp("clean")
+    shutil.copytree(target_folder, location / "target")
+    shutil.copytree(judge_folder, location / "judge")
+    parameters = tiny_parameters(location, location / "target", location / "judge")
     for name, count in (("prompts.txt", 2), ("held-out.txt", 2)):
-        (place / name).write_text("".join((place / name).read_text().splitlines(keepends=True)[:count]))
+        (location / name).write_text("".join((location / name).read_text().splitlines(keepends=True)[:count]))
     parameters["overrides"] |= SMALL
-    parameters["root"] = str(place / "root")
+    parameters["root"] = str(location / "root")
     run_all(open_run(**parameters))
-    return place, parameters, decoded_rows(parameters["root"])
+    return location, parameters, decoded_rows(parameters["root"])
 
 
 def moved(value: Any, before: Path, after: Path) -> Any:
@@ -238,13 +238,13 @@ def limits() -> Iterator[None]:
 @pytest.mark.parametrize("case", [*range(DEFAULT_CASES), *(pytest.param(case, marks=pytest.mark.slow)
                                                            for case in range(DEFAULT_CASES, CASES))])
 def test_one_clear_line_or_a_right_result(case, clean, tmp_path, monkeypatch):
-    place, parameters, rows = clean
+    location, parameters, rows = clean
     kind = list(SPOILERS)[case % len(SPOILERS)]
     inputs = tmp_path / "inputs"
     skipped = () if kind == "store" else shutil.ignore_patterns("root")
-    shutil.copytree(place, inputs, ignore=skipped or None)
+    shutil.copytree(location, inputs, ignore=skipped or None)
     monkeypatch.chdir(tmp_path)
-    parameters = moved(parameters, place, inputs)
+    parameters = moved(parameters, location, inputs)
     SPOILERS[kind](random.Random(case), inputs, parameters)
 
     ends = time.monotonic() + PATIENCE_SECONDS

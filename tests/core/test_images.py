@@ -88,7 +88,7 @@ def test_images_on_their_side_are_rotated_upright(orientation, top):
 @pytest.mark.parametrize("size", [(704, 1024), (1024, 704), (705, 1025), (353, 513), (3000, 701), (640, 5000),
                                   (997, 991)])
 def test_an_image_covers_the_size_and_keeps_its_aspect(size):
-    """A centred circle of the source is a centred circle of the result, scaled by what makes the picture cover."""
+    """A centred circle of the source is a centred circle of the result, scaled by what makes the image cover."""
     width, height = 88, 128
     radius = 0.2 * min(size)
     x, y = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
@@ -125,14 +125,14 @@ def test_a_decompression_bomb_is_refused_unopened():
 @pytest.mark.filterwarnings("ignore::UserWarning")  # by which Pillow comments on broken files
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_broken_bytes_are_one_line_whatever_is_broken(kind):
-    """Cut off or with wrong bytes in it, a file is refused in our own words or still a picture: nothing else."""
+    """Cut off or with wrong bytes in it, a file is refused in our own words or still an image: nothing else."""
     rng = np.random.default_rng(0)
     whole = saved(Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)), kind)
     refused = 0
     for trial in range(120):
         data = bytearray(whole[:rng.integers(len(whole))] if trial % 3 == 0 else whole)
-        for place in rng.integers(0, max(1, min(len(data), 200)), 3 if data and trial % 3 else 0):
-            data[place] = rng.integers(256)
+        for location in rng.integers(0, max(1, min(len(data), 200)), 3 if data and trial % 3 else 0):
+            data[location] = rng.integers(256)
         try:
             assert decode_image(bytes(data)).mode == "RGB"
         except InputError as error:

@@ -155,8 +155,8 @@ def test_all_forms_of_images_agree():
     images, reference = RNG.integers(0, 256, (2, 5, 6, 8, 3), dtype=np.uint8)
     expected = colour_shift(images, reference)
     assert colour_shift(torch.from_numpy(images), torch.from_numpy(reference)) == expected
-    pictures = [[Image.fromarray(pixels) for pixels in side] for side in (images, reference)]
-    assert colour_shift(*pictures) == expected
+    sides = [[Image.fromarray(pixels) for pixels in side] for side in (images, reference)]
+    assert colour_shift(*sides) == expected
     assert list(expected.as_dict()) == ["hue", "saturation", "value", "hue_degrees"]
 
 

@@ -33,8 +33,8 @@ def test_each_lane_has_one_thread_and_the_caller_keeps_its_own():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_an_error_comes_through_and_no_further_job_starts(lanes):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_error_comes_through_and_no_further_job_starts(threads):
     started = []
 
     def job(number: int):
@@ -45,11 +45,11 @@ def test_an_error_comes_through_and_no_further_job_starts(lanes):
             return number
         return run
 
-    results = parallel_map((job(number) for number in range(50)), lanes)
+    results = parallel_map((job(number) for number in range(50)), threads)
     assert next(results) == 0
     with pytest.raises(ValueError, match="the second"):
         list(results)
-    assert len(started) <= 1 + 2 * lanes
+    assert len(started) <= 1 + 2 * threads
 
 
 def test_jobs_are_taken_as_lanes_become_free():

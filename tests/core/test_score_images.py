@@ -32,13 +32,13 @@ def test_captions_or_one_prompt_for_all(folder):
     assert [image.path.name for image in images_to_score(str(folder / "1.png"), "a man")] == ["1.png"]
 
 
-@pytest.mark.parametrize(("place", "prompt", "message"), [
+@pytest.mark.parametrize(("location", "prompt", "message"), [
     ("1.png", None, "--prompt"), ("nowhere", None, "not a folder"), ("nowhere", "a man", "not a folder"),
     ("", " ", "prompt is empty"), ("empty", "a man", "holds no image")])
-def test_mistakes_are_named(folder, place, prompt, message):
+def test_mistakes_are_named(folder, location, prompt, message):
     (folder / "empty").mkdir()
     with pytest.raises(InputError, match=message):
-        images_to_score(str(folder / place), prompt)
+        images_to_score(str(folder / location), prompt)
 
 
 def test_scores_are_the_scorers_and_a_broken_file_is_named(folder, judge_folder):
@@ -46,8 +46,8 @@ def test_scores_are_the_scorers_and_a_broken_file_is_named(folder, judge_folder)
     calls = []
     scored = score_images(images_to_score(str(folder)), config, device="cpu",
                           progress=lambda done, total, unit: calls.append((done, total, unit)))
-    pictures = [Image.open(folder / f"{i}.png") for i in range(3)]
-    alone = load_scorer("pickscore", source=str(judge_folder)).score(pictures, TEXTS[:3])
+    opened = [Image.open(folder / f"{i}.png") for i in range(3)]
+    alone = load_scorer("pickscore", source=str(judge_folder)).score(opened, TEXTS[:3])
     torch.testing.assert_close(torch.tensor([item.score for item in scored[:3]]), alone, rtol=0, atol=1e-4)
     assert math.isnan(scored[3].score) and "do not decode" in scored[3].problem
     assert [item.problem for item in scored[:3]] == [None] * 3

@@ -67,12 +67,12 @@ def random_sd15() -> StableDiffusionPipeline:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("full-size")
+def location(tmp_path_factory) -> Path:
+    location = tmp_path_factory.mktemp("full-size")
     pipeline = random_sd15()
-    pipeline.save_pretrained(place / "folder")
-    ldm.save_single_file(pipeline, place / "single.safetensors")
-    return place
+    pipeline.save_pretrained(location / "folder")
+    ldm.save_single_file(pipeline, location / "single.safetensors")
+    return location
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def measured(what: str) -> Iterator[None]:
     """
     gc.collect()
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
     start, used = time.monotonic(), time.process_time()
     yield
     seconds, used, status = time.monotonic() - start, time.process_time() - used, Path("/proc/self/status")
@@ -93,12 +93,12 @@ def measured(what: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model(place) -> Model:
-    return find_model(TargetConfig(source=str(place / "single.safetensors"), dtype="bfloat16"))
+def model(location) -> Model:
+    return find_model(TargetConfig(source=str(location / "single.safetensors"), dtype="bfloat16"))
 
 
 @pytest.fixture(scope="module")
-def image_latents(place, model, tmp_path_factory) -> LatentImages:
+def image_latents(location, model, tmp_path_factory) -> LatentImages:
     """One photo of another size and aspect, as SFT reads it."""
     folder = tmp_path_factory.mktemp("photos")
     gradient = np.linspace(0, 255, 1333 * 900 * 3).reshape(1333, 900, 3).astype(np.uint8)
@@ -130,16 +130,17 @@ class Pairs:
 
 
 @pytest.mark.slow
-def test_full_size_single_file_holds_the_folders_weights(place):
+def test_full_size_single_file_holds_the_folders_weights(location):
     """With the package's own configs, and no network."""
     with measured("single file found and loaded in bfloat16"):
-        pipeline = load_pipeline(find_model(TargetConfig(source=str(place / "single.safetensors"), dtype="bfloat16")))
+        target = TargetConfig(source=str(location / "single.safetensors"), dtype="bfloat16")
+        pipeline = load_pipeline(find_model(target))
     compared = 0
     for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
                        ("text_encoder", "model")):
         state = {name.removeprefix("text_model."): tensor
                  for name, tensor in getattr(pipeline, part).state_dict().items()}
-        with safe_open(place / "folder" / part / f"{name}.safetensors", "pt") as file:
+        with safe_open(location / "folder" / part / f"{name}.safetensors", "pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 assert torch.equal(file.get_tensor(key), state[key.removeprefix("text_model.")]), key
                 compared += 1

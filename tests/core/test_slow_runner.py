@@ -158,8 +158,8 @@ def test_what_cannot_be_collected_is_told(checkout):
 
 
 def test_a_damaged_state_is_no_state(checkout):
-    place = checkout / "output" / "slow"
-    place.mkdir(parents=True)
+    location = checkout / "output" / "slow"
+    location.mkdir(parents=True)
     for text in ("[{", json.dumps([{"file": "a"}]), "{}"):
-        (place / "state.json").write_text(text)
-        assert slow.read_state(place, "a") == {}
+        (location / "state.json").write_text(text)
+        assert slow.read_state(location, "a") == {}

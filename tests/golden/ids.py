@@ -80,15 +80,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "workers": {"workers.open_runs": 7}, "licence": {"licence": "cc-by-4.0"}}
 
 
-def all_ids(place: Path) -> Ids:
-    """All of them by kind and case; `place` is an empty folder for a store and some files."""
+def all_ids(location: Path) -> Ids:
+    """All of them by kind and case; `location` is an empty folder for a store and some files."""
     makers: dict[str, Callable[[Store], Ids]] = {
         "figures world": figures_ids, "runs": run_ids, "prompts": prompt_ids, "models": model_ids, "pools": pool_ids,
         "evaluation pools": evaluation_pool_ids, "scores": score_ids, "triplets": triplet_ids, "latents": latent_ids,
         "image latents": image_latent_ids, "images": image_set_ids, "features and distances": measured_ids,
         "trained": trained_ids, "comparisons": comparison_ids, "ablations": ablation_ids}
-    with chdir(place):
-        return {kind: make(Store(str(place / "store"))) for kind, make in makers.items()}
+    with chdir(location):
+        return {kind: make(Store(str(location / "store"))) for kind, make in makers.items()}
 
 
 def figures_ids(store: Store) -> Ids:

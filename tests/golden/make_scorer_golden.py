@@ -9,7 +9,7 @@ Run it in an environment of its own, with the originals' pins (Python 3.10):
     originals/bin/python tests/golden/make_scorer_golden.py          # tiny models: writes scorers_tiny.json
     originals/bin/python tests/golden/make_scorer_golden.py --full   # the published sizes, 12 GB of memory, minutes
 
-No network is used and nothing of the originals is changed but sizes and vocabularies: pictures go through their own
+No network is used and nothing of the originals is changed but sizes and vocabularies: images go through their own
 preprocessing, text through their own tokenizers (the first 512 merges of CLIP's vocabulary; a small one for BERT),
 scores through their own `score`. hpsv2's wheel lacks CLIP's vocabulary, so the copy of the clip package is put there.
 """
@@ -86,7 +86,7 @@ def fill(model: torch.nn.Module) -> dict:
     return shapes
 
 
-def score_hps(full: bool, folder: Path, merges: Path, pictures, prompts) -> dict:
+def score_hps(full: bool, folder: Path, merges: Path, images, prompts) -> dict:
     import hpsv2.src.open_clip.tokenizer as tokenizer
     import hpsv2.src.open_clip.transform as transform
     from hpsv2 import img_score
@@ -104,9 +104,9 @@ def score_hps(full: bool, folder: Path, merges: Path, pictures, prompts) -> dict
     img_score.torch.load = lambda *_, **__: {"state_dict": model.state_dict()}
 
     def run() -> list:
-        # an RGBA picture makes the original fail: it keeps the fourth channel
-        return [float(img_score.score(picture.convert("RGB"), prompt, cp="in memory")[0])
-                for picture, prompt in zip(pictures, prompts, strict=True)]
+        # an RGBA image makes the original fail: it keeps the fourth channel
+        return [float(img_score.score(item.convert("RGB"), prompt, cp="in memory")[0])
+                for item, prompt in zip(images, prompts, strict=True)]
 
     result = {"shapes": shapes, "scores": run()}
     transform.F = types.SimpleNamespace(**vars(transform.F))
@@ -114,7 +114,7 @@ def score_hps(full: bool, folder: Path, merges: Path, pictures, prompts) -> dict
     return {**result, "scores_with_antialias": run()}
 
 
-def score_openai(full: bool, folder: Path, merges: Path, pictures, prompts) -> dict:
+def score_openai(full: bool, folder: Path, merges: Path, images, prompts) -> dict:
     import clip
     import clip.clip
     from clip.model import CLIP
@@ -132,23 +132,23 @@ def score_openai(full: bool, folder: Path, merges: Path, pictures, prompts) -> d
     published = module.MLP
     module.MLP = lambda _: published(sizes["embed_dim"])
 
-    def as_file(picture) -> io.BytesIO:
+    def as_file(item) -> io.BytesIO:
         buffer = io.BytesIO()
-        picture.save(buffer, format="png")
+        item.save(buffer, format="png")
         return buffer
 
     scorer = CLIPScore(download_root=None)
-    scores = {"clip": {"shapes": shapes, "scores": [scorer.score(prompt, as_file(picture))
-                                                    for picture, prompt in zip(pictures, prompts, strict=True)]}}
+    scores = {"clip": {"shapes": shapes, "scores": [scorer.score(prompt, as_file(item))
+                                                    for item, prompt in zip(images, prompts, strict=True)]}}
     del scorer
     aesthetic = AestheticScore(download_root=None)
     head = fill(aesthetic.mlp)
     aesthetic.eval()
-    return {**scores, "aesthetic": {"shapes": head, "scores": [aesthetic.score("", as_file(picture))
-                                                               for picture in pictures]}}
+    return {**scores, "aesthetic": {"shapes": head, "scores": [aesthetic.score("", as_file(item))
+                                                               for item in images]}}
 
 
-def score_imagereward(full: bool, folder: Path, pictures, prompts) -> dict:
+def score_imagereward(full: bool, folder: Path, images, prompts) -> dict:
     import ImageReward.models.BLIP.blip as blip
     import ImageReward.models.BLIP.blip_pretrain as pretrain
     from transformers import BertTokenizer
@@ -169,27 +169,27 @@ def score_imagereward(full: bool, folder: Path, pictures, prompts) -> dict:
     model = module.ImageReward(med_config=str(folder / "med_config.json"))
     shapes = fill(model)
     model.eval()
-    return {"shapes": shapes, "scores": [model.score(prompt, picture)
-                                         for picture, prompt in zip(pictures, prompts, strict=True)]}
+    return {"shapes": shapes, "scores": [model.score(prompt, item)
+                                         for item, prompt in zip(images, prompts, strict=True)]}
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--full", action="store_true", help="the published sizes, on three pictures")
+    parser.add_argument("--full", action="store_true", help="the published sizes, on three images")
     full = parser.parse_args().full
     torch.set_num_threads(1)
     count = 3 if full else len(inputs.PROMPTS)
-    pictures, prompts = inputs.make_pictures()[:count], inputs.PROMPTS[:count]
+    images, prompts = inputs.make_images()[:count], inputs.PROMPTS[:count]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         merges = write_vocabularies(folder)
-        scorers = {"hps": score_hps(full, folder, merges, pictures, prompts),
-                   "imagereward": score_imagereward(full, folder, pictures, prompts),
-                   **score_openai(full, folder, merges, pictures, prompts)}
+        scorers = {"hps": score_hps(full, folder, merges, images, prompts),
+                   "imagereward": score_imagereward(full, folder, images, prompts),
+                   **score_openai(full, folder, merges, images, prompts)}
     result = {"origin": "tests/golden/make_scorer_golden.py" + (" --full" if full else ""),
               "made_with": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-              "pictures": [inputs.picture_hash(picture) for picture in pictures], "scorers": scorers}
+              "images": [inputs.image_hash(item) for item in images], "scorers": scorers}
     path = HERE / ("scorers_full.json" if full else "scorers_tiny.json")
     path.write_text(json.dumps(result, separators=(",", ":")) + "\n")
     print(path, {scorer: values["scores"] for scorer, values in scorers.items()})  # noqa: T201

@@ -1,7 +1,7 @@
-"""What the originals and our scorers are both given: pictures, prompts, random weights. Needs numpy and PIL only.
+"""What the originals and our scorers are both given: images, prompts, random weights. Needs numpy and PIL only.
 
 Made with integers and numpy's frozen RandomState, so that every version of numpy and PIL makes the same; the golden
-file holds the pictures' sha256 to prove it.
+file holds the images' sha256 to prove it.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 SIZES = [(704, 1024), (511, 333), (161, 301), (640, 427), (1023, 767), (225, 226), (300, 61), (64, 64)]
 """Width and height in pixels: portrait, landscape, odd, nearly square, long, small.
 
-None is over twice as tall as wide: Pillow 13 shrinks such pictures height first, Pillow 12 width first, which moves a
+None is over twice as tall as wide: Pillow 13 shrinks such images height first, Pillow 12 width first, which moves a
 fifth of the pixels by one level of 255, in the originals as in ours.
 """
 PROMPTS = [
@@ -28,14 +28,14 @@ PROMPTS = [
 ]
 
 
-def make_pictures() -> list[Image.Image]:
-    """Photograph-like pictures: soft light, hard edges, fine grain. The third is grey, the fourth opaque RGBA."""
-    pictures = [_make_picture(number, size) for number, size in enumerate(SIZES)]
-    pictures[2], pictures[3] = pictures[2].convert("L"), pictures[3].convert("RGBA")
-    return pictures
+def make_images() -> list[Image.Image]:
+    """Photograph-like images: soft light, hard edges, fine grain. The third is grey, the fourth opaque RGBA."""
+    images = [_make_image(number, size) for number, size in enumerate(SIZES)]
+    images[2], images[3] = images[2].convert("L"), images[3].convert("RGBA")
+    return images
 
 
-def _make_picture(number: int, size: tuple[int, int]) -> Image.Image:
+def _make_image(number: int, size: tuple[int, int]) -> Image.Image:
     random = np.random.RandomState(number)
     width, height = size
     soft = Image.fromarray(random.randint(0, 256, (5, 4, 3)).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
@@ -48,9 +48,9 @@ def _make_picture(number: int, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.clip(np.asarray(soft).astype(np.int64) + grain, 0, 255).astype(np.uint8))
 
 
-def picture_hash(picture: Image.Image) -> str:
+def image_hash(image: Image.Image) -> str:
     """sha256 of the pixels."""
-    return hashlib.sha256(picture.tobytes()).hexdigest()
+    return hashlib.sha256(image.tobytes()).hexdigest()
 
 
 def make_weights(shapes: dict[str, list[int]], seed: int = 0) -> dict[str, np.ndarray]:

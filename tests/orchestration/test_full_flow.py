@@ -128,11 +128,11 @@ def test_an_export_carries_the_run_out_of_the_store(summary, parameters, tmp_pat
     exported, stored = ({name: value.tolist() for name, value in load_file(file).items()} for file in files)
     assert exported == stored
     sft = next(Path(parameters["root"], "models").glob("sft-*"))  # the LoRA was trained on the fine-tuned model
-    worn = StableDiffusionPipeline.from_pretrained(sft)
-    worn.load_lora_weights(tmp_path, weight_name=kohya, adapter_name="hgdpo")
-    worn.set_adapters(["hgdpo"], [summary["lora_weight"]])
+    with_lora = StableDiffusionPipeline.from_pretrained(sft)
+    with_lora.load_lora_weights(tmp_path, weight_name=kohya, adapter_name="hgdpo")
+    with_lora.set_adapters(["hgdpo"], [summary["lora_weight"]])
     images = []
-    for pipeline in (worn, StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")):
+    for pipeline in (with_lora, StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")):
         pipeline.set_progress_bar_config(disable=True)
         images.append(np.asarray(pipeline("a woman", width=32, height=32, num_inference_steps=2,
                                           generator=torch.Generator().manual_seed(1)).images[0]).astype(int))

@@ -286,4 +286,4 @@ def finish(workers, parent):
         if ended["state_type"] == "COMPLETED":
             return
         workers.retry(parent)
-    raise AssertionError(f"the run does not complete: {ended['state']['message']}\n{workers.told()}")
+    raise AssertionError(f"the run does not complete: {ended['state']['message']}\n{workers.log_tails()}")

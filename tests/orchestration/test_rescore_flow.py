@@ -131,7 +131,7 @@ def test_a_scheduled_run_that_gives_way_ends_completed(server, root, monkeypatch
     (0, 1, [], None), (12, 1, [], None), (12.1, 1, [], "12 hours ago"), (30, 1, ["people"], "30 hours ago"),
     (30, 2, [], None), (0, 1, ["people"], "hgdpo/full is running (people)"), (30, 2, ["a", "b"], "running (a, b)")])
 def test_age_and_a_live_full_run(hours, run_count, running, reason):
-    found = nightly.judge_schedule(NOW - timedelta(hours=hours), NOW, run_count=run_count, running=running)
+    found = nightly.check_schedule(NOW - timedelta(hours=hours), NOW, run_count=run_count, running=running)
     assert found is None if reason is None else reason in found
 
 

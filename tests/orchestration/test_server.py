@@ -1,15 +1,33 @@
 """Flows as commands start them."""
 
 import os
+import subprocess
+import sys
+from types import SimpleNamespace
 from urllib.request import proxy_bypass
 
 import pytest
 from prefect import flow
 from prefect.states import Cancelled
 
-from flows import cli
+from deployments.local import ROOT
+from flows import cli, lifecycle
+from flows import server as servers
 from flows.server import call_flow
-from hgdpo_core.errors import StoppedError
+from hgdpo_core.errors import ConfigError, StoppedError
+
+ALONE = """
+from flows.cli import _prepare_environment
+_prepare_environment()
+from prefect import flow
+from prefect.settings import get_current_settings
+from flows.server import call_flow
+@flow
+def answer():
+    return 3
+assert call_flow(answer) == 3
+print(get_current_settings().server.analytics_enabled, get_current_settings().home)
+"""
 
 
 @flow
@@ -50,3 +68,33 @@ def test_a_stop_is_one_line_that_says_how_to_go_on(monkeypatch, capsys, error, w
     monkeypatch.setattr("hgdpo_core.run.open_run", stop)
     assert cli.main(["run"]) == 130
     assert capsys.readouterr().err == (f"hgdpo: {word}; what is finished is kept, run the same command to continue\n")
+
+
+def test_without_a_server_of_the_user_their_prefect_home_stays_as_it_is(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "DO_NOT"))}
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, text=True, capture_output=True, env={
+        **environment, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", str(tmp_path / "cache" / "hgdpo" / "prefect")]
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_workers_without_a_server_are_one_line_at_once(monkeypatch):
+    """A temporary server has no workers: the run would wait without end."""
+    monkeypatch.setattr(servers, "get_current_settings", lambda: SimpleNamespace(api=SimpleNamespace(url=None)))
+    with pytest.raises(ConfigError, match="no Prefect server is configured.*set PREFECT_API_URL"):
+        call_flow(answer, shard_runner="deployment")
+
+
+@pytest.mark.parametrize(("name", "value"), [("prompts", "prompts.txt"), ("prompts", "./prompts"), ("root", "output"),
+                                             ("images", "here"), ("target", "mine.safetensors")])
+def test_a_relative_path_is_refused_where_a_worker_would_look_it_up(tmp_path, monkeypatch, name, value):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    lifecycle.refuse_relative_paths(**{name: value})    # not a run of a deployment: the user's own folder
+    monkeypatch.setattr(lifecycle, "deployment", SimpleNamespace(id="some"))
+    with pytest.raises(ConfigError, match=f"{name} is the relative path '{value}'.*absolute path"):
+        lifecycle.refuse_relative_paths(**{name: value})
+    for good in (None, "figures", "s3://bucket/prompts.txt", "/data/prompts.txt", "~/prompts.txt"):
+        lifecycle.refuse_relative_paths(**{name: good})
+    lifecycle.refuse_relative_paths(target="owner/name")

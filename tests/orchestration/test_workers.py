@@ -1,4 +1,4 @@
-"""The whole road on a real server with real workers and an S3 server: faults, retries, the same rows.
+"""The whole pipeline on a real server with real workers and an S3 server: faults, retries, the same rows.
 
 At the end what the server does by itself: the schedule, the automations.
 """
@@ -77,7 +77,7 @@ def test_retry_makes_only_the_failed_shard_and_the_run_completes(workers, parame
     workers.release("hold", 0)
 
     ended = workers.await_final(parent)
-    assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.told()
+    assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.log_tails()
     assert ended["run_count"] == 1
     started = [(run["name"].split()[0], run["run_count"]) for run in workers.children(parent)]
     assert sorted(started) == [("pool", 1), ("pool", 2), ("score", 1)]
@@ -119,10 +119,10 @@ def test_failed_and_killed_shards_and_a_killed_parent_lead_to_the_same_rows(work
     assert workers.await_final(failed["id"])["state_type"] == "COMPLETED"
     assert workers.painted()[len(earlier) + len(before):] == [PROMPTS[1]]
 
-    # Retry on the parent starts the killed range again and takes the road to its end.
+    # Retry on the parent starts the killed range again and goes on to its end.
     workers.retry(parent)
     ended = workers.await_final(parent)
-    assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.told()
+    assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.log_tails()
     pool_runs = workers.children(parent, "pool")
     assert {child["state_type"] for child in pool_runs} == {"COMPLETED"}
     assert sorted(child["run_count"] for child in pool_runs if "woman" in child["name"]) == [1, 2, 2]
@@ -139,7 +139,7 @@ def test_a_fifth_of_all_requests_failing_changes_no_row(workers, parameters, buc
     bucket.misbehave(0.2, seed=1)
     store = live.Store("s3://bucket/spoiled")
     ended = workers.await_final(workers.start("hgdpo/full", parameters | {"root": store.root}))
-    assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.told()
+    assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.log_tails()
     spoiled = sum(bucket.spoiled.values())
     bucket.behave()
     assert spoiled > 100
@@ -170,7 +170,7 @@ def test_two_models_are_compared_on_workers(workers, parameters, tmp_path):
              "prompts": parameters["overrides"]["evaluation.prompts"]["source"]}
     parent = workers.start("hgdpo-evaluate/evaluate", there)
     ended = workers.await_final(parent)
-    assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.told()
+    assert ended["state_type"] == "COMPLETED", ended["state"]["message"] + workers.log_tails()
     names = sorted(run["name"].partition(":")[0] for run in workers.children(parent))
     assert names == ["evaluation images, target 0-1", "evaluation images, tuned 0-1", "pickscore, target 0-1",
                      "pickscore, tuned 0-1"]
@@ -183,7 +183,7 @@ def test_two_models_are_compared_on_workers(workers, parameters, tmp_path):
 def test_a_night_and_the_next(workers, parameters, tmp_path):
     """A scorer that changed: only its scores are made, by shard runs, and the next run has nothing to do."""
     finished = parameters | {"root": "s3://bucket/nights"}
-    assert workers.await_final(workers.start("hgdpo/full", finished))["state_type"] == "COMPLETED", workers.told()
+    assert workers.await_final(workers.start("hgdpo/full", finished))["state_type"] == "COMPLETED", workers.log_tails()
     store = live.Store("s3://bucket/nights")
     pools, painted = manifests(store, "pools"), workers.painted()
     rescore = {"root": store.root, "scorers": [f"pickscore={tiny.save_judge(tmp_path / 'judge', seed=1)}"]}

@@ -33,15 +33,15 @@ OVERRIDES = {"ablation.pool_sizes": [2, 4], "ablation.loser_ranks": [2, 4], "abl
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, target_folder, judge_folder):
-    place = tmp_path_factory.mktemp("user")
-    (place / "prompts.txt").write_text("".join(f"a woman in a red top, number {i}\n" for i in range(4)))
-    (place / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(5)))
+    location = tmp_path_factory.mktemp("user")
+    (location / "prompts.txt").write_text("".join(f"a woman in a red top, number {i}\n" for i in range(4)))
+    (location / "held-out.txt").write_text("".join(f"a man in a blue top, number {i}\n" for i in range(5)))
     judge = {"name": "pickscore", "source": str(judge_folder)}
     return {
-        "target": str(target_folder), "prompts": str(place / "prompts.txt"), "settings": SETTINGS,
+        "target": str(target_folder), "prompts": str(location / "prompts.txt"), "settings": SETTINGS,
         "overrides": {
             **OVERRIDES, "target.dtype": "float32", "scorer.source": str(judge_folder), "evaluation.scorers": [judge],
-            "evaluation.prompts": {"source": str(place / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
+            "evaluation.prompts": {"source": str(location / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
             "sampler.steps": 1, "sampler.guidance_scale": 1.0, "pool.images_per_prompt": 4, "pool.prompts_per_shard": 2,
             "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2, "dpo.mixed_precision": "no",
             "dpo.optimizer": "adamw"}}

@@ -12,7 +12,7 @@ from hgdpo_core.errors import ConfigError, ModelError, StoppedError
 from hgdpo_core.execution.jobs import MAX_SHARD_RUNS, ShardRequest, cut, run_name, run_shards, write_recipe
 from hgdpo_core.execution.runner import IN_PROCESS
 from hgdpo_core.models import find_model
-from hgdpo_core.models.places import find_located_model, model_means
+from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.models.published import publish_model
 from hgdpo_core.prompts import PromptList, save_prompts
 from hgdpo_core.stages.base import Worker
@@ -103,7 +103,7 @@ def test_a_worker_reads_prompts_as_the_planner_does(tmp_path, target_folder):
                                        prompt_syntax="a1111"))
     for planned in (weighted, weighted.reading("plain")):
         there = plan(tmp_path, planned)
-        means = model_means(there.folder.store, planned, share=False)
+        means = model_locations(there.folder.store, planned, copy_to_store=False)
         assert find_located_model(there.folder.store, there.folder.config["model"], means) == planned
         latents = latent_folder(there.folder.store, there.folder, planned, (32, 32))
         assert find_located_model(there.folder.store, latents.config, means) == planned
@@ -138,13 +138,13 @@ def test_other_code_and_other_formats_are_refused_with_both_names(tmp_path, mode
 
 
 def test_another_model_at_the_same_place_is_refused(tmp_path, target_folder):
-    place = shutil.copytree(target_folder, tmp_path / "model")
-    there = plan(tmp_path / "root", find_model(TargetConfig(source=str(place), dtype="float32")))
+    location = shutil.copytree(target_folder, tmp_path / "model")
+    there = plan(tmp_path / "root", find_model(TargetConfig(source=str(location), dtype="float32")))
     request, = requests(there)
-    shutil.rmtree(place)
+    shutil.rmtree(location)
     with pytest.raises(ModelError, match="is not on this machine"):
         run_shards(request)
-    tiny.save_target(place, seed=1)
+    tiny.save_target(location, seed=1)
     with pytest.raises(ModelError, match="planned with"):
         run_shards(request)
 
@@ -159,8 +159,8 @@ def test_a_shared_model_and_judge_are_found_in_the_store_and_not_on_the_disk(tmp
     there.make(Worker())
     scoring, = requests(ScoreStage.of(there, ScorerConfig(source=str(judge))), copy_to_store=True)
     run.append(lambda: run_shards(scoring))
-    for place in (target, judge):
-        shutil.rmtree(place)
+    for location in (target, judge):
+        shutil.rmtree(location)
     for path in there.folder.store.local_path(there.folder.key).glob("shard-*"):
         path.unlink()
     assert [step() for step in run] == [6, 6]

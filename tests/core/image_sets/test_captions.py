@@ -30,20 +30,20 @@ def llava(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     """a.png has metadata, b.png a text, c.png an empty text, f.png is broken; d.jpg and sub/e.png have nothing."""
-    place = tmp_path / "images"
-    (place / "sub").mkdir(parents=True)
+    location = tmp_path / "images"
+    (location / "sub").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name, size in {"a.png": (32, 32), "b.png": (50, 40), "c.png": (20, 64), "d.jpg": (64, 33),
                        "sub/e.png": (32, 48)}.items():
-        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(place / name)
-    (place / "f.png").write_bytes(b"no image")
-    (place / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "one"}))
-    (place / "b.txt").write_text("two")
-    (place / "c.txt").write_text("\n")
-    return place
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(location / name)
+    (location / "f.png").write_bytes(b"no image")
+    (location / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "one"}))
+    (location / "b.txt").write_text("two")
+    (location / "c.txt").write_text("\n")
+    return location
 
 
-def pictures(folder):
+def read_images(folder):
     return [Image.open(folder / name).convert("RGB") for name in ("c.png", "d.jpg", "sub/e.png")]
 
 
@@ -69,13 +69,13 @@ def answers(captioner, images, count):
 
 def test_a_batch_gives_what_each_image_gives_alone(llava, folder):
     captioner = Captioner(llava, "What?", device="cpu", dtype="float32", max_new_tokens=6)
-    together = captioner.describe(pictures(folder))
-    assert together == [answers(captioner, [image], 6) for image in pictures(folder)]
+    together = captioner.describe(read_images(folder))
+    assert together == [answers(captioner, [image], 6) for image in read_images(folder)]
     assert len(set(together)) > 1 and all("\n" not in caption for caption in together)
-    longer = Captioner(llava, "What?", device="cpu", dtype="float32", max_new_tokens=12).describe(pictures(folder))
+    longer = Captioner(llava, "What?", device="cpu", dtype="float32", max_new_tokens=12).describe(read_images(folder))
     assert longer != together
     assert Captioner(llava, "A different question", device="cpu", dtype="float32", max_new_tokens=6).describe(
-        pictures(folder)) != together
+        read_images(folder)) != together
     assert Captioner(llava, "What?", device="cpu", dtype="bfloat16", max_new_tokens=6)._model.dtype == torch.bfloat16
 
 
@@ -96,7 +96,7 @@ def test_the_command_writes_what_is_missing_and_nothing_else(llava, folder, caps
     out = capsys.readouterr().out
     assert "Captions written: 3; images that had one: 2" in out
     assert "Without a caption: f.png: 8 bytes do not decode as an image" in out
-    expected = Captioner(llava, "What?", device="cpu", dtype="float32", max_new_tokens=5).describe(pictures(folder))
+    expected = Captioner(llava, "What?", device="cpu", dtype="float32", max_new_tokens=5).describe(read_images(folder))
     assert [text_of(folder, name).strip() for name in ("c.txt", "d.txt", "sub/e.txt")] == expected
     assert text_of(folder, "b.txt") == "two" and not (folder / "a.txt").exists()
     assert not [path for path in folder.rglob("*") if path.name.startswith(".tmp")]
@@ -154,36 +154,36 @@ def test_unusable_models_are_one_line(llava, tmp_path, folder, capsys, monkeypat
 
     refuse(tmp_path / "nowhere", "does not exist: expected a folder or a hub id like llava-hf/")
     refuse("nobody/no-such-llava", "could not be downloaded from the hub:")
-    for name, spoil, message in (("other", lambda place: edit(place, model_type="clip"), "is of the kind clip"),
+    for name, spoil, message in (("other", lambda location: edit(location, model_type="clip"), "is of the kind clip"),
                                  ("cut", cut_off, "does not load as LLaVA"),
                                  ("lacking", drop_weights, "(1 such tensors): these are weights of"),
                                  ("broken", break_weight, "holds NaN or infinity in LLaVA's"),
-                                 ("bare", lambda place: [p.unlink() for p in place.glob("*token*")], "does not load")):
+                                 ("bare", lambda copy: [p.unlink() for p in copy.glob("*token*")], "does not load")):
         copy = shutil.copytree(llava, tmp_path / name)
         spoil(copy)
         refuse(copy, message)
 
 
-def edit(place, **changes):
-    config = json.loads((place / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps(config | changes))
+def edit(location, **changes):
+    config = json.loads((location / "config.json").read_text())
+    (location / "config.json").write_text(json.dumps(config | changes))
 
 
-def cut_off(place):
-    data = (place / "model.safetensors").read_bytes()
-    (place / "model.safetensors").write_bytes(data[:len(data) // 2])
+def cut_off(location):
+    data = (location / "model.safetensors").read_bytes()
+    (location / "model.safetensors").write_bytes(data[:len(data) // 2])
 
 
-def break_weight(place):
-    weights = load_file(place / "model.safetensors")
+def break_weight(location):
+    weights = load_file(location / "model.safetensors")
     weights[min(weights)].view(-1)[0] = float("nan")
-    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    save_file(weights, location / "model.safetensors", {"format": "pt"})
 
 
-def drop_weights(place):
-    weights = load_file(place / "model.safetensors")
+def drop_weights(location):
+    weights = load_file(location / "model.safetensors")
     weights.pop(min(weights))
-    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    save_file(weights, location / "model.safetensors", {"format": "pt"})
 
 
 def test_unusable_images_and_questions_are_one_line(llava, tmp_path, folder):
@@ -205,7 +205,7 @@ def test_too_large_a_batch_is_one_line_with_what_to_lower(llava, folder, monkeyp
 
     monkeypatch.setattr(captioner._model, "generate", generate)
     with pytest.raises(ModelError, match="does not hold 3 images at a time: lower --batch-size"):
-        captioner.describe(pictures(folder))
+        captioner.describe(read_images(folder))
 
 
 def test_a_hub_id_is_downloaded(llava, monkeypatch):

@@ -24,7 +24,7 @@ from hgdpo_core.models import fingerprints
 from hgdpo_core.storage import Store
 
 
-def picture(number: int, kind: str = "PNG") -> bytes:
+def image_bytes(number: int, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(buffer, kind)
     return buffer.getvalue()
@@ -51,30 +51,30 @@ def write_tar(path, members: dict[str, bytes]) -> None:
 @pytest.fixture
 def folder(tmp_path):
     """Two images of the root, two of a subfolder."""
-    place = tmp_path / "images"
-    (place / "sub").mkdir(parents=True)
+    location = tmp_path / "images"
+    (location / "sub").mkdir(parents=True)
     for number, name in enumerate(["b.png", "a.png", "sub/a.png", "sub/c.jpg"]):
-        (place / name).write_bytes(picture(number, "JPEG" if name.endswith("jpg") else "PNG"))
+        (location / name).write_bytes(image_bytes(number, "JPEG" if name.endswith("jpg") else "PNG"))
     lines = [{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": "two"},
              {"file_name": "sub/a.png", "text": "three"}, {"file_name": "gone.png", "text": "nobody"}]
-    (place / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    (place / "sub" / "c.txt").write_text(" four\n")
-    return place
+    (location / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (location / "sub" / "c.txt").write_text(" four\n")
+    return location
 
 
 @pytest.fixture
 def tars(tmp_path):
     """Two shards of three samples, text in .txt and in .json."""
-    place = tmp_path / "tars"
-    place.mkdir()
-    write_tar(place / "set-000.tar", {
-        "./0001.jpg": picture(1, "JPEG"), "./0001.txt": b" first\n", "./0001.json": b'{"caption": "not this one"}',
-        "deep/0001.webp": picture(2, "WEBP"), "__key__": b"no sample",
+    location = tmp_path / "tars"
+    location.mkdir()
+    write_tar(location / "set-000.tar", {
+        "./0001.jpg": image_bytes(1, "JPEG"), "./0001.txt": b" first\n", "./0001.json": b'{"caption": "not this one"}',
+        "deep/0001.webp": image_bytes(2, "WEBP"), "__key__": b"no sample",
         "deep/0001.json": b'{"url": "x", "caption": "second"}'})
-    write_tar(place / "set-001.tar", {
-        "0001.png": picture(3), "0001.json": b"{broken", "0002.json": b'{"text": "no image"}',
+    write_tar(location / "set-001.tar", {
+        "0001.png": image_bytes(3), "0001.json": b"{broken", "0002.json": b'{"text": "no image"}',
         "._0001.jpg": b"what a Mac leaves"})
-    return place
+    return location
 
 
 # -- folders
@@ -110,7 +110,7 @@ def test_the_folders_own_metadata_counts_more_than_a_subfolders(folder):
 
 
 def test_images_of_one_stem_share_their_text(folder):
-    (folder / "sub" / "c.png").write_bytes(picture(9))
+    (folder / "sub" / "c.png").write_bytes(image_bytes(9))
     assert captions(read_image_set(str(folder)))["sub/c.png"] == "four"
 
 
@@ -141,20 +141,20 @@ def test_one_caption_that_cannot_be_read_costs_its_image_only(folder, data, advi
 def test_what_lies_there_is_used_or_counted(folder, tmp_path):
     """Other kinds of images, linked folders, what a Mac leaves, pipes, loops, names that no store takes."""
     for name, kind in (("a.jfif", "JPEG"), ("b.avif", "AVIF"), ("c.tif", "TIFF"), ("d.gif", "GIF")):
-        (folder / name).write_bytes(picture(9, kind))
+        (folder / name).write_bytes(image_bytes(9, kind))
         (folder / name).with_suffix(".txt").write_text("a portrait")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "y.png").write_bytes(picture(9))
+    (tmp_path / "other" / "y.png").write_bytes(image_bytes(9))
     (tmp_path / "other" / "y.txt").write_text("linked")
     (folder / "more").symlink_to(tmp_path / "other")
     (folder / "loop").symlink_to(folder)
     (folder / "gone.png").symlink_to(tmp_path / "nothing")
     os.mkfifo(folder / "pipe.png")
     (folder / "._a.png").write_bytes(b"\0\5")
-    (folder / "x\\y.png").write_bytes(picture(9))
+    (folder / "x\\y.png").write_bytes(image_bytes(9))
     (folder / "movie.mp4").write_bytes(b"")
     (folder / "root").mkdir()
-    (folder / "root" / "made.png").write_bytes(picture(9))
+    (folder / "root" / "made.png").write_bytes(image_bytes(9))
     images = read_image_set(str(folder), leave_out=folder / "root")
     assert captions(images)["more/y.png"] == "linked" and len(images) == 4 + 4 + 1
     assert images.skipped == {
@@ -195,15 +195,15 @@ def test_nothing_is_read_twice(folder, tars, monkeypatch):
     assert len(hashed) == 4 + 2 and len(opened) == 2 + 2
     assert (read_image_set(str(folder)), read_image_set(str(tars))) == first
     assert len(hashed) == 4 + 2 and len(opened) == 2 + 2
-    (folder / "a.png").write_bytes(picture(77) + b" ")
+    (folder / "a.png").write_bytes(image_bytes(77) + b" ")
     assert read_image_set(str(folder)).id != first[0].id
 
 
 def test_an_unusable_cache_costs_only_time(folder, tmp_path, monkeypatch):
-    wanted = read_image_set(str(folder))
+    expected = read_image_set(str(folder))
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert read_image_set(str(folder)) == wanted
+    assert read_image_set(str(folder)) == expected
 
 
 # -- tars
@@ -213,9 +213,9 @@ def test_an_unusable_cache_costs_only_time(folder, tmp_path, monkeypatch):
 def test_tars_by_folder_and_pattern(tars, pattern):
     images = read_image_set(f"{tars}{pattern}")
     assert images.kind == "tars" and len(images) == 3
-    assert contents(images) == [("set-000.tar/0001.jpg", "first", picture(1, "JPEG")),
-                                ("set-000.tar/deep/0001.webp", "second", picture(2, "WEBP")),
-                                ("set-001.tar/0001.png", None, picture(3))]
+    assert contents(images) == [("set-000.tar/0001.jpg", "first", image_bytes(1, "JPEG")),
+                                ("set-000.tar/deep/0001.webp", "second", image_bytes(2, "WEBP")),
+                                ("set-001.tar/0001.png", None, image_bytes(3))]
     assert images.id == read_image_set(str(tars)).id
 
 
@@ -229,7 +229,7 @@ def test_images_can_be_read_from_the_middle_and_backwards(tars):
     images = read_image_set(str(tars))
     with images.reader() as reader:
         assert [list(reader.read(images.index.slice(row, 1)))[0] for row in (2, 1, 0)] == [
-            picture(3), picture(2, "WEBP"), picture(1, "JPEG")]
+            image_bytes(3), image_bytes(2, "WEBP"), image_bytes(1, "JPEG")]
 
 
 def test_unusable_tars_are_one_line(tars):
@@ -259,7 +259,7 @@ def test_braces_are_written_out():
 
 
 def test_dots_in_the_names_of_a_tar(tmp_path):
-    grey = {number: picture(number) for number in range(7)}
+    grey = {number: image_bytes(number) for number in range(7)}
     write_tar(tmp_path / "a.tar", {
         "look 1.5.png": grey[0], "look 1.5.txt": b"ivory dress", "look 1.7.png": grey[1], "look 1.7.txt": b"coral coat",
         "0001.png": grey[2], "0001.mask.png": grey[3], "0001.caption.txt": b"whole sample", "hat 2.5.png": grey[4],
@@ -280,17 +280,17 @@ def test_parquet_as_the_datasets_library_writes_it(tmp_path):
     datasets = pytest.importorskip("datasets")
     for number in range(2):
         rows = {"text": [f"caption {number}-{row}" for row in range(3)],
-                "image": [{"bytes": picture(10 * number + row), "path": None} for row in range(3)]}
+                "image": [{"bytes": image_bytes(10 * number + row), "path": None} for row in range(3)]}
         features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / f"part-{number}.parquet")
     images = read_image_set(str(tmp_path / "set"))
     assert images.kind == "parquet" and len(images) == 6
-    assert contents(images)[4] == ("part-1.parquet#1", "caption 1-1", picture(11))
+    assert contents(images)[4] == ("part-1.parquet#1", "caption 1-1", image_bytes(11))
 
 
 @pytest.mark.parametrize("rows_a_group", [4, 1000])
 def test_rows_are_read_from_anywhere_without_the_rest(tmp_path, rows_a_group):
-    table = pa.table({"jpg": [picture(row, "JPEG") for row in range(40)], "caption": ["a woman"] * 40})
+    table = pa.table({"jpg": [image_bytes(row, "JPEG") for row in range(40)], "caption": ["a woman"] * 40})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=rows_a_group)
     images = read_image_set(str(tmp_path / "a.parquet"))
     with images.reader() as reader:
@@ -335,24 +335,25 @@ def server():
         yield server
 
 
-@pytest.mark.parametrize(("root", "place"), [("s3://bucket", "tars/set-{000..001}.tar"), ("memory://", "tars"),
+@pytest.mark.parametrize(("root", "location"), [("s3://bucket", "tars/set-{000..001}.tar"), ("memory://", "tars"),
                                              ("memory://", "images")])
-def test_a_bucket_is_as_good_as_a_disk(server, folder, tars, tmp_path, root, place):
+def test_a_bucket_is_as_good_as_a_disk(server, folder, tars, tmp_path, root, location):
     bucket = Store(f"{root}/{tmp_path.name}".replace(":///", "://"))
     for name in ("images", "tars"):
         bucket.put_folder(tmp_path / name, name)
-    images = read_image_set(bucket.url("") + "/" + place)
-    assert contents(images) == contents(read_image_set(f"{tmp_path}/{place}"))
+    images = read_image_set(bucket.url("") + "/" + location)
+    assert contents(images) == contents(read_image_set(f"{tmp_path}/{location}"))
     assert images.id == read_image_set(images.address).id
-    assert images.folder is None and locate_images(Store(str(tmp_path / "root")), images, share=True) == images.address
+    located = locate_images(Store(str(tmp_path / "root")), images, copy_to_store=True)
+    assert images.folder is None and located == images.address
 
 
 def test_a_set_is_offered_as_it_lies_or_as_a_copy(folder, tars, tmp_path):
     store = Store(str(tmp_path / "root"))
-    for place in (str(folder), f"{tars}/set-*.tar"):
-        images = read_image_set(place)
-        assert locate_images(store, images, share=False) == place
-        key = locate_images(store, images, share=True)
+    for location in (str(folder), f"{tars}/set-*.tar"):
+        images = read_image_set(location)
+        assert locate_images(store, images, copy_to_store=False) == location
+        key = locate_images(store, images, copy_to_store=True)
         copy = open_located_images(store, key, images.id)
         assert key == f"images/{images.id}" and contents(copy) == contents(images) and copy.id == images.id
     (tars / "set-001.tar").unlink()
@@ -360,7 +361,7 @@ def test_a_set_is_offered_as_it_lies_or_as_a_copy(folder, tars, tmp_path):
         open_located_images(store, f"{tars}/set-*.tar", images.id)
 
 
-@pytest.mark.parametrize(("place", "message"), [
+@pytest.mark.parametrize(("location", "message"), [
     ("{}/nowhere", "is not a folder; expected images"),
     ("{}/empty", "holds no image"),
     ("{}/images/*.png", "is a pattern of image files: give their folder"),
@@ -371,13 +372,13 @@ def test_a_set_is_offered_as_it_lies_or_as_a_copy(folder, tars, tmp_path):
     ("nosuch://bucket/images", "is no usable address"),
     ("file://data/images", "names the host data, not a folder"),
 ])
-def test_unusable_addresses_are_one_line(folder, tmp_path, place, message):
+def test_unusable_addresses_are_one_line(folder, tmp_path, location, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "both").mkdir()
     for name in ("a.tar", "a.parquet"):
         (tmp_path / "both" / name).touch()
     with pytest.raises(InputError, match=message) as error:
-        read_image_set(place.format(tmp_path))
+        read_image_set(location.format(tmp_path))
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
 
 

@@ -18,27 +18,27 @@ from hgdpo_core.config import TargetConfig
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models import Model, find_model, load_pipeline
 from hgdpo_core.models.files import SD15_CONFIGS
-from hgdpo_core.models.places import find_located_model, model_means
+from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.models.text_encoder import TextEncoder
 from hgdpo_core.storage import Store
 from hgdpo_core.training.tune import Tuned
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def location(tmp_path_factory) -> Path:
     """folder/: shaped as SD 1.5; single.safetensors and plain.ckpt: the same; configs/: the folder without weights."""
-    place = tmp_path_factory.mktemp("sd15")
-    pipeline = tiny.sd15_shaped(place / "tokenizer")
-    pipeline.save_pretrained(place / "folder")
-    ldm.save_single_file(pipeline, place / "single.safetensors")
-    torch.save({"state_dict": ldm.original_state(pipeline), "global_step": 7}, place / "plain.ckpt")
-    shutil.copytree(place / "folder", place / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
-    return place
+    location = tmp_path_factory.mktemp("sd15")
+    pipeline = tiny.sd15_shaped(location / "tokenizer")
+    pipeline.save_pretrained(location / "folder")
+    ldm.save_single_file(pipeline, location / "single.safetensors")
+    torch.save({"state_dict": ldm.original_state(pipeline), "global_step": 7}, location / "plain.ckpt")
+    shutil.copytree(location / "folder", location / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    return location
 
 
-def find(path: Path, place: Path | None = None, **settings) -> Model:
-    if place is not None and path.is_file():
-        settings["component_configs"] = str(place / "configs")
+def find(path: Path, location: Path | None = None, **settings) -> Model:
+    if location is not None and path.is_file():
+        settings["component_configs"] = str(location / "configs")
     return find_model(TargetConfig(source=str(path), dtype="float32", **settings))
 
 
@@ -54,18 +54,18 @@ def alike(first, second) -> bool:
     return int(np.abs(first.astype(int) - second.astype(int)).max()) <= 1
 
 
-def refuse(path: Path, message: str, place: Path | None = None, **settings) -> None:
+def refuse(path: Path, message: str, location: Path | None = None, **settings) -> None:
     with pytest.raises(ModelError, match=message) as error:
-        find(path, place, **settings)
+        find(path, location, **settings)
     assert "\n" not in str(error.value)
 
 
-def test_a_worker_finds_a_single_file_and_its_configs_in_the_store(place, tmp_path):
+def test_a_worker_finds_a_single_file_and_its_configs_in_the_store(location, tmp_path):
     for name in ("single.safetensors", "configs"):
-        copy = shutil.copytree if (place / name).is_dir() else shutil.copy
-        copy(place / name, tmp_path / name)
+        copy = shutil.copytree if (location / name).is_dir() else shutil.copy
+        copy(location / name, tmp_path / name)
     model, store = find(tmp_path / "single.safetensors", tmp_path), Store(str(tmp_path / "root"))
-    means = model_means(store, model, share=True)
+    means = model_locations(store, model, copy_to_store=True)
     shutil.rmtree(tmp_path / "configs")
     (tmp_path / "single.safetensors").unlink()
     found = find_located_model(store, model.identity(), means)
@@ -74,20 +74,20 @@ def test_a_worker_finds_a_single_file_and_its_configs_in_the_store(place, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["single.safetensors", "plain.ckpt"])
-def test_a_single_file_generates_the_folders_images(place, name):
-    image = draw(find(place / name, place))
+def test_a_single_file_generates_the_folders_images(location, name):
+    image = draw(find(location / name, location))
     assert image.std() > 1
-    assert alike(image, draw(find(place / "folder")))
+    assert alike(image, draw(find(location / "folder")))
 
 
-def test_half_precision_files_load_in_the_precision_asked_for(place, tmp_path):
+def test_half_precision_files_load_in_the_precision_asked_for(location, tmp_path):
     state = {name: tensor.half() if tensor.is_floating_point() else tensor
-             for name, tensor in load_file(place / "single.safetensors").items()}
+             for name, tensor in load_file(location / "single.safetensors").items()}
     save_file(state, tmp_path / "half.safetensors")
-    pipeline = load_pipeline(find(tmp_path / "half.safetensors", place))
+    pipeline = load_pipeline(find(tmp_path / "half.safetensors", location))
     assert {p.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) for p in part.parameters()} == {
         torch.float32}
-    assert np.abs(draw(find(tmp_path / "half.safetensors", place)) - draw(find(place / "folder"))).max() <= 2
+    assert np.abs(draw(find(tmp_path / "half.safetensors", location)) - draw(find(location / "folder"))).max() <= 2
 
 
 def test_the_shipped_configs_are_stable_diffusion_15():
@@ -125,57 +125,57 @@ def test_the_shipped_tokenizer_is_clips():
     assert len(tokenizer) == 49_408 and tokenizer.model_max_length == 77
 
 
-def test_another_vae_is_used_and_is_part_of_the_identity(place, tmp_path):
+def test_another_vae_is_used_and_is_part_of_the_identity(location, tmp_path):
     other = tiny.sd15_shaped(tmp_path / "tokenizer", seed=5)
     other.save_pretrained(tmp_path / "pipeline")
     other.vae.save_pretrained(tmp_path / "vae")
-    plain, single = find(place / "folder"), find(place / "single.safetensors", place)
-    models = [find(place / "folder", vae=str(tmp_path / "vae")),
-              find(place / "single.safetensors", place, vae=str(tmp_path / "pipeline"))]
+    plain, single = find(location / "folder"), find(location / "single.safetensors", location)
+    models = [find(location / "folder", vae=str(tmp_path / "vae")),
+              find(location / "single.safetensors", location, vae=str(tmp_path / "pipeline"))]
     assert {m.fingerprint for m in models}.isdisjoint({plain.fingerprint, single.fingerprint})
     images = [draw(model) for model in models]
     assert alike(*images) and not alike(images[0], draw(plain))
-    tuned = Tuned("sft-1", place / "folder", [], found=False).as_target(models[0])
+    tuned = Tuned("sft-1", location / "folder", [], existing=False).as_target(models[0])
     assert tuned.fingerprint == plain.fingerprint and tuned.vae is None
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
-def test_a_vae_in_a_single_file_loads_under_original_names(tmp_path, monkeypatch, place, prefix):
+def test_a_vae_in_a_single_file_loads_under_original_names(tmp_path, monkeypatch, location, prefix):
     for module in ("model", "files"):
-        monkeypatch.setattr(f"hgdpo_core.models.{module}.SD15_CONFIGS", place / "configs")
+        monkeypatch.setattr(f"hgdpo_core.models.{module}.SD15_CONFIGS", location / "configs")
     other = tiny.sd15_shaped(tmp_path / "tokenizer", seed=5)
     state = {prefix + name.removeprefix("first_stage_model."): tensor.contiguous()
              for name, tensor in ldm.vae_state(other.vae).items()}
     save_file(state, tmp_path / "vae.safetensors")
     other.vae.save_pretrained(tmp_path / "vae")
-    images = [draw(find(place / "folder", vae=str(tmp_path / name))) for name in ("vae.safetensors", "vae")]
+    images = [draw(find(location / "folder", vae=str(tmp_path / name))) for name in ("vae.safetensors", "vae")]
     assert alike(*images)
 
 
-def test_a_file_without_vae_needs_one(place, tmp_path):
-    state = {name: tensor for name, tensor in load_file(place / "single.safetensors").items()
+def test_a_file_without_vae_needs_one(location, tmp_path):
+    state = {name: tensor for name, tensor in load_file(location / "single.safetensors").items()
              if not name.startswith("first_stage_model.")}
     save_file(state, tmp_path / "no-vae.safetensors")
-    refuse(tmp_path / "no-vae.safetensors", "holds no VAE: set target.vae", place)
-    model = find(tmp_path / "no-vae.safetensors", place, vae=str(place / "folder"))
-    assert alike(draw(model), draw(find(place / "folder")))
+    refuse(tmp_path / "no-vae.safetensors", "holds no VAE: set target.vae", location)
+    model = find(tmp_path / "no-vae.safetensors", location, vae=str(location / "folder"))
+    assert alike(draw(model), draw(find(location / "folder")))
 
 
-def test_a_hub_id_is_found_offline_in_the_hubs_cache(place, tmp_path, monkeypatch):
+def test_a_hub_id_is_found_offline_in_the_hubs_cache(location, tmp_path, monkeypatch):
     commit = "a" * 40
     repository = tmp_path / "models--somebody--tiny"
-    shutil.copytree(place / "folder", repository / "snapshots" / commit)
+    shutil.copytree(location / "folder", repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     vae = tmp_path / "models--somebody--vae"
-    shutil.copytree(place / "folder" / "vae", vae / "snapshots" / commit)
+    shutil.copytree(location / "folder" / "vae", vae / "snapshots" / commit)
     (vae / "refs").mkdir()
     (vae / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(tmp_path), raising=False)
     model = find_model(TargetConfig(source="somebody/tiny", dtype="float32"))
     assert model.fingerprint == commit
-    assert alike(draw(model), draw(find(place / "folder")))
+    assert alike(draw(model), draw(find(location / "folder")))
     assert find_model(TargetConfig(source="somebody/tiny", vae="somebody/vae")).vae is not None
 
 
@@ -206,10 +206,10 @@ def test_other_families_are_refused_by_their_header(tmp_path, shapes, message):
     refuse(single(tmp_path, **shapes), message)
 
 
-def test_other_folders_are_refused_by_their_configs(place, tmp_path):
+def test_other_folders_are_refused_by_their_configs(location, tmp_path):
     def change(name, part, **settings):
         folder = tmp_path / name
-        shutil.copytree(place / "folder", folder)
+        shutil.copytree(location / "folder", folder)
         config = folder / part
         config.write_text(json.dumps(json.loads(config.read_text()) | settings))
         return folder
@@ -224,9 +224,9 @@ def test_other_folders_are_refused_by_their_configs(place, tmp_path):
     refuse(broken, "config.json is missing")
 
 
-def test_broken_files_are_refused_before_loading(place, tmp_path):
+def test_broken_files_are_refused_before_loading(location, tmp_path):
     path = tmp_path / "model.safetensors"
-    data = (place / "single.safetensors").read_bytes()
+    data = (location / "single.safetensors").read_bytes()
     for content, message in [(data[:-1], r"is cut off: its header names [\d,]+ bytes"), (data + b"x", "is damaged"),
                              (data[:20], "no whole safetensors header"), (b"", "no whole safetensors header"),
                              (b"<html>not found</html>" * 9, "no whole safetensors header"),
@@ -234,7 +234,7 @@ def test_broken_files_are_refused_before_loading(place, tmp_path):
         path.write_bytes(content)
         refuse(path, message)
     folder = tmp_path / "folder"
-    shutil.copytree(place / "folder", folder)
+    shutil.copytree(location / "folder", folder)
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     refuse(folder, "vae/diffusion_pytorch_model.safetensors is cut off")
@@ -252,38 +252,40 @@ def test_quantised_weights_are_refused(tmp_path):
     ("unet", "model.diffusion_model.out.2.weight"), ("vae", "first_stage_model.decoder.conv_out.bias"),
     ("text_encoder", "cond_stage_model.transformer.text_model.final_layer_norm.bias")])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_value_that_is_no_number_is_named(place, tmp_path, part, key, value):
-    state = load_file(place / "single.safetensors")
+def test_a_value_that_is_no_number_is_named(location, tmp_path, part, key, value):
+    state = load_file(location / "single.safetensors")
     state[key].view(-1)[0] = value
     save_file(state, tmp_path / "broken.safetensors")
     with pytest.raises(ModelError, match=f"holds NaN or infinity in {part}'s .* as float32") as error:
-        load_pipeline(find(tmp_path / "broken.safetensors", place))
+        load_pipeline(find(tmp_path / "broken.safetensors", location))
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_weight_and_a_wrong_shape_are_named(place, tmp_path):
-    state = load_file(place / "single.safetensors")
+def test_a_missing_weight_and_a_wrong_shape_are_named(location, tmp_path):
+    state = load_file(location / "single.safetensors")
     lost = state.pop("model.diffusion_model.middle_block.1.proj_out.bias")
     save_file(state, tmp_path / "lost.safetensors")
-    refuse(tmp_path / "lost.safetensors", "lost.safetensors lacks unet's mid_block.attentions.0.proj_out.bias", place)
+    refuse(tmp_path / "lost.safetensors", "lost.safetensors lacks unet's mid_block.attentions.0.proj_out.bias",
+           location)
     state["model.diffusion_model.middle_block.1.proj_out.bias"] = torch.cat([lost, lost])
     save_file(state, tmp_path / "wide.safetensors")
-    refuse(tmp_path / "wide.safetensors", r"mid_block.attentions.0.proj_out.bias as \[128\], expected \[64\]", place)
+    refuse(tmp_path / "wide.safetensors", r"mid_block.attentions.0.proj_out.bias as \[128\], expected \[64\]", location)
     state["model.diffusion_model.middle_block.1.proj_out.bias"] = lost
     state["model.diffusion_model.middle_block.1.more"] = lost.clone()
     save_file(state, tmp_path / "more.safetensors")
-    refuse(tmp_path / "more.safetensors", "holds the unknown .*middle_block.1.more|mid_block.attentions.0.more", place)
+    refuse(tmp_path / "more.safetensors", "holds the unknown .*middle_block.1.more|mid_block.attentions.0.more",
+           location)
 
 
 @pytest.mark.parametrize(("part", "file", "name"), [
     ("unet", "diffusion_pytorch_model", "conv_in.bias"), ("text_encoder", "model", "final_layer_norm.bias")])
-def test_a_folder_without_one_weight_is_refused(place, tmp_path, part, file, name):
-    shutil.copytree(place / "folder", tmp_path / "folder")
+def test_a_folder_without_one_weight_is_refused(location, tmp_path, part, file, name):
+    shutil.copytree(location / "folder", tmp_path / "folder")
     path = tmp_path / "folder" / part / f"{file}.safetensors"
     save_file({key: tensor for key, tensor in load_file(path).items() if not key.endswith(name)}, path,
               metadata={"format": "pt"})
     refuse(tmp_path / "folder", f"lacks {part}'s .*{name}")
-    save_file(load_file(place / "folder" / part / f"{file}.safetensors") | {"more": torch.zeros(1)}, path)
+    save_file(load_file(location / "folder" / part / f"{file}.safetensors") | {"more": torch.zeros(1)}, path)
     refuse(tmp_path / "folder", f"holds the unknown more beside {part}'s weights")
     path.unlink()
     refuse(tmp_path / "folder", f"{part} holds no weights under the names that are read")
@@ -304,36 +306,36 @@ def test_a_ckpt_that_is_no_plain_state_dict_is_refused_with_a_way_to_convert(tmp
     refuse(path, "cannot be read as a torch checkpoint")
 
 
-def test_other_mistakes_with_vae_and_configs(place, tmp_path):
-    refuse(place / "folder", "component_configs is for a single file", component_configs=str(place / "configs"))
-    refuse(place / "folder", "target.vae ./nowhere does not exist", vae="./nowhere")
-    refuse(place / "folder", "target.vae somebody/nothing .* could not be downloaded", vae="somebody/nothing")
-    refuse(place / "folder", "unet holds no AutoencoderKL", vae=str(place / "folder" / "unet"))
+def test_other_mistakes_with_vae_and_configs(location, tmp_path):
+    refuse(location / "folder", "component_configs is for a single file", component_configs=str(location / "configs"))
+    refuse(location / "folder", "target.vae ./nowhere does not exist", vae="./nowhere")
+    refuse(location / "folder", "target.vae somebody/nothing .* could not be downloaded", vae="somebody/nothing")
+    refuse(location / "folder", "unet holds no AutoencoderKL", vae=str(location / "folder" / "unet"))
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    refuse(place / "folder", "x.safetensors holds no VAE", vae=str(tmp_path / "x.safetensors"))
-    refuse(place / "single.safetensors", "no model_index.json", component_configs=str(tmp_path))
+    refuse(location / "folder", "x.safetensors holds no VAE", vae=str(tmp_path / "x.safetensors"))
+    refuse(location / "single.safetensors", "no model_index.json", component_configs=str(tmp_path))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     refuse(tmp_path / "model.gguf", "is no weight file: expected .safetensors, .ckpt, .pt, .pth, or a diffusers folder")
     refuse(tmp_path / "gone.safetensors", "does not exist")
 
 
-def test_a_broken_vae_is_named_and_not_the_checkpoint(place, tmp_path):
-    shutil.copytree(place / "folder" / "vae", tmp_path / "vae")
+def test_a_broken_vae_is_named_and_not_the_checkpoint(location, tmp_path):
+    shutil.copytree(location / "folder" / "vae", tmp_path / "vae")
     path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
     state["decoder.conv_out.bias"].view(-1)[0] = float("nan")
     save_file(state, path)
     with pytest.raises(ModelError, match=f"^{tmp_path / 'vae'} holds NaN or infinity in vae's decoder.conv_out.bias"):
-        load_pipeline(find(place / "folder", vae=str(tmp_path / "vae")))
+        load_pipeline(find(location / "folder", vae=str(tmp_path / "vae")))
     del state["decoder.conv_out.bias"]
     save_file(state, path)
-    refuse(place / "folder", f"^{tmp_path / 'vae'} lacks vae's decoder.conv_out.bias", vae=str(tmp_path / "vae"))
+    refuse(location / "folder", f"^{tmp_path / 'vae'} lacks vae's decoder.conv_out.bias", vae=str(tmp_path / "vae"))
 
 
 @pytest.mark.parametrize("remove", ["vocab.json", "tokenizer.json"])
-def test_a_target_without_its_vocabulary_is_refused(place, tmp_path, remove):
+def test_a_target_without_its_vocabulary_is_refused(location, tmp_path, remove):
     """It loads in silence: all prompts would have one embedding."""
-    shutil.copytree(place / "folder", tmp_path / "folder")
+    shutil.copytree(location / "folder", tmp_path / "folder")
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         (tmp_path / "folder" / "tokenizer" / name).unlink(missing_ok=True)
     if remove == "tokenizer.json":
@@ -341,16 +343,16 @@ def test_a_target_without_its_vocabulary_is_refused(place, tmp_path, remove):
     refuse(tmp_path / "folder", "as the same: its vocabulary|holds no CLIP tokenizer")
 
 
-def test_a_tokenizer_of_a_larger_vocabulary_is_refused(place, tmp_path):
-    shutil.copytree(place / "folder", tmp_path / "folder")
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(location, tmp_path):
+    shutil.copytree(location / "folder", tmp_path / "folder")
     shutil.rmtree(tmp_path / "folder" / "tokenizer")
     shutil.copytree(SD15_CONFIGS / "tokenizer", tmp_path / "folder" / "tokenizer")
     refuse(tmp_path / "folder", r"gives the id 49407, the text encoder has \d+: put the tokenizer there")
 
 
 @pytest.mark.parametrize("syntax", ["plain", "a1111"])
-def test_a_tokenizer_without_a_length_takes_the_text_encoders(place, tmp_path, syntax):
-    shutil.copytree(place / "folder", tmp_path / "folder")
+def test_a_tokenizer_without_a_length_takes_the_text_encoders(location, tmp_path, syntax):
+    shutil.copytree(location / "folder", tmp_path / "folder")
     path = tmp_path / "folder" / "tokenizer" / "tokenizer_config.json"
     config = json.loads(path.read_text())
     del config["model_max_length"]
@@ -360,17 +362,17 @@ def test_a_tokenizer_without_a_length_takes_the_text_encoders(place, tmp_path, s
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-def test_a_text_encoder_without_its_wrapper_generates_the_same(place, tmp_path, suffix):
+def test_a_text_encoder_without_its_wrapper_generates_the_same(location, tmp_path, suffix):
     """Old anime models and their merges: other tools put `text_model.` in while they load."""
     state = {name.replace("transformer.text_model.", "transformer."): tensor
-             for name, tensor in load_file(place / "single.safetensors").items()}
+             for name, tensor in load_file(location / "single.safetensors").items()}
     path = tmp_path / f"old.{suffix}"
     if suffix == "ckpt":
         torch.save({"state_dict": state}, path)
     else:
         save_file(state, path)
-    old, new = (load_pipeline(find(file, place)).text_encoder.state_dict()
-                for file in (path, place / "single.safetensors"))
+    old, new = (load_pipeline(find(file, location)).text_encoder.state_dict()
+                for file in (path, location / "single.safetensors"))
     assert old.keys() == new.keys() and all(torch.equal(tensor, new[name]) for name, tensor in old.items())
 
 
@@ -389,12 +391,12 @@ def test_weights_without_enough_dimensions_are_one_line(tmp_path, shape):
     refuse(path, "lacks unet's|does not hold the unet|does not fit", component_configs=str(SD15_CONFIGS))
 
 
-def test_links_that_lead_nowhere_and_folders_named_like_files_are_no_traceback(place, tmp_path):
-    shutil.copytree(place / "folder", tmp_path / "folder")
+def test_links_that_lead_nowhere_and_folders_named_like_files_are_no_traceback(location, tmp_path):
+    shutil.copytree(location / "folder", tmp_path / "folder")
     (tmp_path / "folder" / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder" / "loop.json").symlink_to(tmp_path / "folder" / "loop.json")
     (tmp_path / "folder" / "notes.txt").mkdir()
-    assert find(tmp_path / "folder").fingerprint == find(place / "folder").fingerprint
+    assert find(tmp_path / "folder").fingerprint == find(location / "folder").fingerprint
     weights = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
     weights.mkdir()

@@ -97,11 +97,11 @@ def lora_folder(target_folder, tmp_path):
 
 def test_a_lora_is_part_of_the_identity_and_acts_linearly(target_folder, lora_folder):
     model = find(target_folder)
-    worn = model.with_lora(lora_folder, 0.5)
-    assert worn.id != model.id and worn.id != model.with_lora(lora_folder, 1.0).id
+    applied = model.with_lora(lora_folder, 0.5)
+    assert applied.id != model.id and applied.id != model.with_lora(lora_folder, 1.0).id
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     base, half, full = (load_pipeline(m).unet.state_dict()[name]
-                        for m in (model, worn, model.with_lora(lora_folder, 1.0)))
+                        for m in (model, applied, model.with_lora(lora_folder, 1.0)))
     assert (full - base).abs().max() > 1e-3
     torch.testing.assert_close(half - base, (full - base) / 2, rtol=1e-4, atol=1e-6)
 
@@ -139,11 +139,11 @@ def test_the_vae_of_training_has_its_own_weights(target_folder):
                                                  strict=True))
 
 
-@pytest.mark.parametrize(("wanted", "message"), [("cuda", "asks for cuda, but torch .* sees no GPU here"),
+@pytest.mark.parametrize(("device", "message"), [("cuda", "asks for cuda, but torch .* sees no GPU here"),
                                                  ("gpu", "HGDPO_DEVICE is 'gpu': expected cpu or cuda")])
-def test_a_device_that_is_not_there_is_one_line(monkeypatch, wanted, message):
+def test_a_device_that_is_not_there_is_one_line(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("HGDPO_DEVICE", wanted)
+    monkeypatch.setenv("HGDPO_DEVICE", device)
     with pytest.raises(ConfigError, match=message) as error:
         open_run("figures", "/nowhere")
     assert "\n" not in str(error.value)

@@ -169,7 +169,7 @@ def test_an_evaluation_normalises_the_tuned_model_alone(tmp_path, target, tuned)
 
 
 def test_ids_from_before_the_settings_stay():
-    """Golden values from the code before LAN and pool_size existed: nobody's pools and triplets are made anew."""
+    """Golden values from the code before LAN and pool_size existed: existing pools and triplets keep their ids."""
     model: Any = SimpleNamespace(identity=lambda: {"fingerprint": "f"}, lora=None)
     assert content_hash(pool_settings(model, SAMPLER, POOL)) == "eca8b2aa519f"
     folders = {"stage": "triplets", "pool": "pools/p", "scores": "scores/p/s", "prompts_id": "5-test"}

@@ -30,7 +30,7 @@ def reader(pipeline, target_folder, **settings) -> TextEncoder:
 
 
 def tokens(count: int, commas: tuple[int, ...] = ()) -> list[tuple[int, float]]:
-    return [(COMMA if place in commas else 100 + place, 1.0) for place in range(count)]
+    return [(COMMA if location in commas else 100 + location, 1.0) for location in range(count)]
 
 
 # -- chunks

@@ -109,7 +109,7 @@ COMPARISON = Comparison(
 EMPTY = ReportData(
     preset="figures", title="A run", config=figures(), root="/data/run",
     created_at=datetime(2030, 1, 2, 3, 4, tzinfo=UTC), command="hgdpo run --root '/a b'",
-    comparison=COMPARISON, counts={}, training_judge="pickscore")
+    comparison=COMPARISON, counts={}, training_scorer="pickscore")
 
 FULL = dataclasses.replace(
     EMPTY, title=EVIL, root="s3://bucket/<root>", counts={"prompts": 1200, "pool_images": 24_000},

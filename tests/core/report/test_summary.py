@@ -108,7 +108,7 @@ def test_a_comparison_names_both_models_and_its_weights(store, compared):
 
 
 def test_the_page_names_the_clip_checkpoint_and_the_built_in_scorer():
-    assert _notes((ScorerConfig(name="clip"),)) == [f"CLIP is the checkpoint {OPENAI_CLIP}."]
+    assert _notes((ScorerConfig(name="clip"),)) == [f"CLIP scores are from {OPENAI_CLIP}."]
     clip, figures = _notes((ScorerConfig(name="clip", source="my/clip"), ScorerConfig(source="figures")))
     assert "my/clip" in clip and "trained on drawings" in figures
     assert _notes((ScorerConfig(),)) == []

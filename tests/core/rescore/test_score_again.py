@@ -159,9 +159,9 @@ def test_a_missing_scorer_of_an_old_run_does_not_stop_the_others(store):
     found, skipped = find_versions([gone, two], required=False)
     assert [version.fingerprint for version in found] == ["fingerprint of two"]
     assert "gone does not exist" in skipped[0].reason
-    for required, wanted in ((True, [gone, two]), (False, [gone])):
+    for required, requested in ((True, [gone, two]), (False, [gone])):
         with pytest.raises(ModelError, match="does not exist"):
-            find_versions(wanted, required=required)
+            find_versions(requested, required=required)
 
 
 def test_a_scorer_that_only_evaluates_scores_no_training_pool(store):
@@ -171,8 +171,8 @@ def test_a_scorer_that_only_evaluates_scores_no_training_pool(store):
     store.write_json("evaluations/3-x/config.json", {"target": "pools/n1-target", "tuned": "pools/n1-tuned"})
 
     def pools(kind):
-        wanted = RequestedScorer(scorer=ScorerConfig(source="two"), pools=kind)
-        return [job.pool_id for job in plan_rescore(store, find_versions([wanted], required=True)[0]).jobs]
+        scorer = RequestedScorer(scorer=ScorerConfig(source="two"), pools=kind)
+        return [job.pool_id for job in plan_rescore(store, find_versions([scorer], required=True)[0]).jobs]
 
     assert pools("evaluation") == ["n1-target", "n1-tuned"]
     assert pools("training") == ["n1-unknown", "n4"]

@@ -16,8 +16,8 @@ from hgdpo_core.scorers import (
     SCORERS,
     defect_limit,
     find_scorer,
+    load_configured_scorer,
     load_embedder,
-    load_judge,
     load_scorer,
     scorer_title,
 )
@@ -96,7 +96,8 @@ def test_a_scorer_that_is_listed_is_a_setting_and_has_a_title(monkeypatch, score
     with pytest.raises(ConfigError, match="there is no such scorer; there are .*pickscore"):
         validate(ScorerConfig, {"name": "toy"})
     monkeypatch.setitem(SCORERS, toy.NAME, toy)
-    assert load_judge(validate(ScorerConfig, {"name": "toy"}), "cpu") is scorer and scorer_title("toy") == "Toy"
+    assert load_configured_scorer(validate(ScorerConfig, {"name": "toy"}), "cpu") is scorer
+    assert scorer_title("toy") == "Toy"
     assert scorer_title("of an earlier version") == "of an earlier version"
 
 

@@ -1,4 +1,4 @@
-"""What every scorer promises: scores that depend on their own picture and prompt, errors that say what to do."""
+"""What every scorer promises: scores that depend on their own image and prompt, errors that say what to do."""
 
 import json
 import shlex
@@ -40,50 +40,50 @@ def scorers(sources):
 
 @pytest.fixture(scope="module")
 def inputs():
-    return scorer_inputs.make_pictures(), scorer_inputs.PROMPTS
+    return scorer_inputs.make_images(), scorer_inputs.PROMPTS
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_batches_their_order_and_padding_do_not_matter(sources, scorers, inputs, name, batch):
     """The prompts hold a long and an empty one: alone or beside the others, each scores the same."""
-    pictures, prompts = inputs
-    whole = scorers[name].score(pictures, prompts)
+    samples, prompts = inputs
+    whole = scorers[name].score(samples, prompts)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(batch)).tolist()
     scores = torch.empty_like(whole)
     fresh = load_scorer(name, source=str(sources[name]))  # no text embedding kept from before
     for first in range(0, len(order), batch):
         chosen = order[first:first + batch]
-        scores[chosen] = fresh.score([pictures[i] for i in chosen], [prompts[i] for i in chosen])
+        scores[chosen] = fresh.score([samples[i] for i in chosen], [prompts[i] for i in chosen])
     torch.testing.assert_close(scores, whole, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_image_one_score_whatever_its_file_mode(scorers, name):
     """RGB, opaque RGBA, palette, PNG's EXIF rotation; uint8 arrays; grey as L and as RGB; transparency on white."""
-    few_colours = scorer_inputs.make_pictures()[1].resize((96, 64)).quantize(64)
-    picture, score = few_colours.convert("RGB"), scorers[name].score
-    wanted = score([picture], ["a cat"])
-    rotated = picture.transpose(Image.Transpose.ROTATE_90)
+    few_colours = scorer_inputs.make_images()[1].resize((96, 64)).quantize(64)
+    original, score = few_colours.convert("RGB"), scorers[name].score
+    score_of_original = score([original], ["a cat"])
+    rotated = original.transpose(Image.Transpose.ROTATE_90)
     rotated.getexif()[274] = 6  # "turn me by 90 degrees clockwise to see me upright"
-    transparent, white = picture.copy(), Image.new("RGB", picture.size, (255, 255, 255))
+    transparent, white = original.copy(), Image.new("RGB", original.size, (255, 255, 255))
     transparent.putalpha(0)
-    grey = picture.convert("L")
-    same = [few_colours, picture.convert("RGBA"), rotated]
+    grey = original.convert("L")
+    same = [few_colours, original.convert("RGBA"), rotated]
     for other in same:
-        torch.testing.assert_close(score([other], ["a cat"]), wanted, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(score([other], ["a cat"]), score_of_original, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(score([transparent], ["a cat"]), score([white], ["a cat"]), rtol=0, atol=TOLERANCE)
-    array = np.asarray(picture)[None]
+    array = np.asarray(original)[None]
     for other in (array, torch.from_numpy(array.copy())):
-        torch.testing.assert_close(score(other, ["a cat"]), wanted, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(score(other, ["a cat"]), score_of_original, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(score([grey], ["a cat"]), score([grey.convert("RGB")], ["a cat"]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_size(scorers, name):
     sizes = [(1, 1), (1, 40), (300, 2), (224, 100), (2000, 30)]
-    pictures = [Image.new("RGB", size, (200, 80, 40)) for size in sizes]
-    assert torch.isfinite(scorers[name].score(pictures, ["a wall"] * len(sizes))).all()
+    samples = [Image.new("RGB", size, (200, 80, 40)) for size in sizes]
+    assert torch.isfinite(scorers[name].score(samples, ["a wall"] * len(sizes))).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -210,15 +210,15 @@ def test_text_is_cleaned_as_the_originals_clean_it():
 
 
 def test_pixels_of_the_two_ways_to_look():
-    """A wide picture, left half red: the crop keeps the middle, the letterbox all of it between black bars."""
-    picture = Image.new("RGB", (80, 40), "blue")
-    picture.paste("red", (0, 0, 40, 40))
-    crop = crop_pixels([picture], 20)[0]
+    """A wide image, left half red: the crop keeps the middle, the letterbox all of it between black bars."""
+    original = Image.new("RGB", (80, 40), "blue")
+    original.paste("red", (0, 0, 40, 40))
+    crop = crop_pixels([original], 20)[0]
     assert crop.shape == (3, 20, 20) and crop[0, :, :8].min() > 240 and crop[2, :, 12:].min() > 240
-    box = letterbox_pixels([picture], 20, antialias=False)[0]
+    box = letterbox_pixels([original], 20, antialias=False)[0]
     assert box[:, :5].abs().max() == 0 and box[:, 15:].abs().max() == 0
     assert box[0, 5:15, :8].min() > 0.95 and box[2, 5:15, 12:].min() > 0.95
-    assert [p.mode for p in to_rgb_images([picture.convert("LA"), picture.convert("CMYK")])] == ["RGB", "RGB"]
+    assert [p.mode for p in to_rgb_images([original.convert("LA"), original.convert("CMYK")])] == ["RGB", "RGB"]
 
 
 @pytest.mark.parametrize("name", ["pickscore", "hps_v2.0", "hps_v2.1", "imagereward", "aesthetic", "clip"])

@@ -1,4 +1,4 @@
-"""Our scorers against the original packages: same random weights, same pictures, same prompts, same scores.
+"""Our scorers against the original packages: same random weights, same images, same prompts, same scores.
 
 The golden files say which versions gave the numbers; tests/golden/make_scorer_golden.py makes them again.
 """
@@ -24,7 +24,7 @@ ORIGINAL = {"hps_v2.0": "hps", "hps_v2.1": "hps", "imagereward": "imagereward", 
 
 @pytest.fixture(scope="module")
 def inputs():
-    return scorer_inputs.make_pictures(), scorer_inputs.PROMPTS
+    return scorer_inputs.make_images(), scorer_inputs.PROMPTS
 
 
 def expected(scorer: str, size: str = "tiny", key: str = "scores") -> torch.Tensor:
@@ -33,16 +33,16 @@ def expected(scorer: str, size: str = "tiny", key: str = "scores") -> torch.Tens
 
 @pytest.mark.parametrize("size", ["tiny", "full"])
 def test_both_sides_see_the_same_images(inputs, size):
-    hashes = tiny_scorers.read_golden(size)["pictures"]
-    assert [scorer_inputs.picture_hash(picture) for picture in inputs[0]][:len(hashes)] == hashes
+    hashes = tiny_scorers.read_golden(size)["images"]
+    assert [scorer_inputs.image_hash(image) for image in inputs[0]][:len(hashes)] == hashes
 
 
 @pytest.mark.parametrize("name", tiny_scorers.SAVE)
 def test_scores_are_the_originals(tmp_path, inputs, name):
     scorer = load_scorer(name, source=str(tiny_scorers.SAVE[name](tmp_path / name)))
-    scores, wanted = scorer.score(*inputs), expected(name)
-    torch.testing.assert_close(scores, wanted, rtol=RELATIVE, atol=0)
-    assert wanted.std() > 0.04  # pictures and prompts tell the scores apart: equality is no accident
+    scores, original_scores = scorer.score(*inputs), expected(name)
+    torch.testing.assert_close(scores, original_scores, rtol=RELATIVE, atol=0)
+    assert original_scores.std() > 0.04  # images and prompts tell the scores apart: equality is no accident
 
 
 def test_clip_reads_openais_own_tensors_too(tmp_path, inputs):
@@ -61,20 +61,20 @@ def test_hps_antialiasing_matters_and_is_off(tmp_path, inputs, monkeypatch):
 
 
 def test_pickscore_is_its_published_snippet(tmp_path, inputs, judge_folder):
-    """The model card's code, one picture at a time, with transformers 5's names for the same parts."""
+    """The model card's code, one image at a time, with transformers 5's names for the same parts."""
     scorer = load_scorer("pickscore", source=str(judge_folder))
     model = CLIPModel.from_pretrained(judge_folder).eval()
     processor = CLIPImageProcessorPil.from_pretrained(judge_folder)
-    for picture, prompt in zip(*inputs, strict=True):
-        image_inputs = processor(images=[picture.convert("RGB")], return_tensors="pt")
+    for image, prompt in zip(*inputs, strict=True):
+        image_inputs = processor(images=[image.convert("RGB")], return_tensors="pt")
         text_inputs = scorer.tokenizer(prompt, padding=True, truncation=True, max_length=24, return_tensors="pt")
         with torch.no_grad():
             image_embs = model.get_image_features(**image_inputs).pooler_output
             image_embs = image_embs / torch.norm(image_embs, dim=-1, keepdim=True)
             text_embs = model.get_text_features(**text_inputs).pooler_output
             text_embs = text_embs / torch.norm(text_embs, dim=-1, keepdim=True)
-            wanted = model.logit_scale.exp() * (text_embs @ image_embs.T)[0]
-        torch.testing.assert_close(scorer.score([picture], [prompt]), wanted, rtol=RELATIVE, atol=0)
+            original_scores = model.logit_scale.exp() * (text_embs @ image_embs.T)[0]
+        torch.testing.assert_close(scorer.score([image], [prompt]), original_scores, rtol=RELATIVE, atol=0)
 
 
 @pytest.mark.skipif(not HEAD.exists(), reason=f"{HEAD} (the published aesthetic head) is not here")
@@ -99,8 +99,8 @@ def test_the_published_aesthetic_head_is_the_one_we_fetch(tmp_path, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hps_v2.1", "imagereward", "clip", "aesthetic"])
 def test_full_size_scores_are_the_originals(tmp_path, inputs, name):
-    """The published sizes (ViT-H/14 for HPS: 4 GB of weights), three pictures."""
+    """The published sizes (ViT-H/14 for HPS: 4 GB of weights), three images."""
     scorer = load_scorer(name, source=str(tiny_scorers.SAVE[name](tmp_path / name, "full")))
-    wanted = expected(name, "full")
-    scores = scorer.score(inputs[0][:len(wanted)], inputs[1][:len(wanted)])
-    torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=0)
+    original_scores = expected(name, "full")
+    scores = scorer.score(inputs[0][:len(original_scores)], inputs[1][:len(original_scores)])
+    torch.testing.assert_close(scores, original_scores, rtol=1e-4, atol=0)

@@ -19,7 +19,7 @@ from hgdpo_core.images import decode_image, fit_image, to_model_range
 from hgdpo_core.models import find_model, load_backbone
 from hgdpo_core.stages import image_latents as sft_images
 from hgdpo_core.stages.base import Worker
-from hgdpo_core.stages.image_latents import ImageLatentStage, find_set_aside, image_latent_folder
+from hgdpo_core.stages.image_latents import ImageLatentStage, find_skipped, image_latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.training.data import LatentImages
 from hgdpo_core.training.tune import tune
@@ -27,17 +27,17 @@ from hgdpo_core.training.tune import tune
 
 @pytest.fixture
 def folder(tmp_path):
-    place = tmp_path / "images"
-    place.mkdir()
+    location = tmp_path / "images"
+    location.mkdir()
     rng = np.random.default_rng(0)
     for i, size in enumerate([(32, 32), (64, 40), (31, 50), (8, 8)]):
-        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(place / f"{i}.png")
-    (place / "4.jpg").write_bytes(b"not an image")
-    Image.new("L", (40, 40), 128).save(place / "5.png")
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(location / f"{i}.png")
+    (location / "4.jpg").write_bytes(b"not an image")
+    Image.new("L", (40, 40), 128).save(location / "5.png")
     lines = [json.dumps({"file_name": f"{i}.{'jpg' if i == 4 else 'png'}", "text": f"caption {i}"}) for i in range(5)]
-    (place / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    (place / "5.txt").write_text("a grey one\n")
-    return place
+    (location / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    (location / "5.txt").write_text("a grey one\n")
+    return location
 
 
 @pytest.fixture
@@ -56,11 +56,11 @@ def test_good_images_are_encoded_and_bad_ones_skipped(folder, tmp_path, model):
     reasons = {row["file_name"]: row["reason"] for row in pq.read_table(pa.BufferReader(data)).to_pylist()}
     assert "8x8 pixels, under half of 32x32" in reasons["3.png"]
     assert "do not decode as an image" in reasons["4.jpg"]
-    aside = find_set_aside(latents, len(images))
+    aside = find_skipped(latents, len(images))
     assert {row["file_name"]: row["reason"] for row in aside.reasons} == reasons
     assert aside.describe() == ("skipped, not trained on: 2 of 6 images (under half of the requested size: 1; no image "
                                 "that can be decoded: 1)")
-    assert len(find_set_aside(latents, len(images), show=1).reasons) == 1
+    assert len(find_skipped(latents, len(images), show=1).reasons) == 1
 
 
 def test_captions_that_are_missing_empty_or_endless_are_counted(folder, tmp_path, model):
@@ -75,7 +75,7 @@ def test_captions_that_are_missing_empty_or_endless_are_counted(folder, tmp_path
     ImageLatentStage(images, latents, model).make(Worker("cpu"))
     rows = latents.read(0)
     assert rows["file_name"].to_pylist() == ["0.png", "2.png", "5.png"] and len(rows["caption"][0].as_py()) == 10_000
-    aside = find_set_aside(latents, len(images))
+    aside = find_skipped(latents, len(images))
     assert "`hgdpo caption --images FOLDER` writes them" in aside.reasons[0]["reason"]
     assert aside.describe() == ("skipped, not trained on: 1 of 4 images (it has no caption: 1); captions cut at the "
                                 "length that the text encoder reads: 1")
@@ -111,12 +111,12 @@ def test_what_images_are_kept_in_changes_no_latent(folder, tmp_path, model, kind
         table = pa.table({"image": [(folder / name).read_bytes() for name in names], "text": captions})
         pq.write_table(table, tmp_path / "other" / "a.parquet")
     tables = []
-    for place in (folder, tmp_path / "other"):
-        images = read_image_set(str(place))
+    for location in (folder, tmp_path / "other"):
+        images = read_image_set(str(location))
         latents = image_latent_folder(store, images, model, (32, 32))
         ImageLatentStage(images, latents, model).make(Worker("cpu"))
         tables.append(latents.read(0))
-        assert find_set_aside(latents, len(images)).rejected == 2
+        assert find_skipped(latents, len(images)).rejected == 2
     assert tables[0].drop("file_name") == tables[1].drop("file_name") and tables[0].num_rows == 4
 
 
@@ -132,7 +132,7 @@ def test_sft_makes_a_target_that_plain_diffusers_opens(folder, tmp_path, model):
     target = tuned.as_target(model)
     assert target.fingerprint != model.fingerprint
     StableDiffusionPipeline.from_pretrained(tuned.path)
-    assert tune("sft", model, latents, [*latents.manifests()], config).found
+    assert tune("sft", model, latents, [*latents.manifests()], config).existing
 
 
 @pytest.mark.parametrize(("spoil", "message"), [

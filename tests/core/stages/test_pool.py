@@ -57,15 +57,15 @@ def test_batches_side_by_side_give_the_same_bits(tmp_path, model, monkeypatch):
     assert difference(one, several) == 0 and one.keys() == several.keys()
 
 
-@pytest.mark.parametrize(("batch_size", "lanes"), [(2, 3), (3, 1), (6, 1)])
-def test_a_shard_of_few_batches_gives_each_all_cores(tmp_path, model, monkeypatch, batch_size, lanes):
+@pytest.mark.parametrize(("batch_size", "threads"), [(2, 3), (3, 1), (6, 1)])
+def test_a_shard_of_few_batches_gives_each_all_cores(tmp_path, model, monkeypatch, batch_size, threads):
     """Six images a shard: three batches fill three cores, two or one do not."""
     asked = []
     monkeypatch.setattr(image_generator, "count_threads", lambda *_: 3)
     monkeypatch.setattr(image_generator, "parallel_map",
                         lambda jobs, count: asked.append(count) or (job() for job in jobs))
     draw(tmp_path, model, prompts=PROMPTS[:2], batch_size=batch_size)
-    assert asked == [lanes]
+    assert asked == [threads]
 
 
 def test_batch_and_shard_sizes_do_not_choose_the_image(tmp_path, model):

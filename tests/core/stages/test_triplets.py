@@ -142,13 +142,13 @@ def test_finished_shards_are_found_and_counts_stay(world):
 def test_other_trainers_read_exactly_what_the_manifests_name(world, tmp_path):
     store, _, plan, _ = world
     folder, counts, rows = build(world)
-    place = store.local_path(folder.key)
-    (place / "README.md").write_text(dataset_card(folder, plan.indices, counts))
-    (place / "shard-99999-000000000000.parquet").write_bytes(b"left by a killed writer, named by no manifest")
-    loaded = datasets.load_dataset(str(place), split="train", cache_dir=str(tmp_path))
+    location = store.local_path(folder.key)
+    (location / "README.md").write_text(dataset_card(folder, plan.indices, counts))
+    (location / "shard-99999-000000000000.parquet").write_bytes(b"left by a killed writer, named by no manifest")
+    loaded = datasets.load_dataset(str(location), split="train", cache_dir=str(tmp_path))
     assert loaded.column_names[:6] == ["jpg_0", "jpg_1", "label_0", "label_1", "caption", "best_image_uid"]
     assert {row["caption"]: row["jpg_0"] for row in loaded} == {p: row["jpg_0"] for p, row in rows.items()}
-    named = [str(place / manifest.file) for manifest in folder.manifests().values()]
+    named = [str(location / manifest.file) for manifest in folder.manifests().values()]
     plain = datasets.load_dataset("parquet", data_files=named, split="train", cache_dir=str(tmp_path))
     assert plain.features == loaded.features and plain[:] == loaded[:]
 
@@ -157,9 +157,9 @@ def test_a_public_trainer_sees_winner_and_loser(world, tmp_path):
     """The reading part of diffusers' Diffusion-DPO example: images from bytes, swapped where label_0 is 0."""
     store, _, plan, _ = world
     folder, counts, rows = build(world)
-    place = store.local_path(folder.key)
-    (place / "README.md").write_text(dataset_card(folder, plan.indices, counts))
-    examples = datasets.load_dataset(str(place), split="train", cache_dir=str(tmp_path))[:]
+    location = store.local_path(folder.key)
+    (location / "README.md").write_text(dataset_card(folder, plan.indices, counts))
+    examples = datasets.load_dataset(str(location), split="train", cache_dir=str(tmp_path))[:]
     pairs = [[Image.open(io.BytesIO(data)).convert("RGB") for data in examples[name]] for name in ("jpg_0", "jpg_1")]
     for caption, first, second, label in zip(examples["caption"], *pairs, examples["label_0"], strict=True):
         winner, loser = (first, second) if label else (second, first)
@@ -234,8 +234,8 @@ def test_foreign_triplets_are_refused_unless_wanted(world, tmp_path):
     config = DpoConfig(max_steps=1, batch_size=2, learning_rate=1e-4, mixed_precision="no")
     with pytest.raises(InputError, match="train the model that generated the pool"):
         tune("dpo", stranger, latents, plan.indices, config, folder.key)
-    wanted = config.model_copy(update={"allow_foreign_triplets": True})
-    assert tune("dpo", stranger, latents, plan.indices, wanted, folder.key).path.is_dir()
+    expected = config.model_copy(update={"allow_foreign_triplets": True})
+    assert tune("dpo", stranger, latents, plan.indices, expected, folder.key).path.is_dir()
 
 
 def test_a_lora_is_made_once_and_opens_in_plain_diffusers(world):
@@ -248,14 +248,14 @@ def test_a_lora_is_made_once_and_opens_in_plain_diffusers(world):
     config = DpoConfig(max_steps=2, batch_size=2, learning_rate=1e-2, mixed_precision="no")
     made = tune("dpo", model, latents, plan.indices, config, folder.key)
     found = tune("dpo", model, latents, plan.indices, config.model_copy(update={"log_every": 7}), folder.key)
-    assert not made.found and found.found and found.model_id == made.model_id and found.log == made.log
+    assert not made.existing and found.existing and found.model_id == made.model_id and found.log == made.log
     pipeline = StableDiffusionPipeline.from_pretrained(model.path)
     pipeline.set_progress_bar_config(disable=True)
 
-    def picture() -> Image.Image:
+    def generate() -> Image.Image:
         return pipeline("a woman", height=32, width=32, num_inference_steps=2,
                         generator=torch.Generator().manual_seed(0)).images[0]
 
-    before = np.asarray(picture()).astype(int)
+    before = np.asarray(generate()).astype(int)
     pipeline.load_lora_weights(made.path)
-    assert np.abs(np.asarray(picture()).astype(int) - before).max() > 0
+    assert np.abs(np.asarray(generate()).astype(int) - before).max() > 0

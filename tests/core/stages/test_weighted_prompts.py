@@ -60,9 +60,9 @@ def draw(store, model, **settings):
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory, model, judge_folder):
+def made(tmp_path_factory, model, judge_folder):
     """One pool of prompts of 1, 2 and 3 chunks in a shard, its scores, triplets and latents."""
-    store = Store(str(tmp_path_factory.mktemp("road")))
+    store = Store(str(tmp_path_factory.mktemp("made")))
     plan, images = draw(store, model)
     scoring = ScoreStage.of(plan, ScorerConfig(source=str(judge_folder)))
     scores, indices = scoring.folder, tuple(plan.indices)
@@ -78,8 +78,8 @@ def difference(a, b):
     return max(int(np.abs(a[key].astype(int) - b[key].astype(int)).max()) for key in a.keys() & b.keys())
 
 
-def test_plain_diffusers_draws_the_same_image_from_the_same_embeddings(road, model):
-    _, _, images, *_ = road
+def test_plain_diffusers_draws_the_same_image_from_the_same_embeddings(made, model):
+    _, _, images, *_ = made
     encoder = TextEncoder(load_pipeline(model), model)
     pipeline = StableDiffusionPipeline.from_pretrained(model.path)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -93,8 +93,8 @@ def test_plain_diffusers_draws_the_same_image_from_the_same_embeddings(road, mod
         assert np.abs(np.asarray(image).astype(int) - images[prompt, 1].astype(int)).max() <= TOLERANCE
 
 
-def test_neither_batch_nor_shard_nor_neighbours_choose_the_image(road, tmp_path, model):
-    _, plan, images, *_ = road
+def test_neither_batch_nor_shard_nor_neighbours_choose_the_image(made, tmp_path, model):
+    _, plan, images, *_ = made
     assert len(images) == 9
     _, other = draw(Store(str(tmp_path)), model, batch_size=4, prompts_per_shard=1)
     assert difference(images, other) <= TOLERANCE
@@ -102,8 +102,8 @@ def test_neither_batch_nor_shard_nor_neighbours_choose_the_image(road, tmp_path,
     assert table["prompt"].to_pylist() == [SHORT] * 3 + [LONG] * 3 + [LONGER] * 3  # the raw text, short ones first
 
 
-def test_the_weights_change_the_image_and_the_pool(road, tmp_path, model):
-    _, plan, images, *_ = road
+def test_the_weights_change_the_image_and_the_pool(made, tmp_path, model):
+    _, plan, images, *_ = made
     plain_plan, plain = draw(Store(str(tmp_path)), model.reading("plain"))
     assert plain_plan.pool_id != plan.pool_id
     assert difference({(SHORT, 0): plain[SHORT, 0]}, images) > TOLERANCE
@@ -119,8 +119,8 @@ def test_an_evaluation_reads_its_prompts_plainly_unless_told(tmp_path, model):
     assert plan_evaluation(store, model, SAMPLER, pool, weighted, PROMPTS).model == model
 
 
-def test_scores_are_of_the_words_and_tables_keep_the_text(road, judge_folder):
-    _, plan, images, scores, triplets, _ = road
+def test_scores_are_of_the_words_and_tables_keep_the_text(made, judge_folder):
+    _, plan, images, scores, triplets, _ = made
     judge = load_scorer("pickscore", source=str(judge_folder))
     rows = scores.read(0).to_pylist()
     drawn = plan.folder.read(0).to_pylist()
@@ -132,8 +132,8 @@ def test_scores_are_of_the_words_and_tables_keep_the_text(road, judge_folder):
     assert set(triplets.read(0)["caption"].to_pylist()) == set(PROMPTS)
 
 
-def test_training_conditions_on_exactly_what_the_sampler_used(road, model):
-    _, _, _, _, triplets, latents = road
+def test_training_conditions_on_exactly_what_the_sampler_used(made, model):
+    _, _, _, _, triplets, latents = made
     encoder = TextEncoder(load_pipeline(model), model)
     pairs = LatentPairs(latents, [0])
     captions = triplets.read(0)["caption"].to_pylist()
@@ -148,8 +148,8 @@ def test_training_conditions_on_exactly_what_the_sampler_used(road, model):
     assert together.prompt_mask is not None and together.prompt_mask.sum(dim=1).tolist() == lengths
 
 
-def test_a_longer_negative_prompt_makes_other_latents(road, model, target_folder):
-    store, _, _, _, triplets, latents = road
+def test_a_longer_negative_prompt_makes_other_latents(made, model, target_folder):
+    store, _, _, _, triplets, latents = made
     other = find_model(TargetConfig(source=str(target_folder), dtype="float32", negative_prompt="bad BREAK ugly",
                                     prompt_syntax="a1111"))
     assert latent_folder(store, triplets, other, (32, 32)).key != latents.key

@@ -35,14 +35,14 @@ def world() -> SmallWorld:
 def judge(world):
     """Win rate of images over the target's by the built-in scorer."""
     scorer = load_scorer("pickscore", source="figures")
-    before = scorer.score(world.target_pictures, world.prompts)
-    return lambda pictures: win_rate(scorer.score(pictures, world.prompts), before)
+    before = scorer.score(world.target_images, world.prompts)
+    return lambda images: win_rate(scorer.score(images, world.prompts), before)
 
 
 @pytest.fixture(scope="module")
 def healthy(world):
     """Correct images against headless ones, at the demo's learning rate."""
-    return world.train(world.pictures([None] * 6), world.pictures(["no_head"] * 6), max_steps=MIN_ROWS, batch_size=3)
+    return world.train(world.images([None] * 6), world.images(["no_head"] * 6), max_steps=MIN_ROWS, batch_size=3)
 
 
 def rises(log):
@@ -52,7 +52,7 @@ def rises(log):
 
 def test_a_learning_rate_a_hundred_times_too_large_collapses(world):
     messages = []
-    result, _ = world.train(world.pictures([None] * 6), world.pictures(["no_head"] * 6), max_steps=MIN_ROWS,
+    result, _ = world.train(world.images([None] * 6), world.images(["no_head"] * 6), max_steps=MIN_ROWS,
                             batch_size=3, learning_rate=3e-2, on_log=CollapseWatch(messages.append))
     assert min(rises(result.log)) > 5 * COLLAPSE_RISE
     warning = check_collapse(result.log)
@@ -64,17 +64,17 @@ def test_a_learning_rate_a_hundred_times_too_large_collapses(world):
 
 
 def test_a_healthy_run_raises_no_warning(healthy, judge):
-    result, pictures = healthy
+    result, images = healthy
     assert abs(rises(result.log)[0]) < COLLAPSE_RISE
     assert check_collapse(result.log) is None
-    assert check_scorers({"pickscore": judge(pictures), "other": judge(pictures)}, "pickscore") is None
+    assert check_scorers({"pickscore": judge(images), "other": judge(images)}, "pickscore") is None
 
 
 def test_a_run_on_random_labels_stalls(world, judge):
     """Winner and loser are two correct images of the same figure: nothing to learn, everything to memorise."""
-    result, pictures = world.train(world.pictures([None] * 6), world.pictures([None] * 6, seed=100), max_steps=20,
-                                   batch_size=3, learning_rate=2e-3)
-    rates = {"pickscore": judge(pictures)}
+    result, images = world.train(world.images([None] * 6), world.images([None] * 6, seed=100), max_steps=20,
+                                 batch_size=3, learning_rate=2e-3)
+    rates = {"pickscore": judge(images)}
     warning = check_stall(result.log, rates)
     assert warning is not None and warning.guard == "stall"
     assert f"pickscore {100 * rates['pickscore'].rate:.1f} %" in warning.message
@@ -83,16 +83,16 @@ def test_a_run_on_random_labels_stalls(world, judge):
 
 def test_a_scorer_that_prefers_fog_is_hacked(world, judge):
     """The pools are ranked by low contrast, and an independent scorer sees the effect."""
-    right = world.pictures([None] * 6)
+    right = world.images([None] * 6)
     fog = (right * 0.35 + 0.65 * 190).astype(np.uint8)
-    result, pictures = world.train(fog, right, max_steps=16, batch_size=3, learning_rate=5e-3)
-    rates = {"fog": win_rate(-pictures.std(axis=(1, 2, 3)), -world.target_pictures.std(axis=(1, 2, 3))),
-             "pickscore": judge(pictures)}
+    result, images = world.train(fog, right, max_steps=16, batch_size=3, learning_rate=5e-3)
+    rates = {"fog": win_rate(-images.std(axis=(1, 2, 3)), -world.target_images.std(axis=(1, 2, 3))),
+             "pickscore": judge(images)}
     assert rates["fog"].ci_low > 0.5
     warning = check_scorers(rates, "fog")
     assert warning is not None and warning.guard == "parted_judges" and "pickscore" in warning.message
     variety = variety_change(*(np.stack([thumbnail(image) for image in side])[:, None]
-                               for side in (pictures, world.target_pictures)))
+                               for side in (images, world.target_images)))
     alike = check_variety(rates, variety)
     assert alike is not None and alike.guard == "lost_variety"  # in fog all things look alike
     assert check_run(result.log, rates, {}, variety, "fog")[-2:] == [alike, warning]

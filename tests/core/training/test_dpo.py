@@ -26,7 +26,7 @@ KEYS = ["step", "loss", "dpo_loss", "stat_loss", "margin", "implicit_accuracy", 
 
 
 @pytest.fixture
-def place(tmp_path) -> Checkpoints:
+def location(tmp_path) -> Checkpoints:
     return Checkpoints(Store(str(tmp_path)), "models/tiny/checkpoints")
 
 
@@ -110,7 +110,7 @@ def test_accumulation_equals_the_larger_batch():
     torch.testing.assert_close(weights(split), weights(whole), rtol=2e-3, atol=2e-4)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(place, caplog):
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(location, caplog):
     class Starved(Pairs):
         """From the third step on there is room for 2 pairs, and it ends when part of a gradient is there already."""
 
@@ -124,7 +124,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(place, ca
 
     settings = config(batch_size=4, gradient_accumulation_steps=2, flip=True)
     whole, one = train(settings, Pairs(20))
-    starved, two = train(settings, Starved(20), checkpoints=place)
+    starved, two = train(settings, Starved(20), checkpoints=location)
     assert caplog.text.count("step 3 ran out of memory: a process now takes its samples 2 at a time") == 1
     assert "stays 8" in caplog.text and caplog.text.count("ran out of memory") == 1
     for name in ("loss", "margin", "winner_error", "stat_loss", "grad_norm"):
@@ -132,7 +132,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(place, ca
     torch.testing.assert_close(weights(starved), weights(whole), rtol=2e-3, atol=2e-4)
 
 
-def test_out_of_memory_with_one_pair_says_what_to_do(place):
+def test_out_of_memory_with_one_pair_says_what_to_do(location):
     class Full(Pairs):
         def batch(self, indices):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
@@ -197,19 +197,19 @@ def stop_after(steps: int):
 # rank 64 on 64-wide layers: tensors of 4096 elements, the least that bitsandbytes keeps in 8 bit
 @pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"optimizer": "adam8bit", "lora_rank": 64},
                                       {"optimizer": "adam8bit", "lora_rank": 64, "mixed_precision": "bf16"}])
-def test_a_resumed_training_is_bit_identical(settings, place):
+def test_a_resumed_training_is_bit_identical(settings, location):
     if settings["optimizer"] == "adam8bit":
         pytest.importorskip("bitsandbytes")
     settings = config(max_steps=6, warmup_steps=5, gradient_accumulation_steps=2, **settings)
     undisturbed, whole = train(settings)
     with pytest.raises(StoppedError, match="step 3 is kept"):
-        train(settings, checkpoints=place, should_stop=stop_after(3))
-    resumed, result = train(settings, checkpoints=place)
+        train(settings, checkpoints=location, should_stop=stop_after(3))
+    resumed, result = train(settings, checkpoints=location)
     assert result.resumed_from == 3 and result.log == whole.log
     assert torch.equal(weights(resumed), weights(undisturbed))
 
 
-def test_a_killed_training_continues_from_its_last_checkpoint(place):
+def test_a_killed_training_continues_from_its_last_checkpoint(location):
     class Killed(Exception):
         pass
 
@@ -219,24 +219,24 @@ def test_a_killed_training_continues_from_its_last_checkpoint(place):
 
     settings = config(max_steps=6, checkpoint_every=2)
     with pytest.raises(Killed):
-        train(settings, checkpoints=place, on_log=kill_at_4)
-    resumed, result = train(settings, checkpoints=place)
+        train(settings, checkpoints=location, on_log=kill_at_4)
+    resumed, result = train(settings, checkpoints=location)
     assert result.resumed_from == 2
     assert torch.equal(weights(resumed), weights(train(settings)[0]))
 
 
-def test_a_checkpoint_beyond_the_last_step_ends_in_one_line(place, tmp_path):
+def test_a_checkpoint_beyond_the_last_step_ends_in_one_line(location, tmp_path):
     """It was trained on without end."""
-    train(config(max_steps=2), checkpoints=place)
-    beyond = tmp_path / place.key / "step-9"
-    shutil.copytree(tmp_path / place.key / "step-2", beyond)
+    train(config(max_steps=2), checkpoints=location)
+    beyond = tmp_path / location.key / "step-9"
+    shutil.copytree(tmp_path / location.key / "step-2", beyond)
     complete = json.loads((beyond / "complete.json").read_text())
     (beyond / "complete.json").write_text(json.dumps(complete | {"step": 9}))
     with pytest.raises(StorageError, match="step 9 is beyond the last step 2 of this training: delete the folder"):
-        train(config(max_steps=2), checkpoints=place, should_stop=stop_after(5))
+        train(config(max_steps=2), checkpoints=location, should_stop=stop_after(5))
 
 
-def test_the_loss_scale_of_fp16_is_kept_in_checkpoints(place, monkeypatch):
+def test_the_loss_scale_of_fp16_is_kept_in_checkpoints(location, monkeypatch):
     """Without a GPU, torch's scaler for CPUs stands in. Scales are powers of two: the weights do not show them."""
     scalers = []
 
@@ -250,42 +250,42 @@ def test_the_loss_scale_of_fp16_is_kept_in_checkpoints(place, monkeypatch):
     settings = config(max_steps=5, max_grad_norm=1e9)
     undisturbed, whole = train(settings)
     with pytest.raises(StoppedError):
-        train(settings, checkpoints=place, should_stop=stop_after(3))
-    resumed, result = train(settings, checkpoints=place)
+        train(settings, checkpoints=location, should_stop=stop_after(3))
+    resumed, result = train(settings, checkpoints=location)
     ends = [scaler.state_dict() for scaler in scalers]
     assert [end["scale"] for end in ends] == [16.0, 8.0, 16.0] and ends[0] == ends[2]
     assert result.log == whole.log and torch.equal(weights(resumed), weights(undisturbed))
 
 
-def test_a_finished_training_is_only_loaded(place):
-    done, first = train(config(), checkpoints=place)
+def test_a_finished_training_is_only_loaded(location):
+    done, first = train(config(), checkpoints=location)
     rows = []
-    again, second = train(config(), checkpoints=place, on_log=rows.append)
+    again, second = train(config(), checkpoints=location, on_log=rows.append)
     assert rows == [] and second.resumed_from == second.steps == 4 and second.log == first.log
     assert torch.equal(weights(again), weights(done))
 
 
-def test_the_last_two_checkpoints_are_kept(place, tmp_path):
-    train(config(max_steps=7, checkpoint_every=2), checkpoints=place)
-    assert place.store.list_folders(place.key) == ["step-6", "step-7"]
-    names = sorted(path.name for path in (tmp_path / place.key / "step-7").iterdir())
+def test_the_last_two_checkpoints_are_kept(location, tmp_path):
+    train(config(max_steps=7, checkpoint_every=2), checkpoints=location)
+    assert location.store.list_folders(location.key) == ["step-6", "step-7"]
+    names = sorted(path.name for path in (tmp_path / location.key / "step-7").iterdir())
     assert names == ["complete.json", "state.pt", "weights.safetensors"]
 
 
-def test_incomplete_damaged_and_foreign_checkpoints_are_skipped(place, tmp_path):
-    folder = tmp_path / place.key
+def test_incomplete_damaged_and_foreign_checkpoints_are_skipped(location, tmp_path):
+    folder = tmp_path / location.key
     settings = config(checkpoint_every=1, max_steps=4)
-    train(settings, checkpoints=place)
-    assert train(settings.model_copy(update={"beta": 21.0}), checkpoints=place)[1].resumed_from is None
-    train(settings, checkpoints=place)  # the other config's steps 3 and 4 stood here: written again
+    train(settings, checkpoints=location)
+    assert train(settings.model_copy(update={"beta": 21.0}), checkpoints=location)[1].resumed_from is None
+    train(settings, checkpoints=location)  # the other config's steps 3 and 4 stood here: written again
     (folder / "step-4" / "complete.json").unlink()
-    assert train(settings, checkpoints=place)[1].resumed_from == 3
+    assert train(settings, checkpoints=location)[1].resumed_from == 3
     (folder / "step-4" / "weights.safetensors").write_bytes(b"cut")
     (folder / "step-3" / "complete.json").write_text("{")
-    assert train(settings, checkpoints=place)[1].resumed_from is None
+    assert train(settings, checkpoints=location)[1].resumed_from is None
 
 
-def test_numbers_that_are_not_finite_stop_the_training_and_leave_the_checkpoint(place):
+def test_numbers_that_are_not_finite_stop_the_training_and_leave_the_checkpoint(location):
     class Poisoned(Pairs):
         healthy_batches = 3
 
@@ -298,8 +298,8 @@ def test_numbers_that_are_not_finite_stop_the_training_and_leave_the_checkpoint(
 
     settings = config(checkpoint_every=2)
     with pytest.raises(ConfigError, match=r"step 4, before the weights changed: loss is nan.*learning_rate.*beta"):
-        train(settings, Poisoned(), checkpoints=place)
-    resumed, result = train(settings, checkpoints=place)
+        train(settings, Poisoned(), checkpoints=location)
+    resumed, result = train(settings, checkpoints=location)
     assert result.resumed_from == 2
     assert torch.equal(weights(resumed), weights(train(settings)[0]))
 

@@ -1,4 +1,4 @@
-"""Training over several processes: two on a CPU take the place of two GPUs."""
+"""Training over several processes: two on a CPU take the location of two GPUs."""
 
 import json
 import logging
@@ -36,23 +36,24 @@ def request_(tmp_path, target_folder):
 @pytest.mark.slow
 def test_two_processes_train_one_model_and_the_first_one_writes_it(request_, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    told = []
-    tuned = run_train_everywhere(request_, processes=2, progress=lambda *at: told.append(at))
-    assert told[-1] == (2, 2, "steps") and [row["step"] for row in tuned.log] == [1, 2]
+    reported = []
+    tuned = run_train_everywhere(request_, processes=2, progress=lambda *at: reported.append(at))
+    assert reported[-1] == (2, 2, "steps") and [row["step"] for row in tuned.log] == [1, 2]
     store = Store(request_.root)
     complete = store.read_json(f"models/{tuned.model_id}/checkpoints/step-2/complete.json")
     assert complete["step"] == 2
     assert store.read_json(f"models/{tuned.model_id}/config.json")["global_batch"] == 2  # batch_size 1 on each
-    assert run_train_everywhere(request_, processes=2).found
+    assert run_train_everywhere(request_, processes=2).existing
 
 
 @pytest.mark.slow
 def test_several_processes_stop_together_with_a_checkpoint(request_, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     long = request_.model_copy(update={"config": SFT.model_copy(update={"max_steps": 100_000}).model_dump(mode="json")})
-    told = []
+    reported = []
     with pytest.raises(StoppedError, match="asked to stop after step"):
-        run_train_everywhere(long, processes=2, progress=lambda *at: told.append(at), should_stop=lambda: bool(told))
+        run_train_everywhere(long, processes=2, progress=lambda *at: reported.append(at),
+                             should_stop=lambda: bool(reported))
     assert find_result(long) is None
 
 
@@ -113,7 +114,7 @@ def test_what_other_launchers_left_in_the_shell_changes_nothing(request_, monkey
         store.delete(key)
     found = run_train_everywhere(request_)
     assert found.model_id == plain.model_id and find_result(request_) is not None  # published under the same id
-    assert not found.found and found.log == plain.log
+    assert not found.existing and found.log == plain.log
     assert "ignored, since this training was not started by them: the variables ACCELERATE_GRAD" in caplog.text
 
 

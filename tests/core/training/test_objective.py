@@ -122,10 +122,10 @@ def test_an_objective_from_outside_goes_all_the_way(biases, model, latents):
     assert request.kind == "biases" and request.settings == config
 
     tuned = run_train(request)
-    assert tuned.model_id.startswith("biases-") and not tuned.found
+    assert tuned.model_id.startswith("biases-") and not tuned.existing
     assert [row["step"] for row in tuned.log] == [1, 2] and biases.watched == tuned.log
     found = find_result(request)
-    assert found is not None and found.model_id == tuned.model_id and run_train(request).found
+    assert found is not None and found.model_id == tuned.model_id and run_train(request).existing
 
     name = "unet/diffusion_pytorch_model.safetensors"
     before, after = load_file(model.path / name), load_file(tuned.path / name)

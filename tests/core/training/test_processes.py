@@ -24,18 +24,18 @@ TESTS = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two processes have been here, after one that was stopped after step 2 of three trainings."""
-    place = tmp_path_factory.mktemp("exchange")
+    location = tmp_path_factory.mktemp("exchange")
     for name, batch in (("four", 4), ("three", 3), ("one", 1)):
         asked = iter([False, False, True])
         with pytest.raises(StoppedError):
-            train(config(batch_size=batch), checkpoints=Checkpoints(Store(str(place)), name),
+            train(config(batch_size=batch), checkpoints=Checkpoints(Store(str(location)), name),
                   should_stop=lambda asked=asked: next(asked))
-    command = [*launch_command(2), str(TESTS / "two_processes.py"), str(place)]
+    command = [*launch_command(2), str(TESTS / "two_processes.py"), str(location)]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1",
                                        "HGDPO_DEVICE": "cpu"}, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    return place
+    return location
 
 
 @pytest.fixture(scope="module")

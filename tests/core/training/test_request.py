@@ -57,10 +57,10 @@ def test_sft_is_made_from_a_request_and_found_the_second_time(tmp_path, images, 
     assert run_shards(encode) == 2
     seen = []
     made = run_train(request, progress=lambda *at: seen.append(at))
-    assert {unit for _, _, unit in seen} == {"steps"} and not made.found
+    assert {unit for _, _, unit in seen} == {"steps"} and not made.existing
     found = find_result(request)
     assert found is not None and found.model_id == made.model_id and found.log == made.log
-    assert IN_PROCESS.train(request).found
+    assert IN_PROCESS.train(request).existing
 
 
 def test_copied_images_are_read_from_the_store(tmp_path, images, model):

@@ -52,7 +52,7 @@ def test_losses_and_weights_equal_a_plain_implementation(kind, flip):
 
 def test_it_learns():
     class Same(Images):
-        """One image over and over: its noise is easily told from it."""
+        """One image over and over: its noise is easily distinguished from it."""
 
         def __init__(self):
             super().__init__(1)
@@ -90,11 +90,11 @@ def test_a_resumed_training_is_bit_identical(optimizer, ema_decay, tmp_path):
         pytest.importorskip("bitsandbytes")
     settings = sft_config(max_steps=6, warmup_steps=4, optimizer=optimizer, caption_dropout=0.3, ema_decay=ema_decay)
     undisturbed, whole = train_images(settings)
-    place = Checkpoints(Store(str(tmp_path)), "models/base/checkpoints")
+    location = Checkpoints(Store(str(tmp_path)), "models/base/checkpoints")
     answers = iter([False, False, False, True])
     with pytest.raises(StoppedError, match="step 3 is kept"):
-        train_images(settings, checkpoints=place, should_stop=lambda: next(answers))
-    resumed, result = train_images(settings, checkpoints=place)
+        train_images(settings, checkpoints=location, should_stop=lambda: next(answers))
+    resumed, result = train_images(settings, checkpoints=location)
     assert result.resumed_from == 3 and result.log == whole.log
     assert torch.equal(all_weights(resumed), all_weights(undisturbed))
 

@@ -53,41 +53,41 @@ def train(store, model, config, **hooks):
     return tune("dpo", model, latents, [0], config, triplets.key, validation=VALIDATION, **hooks)
 
 
-def pictures(store, model_id, step):
+def read_images(store, model_id, step):
     key = f"models/{model_id}/validation/step-{step:06d}"
     return [np.asarray(decode_image(store.read_bytes(f"{key}/{i}.png"))) for i in range(len(PROMPTS))]
 
 
-def test_a_training_with_pictures_is_the_one_without_bit_by_bit(store, tmp_path, model):
+def test_a_training_with_images_is_the_one_without_bit_by_bit(store, tmp_path, model):
     plain = train(Store(str(tmp_path / "plain")), model, DPO)
     noted = DPO.model_copy(update={"validation_every": 3})
     asked = iter([False, False, False, True])
     with pytest.raises(StoppedError, match="step 3 is kept"):
         train(store, model, noted, should_stop=lambda: next(asked))
-    before = pictures(store, plain.model_id, 3)
+    before = read_images(store, plain.model_id, 3)
     tuned = train(store, model, noted)
     assert tuned.model_id == plain.model_id and tuned.log == plain.log
     name = "pytorch_lora_weights.safetensors"
     assert (tuned.path / name).read_bytes() == (plain.path / name).read_bytes()
     published = store.read_json(f"models/{tuned.model_id}/model.json")["fingerprint"]
-    assert fingerprint_path(tuned.path) == published  # pictures beside a model are no part of it
+    assert fingerprint_path(tuned.path) == published  # images beside a model are no part of it
     assert validation_steps(store, tuned.model_id) == [0, 3, 4]
     assert validation_steps(Store(str(tmp_path / "plain")), plain.model_id) == []
-    assert all(np.array_equal(a, b) for a, b in zip(before, pictures(store, tuned.model_id, 3), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(before, read_images(store, tuned.model_id, 3), strict=True))
 
     # the first are the target's, the last those of the LoRA at its weight, as the evaluation would draw them
     for step, shown in ((0, model), (4, model.with_lora(tuned.path, 0.5))):
         generator = ImageGenerator(shown, VALIDATION.sampler, PoolConfig(), "cpu")
-        for prompt, picture in zip(PROMPTS, pictures(store, tuned.model_id, step), strict=True):
+        for prompt, image in zip(PROMPTS, read_images(store, tuned.model_id, step), strict=True):
             drawn = generator.sample(generator.backbone.text.encode([prompt])[0], [image_seed(5, prompt, 0)])[0]
-            assert np.abs(drawn.astype(int) - picture.astype(int)).max() <= 1
+            assert np.abs(drawn.astype(int) - image.astype(int)).max() <= 1
     grid = validation_grid(store, tuned.model_id)
     assert grid is not None and grid.height > grid.width // 2
     record = store.read_json(f"models/{tuned.model_id}/validation/step-000004/images.json")
     assert (record["step"], record["prompts"], record["lora_weight"]) == (4, list(PROMPTS), 0.5)
 
 
-def test_too_little_memory_for_a_picture_is_a_warning(store, model, monkeypatch, caplog):
+def test_too_little_memory_for_an_image_is_a_warning(store, model, monkeypatch, caplog):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -99,8 +99,8 @@ def test_too_little_memory_for_a_picture_is_a_warning(store, model, monkeypatch,
 
 def test_a_fine_tuning_shows_its_average(store, tmp_path, model):
     (tmp_path / "images").mkdir()
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    (tmp_path / "images" / "a.png").write_bytes(encode_image(picture, "png"))
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    (tmp_path / "images" / "a.png").write_bytes(encode_image(image, "png"))
     (tmp_path / "images" / "a.txt").write_text("a woman")
     images = read_image_set(str(tmp_path / "images"))
     latents = image_latent_folder(store, images, model, (32, 32))
@@ -111,9 +111,9 @@ def test_a_fine_tuning_shows_its_average(store, tmp_path, model):
     generator = ImageGenerator(find_model(TargetConfig(source=str(tuned.path), dtype="float32")), VALIDATION.sampler,
                       PoolConfig(), "cpu")
     drawn = generator.sample(generator.backbone.text.encode([PROMPTS[0]])[0], [image_seed(5, PROMPTS[0], 0)])[0]
-    last = pictures(store, tuned.model_id, 3)[0]
+    last = read_images(store, tuned.model_id, 3)[0]
     assert np.abs(drawn.astype(int) - last.astype(int)).max() <= 1
-    assert not np.array_equal(last, pictures(store, tuned.model_id, 0)[0])
+    assert not np.array_equal(last, read_images(store, tuned.model_id, 0)[0])
 
 
 def test_prompts_are_spread_over_the_evaluations():

@@ -18,7 +18,7 @@ from hgdpo_core.models.published import fetch_model, find_record, publish_model,
 from hgdpo_core.storage import Store
 
 
-class Place(BaseModel):
+class Location(BaseModel):
     """Either `source` (built in, a hub id with its commit, or a path of this machine) or a model of the store."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,23 +30,23 @@ class Place(BaseModel):
     """A single-file model's name inside `models/<model_id>/`."""
 
     @classmethod
-    def of(cls, store: Store, path: Path, *, share: bool) -> Self:
-        """The location of a local file or folder; with `share`, one from outside the store is copied into it first."""
+    def of(cls, store: Store, path: Path, *, copy_to_store: bool) -> Self:
+        """The location of a local file or folder; `copy_to_store` first copies one from outside the store into it."""
         if built_in.holds(path):
             return cls(source=built_in.SOURCE)
         if (inside := stored_id(store, path)) is not None:
             return cls(model_id=inside)
-        if not share:
+        if not copy_to_store:
             return cls(source=str(path.resolve()))
         return cls(model_id=_copy_into_store(store, path), file=path.name if path.is_file() else None)
 
     @classmethod
-    def of_source(cls, store: Store, source: str | None, *, share: bool) -> Self:
+    def of_source(cls, store: Store, source: str | None, *, copy_to_store: bool) -> Self:
         """The location of a scorer's source: a path of this machine, or a name (hub id, built in) as it is."""
         path = Path(source).expanduser() if source not in (None, built_in.SOURCE) else None
         if path is None or not path.exists():
             return cls(source=source)
-        return cls.of(store, path, share=share)
+        return cls.of(store, path, copy_to_store=copy_to_store)
 
     def locate(self, store: Store) -> str:
         """What a TargetConfig or a scorer takes as `source` on this machine; a model of the store is fetched.
@@ -80,12 +80,12 @@ def _copy_into_store(store: Store, path: Path) -> str:
     return model_id
 
 
-def model_means(store: Store, model: Model, *, share: bool) -> dict[str, Any]:
+def model_locations(store: Store, model: Model, *, copy_to_store: bool) -> dict[str, Any]:
     """Locations of the model, its LoRA, its VAE and its configs, for `find_located_model`."""
     def locate(path: Path | None) -> dict[str, Any] | None:
-        return Place.of(store, path, share=share).model_dump() if path else None
+        return Location.of(store, path, copy_to_store=copy_to_store).model_dump() if path else None
 
-    on_hub = Place(source=model.hub_id, revision=model.fingerprint).model_dump() if model.hub_id else None
+    on_hub = Location(source=model.hub_id, revision=model.fingerprint).model_dump() if model.hub_id else None
     shipped = model.configs is None or model.configs.resolve() == SD15_CONFIGS.resolve()
     return {"model": on_hub or locate(model.path), "lora": locate(model.lora.path if model.lora else None),
             "vae": locate(model.vae), "configs": None if shipped else locate(model.configs)}
@@ -93,8 +93,8 @@ def model_means(store: Store, model: Model, *, share: bool) -> dict[str, Any]:
 
 def find_located_model(store: Store, identity: Mapping[str, Any], recipe: Mapping[str, Any]) -> Model:
     """The model of an identity (`Model.identity`) at its recorded location; ModelError when it is another one now."""
-    location = Place.model_validate(recipe["model"])
-    vae, configs = (Place.model_validate(recipe[name]).locate(store) if recipe.get(name) else None
+    location = Location.model_validate(recipe["model"])
+    vae, configs = (Location.model_validate(recipe[name]).locate(store) if recipe.get(name) else None
                     for name in ("vae", "configs"))
     model = find_model(TargetConfig(
         source=location.locate(store), revision=location.revision, vae=vae, component_configs=configs,
@@ -103,7 +103,7 @@ def find_located_model(store: Store, identity: Mapping[str, Any], recipe: Mappin
     refuse_other_model("target", model.fingerprint, identity["fingerprint"])
     if not identity.get("lora"):
         return model
-    model = model.with_lora(Path(Place.model_validate(recipe["lora"]).locate(store)), identity["lora"]["weight"])
+    model = model.with_lora(Path(Location.model_validate(recipe["lora"]).locate(store)), identity["lora"]["weight"])
     assert isinstance(model.lora, Lora)
     refuse_other_model("LoRA", model.lora.fingerprint, identity["lora"]["fingerprint"])
     return model
