@@ -4,15 +4,19 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from flows.caption_command import caption
 from flows.score_commands import rescore, score
 from flows.terminal import call_opened, open_store
-from hgdpo_core.errors import HGDPOError, StoppedError
+from hgdpo_core import __version__
+from hgdpo_core.errors import HGDPOError, StoppedError, first_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HGDPOError as error:
         print(f"hgdpo: error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        print(f"hgdpo: error: {type(error).__name__}: {first_line(error)}; what is finished is kept. The traceback is "
+              f"in {_keep_traceback()}", file=sys.stderr)
+        return 1
+
+
+def _keep_traceback() -> Path:
+    from hgdpo_core.storage.scratch import cache_folder
+
+    log = cache_folder("logs") / f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}-{os.getpid()}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(f"{shlex.join(sys.argv)}\n\n{traceback.format_exc()}")
+    return log
 
 
 def _prepare_environment() -> None:
@@ -143,6 +160,14 @@ def collect(options: argparse.Namespace) -> int:
     return 0
 
 
+def settings(options: argparse.Namespace) -> int:
+    """Print every setting: its value in a preset, its unit and what it means."""
+    from hgdpo_core.rendering.settings import settings_table
+
+    print(settings_table(options.preset).text())
+    return 0
+
+
 def export(options: argparse.Namespace) -> int:
     """Put a run's LoRA, for diffusers and for A1111 and ComfyUI, and its model card into a folder."""
     from hgdpo_core.export import check_push, export_run, push_folder
@@ -190,7 +215,7 @@ def _print_summary(summary: dict[str, Any], publish: str | None) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": run, "plan": plan, "ablate": ablate, "evaluate": evaluate, "rescore": rescore, "score": score,
-    "caption": caption, "export": export, "gc": collect}
+    "caption": caption, "export": export, "settings": settings, "gc": collect}
 
 
 class _Command(argparse.ArgumentParser):
@@ -209,6 +234,7 @@ class _Command(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hgdpo", description="Better human images from your own model (HG-DPO).")
+    parser.add_argument("--version", action="version", version=f"hgdpo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Command)
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=(function.__doc__ or "").splitlines()[0])

@@ -196,7 +196,7 @@ COLLECT = (ROOT, Parameter("dry_run", "list, remove nothing", False, kind="flag"
 
 COMMAND_LINES: dict[str, tuple[Parameter, ...]] = {
     "run": (*RUN, PUBLISH, JSON), "plan": (*INPUTS, PROBE, JSON), "ablate": ABLATE, "evaluate": (*EVALUATE, PUBLISH),
-    "rescore": RESCORE, "score": SCORE, "caption": CAPTION, "export": EXPORT, "gc": COLLECT}
+    "rescore": RESCORE, "score": SCORE, "caption": CAPTION, "export": EXPORT, "settings": (PRESET,), "gc": COLLECT}
 """Command -> its options: those of its flow, then those of the command line alone."""
 
 

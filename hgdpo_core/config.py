@@ -44,6 +44,11 @@ NO_ID = InIds(result="never", run="never")
 """For how work is divided."""
 
 
+def number(meaning: str, unit: str, **options: Any) -> Any:
+    """The field of a setting that is a number; `unit` is "none" for one without."""
+    return Field(description=meaning, json_schema_extra={"unit": unit}, **options)
+
+
 class StageConfig(BaseModel):
     """Base of all settings: immutable, no unknown names, JSON round trip.
 
@@ -95,11 +100,11 @@ class PromptSource(StageConfig):
 
     source: str = Field(description='txt, csv, tsv, jsonl or parquet at a path or URL; hub id or folder of a data set; '
                                     '"figures" is built in')
-    split: str = Field(default="train", description='of a data set; of built-in prompts: train, validation or test')
+    split: str = Field(default="train", description='of a data set; of built-in prompts train, validation or test')
     subset: str | None = Field(default=None, description="configuration of a data set that has several")
     column: str | None = Field(default=None, description="column of a table; default: prompt, Prompt, caption or text")
     category: str | None = Field(default=None, description="keep rows whose Category is this, as in PartiPrompts")
-    limit: int | None = Field(default=None, ge=1, description="use only the first prompts")
+    limit: int | None = number("use only so many, the first", "prompts", default=None, ge=1)
 
     @model_validator(mode="after")
     def _split_exists(self) -> Self:
@@ -120,8 +125,9 @@ class TargetConfig(StageConfig):
     component_configs: str | None = Field(
         default=None, description="diffusers folder with the component configs and tokenizer of a single file (needed "
                                   "for v-prediction); default: Stable Diffusion 1.5's, which come with this package")
-    negative_prompt: str = ""
-    clip_skip: int | None = Field(default=None, ge=1, description="text layers to skip: 1 is A1111's Clip skip 2")
+    negative_prompt: str = Field(default="", description="what guidance leads away from")
+    clip_skip: int | None = number("last layers of the text encoder to skip: 1 is A1111's Clip skip 2", "layers",
+                                   default=None, ge=1)
     dtype: Dtype = Field(default="auto", description="precision of sampling; auto: bfloat16 where fast, else float32")
     prompt_syntax: PromptSyntax = Field(
         default="plain", description="how prompts and the negative prompt are written. plain: all characters are text, "
@@ -131,10 +137,10 @@ class TargetConfig(StageConfig):
 class SamplerConfig(StageConfig):
     """DPM-Solver++ multistep with classifier-free guidance (paper D.4)."""
 
-    width: int = Field(default=704, ge=8, multiple_of=8, description="pixels")
-    height: int = Field(default=1024, ge=8, multiple_of=8, description="pixels")
-    steps: int = Field(default=50, ge=1)
-    guidance_scale: float = Field(default=5.0, ge=1.0)
+    width: int = number("width of images, a multiple of 8", "pixels", default=704, ge=8, multiple_of=8)
+    height: int = number("height of images, a multiple of 8", "pixels", default=1024, ge=8, multiple_of=8)
+    steps: int = number("length of sampling", "solver steps", default=50, ge=1)
+    guidance_scale: float = number("weight of classifier-free guidance; 1 is without", "none", default=5.0, ge=1.0)
     latent_normalisation: Annotated[bool, InIds(result="changed")] = Field(
         default=False, description="LAN (paper Eq. 7): a tuned model's latents keep the target's channel statistics; "
         "twice the cost of sampling")
@@ -148,28 +154,32 @@ class SamplerConfig(StageConfig):
 class DrawingConfig(StageConfig):
     """How images are generated and stored, for pools and evaluations."""
 
-    image_format: ImageFormat = "png"
-    prompts_per_shard: int = Field(default=32, ge=1, description="prompts in the unit of commit")
-    batch_size: Annotated[int, OWN_TO_RUNS] = Field(
-        default=8, ge=1, description="images sampled together; never changes which images are made")
+    image_format: ImageFormat = Field(default="png", description="png and webp are lossless, jpeg is of quality 95")
+    prompts_per_shard: int = number("prompts of a shard, the unit that is committed or made again", "prompts",
+                                    default=32, ge=1)
+    batch_size: Annotated[int, OWN_TO_RUNS] = number(
+        "images sampled together; never changes which images are made", "images", default=8, ge=1)
 
 
 class PoolConfig(DrawingConfig):
     """The pool of N candidates per prompt (paper Eq. 4)."""
 
-    images_per_prompt: int = Field(default=20, ge=1, description="N of the paper")
-    seed: int = Field(default=0, ge=0, lt=2**63,
-                      description="run seed; an image's own seed is derived from it, the prompt and j")
+    images_per_prompt: int = number("N of the paper", "images", default=20, ge=1)
+    seed: int = number(
+        "run seed; an image's own seed is derived from it, the prompt and the image's number", "none", default=0, ge=0,
+        lt=2**63)
 
 
 class ScorerConfig(StageConfig):
     """A scorer of images."""
 
-    name: str = Field(default="pickscore", description="one of hgdpo_core.scorers.SCORERS")
+    name: str = Field(default="pickscore", description="aesthetic, clip, hps_v2.0, hps_v2.1, imagereward, inspector, "
+                      "pickscore or tinted")
     source: Annotated[str | None, OWN_TO_RUNS] = Field(  # the fingerprint of what it names enters
         default=None, description="hub id, folder or weights file; default: the public weights of that name")
-    batch_size: Annotated[int, OWN_TO_RUNS] = Field(default=32, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch_size: Annotated[int, OWN_TO_RUNS] = number("images scored together", "images", default=32, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="precision of the scorer; lower ones change scores")
 
     @field_validator("name")
     @classmethod
@@ -193,45 +203,62 @@ class ScorerConfig(StageConfig):
 class TripletConfig(StageConfig):
     """Which two candidates of a pool become winner and loser (paper Eq. 6, Table 5)."""
 
-    loser_rank: int | None = Field(default=None, ge=2, description="l of N-20-L-l, 1-based; default: last")
-    pool_size: Annotated[int | None, InIds(result="changed")] = Field(
-        default=None, ge=2, description="N of N-2, N-5, ...: rank only a pool's first N images; default: all")
+    loser_rank: int | None = number("l of N-20-L-l: rank of the loser, from 1; default: last", "rank", default=None,
+                                    ge=2)
+    pool_size: Annotated[int | None, InIds(result="changed")] = number(
+        "N of N-2, N-5, ...: rank only a pool's first N images; default: all", "images", default=None, ge=2)
 
 
 class TrainingConfig(StageConfig):
     """Settings of both trainers."""
 
-    epochs: int = Field(default=1, ge=1)
-    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
-    batch_size: int = Field(ge=1, description="samples (SFT) or pairs (DPO) per process and micro step")
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    learning_rate: float = Field(gt=0, le=1)
-    warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0, le=1000)
-    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e12)
-    optimizer: Optimizer = "adamw"
-    mixed_precision: MixedPrecision = "auto"
-    gradient_checkpointing: bool = False
+    epochs: int = number("passes over the data, unless max_steps is given", "epochs", default=1, ge=1)
+    max_steps: int | None = number("length of the training; overrides epochs", "optimizer steps", default=None, ge=1)
+    batch_size: int = number("batch of a process in a micro step", "samples (SFT) or pairs (DPO)", ge=1)
+    gradient_accumulation_steps: int = number("how many make an optimizer step", "micro steps",
+                                              default=1, ge=1)
+    global_batch_size: Annotated[int | None, ADDED] = number(
+        "batch of an optimizer step over all processes, whose number then changes no result and no id; default: "
+        "batch_size x gradient_accumulation_steps x processes", "samples (SFT) or pairs (DPO)", default=None, ge=1)
+    learning_rate: float = number("step size of the optimizer, constant after the warm-up", "none", gt=0, le=1)
+    warmup_steps: int = number("how long the learning rate grows from 0", "optimizer steps", default=0, ge=0)
+    weight_decay: float = number("decoupled weight decay of AdamW", "none", default=0.0, ge=0, le=1000)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = number(
+        "decay of Adam's averages: of gradients, of their squares", "none", default=(0.9, 0.999))
+    max_grad_norm: float = number("longer gradients are clipped to it", "L2 norm", default=1.0, gt=0, le=1e12)
+    optimizer: Optimizer = Field(default="adamw", description="adam8bit: AdamW with states of 8 bits, by bitsandbytes")
+    mixed_precision: MixedPrecision = Field(
+        default="auto", description="of the forward pass; auto: bf16 where it is fast, else none. Weights stay float32")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
     flip: Annotated[bool, InIds(result="changed")] = Field(
         default=False, description="mirror half of the samples, chosen again each time; winner and loser of a pair "
         "together. Doubles the cached latents")
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    checkpoint_every: Annotated[int, OWN_TO_RUNS] = Field(default=500, ge=1, description="steps between resume points")
-    log_every: Annotated[int, OWN_TO_RUNS] = Field(default=1, ge=1, description="optimizer steps between log rows")
-    validation_every: Annotated[int | None, OWN_TO_RUNS] = Field(
-        default=None, ge=1, description="optimizer steps between images of evaluation prompts; default: none")
-    validation_images: Annotated[int, OWN_TO_RUNS] = Field(default=4, ge=1, description="how many of them")
+    seed: int = number("seed of order, noise, timesteps and new weights", "none", default=0, ge=0, lt=2**63)
+    checkpoint_every: Annotated[int, OWN_TO_RUNS] = number(
+        "distance of checkpoints", "optimizer steps", default=500, ge=1)
+    log_every: Annotated[int, OWN_TO_RUNS] = number("distance of rows in the log", "optimizer steps", default=1, ge=1)
+    validation_every: Annotated[int | None, OWN_TO_RUNS] = number(
+        "distance of images for evaluation prompts; default: no such images", "optimizer steps", default=None, ge=1)
+    validation_images: Annotated[int, OWN_TO_RUNS] = number(
+        "how many images for evaluation prompts each time", "images", default=4, ge=1)
     tracker: Annotated[TrackerName | None, OWN_TO_RUNS] = Field(
         default=None, description="where training curves go besides the store's log.json; tensorboard writes beside it")
+
+
+    @model_validator(mode="after")
+    def _one_batch(self) -> Self:
+        if self.global_batch_size is not None and self.gradient_accumulation_steps > 1:
+            raise ValueError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but it follows from "
+                             f"global_batch_size ({self.global_batch_size}): change that, or set that to null")
+        return self
 
 
 class SftConfig(TrainingConfig):
     """Supervised fine-tuning of the whole UNet on the user's images (paper D.1)."""
 
-    caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="fraction of captions that become empty (ours)")
-    ema_decay: Annotated[float | None, InIds(result="changed")] = Field(
-        default=None, gt=0, lt=1, description="keep the average of the weights, as 0.9999; default: the last (ours)")
+    caption_dropout: float = number("fraction of captions that become empty (ours)", "none", default=0.1, ge=0, lt=1)
+    ema_decay: Annotated[float | None, InIds(result="changed")] = number(
+        "keep the average of the weights, as 0.9999; default: the last ones (ours)", "none", default=None, gt=0, lt=1)
 
 
 class DpoConfig(TrainingConfig):
@@ -241,9 +268,12 @@ class DpoConfig(TrainingConfig):
     in diffusers' SD 1.5 example, and `beta_dpo=5000` where there is a factor 1/2 (Salesforce, diffusers' SDXL example).
     """
 
-    beta: float = Field(default=2500.0, gt=0, le=1e12)
-    lambda_stat: float = Field(default=10_000.0, ge=0, le=1e18, description="weight of statistic matching; 0 is off")
-    lora_rank: int = Field(default=8, ge=1, description="lora_alpha always equals it, so the LoRA's scale is 1 (ours)")
+    beta: float = number(
+        "beta of Eq. 9, for mean errors without a factor 1/2; larger stays closer to the target", "none",
+        default=2500.0, gt=0, le=1e12)
+    lambda_stat: float = number("weight of the statistic matching loss; 0 is off", "none", default=10_000.0, ge=0,
+                                le=1e18)
+    lora_rank: int = number("rank of the LoRA; lora_alpha equals it, so its scale is 1 (ours)", "none", default=8, ge=1)
     share_noise: bool = Field(default=True, description="winner and loser of a pair share their noise")
     allow_foreign_triplets: bool = Field(default=False, description="train on triplets made by another model")
 
@@ -251,10 +281,10 @@ class DpoConfig(TrainingConfig):
 class EvaluationConfig(StageConfig):
     """Target against trained model on held-out prompts, same seeds (paper Table 1)."""
 
-    prompts: PromptSource
-    images_per_prompt: int = Field(default=1, ge=1)
-    seed: int = Field(default=1_000, ge=0, lt=2**63)
-    lora_weight: float = Field(default=0.5, gt=0, le=100, description="scale of the LoRA at inference (paper A.3: 0.5)")
+    prompts: PromptSource = Field(description="held out: none of the training prompts")
+    images_per_prompt: int = number("images per prompt by each model", "images", default=1, ge=1)
+    seed: int = number("seed of the images, the same for both models", "none", default=1_000, ge=0, lt=2**63)
+    lora_weight: float = number("scale of the LoRA at inference (paper A.3: 0.5)", "none", default=0.5, gt=0, le=100)
     prompt_syntax: PromptSyntax = Field(default="plain", description="how the evaluation's prompts are written")
     scorers: tuple[ScorerConfig, ...] = Field(min_length=1, description='short: "pickscore=my/folder,clip"')
 
@@ -275,15 +305,16 @@ class EvaluationConfig(StageConfig):
 class WorkersConfig(StageConfig):
     """How work is divided among workers. It changes no result, so it is part of no id."""
 
-    draw_images_per_run: int = Field(default=1280, ge=1, description="images that one shard run generates")
-    score_images_per_run: int = Field(default=6400, ge=1, description="images that one shard run scores or encodes")
-    least_draw_runs: int = Field(default=1, ge=1, description="fewest shard runs that even few images are spread over")
-    open_runs: int = Field(default=50, ge=1, description="shard runs of a stage that wait or run at once, at least "
-                           "twice the workers; the next ones are started as these end")
-    max_failed_shards: int = Field(default=10, ge=0,
-                                   description="shard runs of a stage that may fail before no further one starts")
-    pending_seconds: float = Field(default=1200.0, gt=0, description="a run that a worker took and did not start for "
-                                   "so long is marked Crashed by its parent, where the automations did not do it")
+    draw_images_per_run: int = number("how many one shard run generates", "images", default=1280, ge=1)
+    score_images_per_run: int = number("how many one shard run scores or encodes", "images", default=6400, ge=1)
+    least_draw_runs: int = number("least number that even few images are spread over", "shard runs", default=1, ge=1)
+    open_runs: int = number(
+        "how many of a stage wait or run at once, at least twice the workers; the next ones start as these end",
+        "shard runs", default=50, ge=1)
+    max_failed_shards: int = number(
+        "how many of a stage may fail before no further one starts", "shard runs", default=10, ge=0)
+    pending_seconds: float = number("a run that a worker took and did not start for so long is marked Crashed by its "
+                                    "parent, where the automations did not do it", "seconds", default=1200.0, gt=0)
 
 
 class RunConfig(StageConfig):
@@ -291,7 +322,7 @@ class RunConfig(StageConfig):
 
     preset: str
     licence: str = Field(default=UNKNOWN_LICENCE, pattern=r"^[a-z0-9][a-z0-9.\-]*$",
-                         description="of the data set of triplets, as the Hugging Face hub names it: cc-by-4.0, other")
+                         description="of the triplets, as the Hugging Face hub names it: cc-by-4.0, other")
     prompts: PromptSource
     images: str | None = Field(default=None, description='captioned images for SFT: folder, .tar or .parquet files at '
                                'a path, URL or pattern; "figures" is built in')

@@ -22,7 +22,11 @@ class ModelError(HGDPOError, ValueError):
 
 
 class StorageError(HGDPOError, OSError):
-    """The object store refused or lost something; the message says whether trying again can help."""
+    """The object store refused or lost something; the message says what to do."""
+
+
+class TransientStorageError(StorageError):
+    """The object store did not do its work for a while, although asked several times. Retrying later can help."""
 
 
 class CorruptShardError(StorageError):

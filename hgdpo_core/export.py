@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,26 +62,43 @@ def export_run(store: Store, folder: Path, run_id: str | None = None, *, fused: 
             card = render_card(config, summary, kohya_name=kohya_name, fused=fused)
             (folder / CARD_NAME).write_text(card, encoding="utf-8")
             written.append(folder / CARD_NAME)
+        _share_mode(written, (folder / LORA_NAME).stat().st_mode)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write the export to {folder}: {first_line(error)}; free space or choose another "
                            "folder, then export again") from None
     return written
 
 
+def _share_mode(written: Sequence[Path], mode: int) -> None:
+    """Give all files the mode of a plainly written one: safetensors makes its files readable by their owner alone."""
+    for path in written:
+        for file in filter(Path.is_file, (path, *path.rglob("*"))):
+            file.chmod(mode)
+
+
 def _only_run(store: Store) -> str:
-    runs = [name for name in store.list_folders("runs") if store.exists(f"runs/{name}/summary.json")]
+    runs = _list_finished(store)
     if len(runs) != 1:
         raise InputError(f"{store.root} holds {len(runs)} finished runs: name one" +
-                         (f" of {', '.join(sorted(runs))}" if runs else " once there is one"))
+                         (f" of {', '.join(runs)}" if runs else " once there is one"))
     return runs[0]
+
+
+def _list_finished(store: Store) -> list[str]:
+    """Finished runs that trained a LoRA: evaluations and ablations have none to export."""
+    return [name for name in sorted(store.list_folders("runs")) if store.exists(f"runs/{name}/summary.json")
+            and "dpo" in store.read_json(f"runs/{name}/config.json")]
 
 
 def _read_run(store: Store, run_id: str) -> tuple[RunConfig, dict[str, Any]]:
     for name in ("config.json", "summary.json"):
         if not store.exists(f"runs/{run_id}/{name}"):
             raise InputError(f"{store.url(f'runs/{run_id}')} has no {name}: expected the id of a finished run, one of "
-                             f"{', '.join(sorted(store.list_folders('runs'))) or 'none yet'}")
+                             f"{', '.join(_list_finished(store)) or 'none yet'}")
     config = store.read_json(f"runs/{run_id}/config.json")
+    if "dpo" not in config:
+        raise InputError(f"{run_id} compared models and trained none: expected the id of a finished run, one of "
+                         f"{', '.join(_list_finished(store)) or 'none yet'}")
     config.pop("code_version", None)
     return validate(RunConfig, config), store.read_json(f"runs/{run_id}/summary.json")
 
@@ -117,7 +135,7 @@ def _copy_base(source: Path, folder: Path) -> None:
     parts = [path for path in source.iterdir() if path.is_dir() and path.name not in TRAINING_FOLDERS]
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        shutil.copytree(part, folder / part.name, dirs_exist_ok=True)
+        shutil.copytree(part, folder / part.name, dirs_exist_ok=True, copy_function=shutil.copyfile)
     shutil.copyfile(source / "model_index.json", folder / "model_index.json")
 
 

@@ -4,18 +4,18 @@ from typing import Any
 
 from prefect.cache_policies import NO_CACHE
 
-from hgdpo_core.errors import CorruptShardError, StorageError
+from hgdpo_core.errors import TransientStorageError
 
 
 async def can_heal(task: Any, run: Any, state: Any) -> bool:
-    """Retry only errors that may pass: storage and network. A wrong setting or input fails at once.
+    """Retry only what may pass: a store or network that gave no answer. What needs the user fails at once.
 
     So does a broken shard: it was moved to quarantine, and the stage that makes it comes earlier in the run.
     """
     try:
         await state.aresult()
-    except StorageError as error:
-        return not isinstance(error, CorruptShardError)
+    except TransientStorageError:
+        return True
     except BaseException:
         return False
     return False

@@ -55,6 +55,7 @@ def main(folder: Path) -> None:
     results = {
         "plain": result_of(train(config(batch_size=2))),
         "flips": result_of(train(config(batch_size=2, gradient_accumulation_steps=2, flip=True))),
+        "global": result_of(train(config(batch_size=2, global_batch_size=6))),
         "sft": result_of(train_images(sft_config(batch_size=1, caption_dropout=0.5, flip=True)), all_weights),
         "starved": result_of(train(config(batch_size=4), Starved(20))),
     }

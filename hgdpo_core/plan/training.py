@@ -18,10 +18,11 @@ from hgdpo_core.plan.table import StagePlan
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.base import Hooks
-from hgdpo_core.training.loop import run_training
+from hgdpo_core.training.loop import run_training, step_batch
 from hgdpo_core.training.objective import RandomSamples, TrainingObjective
 
-SAME_STEP = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing")  # determine the time of a step
+# what determines the time of a step
+SAME_STEP = ("batch_size", "gradient_accumulation_steps", "global_batch_size", "gradient_checkpointing")
 PROBE_STEPS = 3
 
 
@@ -36,9 +37,8 @@ class PlannedTraining:
     size: tuple[int, int]
 
     def steps(self, samples: int) -> int:
-        """Optimizer steps of one process."""
-        batch = self.config.batch_size * self.config.gradient_accumulation_steps
-        return self.config.max_steps or math.ceil(self.config.epochs * samples / batch)
+        """Optimizer steps, by one process where the config names no global batch."""
+        return self.config.max_steps or math.ceil(self.config.epochs * samples / step_batch(self.config))
 
     def bytes(self) -> int:
         """Bytes of its output in the store: the model and its last checkpoints."""

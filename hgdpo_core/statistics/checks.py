@@ -72,6 +72,16 @@ def check_collapse(log: Sequence[Mapping[str, float]]) -> RunWarning | None:
         "dpo.learning_rate or dpo.max_steps, or raise dpo.beta.")
 
 
+def check_warm_up(log: Sequence[Mapping[str, float]]) -> RunWarning | None:
+    """The training ended while the learning rate was still growing, so its setting was hardly ever in effect."""
+    if len(log) < 2 or "learning_rate" not in log[0] or log[-1]["learning_rate"] <= log[-2]["learning_rate"]:
+        return None
+    return RunWarning(
+        "warm_up", f"Warm-up: the training ended at step {log[-1]['step']:.0f}, inside its warm-up, at a learning rate "
+        f"of {log[-1]['learning_rate']:.1e}. It has learned little: use more prompts, more epochs, or fewer "
+        "warmup_steps.")
+
+
 class CollapseWatch:
     """Called with each row of a running training, it warns once, as soon as it collapses: days may be left."""
 
@@ -97,7 +107,8 @@ def check_stall(log: Sequence[Mapping[str, float]], win_rates: Mapping[str, WinR
         "triplets: use more prompts or fewer dpo.max_steps.")
 
 
-PREFERENCE_CHECKS: tuple[LogCheck, ...] = (lambda log, _: check_collapse(log), check_stall)
+PREFERENCE_CHECKS: tuple[LogCheck, ...] = (
+    lambda log, _: check_collapse(log), check_stall, lambda log, _: check_warm_up(log))
 
 
 def check_scorers(win_rates: Mapping[str, WinRate], training_scorer: str) -> RunWarning | None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from hgdpo_core.errors import HGDPOError, StorageError
+from hgdpo_core.errors import HGDPOError, StorageError, TransientStorageError
 
 ATTEMPTS = 8
 PATIENCE_SECONDS = 120.0
@@ -54,7 +54,8 @@ def attempt(doing: str, url: str, function: Callable[..., _T], *args: Any, answe
     """`function(*args)`, again after growing pauses while its failures can heal.
 
     `doing` ("read", "write", ...) and `url` are for the message; `answered`: this store has answered before.
-    MissingKeyError when there is no such object, StorageError for any other failure of the store.
+    MissingKeyError when there is no such object, TransientStorageError when its failures might heal but did not,
+    StorageError for any other failure of the store.
     """
     started = time.monotonic()
     tries = 0
@@ -119,7 +120,8 @@ def _explained(doing: str, url: str, error: Exception, advice: str = "") -> Stor
     # S3 answers a LIST of nothing with an empty list: 404 means that this is no S3.
     if lost and doing != "write" and not operation.startswith("List"):
         return MissingKeyError(f"{url} does not exist")
-    return StorageError(f"cannot {doing} {url}: {_reason(error)}; {advice or _advice(error, code)}")
+    kind = TransientStorageError if advice else StorageError
+    return kind(f"cannot {doing} {url}: {_reason(error)}; {advice or _advice(error, code)}")
 
 
 def _reason(error: Exception) -> str:

@@ -59,8 +59,8 @@ def run_training(objective: Objective, source: SampleSource[Any], config: Traini
                  checkpoints: Checkpoints | None, hooks: Hooks) -> TrainingResult:
     """Train what requires gradients in `objective.denoiser`, from this config's latest checkpoint if there is one.
 
-    The batch of a step is batch_size * gradient_accumulation_steps * processes, the processes being those that the
-    training began with. Where memory runs out, the micro-batch halves and the training goes on with the same result.
+    The batch of a step is `step_batch` of the processes that the training began with. Where memory runs out, the
+    micro-batch halves and the training goes on with the same result.
 
     StoppedError after `should_stop`, with a checkpoint; ConfigError when the numbers stop being finite, or when the
     memory is too small for a single sample.
@@ -83,6 +83,10 @@ def _train(run: _Run, checkpoints: Checkpoints | None, hooks: Hooks) -> Training
     config = run.config
     resumed_from = _resume(run, checkpoints)
     saved_step, before, started = run.step, run.seconds, time.monotonic()
+    if config.warmup_steps >= run.total_steps and run.accelerator.is_main_process:
+        logger.warning("a training of %d steps ends inside its warm-up of %d, before the learning rate is %g: use more "
+                       "samples or epochs, or fewer warmup_steps", run.total_steps, config.warmup_steps,
+                       config.learning_rate)
     if not run.accelerator.is_main_process:
         hooks = Hooks(should_stop=hooks.should_stop)
     hooks.progress(run.step, run.total_steps, "steps")
@@ -116,11 +120,16 @@ def _open(objective: Objective, source: SampleSource[Any], config: TrainingConfi
     # Precision only, no DistributedDataParallel: that would send gradients amid a backward pass, where a process out
     # of memory leaves the others waiting. Ours are sent once a step, when all have theirs.
     trained = accelerator.prepare_model(TrainedDenoiser(denoiser), evaluation_mode=True)
-    global_batch = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    global_batch = step_batch(config, accelerator.num_processes)
     gradients = GradientMaker(objective, source, DataOrder(source, config.seed), config, accelerator, trained,
                               global_batch)
     optimizer = accelerator.prepare_optimizer(optimizer)
     return _Run(objective, source, config, accelerator, optimizer, lr_schedule, gradients)
+
+
+def step_batch(config: TrainingConfig, processes: int = 1) -> int:
+    """Samples of an optimizer step over all processes, of a training that begins with so many."""
+    return config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * processes
 
 
 def _optimizer_step(run: _Run) -> LogRow:

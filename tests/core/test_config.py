@@ -64,7 +64,7 @@ def test_scorers_may_be_given_by_name():
 @pytest.mark.parametrize(("overrides", "message"), [
     ({"evaluation.scorers": "pickscore,beauty"}, r"scorers.1.name: there is no such scorer; .*\(got 'beauty'\)"),
     ({"evaluation.scorers": 3}, "evaluation.scorers"),
-    ({"dpo.bata": 1}, "'dpo.bata' names no setting; settings at that location: .*beta"),
+    ({"dpo.bata": 1}, "'dpo.bata' names no setting; it can be one of: .*beta"),
     ({"nothing.here": 1}, "names no setting"),
     ({"dpo.beta": -1}, "dpo.beta: Input should be greater than 0 .got -1"),
     ({"sampler.width": 100}, "sampler.width: Input should be a multiple of 8"),
@@ -115,11 +115,16 @@ def test_trained_models_keep_their_ids():
     assert noted.identity() == configs[0].identity()
 
 
+WITHOUT_GLOBAL_BATCH = {"dpo.global_batch_size": None, "sft.global_batch_size": None}
+"""The preset sd15 before it named the batch of a step, which then depended on the number of GPUs."""
+
+
 def test_runs_keep_their_ids():
     """Golden values from the code that listed settings by name; workers' settings never enter."""
     tuned_here = figures().model_copy(update={"workers": WorkersConfig(open_runs=9)})
     assert content_hash(figures().identity("run")) == content_hash(tuned_here.identity("run")) == "aa83f51ac5b4"
-    assert content_hash(sd15("t", "p").identity("run")) == "b98fcb4354e0"
+    before = apply_overrides(sd15("t", "p"), WITHOUT_GLOBAL_BATCH)
+    assert content_hash(before.identity("run")) == "b98fcb4354e0"
 
 
 class _Later(DpoConfig):
@@ -165,6 +170,15 @@ def test_settings_have_bounds(overrides, message):
     with pytest.raises(ConfigError, match=message) as error:
         apply_overrides(build_config("figures"), overrides)
     assert "\n" not in str(error.value)
+
+
+def test_a_global_batch_determines_the_accumulation():
+    sd15 = build_config("sd15", target="a/b", prompts="p.txt")
+    assert (sd15.dpo.global_batch_size, sd15.sft.global_batch_size) == (16, 16)
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps is 4, but it follows from global_batch_size"):
+        apply_overrides(sd15, {"dpo.gradient_accumulation_steps": 4})
+    free = apply_overrides(sd15, {"dpo.gradient_accumulation_steps": 4, "dpo.global_batch_size": None})
+    assert "global_batch_size" not in free.dpo.identity()  # ids of models trained before it existed
 
 
 def test_a_part_of_a_stages_settings_leaves_the_others():

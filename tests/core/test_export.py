@@ -146,6 +146,10 @@ def test_the_fine_tuned_base_is_shipped_and_with_the_exported_lora_generates_the
     assert np.abs(draw(base) - draw(judged)).max() <= 1
     card = (tmp_path / "out" / "README.md").read_text()
     assert "`base/`: the fine-tuned model" in card and "base_model" not in card
+    (store.local_path("models/sft-1") / "unet" / "config.json").chmod(0o600)
+    export_run(store, tmp_path / "fused", fused=True)
+    files = [path for path in (tmp_path / "fused").rglob("*") if path.is_file()]
+    assert len(files) > 20 and len({path.stat().st_mode for path in files}) == 1
     store.delete("models/sft-1/model.json")
     with pytest.raises(InputError, match="the fine-tuned model that dpo-1 was trained on is gone"):
         export_run(store, tmp_path / "again")
@@ -193,6 +197,11 @@ def test_the_card_of_a_hub_model_with_images(tmp_path):
 def test_a_run_that_cannot_be_exported_is_one_line(store, tmp_path):
     with pytest.raises(InputError, match=r"no config.json: expected the id of a finished run, one of run-1"):
         export_run(store, tmp_path / "out", "run-2")
+    store.write_json("runs/evaluate-1/config.json", {"tuned": "a model"})
+    store.write_json("runs/evaluate-1/summary.json", {"run_id": "evaluate-1"})
+    assert export_run(store, tmp_path / "one")  # a comparison beside it is no run with something to export
+    with pytest.raises(InputError, match="evaluate-1 compared models and trained none: .* one of run-1"):
+        export_run(store, tmp_path / "out", "evaluate-1")
     write_run(store, "run-2", "x")
     with pytest.raises(InputError, match="holds 2 finished runs: name one of run-1, run-2"):
         export_run(store, tmp_path / "out")

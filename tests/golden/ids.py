@@ -32,6 +32,7 @@ from hgdpo_core.config import (
     SftConfig,
     TargetConfig,
     TripletConfig,
+    apply_overrides,
 )
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.image_sets import ImageSet, read_image_set
@@ -56,15 +57,15 @@ LORA = Path(__file__).parent / "store" / "models" / "dpo-e1874abbd1e9" / "pytorc
 Ids = dict[str, Any]
 
 PLAIN = Model(path=Path("target"), fingerprint="a1" * 32, dtype="float32")
-WORN = Lora(Path("lora"), 0.5, "b2" * 32)
+HALF_LORA = Lora(Path("lora"), 0.5, "b2" * 32)
 MODELS = {
     "plain": PLAIN, "bfloat16": replace(PLAIN, dtype="bfloat16"), "clip_skip": replace(PLAIN, clip_skip=2),
     "negative": replace(PLAIN, negative_prompt="blurry, low quality"),
     "a1111": replace(PLAIN, prompt_syntax="a1111", negative_syntax="a1111"),
     "a1111 negative": replace(PLAIN, prompt_syntax="a1111", negative_syntax="a1111", negative_prompt="(blurry:1.3)"),
     "plain with a1111 negative": replace(PLAIN, negative_syntax="a1111", negative_prompt="(blurry:1.3)"),
-    "lora": replace(PLAIN, lora=WORN), "whole lora": replace(PLAIN, lora=replace(WORN, weight=1.0)),
-    "lora and all": replace(PLAIN, lora=WORN, clip_skip=1, negative_prompt="[bad]", prompt_syntax="a1111",
+    "lora": replace(PLAIN, lora=HALF_LORA), "whole lora": replace(PLAIN, lora=replace(HALF_LORA, weight=1.0)),
+    "lora and all": replace(PLAIN, lora=HALF_LORA, clip_skip=1, negative_prompt="[bad]", prompt_syntax="a1111",
                             negative_syntax="a1111")}
 SMALL = SamplerConfig(width=64, height=96, steps=4, guidance_scale=2.0)
 POOL = PoolConfig(images_per_prompt=4, prompts_per_shard=2)
@@ -78,6 +79,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "latent_normalisation": {"sampler.latent_normalisation": True}, "triplets": {
         "triplets.pool_size": 5, "triplets.loser_rank": 4}, "validation": {"dpo.validation_every": 10},
     "workers": {"workers.open_runs": 7}, "licence": {"licence": "cc-by-4.0"}}
+BY_GPUS = {"dpo.global_batch_size": None, "sft.global_batch_size": None}
+"""sd15 as it was: the batch of a step, which it names now, depended on the number of GPUs."""
+
 
 
 def all_ids(location: Path) -> Ids:
@@ -103,7 +107,7 @@ def run_ids(store: Store) -> Ids:
     write_prompts("prompts.txt", "a woman in a red top\na man in a blue top\n")
     write_prompts("held-out.txt", "a girl with black hair\n")
     free = {**FLOAT32, "scorer.source": "figures", "evaluation.scorers": "pickscore=figures",
-            "evaluation.prompts": {"source": "held-out.txt"}, "dpo.tracker": None, "sft.tracker": None}
+            "evaluation.prompts": {"source": "held-out.txt"}, "dpo.tracker": None, "sft.tracker": None, **BY_GPUS}
     runs["sd15"] = open_run("sd15", store.root, prompts="prompts.txt", target="figures", overrides=free)
     return {case: {"run": run.run_id, "prompts": run.prompts.id, "evaluation prompts": run.evaluation_prompts.id}
             for case, run in runs.items()}
@@ -205,7 +209,7 @@ def trained_ids(store: Store) -> Ids:
     """Of latents whose bytes are given: those that a machine makes have bytes of its own."""
     latents = latent_folder(store, triplets(store), PLAIN, (64, 96))
     manifests: Any = {index: SimpleNamespace(sha256=f"{index:064x}") for index in range(3)}
-    paper, figures = sd15("target", "prompts.txt"), build_config("figures")
+    paper, figures = apply_overrides(sd15("target", "prompts.txt"), BY_GPUS), build_config("figures")
     dpo: dict[str, DpoConfig] = {
         "sd15": paper.dpo, "figures": figures.dpo, "flip": DpoConfig(batch_size=2, learning_rate=1e-3, flip=True),
         "validation": paper.dpo.model_copy(update={"validation_every": 3, "validation_images": 1, "tracker": None}),

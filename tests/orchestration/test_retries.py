@@ -6,13 +6,14 @@ import logging
 import pytest
 from prefect.states import exception_to_failed_state
 
-from hgdpo_core.errors import ConfigError, CorruptShardError, InputError, StorageError
+from hgdpo_core.errors import ConfigError, CorruptShardError, InputError, StorageError, TransientStorageError
 from tasks.options import can_heal
 from tasks.ui import explain_own_errors
 
 
 @pytest.mark.parametrize(("error", "again"), [
-    (StorageError("the bucket answered 503"), True), (InputError("no prompt"), False), (ConfigError("beta"), False),
+    (TransientStorageError("the bucket answered 503"), True), (StorageError("no credentials"), False),
+    (InputError("no prompt"), False), (ConfigError("beta"), False),
     (CorruptShardError("moved to quarantine"), False), (RuntimeError("a bug"), False)])
 def test_only_storage_is_tried_again(error, again):
     async def ask():

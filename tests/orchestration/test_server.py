@@ -19,14 +19,9 @@ from hgdpo_core.errors import ConfigError, StoppedError
 ALONE = """
 from flows.cli import _prepare_environment
 _prepare_environment()
-from prefect import flow
 from prefect.settings import get_current_settings
-from flows.server import call_flow
-@flow
-def answer():
-    return 3
-assert call_flow(answer) == 3
-print(get_current_settings().server.analytics_enabled, get_current_settings().home)
+settings = get_current_settings()
+print(settings.server.analytics_enabled, settings.home, settings.profiles_path)
 """
 
 
@@ -70,12 +65,26 @@ def test_a_stop_is_one_line_that_says_how_to_go_on(monkeypatch, capsys, error, w
     assert capsys.readouterr().err == (f"hgdpo: {word}; what is finished is kept, run the same command to continue\n")
 
 
+def test_an_error_of_no_kind_of_ours_is_one_line_that_names_a_log_with_the_traceback(monkeypatch, capsys, tmp_path):
+    def fail(*_, **__):
+        raise RuntimeError("Failed to reach the server\nat its address")
+
+    monkeypatch.setattr("hgdpo_core.run.open_run", fail)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cli.main(["run"]) == 1
+    log, = (tmp_path / "hgdpo" / "logs").iterdir()
+    assert capsys.readouterr().err == ("hgdpo: error: RuntimeError: Failed to reach the server; what is finished is "
+                                       f"kept. The traceback is in {log}\n")
+    assert "Traceback (most recent call last)" in log.read_text()
+
+
 def test_without_a_server_of_the_user_their_prefect_home_stays_as_it_is(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "DO_NOT"))}
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, text=True, capture_output=True, env={
         **environment, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["False", str(tmp_path / "cache" / "hgdpo" / "prefect")]
+    home = tmp_path / "cache" / "hgdpo" / "prefect"
+    assert done.stdout.split() == ["False", str(home), str(tmp_path / ".prefect" / "profiles.toml")]
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 

@@ -28,7 +28,7 @@ def write(store: Store, step: int) -> None:
 
 def request(root, images: bool) -> TrainRequest:
     settings = Validation(prompts=("a woman",), prompt_syntax="plain", sampler=SamplerConfig(), seed=0, lora_weight=1.0)
-    return TrainRequest(root=Store(str(root)).root, kind="dpo", latents="latents/x", shards="0", model={}, means={},
+    return TrainRequest(root=Store(str(root)).root, kind="dpo", latents="latents/x", shards="0", model={}, locations={},
                         config={}, validation=settings if images else None, code_version="1", format_version=1)
 
 

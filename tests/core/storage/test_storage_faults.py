@@ -14,7 +14,7 @@ from botocore.exceptions import EndpointConnectionError
 from faulty_s3 import KINDS, hurried, served_bucket
 from tiny_run import decoded_rows, run_tiny, tiny_parameters
 
-from hgdpo_core.errors import CorruptShardError, StorageError
+from hgdpo_core.errors import CorruptShardError, StorageError, TransientStorageError
 from hgdpo_core.models.published import fetch_model, publish_model
 from hgdpo_core.storage import MissingKeyError, Store
 from hgdpo_core.storage.shards import ShardFolder
@@ -317,9 +317,9 @@ def test_no_credentials_at_all(server, monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    with pytest.raises(StorageError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+    with pytest.raises(StorageError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") as caught:
         Store("s3://bucket/x").check_writable()
-    assert server.requests == []
+    assert server.requests == [] and not isinstance(caught.value, TransientStorageError)
 
 
 @pytest.mark.parametrize("kind", ["503", "delay"])
@@ -328,7 +328,7 @@ def test_a_server_that_stays_ill_or_silent_is_given_up(store, server, kind, monk
     monkeypatch.setattr("hgdpo_core.storage.failures.ATTEMPTS", 3)
     server.delay = 0.5
     server.misbehave(1.0, kinds=(kind,))
-    with pytest.raises(StorageError, match="gave up after 3 tries; running again later can help"):
+    with pytest.raises(TransientStorageError, match="gave up after 3 tries; running again later can help"):
         store.read_json("a")
     assert len(server.requests) <= 3 * 4
 

@@ -15,6 +15,7 @@ from training_cases import Pairs, config, plain_training, train, train_dpo, weig
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError, StorageError
 from hgdpo_core.models.lora import reference_mode
 from hgdpo_core.models.sd15 import UnetDenoiser
+from hgdpo_core.statistics.checks import check_warm_up
 from hgdpo_core.storage import Store
 from hgdpo_core.training import loop as training_loop
 from hgdpo_core.training.checkpoints import Checkpoints
@@ -108,6 +109,16 @@ def test_accumulation_equals_the_larger_batch():
     for name in ("loss", "margin", "winner_error", "stat_loss"):
         assert [row[name] for row in two.log] == pytest.approx([row[name] for row in one.log], rel=1e-3, abs=1e-6)
     torch.testing.assert_close(weights(split), weights(whole), rtol=2e-3, atol=2e-4)
+
+
+def test_a_training_inside_its_warm_up_is_said(caplog):
+    _, short = train(config(warmup_steps=4))
+    assert "a training of 4 steps ends inside its warm-up of 4" in caplog.text
+    caplog.clear()
+    _, long = train(config(warmup_steps=2))
+    assert "warm-up" not in caplog.text and check_warm_up(long.log) is None and check_warm_up(long.log[:1]) is None
+    warning = check_warm_up(short.log)
+    assert warning is not None and "ended at step 4, inside its warm-up, at a learning rate of 1" in warning.message
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(location, caplog):

@@ -62,6 +62,12 @@ def test_losses_and_weights_are_those_of_one_process_with_the_same_global_batch(
     assert_same(results["plain"], alone(batch_size=4))
 
 
+def test_a_global_batch_is_the_same_on_any_number_of_processes(results):
+    """And so is the id: the setting, not what came of it, is in the config."""
+    assert_same(results["global"], alone(batch_size=2, global_batch_size=6))
+    assert_same(results["global"], alone(batch_size=6))
+
+
 def test_so_they_are_with_accumulation_and_flips(results):
     assert_same(results["flips"], alone(batch_size=8, flip=True))
     assert alone(batch_size=8)[1].log[0]["winner_error"] != results["flips"]["log"][0]["winner_error"]

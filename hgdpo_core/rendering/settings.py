@@ -1,0 +1,68 @@
+"""Every setting of a run, from its definition: value in a preset, unit and meaning.
+
+    python -m hgdpo_core.rendering.settings > docs/SETTINGS.md
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from hgdpo_core.config import StageConfig
+from hgdpo_core.presets import PRESETS, build_config
+from hgdpo_core.rendering.parts import NOTHING
+from hgdpo_core.rendering.tables import Table
+
+PAGE = """# Settings
+
+Every setting of a run, as `--set NAME=VALUE` on the command line, as `{"NAME": VALUE}` in a flow's `overrides`, and its
+value in each preset. `null` is the default that the meaning names. Made from the definitions in `hgdpo_core/config.py`;
+`hgdpo settings --preset NAME` prints the same.
+
+"""
+
+
+def list_settings(config: StageConfig, parent: str = "") -> Iterator[tuple[str, Any, FieldInfo]]:
+    """(dotted name, value, definition) of every setting; those of several scorers are one setting."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, StageConfig):
+            yield from list_settings(value, f"{parent}{name}.")
+        elif name != "preset":  # it is no setting: it names the others
+            yield parent + name, value, field
+
+
+def unit_of(field: FieldInfo) -> str:
+    """"none" for a number without a unit, "" for what is no number."""
+    extra = field.json_schema_extra
+    return str(extra["unit"]) if isinstance(extra, dict) else ""
+
+
+def settings_table(*presets: str) -> Table:
+    """A row per setting. The target and the prompts of a preset that has none are named as the user's."""
+    listed = [list(list_settings(build_config(preset, **_needed(preset)))) for preset in presets]
+    rows = [(name, *(_shown(settings[number][1]) for settings in listed), unit_of(field) or NOTHING,
+             field.description or "") for number, (name, _, field) in enumerate(listed[0])]
+    return Table(("setting", *presets, "unit", "meaning"), rows)
+
+
+def _needed(preset: str) -> dict[str, str]:
+    return {} if preset == "figures" else {"target": "(yours)", "prompts": "(yours)"}
+
+
+def _shown(value: Any) -> str:
+    """The value as `--set` takes it."""
+    if isinstance(value, tuple) and value and isinstance(value[0], StageConfig):
+        return ",".join(f"{scorer.name}={scorer.source}" if scorer.source else scorer.name for scorer in value)
+    return value or '""' if isinstance(value, str) else json.dumps(value)
+
+
+def settings_page() -> str:
+    """docs/SETTINGS.md."""
+    return PAGE + settings_table(*PRESETS).markdown() + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(settings_page())
