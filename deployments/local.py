@@ -60,6 +60,7 @@ class Pool:
     """Runs at once over all workers; None: as many as there are workers."""
     workers: int
     worker_limit: int | None
+    description: str
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,9 @@ def _start_workers(local: Local, environment: dict[str, str]) -> None:
 
 def _pools(local: Local, gpus: Sequence[str]) -> list[Pool]:
     shard_workers = local.shard_workers or len(gpus) or CPU_SHARD_WORKERS
-    return [Pool("hgdpo-cpu", None, 1, None), Pool("hgdpo-gpu", None, shard_workers, 1),
-            Pool("hgdpo-train", 1, 1, 1)]
+    return [Pool("hgdpo-cpu", None, 1, None, "Whole runs: they start the work of the other pools and wait for it"),
+            Pool("hgdpo-gpu", None, shard_workers, 1, "Shards: images, scores and latents, one run per GPU at a time"),
+            Pool("hgdpo-train", 1, 1, 1, "Trainings: SFT and DPO, one at a time on all GPUs of a machine")]
 
 
 def _gpus() -> list[str]:
@@ -203,7 +205,8 @@ def _up_inside(local: Local) -> None:
     with get_client(sync_client=True) as client:
         for pool in _pools(local, _gpus()):
             with contextlib.suppress(ObjectAlreadyExists):
-                client.create_work_pool(WorkPoolCreate(name=pool.name, type="process", concurrency_limit=pool.limit))
+                client.create_work_pool(WorkPoolCreate(
+                    name=pool.name, type="process", description=pool.description, concurrency_limit=pool.limit))
     ship(automations(local.silent_seconds or SILENT_SECONDS, local.pending_seconds or PENDING_SECONDS))
 
 

@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.states import State
 
 from flows import parameters as p
-from flows.lifecycle import cancel_shard_runs, refuse_relative_paths, run_with
+from flows.lifecycle import cancel_shard_runs, name_this_run, refuse_relative_paths, run_with
 from flows.runner import ShardRunnerName
 from hgdpo_core.ablate.arms import arm_labels
 from hgdpo_core.ablate.cost import plan_ablation
@@ -17,7 +17,7 @@ from tasks.ablate import make_shared, measure, prepare_ablation, publish_ablatio
 from tasks.ui import explain_own_errors
 
 
-@flow(name="hgdpo-ablate", flow_run_name="ablations, {preset}", on_cancellation=[cancel_shard_runs])
+@flow(name="hgdpo-ablate", on_cancellation=[cancel_shard_runs])
 def hgdpo_ablate(
     preset: str = p.PRESET.field(),
     root: str | None = p.ROOT.field(),
@@ -38,6 +38,7 @@ def hgdpo_ablate(
     settings = {"seeds": seeds, "worlds": worlds, "comparisons": comparisons, "split": split}
     ablation = prepare_ablation(preset=preset, root=root, prompts=prompts, target=target, images=images,
                                 overrides=overrides, settings=settings)
+    name_this_run("ablations", preset, target or ablation.run.config.target.source, ablation.ablation_id)
     if plan_only:
         return {"plan": plan_ablation(ablation)}
     run = ablation.run

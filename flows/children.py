@@ -276,6 +276,10 @@ def _go_on_without(client: SyncPrefectClient, job: Job) -> None:
             _start(client, job)
     elif job.starts == 1 and job.run.state.is_completed():
         _start(client, job)
+    else:
+        state = job.run.state
+        get_run_logger().warning("%s ended as %s without its work (%s). Retry on it makes what is missing: %s",
+                                 job.name, state.name, (state.message or "no message").strip()[:200], _url(job.run))
 
 
 def _start_no_more(client: SyncPrefectClient, jobs: Iterable[Job]) -> None:

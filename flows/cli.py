@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 
 from flows.caption_command import caption
 from flows.score_commands import rescore, score
-from flows.terminal import call_opened, open_store
+from flows.terminal import call_opened, open_store, plan_text
 from hgdpo_core import __version__
 from hgdpo_core.errors import HGDPOError, StoppedError, first_line
 
@@ -113,7 +112,8 @@ def evaluate(options: argparse.Namespace) -> int:
     inputs = {name: value for name, value in parameters.items() if name not in ("plan_only", "shard_runner")}
     opened = open_comparison(**inputs)  # bad input fails before Prefect starts, in one line
     if options.plan_only:
-        print(json.dumps(plan_comparison(opened), indent=1))
+        rows = plan_comparison(opened)
+        print(plan_text(opened.run_id, rows, rows if options.json else None))
         return 0
     from flows.evaluate import hgdpo_evaluate
 
@@ -131,7 +131,9 @@ def ablate(options: argparse.Namespace) -> int:
     inputs = {**values_of(options, INPUTS), "settings": settings}
     opened = open_ablation(**inputs)  # bad input fails before Prefect starts, in one line
     if options.plan_only:
-        print(json.dumps(plan_ablation(opened), indent=1))
+        planned = plan_ablation(opened)
+        rows = [{"work": name.replace("_", " "), "number": number} for name, number in planned.items()]
+        print(plan_text(planned["ablation_id"], rows, planned if options.json else None))
         return 0
     from flows.ablate import hgdpo_ablate
 
@@ -162,9 +164,9 @@ def collect(options: argparse.Namespace) -> int:
 
 def settings(options: argparse.Namespace) -> int:
     """Print every setting: its value in a preset, its unit and what it means."""
-    from hgdpo_core.rendering.settings import settings_table
+    from hgdpo_core.rendering.settings import preset_table
 
-    print(settings_table(options.preset).text())
+    print(preset_table(options.preset).text())
     return 0
 
 

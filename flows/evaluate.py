@@ -3,11 +3,10 @@
 from typing import Any
 
 from prefect import flow
-from prefect.runtime import flow_run
 from prefect.states import State
 
 from flows import parameters as p
-from flows.lifecycle import cancel_shard_runs, refuse_relative_paths, run_with
+from flows.lifecycle import cancel_shard_runs, name_this_run, refuse_relative_paths, run_with
 from flows.runner import ShardRunnerName
 from hgdpo_core.comparison_run import ComparisonRun, weight_name
 from hgdpo_core.execution.runner import Runner
@@ -15,21 +14,12 @@ from hgdpo_core.progress import StageProgress, StageTimes
 from tasks.evaluate import compare_models, compare_weight
 from tasks.generate import generate_evaluation
 from tasks.prepare import prepare_comparison, show_comparison_plan
-from tasks.report import publish_comparison
+from tasks.report import conclude, publish_comparison
 from tasks.score import score_evaluation
 from tasks.ui import explain_own_errors, stage_progress
 
 
-def _run_name() -> str:
-    given = flow_run.parameters
-    return f"{_last_part(given.get('tuned'))} against {_last_part(given.get('target') or given.get('preset'))}"
-
-
-def _last_part(source: str | None) -> str:
-    return (source or "nothing").rstrip("/").rpartition("/")[2]
-
-
-@flow(name="hgdpo-evaluate", flow_run_name=_run_name, on_cancellation=[cancel_shard_runs])
+@flow(name="hgdpo-evaluate", on_cancellation=[cancel_shard_runs])
 def hgdpo_evaluate(
     tuned: str | None = p.TUNED.field(),
     target: str | None = p.EVALUATION_TARGET.field(),
@@ -55,13 +45,14 @@ def hgdpo_evaluate(
             preset=preset, root=root, tuned=tuned, target=target, base=base, prompts=prompts, scorers=scorers,
             images_per_prompt=images_per_prompt, lora_weight=lora_weight, target_lora_weight=target_lora_weight,
             lora_weights=lora_weights, overrides=overrides)
+    name_this_run(run.config.tuned, "against", run.config.target.source, run.run_id)
     if plan_only:
         return {"plan": show_comparison_plan(run)}
     return run_with(shard_runner, run.config.workers, run.store,
                     lambda runner: _compare(run, runner, times, times.watch(stage_progress)))
 
 
-def _compare(run: ComparisonRun, runner: Runner, times: StageTimes, on: StageProgress) -> dict[str, Any]:
+def _compare(run: ComparisonRun, runner: Runner, times: StageTimes, on: StageProgress) -> State[dict[str, Any]]:
     with times.stage("evaluation_images"):
         images = generate_evaluation(run, run.models, runner, on)
     with times.stage("evaluation"):
@@ -69,4 +60,4 @@ def _compare(run: ComparisonRun, runner: Runner, times: StageTimes, on: StagePro
         comparison = compare_models(run, images, scores)
         others = {who: compare_weight(run, images, scores, who) for who in images if who not in ("target", "tuned")}
     sweep = [others.get(weight_name(model), comparison) for model in run.sweep]
-    return publish_comparison(run, images, comparison, sweep, times)
+    return conclude(publish_comparison(run, images, comparison, sweep, times))

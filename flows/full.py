@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.states import State
 
 from flows import parameters as p
-from flows.lifecycle import cancel_shard_runs, refuse_relative_paths, run_with
+from flows.lifecycle import cancel_shard_runs, name_this_run, refuse_relative_paths, run_with
 from flows.runner import ShardRunnerName
 from hgdpo_core.execution.runner import Runner
 from hgdpo_core.pipeline import Made, Result
@@ -15,14 +15,14 @@ from hgdpo_core.run import Run
 from tasks.evaluate import check_tuning, compare_models
 from tasks.generate import generate_evaluation, make_pool
 from tasks.prepare import prepare, show_plan
-from tasks.report import publish
+from tasks.report import conclude, publish
 from tasks.score import score_evaluation, score_pool
 from tasks.training import train_lora, tune_target
 from tasks.triplets import encode_triplets, make_triplets, measure_distances
 from tasks.ui import explain_own_errors, stage_progress
 
 
-@flow(name="hgdpo", flow_run_name="{preset}", on_cancellation=[cancel_shard_runs])
+@flow(name="hgdpo", on_cancellation=[cancel_shard_runs])
 def hgdpo(
     preset: str = p.PRESET.field(),
     root: str | None = p.ROOT.field(),
@@ -41,13 +41,14 @@ def hgdpo(
     with times.stage("prepare", makes=False):
         run = prepare(preset=preset, root=root, prompts=prompts, target=target, images=images, overrides=overrides,
                       dry=plan_only)
+    name_this_run(preset, target or run.config.target.source, run.run_id)
     if plan_only:
         return {"plan": show_plan(run, probe)}
     return run_with(shard_runner, run.config.workers, run.store,
                     lambda runner: _run(run, runner, times, times.watch(stage_progress)))
 
 
-def _run(run: Run, runner: Runner, times: StageTimes, on: StageProgress) -> dict[str, Any]:
+def _run(run: Run, runner: Runner, times: StageTimes, on: StageProgress) -> State[dict[str, Any]]:
     """The steps of `hgdpo_core.pipeline.run_all`, one task each."""
     with times.stage("sft", makes=run.images is not None):
         target, sft_log = tune_target(run, runner, on)
@@ -72,4 +73,4 @@ def _run(run: Run, runner: Runner, times: StageTimes, on: StageProgress) -> dict
         comparison = compare_models(run, images, image_scores)
         warnings = check_tuning(run, lora, comparison)
     made = Made(target, sft_log, pool, scores, triplets, lora, images, image_scores, distances)
-    return publish(run, Result(made, comparison, warnings), times)
+    return conclude(publish(run, Result(made, comparison, warnings), times))

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
+from uuid import UUID
 
+from coolname.data import config as coolname_words
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.runtime import deployment
+from prefect.runtime import deployment, flow_run
 from prefect.states import State
 
 from flows.children import cancel_children
@@ -19,6 +22,22 @@ from hgdpo_core.progress import ShouldStop
 from hgdpo_core.storage import Store
 
 T = TypeVar("T")
+
+
+def name_this_run(*parts: str) -> None:
+    """Name this flow run by what tells it from others, a path by its last part, unless somebody typed a name."""
+    if flow_run.name is None or not _is_random(flow_run.name):
+        return
+    name = " ".join(dict.fromkeys(part.rstrip("/").rpartition("/")[2] or part for part in parts))
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_name(UUID(flow_run.id), name)
+
+
+def _is_random(name: str) -> bool:
+    """Whether Prefect made the name up, of two of its words."""
+    lists = (part.get("words", ()) for part in coolname_words.values())
+    known = {word for words in lists for word in words}
+    return len(words := name.split("-")) == 2 and known.issuperset(words)
 
 
 def refuse_relative_paths(**given: str | None) -> None:

@@ -195,8 +195,9 @@ EXPORT = (
 COLLECT = (ROOT, Parameter("dry_run", "list, remove nothing", False, kind="flag"))
 
 COMMAND_LINES: dict[str, tuple[Parameter, ...]] = {
-    "run": (*RUN, PUBLISH, JSON), "plan": (*INPUTS, PROBE, JSON), "ablate": ABLATE, "evaluate": (*EVALUATE, PUBLISH),
-    "rescore": RESCORE, "score": SCORE, "caption": CAPTION, "export": EXPORT, "settings": (PRESET,), "gc": COLLECT}
+    "run": (*RUN, PUBLISH, JSON), "plan": (*INPUTS, PROBE, JSON), "ablate": (*ABLATE, JSON),
+    "evaluate": (*EVALUATE, PUBLISH, JSON), "rescore": (*RESCORE, JSON), "score": SCORE, "caption": CAPTION,
+    "export": EXPORT, "settings": (PRESET,), "gc": COLLECT}
 """Command -> its options: those of its flow, then those of the command line alone."""
 
 

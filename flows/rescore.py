@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.states import Completed, State
 
 from flows import parameters as p
-from flows.lifecycle import cancel_shard_runs, refuse_relative_paths, run_with
+from flows.lifecycle import cancel_shard_runs, name_this_run, refuse_relative_paths, run_with
 from flows.nightly import reason_to_skip
 from flows.runner import ShardRunnerName
 from flows.terminal import open_store
@@ -19,7 +19,7 @@ from tasks.rescore import begin, find_work, rank, report_drift, score_again
 from tasks.ui import explain_own_errors
 
 
-@flow(name="hgdpo-rescore", flow_run_name="rescore", on_cancellation=[cancel_shard_runs])
+@flow(name="hgdpo-rescore", on_cancellation=[cancel_shard_runs])
 def hgdpo_rescore(
     root: str | None = p.ROOT.field(),
     scorers: list[str] = p.SCORERS.field(),
@@ -39,6 +39,7 @@ def hgdpo_rescore(
     if (reason := reason_to_skip()) is not None:
         return _completed("Skipped", f"skipped: {reason}")
     store = open_store(root)
+    name_this_run("re-scoring", store.root)
     plan = find_work(store, scorers, preset, overrides, verify)
     if plan_only:
         return {"plan": plan.rows(), "skipped": [item.model_dump() for item in plan.skipped]}

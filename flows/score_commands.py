@@ -2,13 +2,12 @@
 
 import argparse
 import csv
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.terminal import call_opened, open_store, terminal_bar
+from flows.terminal import call_opened, open_store, plan_text, terminal_bar
 
 
 def rescore(options: argparse.Namespace) -> int:
@@ -24,7 +23,7 @@ def rescore(options: argparse.Namespace) -> int:
     plan = plan_root(**inputs)
     _print_skipped([item.model_dump() for item in plan.skipped])
     if options.plan_only:
-        print(json.dumps(plan.rows(), indent=1))
+        print(plan_text(f"re-scoring {store.root}", plan.rows(), plan.rows() if options.json else None))
         return 0
     if plan.nothing_to_do and find_unfinished(store) is None:
         report = last_report(store)

@@ -1,6 +1,7 @@
 """What the commands have in common: the store, a progress bar, a flow that gets their opened inputs."""
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,21 @@ def call_opened(flow: "Flow[..., Any]", parameters: Mapping[str, Any], opener: C
 
     with handed_over(opener, inputs, opened):
         return call_flow(flow, **parameters)
+
+
+def plan_text(what: str, rows: Sequence[Mapping[str, Any]], data: Any = None) -> str:
+    """A plan as a table, keys as its columns; or, where `data` is given, that as JSON for programs."""
+    from hgdpo_core.rendering.tables import Table
+
+    if data is not None:
+        return json.dumps(data, indent=1)
+    cells = [[_shown(value) for value in row.values()] for row in rows]
+    table = Table([name.replace("_", " ") for name in rows[0]], cells).text() if rows else "Nothing to do"
+    return f"Plan of {what} (nothing was made)\n\n{table}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int | float) else "?" if value is None else str(value)
 
 
 @contextmanager

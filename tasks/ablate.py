@@ -4,7 +4,6 @@ import io
 from typing import Any
 
 from PIL import Image
-from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core.ablate.arms import Arm
@@ -14,13 +13,13 @@ from hgdpo_core.ablate.measure import run_arm
 from hgdpo_core.ablate.program import Ablation, Shared, open_ablation, prepare_shared
 from hgdpo_core.execution.runner import Runner
 from tasks.handover import take_opened
-from tasks.options import STAGE
+from tasks.options import stage_task
 from tasks.ui import show_image, show_table, show_text, stage_progress
 
 SHOWN_PLOTS = 8
 
 
-@task(name="prepare ablation", **STAGE)
+@stage_task("prepare ablation")
 def prepare_ablation(**parameters: Any) -> Ablation:
     """The checked ablation; takes the parameters of `open_ablation`. Mistakes fail here, before a model loads."""
     ablation = take_opened(open_ablation, **parameters)
@@ -30,7 +29,7 @@ def prepare_ablation(**parameters: Any) -> Ablation:
     return ablation
 
 
-@task(name="shared", **STAGE)
+@stage_task("shared")
 def make_shared(ablation: Ablation, runner: Runner) -> Shared:
     """One fine-tuned target, one pool with its scores, the target's evaluation images, for all arms."""
     shared = prepare_shared(ablation, stage_progress, runner)
@@ -39,7 +38,7 @@ def make_shared(ablation: Ablation, runner: Runner) -> Shared:
     return shared
 
 
-@task(name="arm", task_run_name="{label}, {arm.world} world, seed {seed}", **STAGE)
+@stage_task("arm", "{label}, {arm.world} world, seed {seed}")
 def measure(shared: Shared, arm: Arm, label: str, seed: int, runner: Runner) -> dict[str, Any]:
     """Train one arm with one seed and measure it; returns its win rates."""
     record = run_arm(shared, arm, seed, stage_progress, runner)
@@ -48,7 +47,7 @@ def measure(shared: Shared, arm: Arm, label: str, seed: int, runner: Runner) -> 
     return {"arm": label, "world": arm.world, "seed": seed, **rates}
 
 
-@task(name="ablation page", **STAGE)
+@stage_task("ablation page")
 def publish_ablation(shared: Shared, rows: list[dict[str, Any]], runner: Runner) -> dict[str, Any]:
     """`result.json`, `tables.md`, plots and `index.html` in `ablations/<id>/`; returns what result.json holds."""
     ablation = shared.ablation

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core import pipeline
@@ -12,11 +11,11 @@ from hgdpo_core.run import Run
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.statistics.checks import RunWarning
 from hgdpo_core.training.tune import Tuned
-from tasks.options import STAGE
+from tasks.options import stage_task
 from tasks.ui import show_table, show_text
 
 
-@task(name="evaluate a weight", **STAGE)
+@stage_task("evaluate a weight")
 def compare_weight(run: ComparisonRun, images: Mapping[str, PoolPlan], scores: pipeline.Scores,
                    who: str) -> Comparison:
     """The tuned LoRA at one weight of a sweep; only the comparison at the chosen weight is shown in full."""
@@ -26,7 +25,7 @@ def compare_weight(run: ComparisonRun, images: Mapping[str, PoolPlan], scores: p
     return result
 
 
-@task(name="evaluate", **STAGE)
+@stage_task("evaluate")
 def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], scores: pipeline.Scores) -> Comparison:
     """Win rates, score changes, defects and colours, with intervals; kept in `evaluations/`."""
     result = pipeline.compare_models(run, images, scores)
@@ -47,7 +46,7 @@ def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], sco
     return result
 
 
-@task(name="checks", **STAGE)
+@stage_task("checks")
 def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[RunWarning]:
     """The warnings of the run; they are logged, and shown in the UI."""
     warnings = pipeline.check_tuning(run, lora, comparison)

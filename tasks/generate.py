@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core import pipeline
@@ -12,10 +11,10 @@ from hgdpo_core.models import Model
 from hgdpo_core.progress import StageProgress
 from hgdpo_core.run import Run
 from hgdpo_core.stages.pool import PoolPlan
-from tasks.options import STAGE
+from tasks.options import stage_task
 
 
-@task(name="pool", **STAGE)
+@stage_task("pool")
 def make_pool(run: Run, model: Model, runner: Runner, on: StageProgress) -> PoolPlan:
     """N candidates for every training prompt."""
     pool = pipeline.make_pool(run, model, runner, on)
@@ -23,7 +22,7 @@ def make_pool(run: Run, model: Model, runner: Runner, on: StageProgress) -> Pool
     return pool
 
 
-@task(name="evaluation images", **STAGE)
+@stage_task("evaluation images")
 def generate_evaluation(run: Run | ComparisonRun, models: Mapping[str, Model], runner: Runner,
                         on: StageProgress) -> dict[str, PoolPlan]:
     """Images for the held-out prompts by each model, under its name, with the same seeds for every model."""

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core.comparison_run import ComparisonRun, open_comparison, plan_comparison
@@ -11,11 +10,11 @@ from hgdpo_core.plan.table import readable_bytes, readable_hours, readable_time
 from hgdpo_core.prompts.syntax import describe_unread
 from hgdpo_core.run import Run, open_run
 from tasks.handover import take_opened
-from tasks.options import STAGE
+from tasks.options import stage_task
 from tasks.ui import show_table
 
 
-@task(name="prepare", **STAGE)
+@stage_task("prepare")
 def prepare(**parameters: Any) -> Run:
     """The checked run; takes the parameters of `open_run`. Mistakes fail here, before a model loads."""
     logger = get_run_logger()
@@ -31,7 +30,7 @@ def prepare(**parameters: Any) -> Run:
     return run
 
 
-@task(name="prepare comparison", **STAGE)
+@stage_task("prepare comparison")
 def prepare_comparison(**parameters: Any) -> ComparisonRun:
     """The checked comparison; takes the parameters of `open_comparison`. Mistakes fail here, before a model loads."""
     logger = get_run_logger()
@@ -44,7 +43,7 @@ def prepare_comparison(**parameters: Any) -> ComparisonRun:
     return run
 
 
-@task(name="plan", **STAGE)
+@stage_task("plan")
 def show_plan(run: Run, with_probe: bool = False) -> dict[str, Any]:
     """What the run would make and what exists, as in `RunPlan`; makes nothing."""
     if with_probe:
@@ -60,7 +59,7 @@ def show_plan(run: Run, with_probe: bool = False) -> dict[str, Any]:
     return plan.model_dump(mode="json")
 
 
-@task(name="plan comparison", **STAGE)
+@stage_task("plan comparison")
 def show_comparison_plan(run: ComparisonRun) -> list[dict[str, Any]]:
     """What the comparison would generate and what exists; generates nothing."""
     rows = plan_comparison(run)

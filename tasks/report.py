@@ -3,46 +3,55 @@
 from collections.abc import Mapping
 from typing import Any
 
-from prefect import task
+from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
+from prefect.states import Completed
 
 from hgdpo_core import pipeline
 from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.progress import StageTimes
 from hgdpo_core.rendering.grids import pair_grid, pool_grid
+from hgdpo_core.rendering.settings import settings_table
 from hgdpo_core.report import ReportData, headline
-from hgdpo_core.report.summary import write_comparison_report
+from hgdpo_core.report.summary import Published, write_comparison_report
 from hgdpo_core.run import Run
 from hgdpo_core.stages.pool import PoolPlan
-from tasks.options import STAGE
+from tasks.options import stage_task
 from tasks.ui import show_image, show_text
 
 
-@task(name="report", **STAGE)
-def publish(run: Run, result: pipeline.Result, times: StageTimes) -> dict[str, Any]:
-    """`summary.json` and `report.html` in `runs/<run_id>/`; returns the summary."""
+@stage_task("report")
+def publish(run: Run, result: pipeline.Result, times: StageTimes) -> Published:
+    """`summary.json` and `report.html` in `runs/<run_id>/`, and their images in the UI."""
     published = pipeline.write_report(run, result, times)
-    _show(published.data)
+    _show_pairs(published.data)
     show_image("pool-ranking", pool_grid(published.data.pools), "Pools in their ranking, winner and loser outlined")
-    return published.summary
+    return published
 
 
-@task(name="comparison report", **STAGE)
+@stage_task("comparison report")
 def publish_comparison(run: ComparisonRun, images: Mapping[str, PoolPlan], comparison: Comparison,
-                       sweep: list[Comparison], times: StageTimes) -> dict[str, Any]:
-    """`summary.json` and `report.html` of two models in `runs/<run_id>/`; returns the summary."""
+                       sweep: list[Comparison], times: StageTimes) -> Published:
+    """`summary.json` and `report.html` of two models in `runs/<run_id>/`, and their images in the UI."""
     published = write_comparison_report(run, images, comparison, sweep, seconds=times.seconds, cached=times.cached)
-    _show(published.data)
-    return published.summary
+    _show_pairs(published.data)
+    return published
 
 
-def _show(data: ReportData) -> None:
-    """The report as artifacts of the UI."""
+def conclude(published: Published) -> State[dict[str, Any]]:
+    """The end of a flow run: result and settings as its own artifacts, the result in a sentence as its state."""
+    data, sentence = published.data, headline(published.data)
+    locations = "\n".join(f"- {name}: `{url}`" for name, url in data.artifacts.items())
+    warnings = "".join(f"\n\n**{warning}**" for warning in data.warnings)
+    show_text("result", f"## {sentence}{warnings}\n\n{locations}", "The result in a sentence; report and LoRA")
+    show_text("settings", settings_table(value=data.config).markdown(), "Every setting of this run")
+    get_run_logger().info(sentence)
+    return Completed(message=sentence, data=published.summary)
+
+
+def _show_pairs(data: ReportData) -> None:
     show_image("pairs", pair_grid(data.pairs), "Target and tuned model side by side, random held-out prompts")
     for key, samples, what in (("best-wins", data.best_wins, "gained"), ("worst-losses", data.worst_losses, "lost")):
         if samples:
             show_image(key, pair_grid(samples), f"Where the tuned model {what} most")
-    locations = "\n".join(f"- {name}: `{url}`" for name, url in data.artifacts.items())
-    show_text("result", f"## {headline(data)}\n\n{locations}", "The result in a sentence; report and LoRA")
-    get_run_logger().info(headline(data))

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError, StorageError
@@ -15,11 +14,11 @@ from hgdpo_core.rescore.rescore_run import RescoreRun, close_rescore_run, open_r
 from hgdpo_core.stages import Stage
 from hgdpo_core.storage import Store
 from tasks.handover import take_opened
-from tasks.options import STAGE
+from tasks.options import stage_task
 from tasks.ui import show_table, show_text, stage_progress
 
 
-@task(name="find work", **STAGE)
+@stage_task("find work")
 def find_work(store: Store, scorers: Sequence[str], preset: str | None, overrides: dict[str, Any],
               verify: bool) -> RescorePlan:
     """What is missing under the root; loads no model."""
@@ -34,7 +33,7 @@ def find_work(store: Store, scorers: Sequence[str], preset: str | None, override
     return plan
 
 
-@task(name="begin night", **STAGE)
+@stage_task("begin re-scoring")
 def begin(store: Store, plan: RescorePlan) -> RescoreRun | None:
     """The record of the re-scoring, written before its work; None when there is nothing to do."""
     run = open_rescore_run(store, plan)
@@ -43,7 +42,7 @@ def begin(store: Store, plan: RescorePlan) -> RescoreRun | None:
     return run
 
 
-@task(name="score again", task_run_name="score again by {version.scorer.name}", **STAGE)
+@stage_task("score again", "score again by {version.scorer.name}")
 def score_again(store: Store, version: ScorerVersion, jobs: Sequence[ScoreJob],
                 runner: Runner) -> list[Skipped]:
     """The missing scores of all pools by one scorer; returns the pools skipped."""
@@ -81,7 +80,7 @@ def _is_done(stage: Stage) -> bool:
         return False
 
 
-@task(name="rank again", task_run_name="rank {job.pool_id} again", **STAGE)
+@stage_task("rank again")
 def rank(store: Store, job: RankJob) -> Ranking | Skipped:
     """A data set of triplets by the new scores."""
     with stage_progress("triplets") as progress:
@@ -94,7 +93,7 @@ def rank(store: Store, job: RankJob) -> Ranking | Skipped:
     return ranking
 
 
-@task(name="drift", **STAGE)
+@stage_task("drift")
 def report_drift(store: Store, run: RescoreRun, rankings: Sequence[Ranking],
                  skipped: Sequence[Skipped]) -> dict[str, Any]:
     """The drift report, in `rescores/<name>/` and in the UI; returns the summary."""

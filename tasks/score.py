@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core import pipeline
@@ -12,10 +11,10 @@ from hgdpo_core.progress import StageProgress
 from hgdpo_core.run import Run
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.storage.shards import ShardFolder
-from tasks.options import STAGE
+from tasks.options import stage_task
 
 
-@task(name="score", task_run_name="score {pool.pool_id}", **STAGE)
+@stage_task("score")
 def score_pool(run: Run, pool: PoolPlan, runner: Runner, on: StageProgress) -> ShardFolder:
     """The folder with the ranking scorer's scores for all of the pool's planned shards."""
     folder = pipeline.score_pool(run, pool, runner, on)
@@ -23,7 +22,7 @@ def score_pool(run: Run, pool: PoolPlan, runner: Runner, on: StageProgress) -> S
     return folder
 
 
-@task(name="evaluation scores", **STAGE)
+@stage_task("evaluation scores")
 def score_evaluation(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], runner: Runner,
                      on: StageProgress) -> dict[str, dict[str, ShardFolder]]:
     """Each model's images by each scorer of the evaluation: name of the model -> name of the scorer -> scores."""

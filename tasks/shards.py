@@ -2,18 +2,17 @@
 
 from typing import Any
 
-from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core.execution.jobs import ShardRequest, run_shards
 from hgdpo_core.progress import ShouldStop
 from hgdpo_core.stages import STAGES
 from hgdpo_core.storage.shards import ShardManifest
-from tasks.options import STAGE
+from tasks.options import stage_task
 from tasks.ui import show_table, stage_progress
 
 
-@task(name="make shards", task_run_name="{request.stage} {request.shards}", **STAGE)
+@stage_task("make shards", "{request.stage} {request.shards}")
 def make_shards(request: ShardRequest, should_stop: ShouldStop) -> list[dict[str, Any]]:
     """A row for each shard of the range that was made now; existing ones stay as they are."""
     logger = get_run_logger()

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core import pipeline
@@ -17,12 +16,12 @@ from hgdpo_core.training.launch import run_train_everywhere
 from hgdpo_core.training.parts import LogRow
 from hgdpo_core.training.request import TrainRequest
 from hgdpo_core.training.tune import Tuned
-from tasks.options import STAGE
+from tasks.options import stage_task
 from tasks.ui import show_table
 from tasks.validation import training_progress
 
 
-@task(name="sft", **STAGE)
+@stage_task("sft")
 def tune_target(run: Run, runner: Runner, on: StageProgress) -> tuple[Model, list[LogRow]]:
     """The target for all later stages, and the training log (empty without images)."""
     logger = get_run_logger()
@@ -40,7 +39,7 @@ def tune_target(run: Run, runner: Runner, on: StageProgress) -> tuple[Model, lis
     return model, log
 
 
-@task(name="dpo", **STAGE)
+@stage_task("dpo")
 def train_lora(run: Run, model: Model, triplets: TripletStage, latents: LatentStage, runner: Runner,
                on: StageProgress) -> Tuned:
     """A LoRA of the target by Diffusion-DPO with the statistic matching loss."""
@@ -50,7 +49,7 @@ def train_lora(run: Run, model: Model, triplets: TripletStage, latents: LatentSt
     return lora
 
 
-@task(name="train", task_run_name="{request.kind}", **STAGE)
+@stage_task("train", "{request.kind}")
 def make_tuned(request: TrainRequest, should_stop: ShouldStop) -> str:
     """The id of the tuned model in `models/`."""
     with training_progress(request) as progress:

@@ -1,6 +1,5 @@
 """Rank the pools, keep best and worst as triplets, cache the latents that training reads."""
 
-from prefect import task
 from prefect.logging import get_run_logger
 
 from hgdpo_core import pipeline
@@ -13,11 +12,11 @@ from hgdpo_core.stages.latents import LatentStage
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.storage.shards import ShardFolder
-from tasks.options import STAGE
+from tasks.options import stage_task
 from tasks.ui import show_table
 
 
-@task(name="triplets", **STAGE)
+@stage_task("triplets")
 def make_triplets(run: Run, pool: PoolPlan, scores: ShardFolder, runner: Runner, on: StageProgress) -> TripletStage:
     """Best and worst of every pool as Parquet, with a data set card."""
     triplets = pipeline.make_triplets(run, pool, scores, runner, on)
@@ -28,7 +27,7 @@ def make_triplets(run: Run, pool: PoolPlan, scores: ShardFolder, runner: Runner,
     return triplets
 
 
-@task(name="latents", **STAGE)
+@stage_task("latents")
 def encode_triplets(run: Run, triplets: TripletStage, model: Model, runner: Runner, on: StageProgress) -> LatentStage:
     """Latents of the triplets' images and the prompts' text embeddings."""
     latents = pipeline.encode_triplets(run, triplets, model, runner, on)
@@ -36,7 +35,7 @@ def encode_triplets(run: Run, triplets: TripletStage, model: Model, runner: Runn
     return latents
 
 
-@task(name="latent distances", **STAGE)
+@stage_task("latent distances")
 def measure_distances(run: Run, pool: PoolPlan, scores: ShardFolder, model: Model, runner: Runner,
                       on: StageProgress) -> DistanceStage:
     """How far the channel statistics of worse images are from the best one's, in some pools (paper Figure 5b)."""

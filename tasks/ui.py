@@ -54,6 +54,9 @@ def stage_progress(stage: str) -> Iterator[Progress]:
 
     try:
         yield report
+        if artifact is not None:  # a full bar would only bury the results among a run's artifacts
+            with get_client(sync_client=True) as client:
+                client.delete_artifact(artifact)
     finally:
         if bar is not None:
             bar.close()

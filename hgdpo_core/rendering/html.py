@@ -3,18 +3,25 @@
 The content policy forbids every network request. Dark mode only changes the variables of the style sheet.
 """
 
+import re
 from html import escape
 
 from hgdpo_core.rendering.parts import sentence
 
+SECTION = re.compile(r'<section id="([^"]+)"><h2>(.*?)</h2>')
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def html_page(title: str, *, eyebrow: str, lead: str, below: str, main: str, heading: str = "", style: str = "") -> str:
+def html_page(title: str, *, eyebrow: str, lead: str, below: str, main: str, heading: str = "", style: str = "",
+              beside: str = "", contents: bool = False) -> str:
     """A page as HTML. `eyebrow`, `heading` (by default the title) and `lead` are plain text that opens the page.
 
-    `below` (the rest of the header) and `main` are markup; `style` is CSS that follows the common style sheet.
+    `below` (the rest of the header), `beside` (on its right, where there is room) and `main` are markup; `style` is CSS
+    that follows the common style sheet. `contents`: a list of the sections of `main`, as links.
     """
+    listed = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for anchor, name in SECTION.findall(main))
+    nav = f'<nav aria-label="Contents"><ul>{listed}</ul></nav>\n' if contents else ""
+    aside = f'<div class="beside">{beside}</div>' if beside else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -27,12 +34,13 @@ def html_page(title: str, *, eyebrow: str, lead: str, below: str, main: str, hea
 </head>
 <body>
 <header>
-<p class="eyebrow">{escape(eyebrow)}</p>
+<div><p class="eyebrow">{escape(eyebrow)}</p>
 <h1>{escape(heading or title)}</h1>
 <p class="lead">{sentence(lead)}</p>
-{below}
+{below}</div>
+{aside}
 </header>
-<main>
+{nav}<main>
 {main}</main>
 <footer><p>Method: arXiv:2405.20216v1. This page is self-contained; it loads nothing from elsewhere.</p></footer>
 </body>
@@ -48,11 +56,20 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); overflow-wrap: anywhere;
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-header, main, footer { max-width: 1280px; margin: 0 auto; padding: 0 20px; }
-header { padding-top: clamp(40px, 8vw, 96px); }
+header, main, footer, nav { max-width: 1280px; margin: 0 auto; padding: 0 20px; }
+header { padding-top: clamp(32px, 4vw, 56px); display: grid; gap: 28px 48px; align-items: start; }
+.beside { min-width: 0; }
+nav { margin-top: 28px; }
+nav ul { display: flex; flex-wrap: wrap; gap: 6px 20px; padding: 12px 0; border: solid var(--line);
+  border-width: 1px 0; font-size: .9rem; }
+@media (min-width: 960px) { header:has(.beside) { grid-template-columns: minmax(0, 1fr) minmax(0, 30rem); }
+  .columns { columns: 2; column-gap: 48px; } .columns > section { break-inside: avoid; }
+  .columns > section:first-child { margin-top: 0; } .split { display: grid;
+    gap: 0 48px; align-items: start; } .split table { min-width: 0; } .columns table { min-width: 0; } }
+.columns { margin-top: clamp(28px, 3vw, 38px); }
 h1 { font-size: clamp(1.7rem, 4vw, 2.6rem); line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 1.2rem; }
 h2 { font-size: 1.45rem; letter-spacing: -0.01em; margin: 0 0 .4rem; }
-section { margin-top: clamp(48px, 7vw, 88px); }
+section { margin-top: clamp(28px, 3vw, 38px); scroll-margin-top: 12px; }
 p, ul.notes, ul.warnings { max-width: 68ch; }
 .eyebrow { color: var(--accent); font-weight: 600; margin: 0 0 .5rem; }
 .lead { font-size: clamp(1.15rem, 2.2vw, 1.4rem); line-height: 1.45; margin: 0 0 .8rem; }
@@ -88,7 +105,7 @@ ul, ol, dl { list-style: none; margin: 0; padding: 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; min-width: min(100%, 44rem); }
 caption { text-align: left; font-size: .875rem; padding-bottom: 8px; }
 caption span { display: block; max-width: calc(100vw - 40px); }
-th, td { text-align: left; padding: 8px 20px 8px 0; border-bottom: 1px solid var(--line); vertical-align: top;
+th, td { text-align: left; padding: 6px 20px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: normal; }
 td { white-space: nowrap; }
 thead th { font-size: .8rem; font-weight: 500; color: var(--faint); white-space: nowrap; }
@@ -100,20 +117,27 @@ figcaption { font-size: .8rem; font-variant-numeric: tabular-nums; margin-top: 6
 figcaption b { font-weight: 600; color: var(--ink); }
 img { display: block; width: 100%; height: auto; border-radius: 6px; }
 img.tiny { image-rendering: pixelated; border-radius: 3px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr));
-  gap: 36px 28px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr));
+  gap: 28px 24px; }
+.cards:has(img.tiny) { grid-template-columns: repeat(auto-fill, minmax(min(100%, 180px), 1fr)); gap: 18px 20px; }
+.cards:has(img.tiny) figcaption { font-size: .72rem; line-height: 1.3; margin-top: 4px; }
+.cards:has(img.tiny) .prompt { font-size: .85rem; line-height: 1.3; margin-top: 4px; }
+details .cards { margin-top: 18px; }
+details > summary { margin-top: 14px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }
 .higher img, .winner img { outline: 3px solid var(--accent); outline-offset: 2px; }
 .loser img { outline: 3px solid var(--loss); outline-offset: 2px; }
 .higher i, .winner i { color: var(--accent); font-weight: 600; }
 .loser i { color: var(--loss); font-weight: 600; }
 .prompt { unicode-bidi: plaintext; margin: 8px 0 0; font-size: .95rem; line-height: 1.4; }
-h3.prompt { font-weight: 600; margin: 32px 0 14px; max-width: 68ch; }
-.pool { display: grid; grid-template-columns: repeat(auto-fill, minmax(clamp(72px, 11vw, 104px), 1fr));
-  gap: 16px 14px; }
+h3.prompt { font-weight: 600; margin: 20px 0 10px; max-width: 68ch; }
+.pool { display: grid; grid-template-columns: repeat(auto-fill, minmax(clamp(64px, 6vw, 104px), 1fr));
+  gap: 12px; }
+.pool:has(img.tiny) { grid-template-columns: repeat(auto-fill, minmax(48px, 1fr)); gap: 8px 10px; }
+.pool figcaption { margin-top: 4px; line-height: 1.25; }
 .pool figcaption i { display: block; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr));
-  gap: 36px 28px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 208px), 1fr));
+  gap: 28px 24px; }
 .chart figcaption { display: grid; grid-template-columns: 1fr auto; margin: 0 0 8px; font-size: .95rem; }
 .chart small { grid-column: 1 / -1; font-size: .8rem; }
 .chart svg { width: 100%; display: block; }
@@ -134,8 +158,9 @@ h3.prompt { font-weight: 600; margin: 32px 0 14px; max-width: 68ch; }
 td code, pre code { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { background: var(--panel); border-radius: 8px; padding: 14px 16px; overflow-x: auto; }
 summary { cursor: pointer; }
-footer { margin-top: 88px; padding-bottom: 48px; }
+footer { margin-top: 56px; padding-bottom: 40px; }
 @media (max-width: 480px) { table { font-size: .92rem; } th, td { padding-right: 9px; }
   td:last-child { padding-right: 0; } }
-@media print { .cards li, .chart { break-inside: avoid; } }
+@media print { nav { display: none; } body { font-size: .85rem; } section { margin-top: 24px; }
+  .cards li, .chart, tr, figure { break-inside: avoid; } h2 { break-after: avoid; } }
 """

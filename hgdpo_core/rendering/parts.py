@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -16,9 +17,23 @@ ImageEncoder = Callable[[Image.Image], str]
 
 
 def section(title: str, intro: str, body: str) -> str:
-    """A <section> with its heading; intro is text, body is HTML."""
+    """A <section> with its heading, which a contents list can point to; intro is text, body is HTML."""
     lead = f'<p class="intro">{sentence(intro)}</p>' if intro else ""
-    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>\n"
+    anchor = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    return f'<section id="{anchor}"><h2>{escape(title)}</h2>{lead}{body}</section>\n'
+
+
+def columns(*sections: str) -> str:
+    """Sections in two columns where the page is wide enough; "" when all are empty."""
+    return f'<div class="columns">{"".join(sections)}</div>\n' if any(sections) else ""
+
+
+def split(left: str, right: str, shares: tuple[int, int]) -> str:
+    """Two blocks side by side where the page is wide enough, in these shares of the width; one alone has all of it."""
+    if not left or not right:
+        return left + right
+    style = f"grid-template-columns: minmax(0, {shares[0]}fr) minmax(0, {shares[1]}fr)"
+    return f'<div class="split" style="{style}"><div>{left}</div><div>{right}</div></div>'
 
 
 def sentence(text: str) -> str:

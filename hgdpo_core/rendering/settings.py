@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from hgdpo_core.config import StageConfig
+from hgdpo_core.config import RunConfig, StageConfig
+from hgdpo_core.errors import ConfigError
 from hgdpo_core.presets import PRESETS, build_config
 from hgdpo_core.rendering.parts import NOTHING
 from hgdpo_core.rendering.tables import Table
@@ -40,16 +41,24 @@ def unit_of(field: FieldInfo) -> str:
     return str(extra["unit"]) if isinstance(extra, dict) else ""
 
 
-def settings_table(*presets: str) -> Table:
-    """A row per setting. The target and the prompts of a preset that has none are named as the user's."""
-    listed = [list(list_settings(build_config(preset, **_needed(preset)))) for preset in presets]
+def settings_table(**configs: StageConfig) -> Table:
+    """A row per setting, with a column of values for each of the configs, which are of one kind."""
+    listed = [list(list_settings(config)) for config in configs.values()]
     rows = [(name, *(_shown(settings[number][1]) for settings in listed), unit_of(field) or NOTHING,
              field.description or "") for number, (name, _, field) in enumerate(listed[0])]
-    return Table(("setting", *presets, "unit", "meaning"), rows)
+    return Table(("setting", *configs, "unit", "meaning"), rows)
 
 
-def _needed(preset: str) -> dict[str, str]:
-    return {} if preset == "figures" else {"target": "(yours)", "prompts": "(yours)"}
+def preset_table(*presets: str) -> Table:
+    """`settings_table` of presets; where one has no target or prompts of its own, they are named as the user's."""
+    return settings_table(**{preset: _config_of(preset) for preset in presets})
+
+
+def _config_of(preset: str) -> RunConfig:
+    try:
+        return build_config(preset)
+    except ConfigError:
+        return build_config(preset, target="(yours)", prompts="(yours)")
 
 
 def _shown(value: Any) -> str:
@@ -61,7 +70,7 @@ def _shown(value: Any) -> str:
 
 def settings_page() -> str:
     """docs/SETTINGS.md."""
-    return PAGE + settings_table(*PRESETS).markdown() + "\n"
+    return PAGE + preset_table(*PRESETS).markdown() + "\n"
 
 
 if __name__ == "__main__":

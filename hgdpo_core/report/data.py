@@ -6,7 +6,7 @@ from datetime import datetime
 
 import numpy as np
 
-from hgdpo_core.config import StageConfig
+from hgdpo_core.config import ComparisonConfig, RunConfig
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.rendering.grids import PairSample, PoolSample
 
@@ -17,7 +17,7 @@ class ReportData:
 
     preset: str
     title: str
-    config: StageConfig
+    config: RunConfig | ComparisonConfig
     root: str
     """URL or path of the object store; must not contain a secret, as it is printed."""
     created_at: datetime

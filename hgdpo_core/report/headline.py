@@ -1,7 +1,8 @@
 """The result in plain sentences that claim no more than the intervals support."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
+from hgdpo_core.built_in import is_built_in
 from hgdpo_core.metrics import WinRate
 from hgdpo_core.rendering.parts import count_of, percent, percent_interval
 from hgdpo_core.report.data import ReportData
@@ -10,23 +11,46 @@ from hgdpo_core.scorers import scorer_title
 READINGS = {"better": "The whole interval lies above 50 %: by this scorer the tuned model is better.",
             "worse": "The whole interval lies below 50 %: by this scorer the tuned model is worse.",
             "open": "The interval contains 50 %: these prompts do not show which model is better."}
+BUILT_IN_TITLES = {"pickscore": "the figures judge", "tinted": "the tinted figures judge",
+                   "inspector": "the figures inspector"}
 FINDINGS = {"better": "better", "worse": "worse", "open": "neither surely better nor surely worse"}
 
 
 def headline(data: ReportData) -> str:
-    """The result in one sentence, with its interval and counts."""
+    """The result in one sentence, with its interval and counts; the built-in scorers are named as what they are."""
     name, rate = next(iter(data.comparison.win_rates.items()))
-    scorer, weight, prompts = scorer_title(name), data.comparison.lora_weight, count_of(rate.n, "held-out prompt")
-    start = scorer if weight is None else f"With the LoRA at weight {float(weight)}, {scorer}"
+    weight, prompts, own = data.comparison.lora_weight, count_of(rate.n, "held-out prompt"), _built_in_scorers(data)
+    scorer = BUILT_IN_TITLES.get(name, scorer_title(name)) if name in own else scorer_title(name)
+    start = _capital(scorer) if weight is None else f"With the LoRA at weight {float(weight)}, {scorer}"
+    return f"{start} {_preference(rate, prompts)}{_witness(data.comparison.win_rates, name, own)}."
+
+
+def _preference(rate: WinRate, prompts: str) -> str:
     if rate.rate is None:
-        return f"{start} tells the two models apart on none of {prompts}."
+        return f"tells the two models apart on none of {prompts}"
     tally = f"{count_of(rate.wins, 'win')}, {count_of(rate.losses, 'loss', 'losses')}"
     interval = f"95 % interval {percent_interval(rate.ci_low, rate.ci_high)}"
-    start += f" prefers the tuned model on {percent(rate.rate)} of"
+    start = f"prefers the tuned model on {percent(rate.rate)} of"
     if not rate.ties:
-        return f"{start} {prompts} ({interval}; {tally}, no ties)."
+        return f"{start} {prompts} ({interval}; {tally}, no ties)"
     ties = count_of(rate.ties, "tie")
-    return f"{start} the held-out prompts it tells apart ({interval}; {tally}, {ties} among {rate.n:,} prompts)."
+    return f"{start} the held-out prompts it tells apart ({interval}; {tally}, {ties} among {rate.n:,} prompts)"
+
+
+def _witness(rates: Mapping[str, WinRate], first: str, own: Set[str]) -> str:
+    """Beside the built-in scorer that the model was tuned for, the built-in one that ranks no pool."""
+    rate = rates.get("inspector")
+    if first == "inspector" or "inspector" not in own or first not in own or rate is None or rate.rate is None:
+        return ""
+    return f"; the figures inspector, which ranked no pool, on {percent(rate.rate)}"
+
+
+def _built_in_scorers(data: ReportData) -> set[str]:
+    return {scorer.name for scorer in data.config.evaluation.scorers if is_built_in(scorer.source)}
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def read_interval(data: ReportData) -> str:

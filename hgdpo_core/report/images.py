@@ -4,22 +4,36 @@ from collections.abc import Sequence
 from html import escape
 
 from hgdpo_core.rendering.grids import PairSample, PoolSample, format_score, rank_pool
-from hgdpo_core.rendering.parts import ImageEncoder, image_tag, section
+from hgdpo_core.rendering.parts import ImageEncoder, count_of, image_tag, section
+
+OPEN_PAIRS = 12
+"""The page opens with so many; the others unfold."""
 
 
 def pairs(title: str, intro: str, samples: Sequence[PairSample], encode: ImageEncoder) -> str:
     """One card per prompt: target left, tuned right, scores below, the higher one marked."""
-    cards = []
-    for pair in samples:
-        sides = (("target", pair.target, pair.target_score, pair.tuned_score),
-                 ("tuned", pair.tuned, pair.tuned_score, pair.target_score))
-        images = ""
-        for name, image, score, other in sides:
-            style, word = (' class="higher"', " <i>higher</i>") if score > other else ("", "")
-            images += (f"<figure{style}>{image_tag(image, f'{name} model: {pair.prompt}', encode)}"
-                       f"<figcaption>{name} <b>{format_score(score)}</b>{word}</figcaption></figure>")
-        cards.append(f'<li><div class="pair">{images}</div><p class="prompt">{escape(pair.prompt)}</p></li>')
-    return section(title, intro, f'<ul class="cards">{"".join(cards)}</ul>') if samples else ""
+    cards = [f"<li>{_card(pair, encode)}</li>" for pair in samples]
+    body = f'<ul class="cards">{"".join(cards[:OPEN_PAIRS])}</ul>'
+    if len(cards) > OPEN_PAIRS:
+        body += (f"<details><summary>{count_of(len(cards) - OPEN_PAIRS, 'more pair')}</summary>"
+                 f'<ul class="cards">{"".join(cards[OPEN_PAIRS:])}</ul></details>')
+    return section(title, intro, body) if samples else ""
+
+
+def first_pair(samples: Sequence[PairSample], encode: ImageEncoder) -> str:
+    """The first of a random sample, for the top of the page."""
+    return _card(samples[0], encode) if samples else ""
+
+
+def _card(pair: PairSample, encode: ImageEncoder) -> str:
+    sides = (("target", pair.target, pair.target_score, pair.tuned_score),
+             ("tuned", pair.tuned, pair.tuned_score, pair.target_score))
+    images = ""
+    for name, image, score, other in sides:
+        style, word = (' class="higher"', " <i>higher</i>") if score > other else ("", "")
+        images += (f"<figure{style}>{image_tag(image, f'{name} model: {pair.prompt}', encode)}"
+                   f"<figcaption>{name} <b>{format_score(score)}</b>{word}</figcaption></figure>")
+    return f'<div class="pair">{images}</div><p class="prompt">{escape(pair.prompt)}</p>'
 
 
 def pools(samples: Sequence[PoolSample], encode: ImageEncoder) -> str:

@@ -6,7 +6,7 @@ from html import escape
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.rendering import parts
 from hgdpo_core.rendering.charts import HISTOGRAMS, fraction_bar, histogram, interval_chart, rate_bar
-from hgdpo_core.rendering.parts import NOTHING, percent, percent_interval, section, signed, signed_interval
+from hgdpo_core.rendering.parts import NOTHING, percent, percent_interval, section, signed, signed_interval, split
 from hgdpo_core.rendering.tables import Cell, Table, with_interval
 from hgdpo_core.report.data import ReportData
 from hgdpo_core.scorers import scorer_title
@@ -140,7 +140,7 @@ def colours(comparison: Comparison) -> str:
              "prints their absolute values.")
     note = f'<p class="intro">{escape(_weak_hue(change))}</p>' if change.hue_is_weak else ""
     charts = "".join(histogram(spec, comparison.target_histograms, comparison.tuned_histograms) for spec in HISTOGRAMS)
-    return section("Colours", intro, f'{table}{note}<div class="charts">{charts}</div>')
+    return section("Colours", intro, split(table, f'<div class="charts">{charts}</div>{note}', (2, 3)))
 
 
 def _weak_hue(change: ColourChange) -> str:

@@ -6,11 +6,11 @@ from html import escape
 
 from hgdpo_core.errors import InputError
 from hgdpo_core.rendering.html import html_page
-from hgdpo_core.rendering.parts import ImageEncoder, encode_data_uri, listing, section, sentence
+from hgdpo_core.rendering.parts import ImageEncoder, columns, encode_data_uri, listing, section, sentence, split
 from hgdpo_core.report import numbers
 from hgdpo_core.report.data import ReportData
 from hgdpo_core.report.headline import headline, read_interval
-from hgdpo_core.report.images import pairs, pools
+from hgdpo_core.report.images import first_pair, pairs, pools
 from hgdpo_core.report.training import latent_statistics, training_charts
 from hgdpo_core.scorers import scorer_title
 
@@ -42,30 +42,25 @@ def _page(data: ReportData, encode: ImageEncoder) -> str:
                   "them all.")
     sections = (
         listing("Warnings", data.warnings, "warnings"),
-        numbers.win_rates(data),
-        listing("What to keep in mind", data.notes, "notes"),
+        columns(numbers.win_rates(data), numbers.defects(comparison.defects),
+                numbers.variety(comparison.variety_change), listing("What to keep in mind", data.notes, "notes")),
         pairs("Side by side", f"A random sample of held-out prompts, both models from one seed.{shown}", data.pairs,
               encode),
-        pairs("Best wins", "Where the tuned model gained most.", data.best_wins, encode),
-        pairs("Worst losses", "Where the tuned model lost most.", data.worst_losses, encode),
-        numbers.defects(comparison.defects),
+        columns(pairs("Best wins", "Where the tuned model gained most.", data.best_wins, encode),
+                pairs("Worst losses", "Where the tuned model lost most.", data.worst_losses, encode)),
         numbers.colours(comparison),
-        numbers.variety(comparison.variety_change),
         numbers.lora_weights(data.sweep),
         pools(data.pools, encode),
-        latent_statistics(data.rank_distances),
         training_charts(data.objective, data.training_log),
-        training_charts("sft", data.sft_log),
-        numbers.counts(data.counts),
-        numbers.timings(data.timings),
-        numbers.artifacts(data.artifacts),
-        _repeat(data),
+        split(training_charts("sft", data.sft_log), latent_statistics(data.rank_distances), (3, 2)),
+        columns(numbers.counts(data.counts), numbers.timings(data.timings), numbers.artifacts(data.artifacts),
+                _repeat(data)),
     )
     when = data.created_at.strftime("%Y-%m-%d %H:%M %Z").strip()
     below = f"""<p class="reading">{sentence(read_interval(data))}</p>
 <p class="meta">{when} · <code>{escape(data.root)}</code></p>"""
     return html_page(data.title, eyebrow=f"HG-DPO · preset {data.preset}", lead=headline(data), below=below,
-                     main="".join(sections))
+                     main="".join(sections), beside=first_pair(data.pairs, encode), contents=True)
 
 
 def _repeat(data: ReportData) -> str:

@@ -49,7 +49,7 @@ def test_the_flow_finds_what_the_core_would(result, parameters):
 
 def test_every_arm_and_seed_is_a_task_of_its_own_name(result, server):
     with get_client(sync_client=True) as client:
-        own = [run.id for run in client.read_flow_runs() if run.name == "ablations, figures"]
+        own = [run.id for run in client.read_flow_runs() if run.name.startswith("ablations figures target ")]
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=own)))
     assert {"N-3, tinted world, seed 0", "N-3-LAN, tinted world, seed 0"} <= {task.name for task in tasks}
 
@@ -68,6 +68,8 @@ def arguments(parameters, root):
 
 def test_the_command_plans_and_finishes(result, parameters, tmp_path, capsys):
     assert main([*arguments(parameters, tmp_path), "--plan"]) == 0
+    assert ["trainings", "3"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert main([*arguments(parameters, tmp_path), "--plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trainings"] == 3
     assert main(arguments(parameters, parameters["root"])) == 0  # found, not made again
     out = capsys.readouterr().out

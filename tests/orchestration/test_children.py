@@ -185,6 +185,17 @@ def test_a_failure_whose_work_is_there_all_the_same_is_none(server):
     run(server, "0")
 
 
+def test_a_crashed_run_is_a_warning_with_its_link_while_the_others_go_on(server, caplog):
+    server.fresh = lambda name: ([Running(), Crashed(message="its worker is gone")] if name == "0"
+                                 else [Running()] * 5 + [server.finish(name)])
+    with pytest.raises(ShardRunsError, match="1 of 2"):
+        run(server, "0", "1")
+    crashed = next(one for one in server.runs.values() if one.name == "0")
+    warning, = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert warning == ("0 ended as Crashed without its work (its worker is gone). Retry on it makes what is missing: "
+                       f"http://fake/{crashed.id}")
+
+
 def test_work_that_cannot_be_looked_at_is_missing(server):
     def look():
         raise StorageError("shard 3 of the pool does not exist")

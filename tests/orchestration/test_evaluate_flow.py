@@ -52,7 +52,7 @@ def test_the_summary_holds_what_was_measured(summary, parameters):
 def test_a_run_is_named_after_its_models(server, summary, parameters):
     with get_client(sync_client=True) as client:
         names = {run.name for run in client.read_flow_runs()}
-    assert f"{Path(parameters['tuned']).name} against {Path(parameters['target']).name}" in names
+    assert f"{Path(parameters['tuned']).name} against {Path(parameters['target']).name} {summary['run_id']}" in names
 
 
 def test_both_models_got_the_same_seeds(summary, parameters):
@@ -80,6 +80,8 @@ def test_the_command_plans_compares_and_publishes(server, summary, parameters, t
                  parameters["tuned"], "--prompts", parameters["prompts"], "--scorers", parameters["scorers"][0],
                  "--images-per-prompt", "2", *(f"--set={name}={json.dumps(v)}" for name, v in SETTINGS.items())]
     assert main([*arguments, "--plan"]) == 0
+    assert "stage" in (text := capsys.readouterr().out) and "missing images" in text and "nothing was made" in text
+    assert main([*arguments, "--plan", "--json"]) == 0
     assert [row["missing_images"] for row in json.loads(capsys.readouterr().out)] == [0, 0]
     assert main([*arguments, "--publish", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out

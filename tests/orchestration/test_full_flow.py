@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from faulty_s3 import served_bucket
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from safetensors.torch import load_file
 
 from flows.cli import main
@@ -32,7 +34,7 @@ def parameters(tmp_path_factory, target_folder, judge_folder):
             "evaluation.prompts": {"source": str(folder / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
             "sampler.steps": 2, "pool.images_per_prompt": 3, "pool.prompts_per_shard": 4, "sft.max_steps": 2,
             "sft.batch_size": 2, "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2,
-            "licence": "cc-by-4.0"}}
+            "dpo.warmup_steps": 0, "licence": "cc-by-4.0"}}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,15 @@ def test_the_summary_keeps_its_contract(summary, parameters):
     assert set(summary) >= {"preset", "root", "win_rate", "colour_shift", "lora_weight", "triplets", "pool_images",
                             "timings", "artifacts", "warnings", "score_change", "defect_rate", "colour_change"}
     assert summary["warnings"] == []  # two steps are too few for any check
+    with get_client(sync_client=True) as client:
+        run = next(run for run in client.read_flow_runs() if run.name.endswith(summary["run_id"]))
+        artifacts = client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
+    assert run.name == f"figures target {summary['run_id']}"
+    assert run.state.is_completed() and run.state.message.startswith("With the LoRA at weight 1.0, PickScore prefers")
+    shown = {artifact.key: artifact for artifact in artifacts}
+    assert not [key for key in shown if key.endswith("-progress")]  # of finished stages
+    assert shown["result"].task_run_id is None and run.state.message in shown["result"].data
+    assert "| dpo.max_steps | 2 | optimizer steps |" in shown["settings"].data
     rate = summary["win_rate"]["pickscore"]
     assert set(rate) == {"rate", "ci_low", "ci_high", "wins", "losses", "ties", "n"}
     assert rate["n"] == 8 == rate["wins"] + rate["losses"] + rate["ties"]

@@ -177,6 +177,10 @@ def test_only_a_deployment_gives_way(server, monkeypatch):
 def test_rescore_command(server, root, capsys):
     arguments = ["rescore", "--root", root, "--scorer", "pickscore=two"]
     assert main([*arguments, "--plan"]) == 0
+    title, _, columns, row = capsys.readouterr().out.splitlines()
+    assert title == f"Plan of re-scoring {Store(root).root} (nothing was made)" and columns.startswith("pool")
+    assert row.split()[:2] == ["n4", "pickscore"]
+    assert main([*arguments, "--plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["images"] == 16
     assert main(arguments) == 0
     out = capsys.readouterr().out

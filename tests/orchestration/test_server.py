@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from urllib.request import proxy_bypass
+from uuid import uuid4
 
 import pytest
 from prefect import flow
@@ -107,3 +109,15 @@ def test_a_relative_path_is_refused_where_a_worker_would_look_it_up(tmp_path, mo
     for good in (None, "figures", "s3://bucket/prompts.txt", "/data/prompts.txt", "~/prompts.txt"):
         lifecycle.refuse_relative_paths(**{name: good})
     lifecycle.refuse_relative_paths(target="owner/name")
+
+
+@pytest.mark.parametrize(("given", "kept"), [("lr-1e5", True), ("my run", True), ("beta-sweep", True),
+                                             ("clever-otter", False)])
+def test_a_typed_name_of_a_run_stays(monkeypatch, given, kept):
+    """Prefect gives every other run a name of two words from its lists."""
+    renamed = []
+    client = SimpleNamespace(set_flow_run_name=lambda run_id, name: renamed.append(name))
+    monkeypatch.setattr(lifecycle, "get_client", lambda sync_client: nullcontext(client))
+    monkeypatch.setattr(lifecycle, "flow_run", SimpleNamespace(name=given, id=str(uuid4())))
+    lifecycle.name_this_run("sd15", "s3://models/mine/", "sd15-0123")
+    assert renamed == ([] if kept else ["sd15 mine sd15-0123"])

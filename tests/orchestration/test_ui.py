@@ -14,11 +14,22 @@ def test_every_stage_has_a_key_that_prefect_takes(server, stage):
     with stage_progress(stage) as progress:
         progress(1, 2, "images")
         progress(2, 2, "images")
+        assert artifacts()[artifact_key(f"{stage}-progress")].data == 100.0
     show_text(f"note on {stage}", "all is well", "A note")
+    assert artifacts()[artifact_key(f"note on {stage}")].description == "A note"
+    assert artifact_key(f"{stage}-progress") not in artifacts()  # a full bar would bury the results
+
+
+def test_the_bar_of_a_stage_that_failed_stays(server):
+    with pytest.raises(ValueError, match="broken"), stage_progress("breaks") as progress:
+        progress(1, 4, "images")
+        raise ValueError("broken")
+    assert artifacts()["breaks-progress"].description == "breaks: 4 images"
+
+
+def artifacts():
     with get_client(sync_client=True) as client:
-        found = {artifact.key: artifact for artifact in client.read_artifacts()}
-    assert found[artifact_key(f"{stage}-progress")].data == 100.0
-    assert found[artifact_key(f"note on {stage}")].description == "A note"
+        return {artifact.key: artifact for artifact in client.read_artifacts()}
 
 
 def test_fractions_of_a_table_are_short(server):

@@ -40,10 +40,10 @@ def test_the_page_in_docs_is_that_of_the_definitions():
 
 
 def test_a_table_shows_values_as_set_takes_them():
-    rows = {row[0]: row[1] for row in settings.settings_table("figures").rows}
+    rows = {row[0]: row[1] for row in settings.preset_table("figures").rows}
     assert (rows["dpo.beta"], rows["target.vae"], rows["dpo.flip"], rows["target.negative_prompt"]) == (
         "1000.0", "null", "false", '""')
     assert rows["evaluation.scorers"] == "pickscore=figures,inspector=figures"
-    assert {*PRESETS} <= {*settings.settings_table(*PRESETS).columns}
-    scorer = next(row for row in settings.settings_table("sd15").rows if row[0] == "scorer.name")
+    assert {*PRESETS} <= {*settings.preset_table(*PRESETS).columns}
+    scorer = next(row for row in settings.preset_table("sd15").rows if row[0] == "scorer.name")
     assert all(name in scorer[-1] for name in SCORERS)

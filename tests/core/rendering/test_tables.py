@@ -10,7 +10,7 @@ def test_html_escapes_texts_and_puts_intervals_below():
     html = TABLE.html()
     assert '<th scope="row">a &lt;b&gt;|&lt;/b&gt;</th><td>5 %<small>1–9 %</small></td>' in html
     assert "<td>–</td>" in html and 'aria-label="Rates"' in html and "<caption>" not in html
-    assert TABLE.section("<hr>") == ('<section><h2>Rates</h2><p class="intro">Of 95&nbsp;%.</p><hr>' + html
+    assert TABLE.section("<hr>") == ('<section id="rates"><h2>Rates</h2><p class="intro">Of 95&nbsp;%.</p><hr>' + html
                                      + "</section>\n")
     captioned = Table(("p",), [("<0.0001",)], caption="p < 1 %").html()
     assert "<caption><span>p &lt; 1&nbsp;%</span></caption>" in captioned and ">&lt;0.0001</th>" in captioned

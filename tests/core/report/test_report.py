@@ -148,11 +148,20 @@ def with_rate(wins: int, losses: int, ties: int, name: str = "pickscore") -> Rep
 def test_headline_has_rate_interval_and_counts():
     # Interval: scipy.stats.beta.ppf(0.025, 310, 197) = 0.5686..., ppf(0.975, 311, 196) = 0.6553...
     assert headline(FULL) == (
-        "With the LoRA at weight 0.5, PickScore prefers the tuned model on 61.3 % of the held-out prompts it tells "
-        "apart (95 % interval 56.9–65.5 %; 310 wins, 196 losses, 6 ties among 512 prompts).")
+        "With the LoRA at weight 0.5, the figures judge prefers the tuned model on 61.3 % of the held-out prompts it "
+        "tells apart (95 % interval 56.9–65.5 %; 310 wins, 196 losses, 6 ties among 512 prompts).")
     assert headline(with_rate(1, 0, 0)) == (
-        "With the LoRA at weight 1.0, PickScore prefers the tuned model on 100.0 % of 1 held-out prompt "
+        "With the LoRA at weight 1.0, the figures judge prefers the tuned model on 100.0 % of 1 held-out prompt "
         "(95 % interval 2.5–100.0 %; 1 win, 0 losses, no ties).")
+
+
+def test_headline_names_the_built_in_scorers_as_what_they_are():
+    """Nobody should take PickScore's shape for PickScore, or the judge's number without the inspector's."""
+    rates = {"pickscore": WinRate.from_counts(9, 1, 0), "inspector": WinRate.from_counts(3, 1, 6)}
+    assert headline(with_rates(rates)).endswith(
+        "(95 % interval 55.5–99.7 %; 9 wins, 1 loss, no ties); the figures inspector, which ranked no pool, on 75.0 %.")
+    public = dataclasses.replace(with_rates(rates), config=sd15("target", "prompts.txt"))
+    assert "weight 1.0, PickScore prefers" in headline(public) and "inspector" not in headline(public)
 
 
 def test_headline_without_a_rate():
@@ -247,7 +256,7 @@ def test_several_images_per_prompt_are_mentioned_where_they_matter():
 
 def test_a_model_without_a_lora_has_no_weight():
     plain = with_comparison(with_rate(3, 1, 0), lora_weight=None)
-    assert headline(plain).startswith("PickScore prefers the tuned model on 75.0 %")
+    assert headline(plain).startswith("The figures judge prefers the tuned model on 75.0 %")
     text = Page(render_report(plain)).text.split("Win rates")[1].split("How to repeat")[0]
     assert "LoRA" not in text and "weight" not in text.split("Colours")[0]
 
@@ -270,11 +279,13 @@ def test_page_is_wellformed_and_loads_nothing():
     page = Page(html)
     assert not page.all("script") and not page.all("link") and not page.all("iframe")
     assert "default-src 'none'" in html and "url(" not in html and "@import" not in html
-    assert len(page.all("img")) == 8 + 5
+    assert len(page.all("img")) == 2 + 8 + 5  # the first pair is at the top too
     for image in page.all("img"):
         assert (image["src"] or "").startswith("data:image/webp;base64,")
         assert image["alt"] and image["width"] == image["height"] == "64"
-    assert [a["href"] for a in page.all("a")] == ["https://example.org/a?b=1&c=2"]
+    contents = [a["href"] for a in page.all("a") if (a["href"] or "").startswith("#")]
+    assert contents == ["#" + (part["id"] or "") for part in page.all("section")] and len(contents) == 16
+    assert [a["href"] for a in page.all("a") if a["href"] not in contents] == ["https://example.org/a?b=1&c=2"]
 
 
 def test_markup_in_text_stays_text():
