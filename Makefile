@@ -41,10 +41,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	@$(PREFECT_ENV) "$(BIN)/hgdpo" run --preset figures --root output/demo --publish output/demo
 
-test: $(INSTALLED) lint
-	@$(PREFECT_ENV) HF_HUB_OFFLINE=1 "$(BIN)/python" -m pytest -n logical --maxprocesses 4 --dist loadfile \
-		$(LIVE_TESTS:%=--ignore %)
-	@$(PREFECT_ENV) HF_HUB_OFFLINE=1 "$(BIN)/python" -m pytest $(LIVE_TESTS)
+# One process more than cores, for many tests wait; types are checked beside the live tests, which mostly do.
+test: $(INSTALLED)
+	@"$(BIN)/ruff" check .
+	@$(PREFECT_ENV) HF_HUB_OFFLINE=1 "$(BIN)/python" -m pytest --dist loadfile $(LIVE_TESTS:%=--ignore %) \
+		-n "$$("$(BIN)/python" -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')"
+	@nice -n 19 "$(BIN)/basedpyright" --pythonpath "$(BIN)/python" >"$(VENV)/types.txt" 2>&1 & types=$$!; \
+	$(PREFECT_ENV) HF_HUB_OFFLINE=1 "$(BIN)/python" -m pytest $(LIVE_TESTS); tests=$$?; \
+	wait $$types; types=$$?; cat "$(VENV)/types.txt"; exit $$((tests + types))
 
 # One file after another; what has passed at this commit is skipped. The summary is in output/slow/summary.txt.
 test-slow: $(INSTALLED)

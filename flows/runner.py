@@ -99,7 +99,7 @@ class DeploymentRunner:
                   is_done=lambda: find_result(request) is not None)
         get_run_logger().info("%s: training as a flow run of %s", request.kind, TRAIN_DEPLOYMENT)
         run_jobs([job], self.workers, should_stop=self._should_stop, on_change=lambda jobs: None)
-        progress(1, 1, "trainings")
+        progress(1, 1, "training")
         tuned = find_result(request)
         assert tuned is not None  # run_jobs saw it
         return replace(tuned, existing=False)

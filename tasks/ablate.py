@@ -12,9 +12,10 @@ from hgdpo_core.ablate.cost import plan_ablation
 from hgdpo_core.ablate.measure import run_arm
 from hgdpo_core.ablate.program import Ablation, Shared, open_ablation, prepare_shared
 from hgdpo_core.execution.runner import Runner
+from hgdpo_core.rendering.parts import percent
 from tasks.handover import take_opened
 from tasks.options import stage_task
-from tasks.ui import show_image, show_table, show_text, stage_progress
+from tasks.ui import describe_row, show_image, show_table, show_text, stage_progress
 
 SHOWN_PLOTS = 8
 
@@ -24,7 +25,7 @@ def prepare_ablation(**parameters: Any) -> Ablation:
     """The checked ablation; takes the parameters of `open_ablation`. Mistakes fail here, before a model loads."""
     ablation = take_opened(open_ablation, **parameters)
     plan = plan_ablation(ablation)
-    get_run_logger().info("Ablation %s in %s: %s", ablation.ablation_id, ablation.run.store.root, plan)
+    get_run_logger().info("In %s: %s", ablation.run.store.root, describe_row(plan))
     show_table("ablation-plan", [plan], "All work, as if nothing existed yet")
     return ablation
 
@@ -43,7 +44,8 @@ def measure(shared: Shared, arm: Arm, label: str, seed: int, runner: Runner) -> 
     """Train one arm with one seed and measure it; returns its win rates."""
     record = run_arm(shared, arm, seed, stage_progress, runner)
     rates = {name: rate["rate"] for name, rate in record.win_rate.items()}
-    get_run_logger().info("%s, %s world, seed %d: win rate %s", label, arm.world, seed, rates)
+    shown = "; ".join(f"{name} {percent(rate)}" for name, rate in rates.items())
+    get_run_logger().info("%s, %s world, seed %d: win rate by %s", label, arm.world, seed, shown)
     return {"arm": label, "world": arm.world, "seed": seed, **rates}
 
 

@@ -7,12 +7,16 @@ from prefect.logging import get_run_logger
 from hgdpo_core import pipeline
 from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.evaluate import Comparison
+from hgdpo_core.metrics import WinRate
+from hgdpo_core.rendering.parts import percent, percent_interval, signed, signed_interval
 from hgdpo_core.run import Run
+from hgdpo_core.scorers import scorer_title
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.statistics.checks import RunWarning
+from hgdpo_core.statistics.intervals import DefectChange
 from hgdpo_core.training.tune import Tuned
 from tasks.options import stage_task
-from tasks.ui import show_table, show_text
+from tasks.ui import describe_row, show_table, show_text
 
 
 @stage_task("evaluate a weight")
@@ -20,8 +24,8 @@ def compare_weight(run: ComparisonRun, images: Mapping[str, PoolPlan], scores: p
                    who: str) -> Comparison:
     """The tuned LoRA at one weight of a sweep; only the comparison at the chosen weight is shown in full."""
     result = pipeline.compare_models(run, images, scores, who)
-    rates = {name: rate.rate for name, rate in result.win_rates.items()}
-    get_run_logger().info("LoRA weight %s: win rates %s", result.lora_weight, rates)
+    for name, rate in result.win_rates.items():
+        get_run_logger().info("LoRA weight %s: %s", result.lora_weight, describe_row(_rate_row(name, rate)))
     return result
 
 
@@ -29,21 +33,33 @@ def compare_weight(run: ComparisonRun, images: Mapping[str, PoolPlan], scores: p
 def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], scores: pipeline.Scores) -> Comparison:
     """Win rates, score changes, defects and colours, with intervals; kept in `evaluations/`."""
     result = pipeline.compare_models(run, images, scores)
-    findings = result.findings()
-    changes = {name: {"change": row["mean"], "change_low": row["ci_low"], "change_high": row["ci_high"],
-                      "sign_test_p": row["sign_test_p"]} for name, row in findings["score_change"].items()}
-    rows = [{"scorer": name, **rate, **changes[name]} for name, rate in findings["win_rate"].items()]
-    show_table("win-rates", rows, "Tuned model against target, held-out prompts, same seeds; 95 % intervals")
-    if result.defects:
-        show_table("defects", [{"scorer": name, **row} for name, row in findings["defect_rate"].items()],
-                   "Fraction of defective images; the difference is tuned minus target")
-    colours = [{"what": name, **row} for name, row in findings["colour_change"].items() if isinstance(row, dict)]
-    show_table("colour-shift", colours, "Colours of the tuned model against the target's; 95 % intervals")
-    for row in rows:
-        get_run_logger().info("Win rate by %s: %s", row["scorer"], {k: v for k, v in row.items() if k != "scorer"})
-    for name, row in findings["defect_rate"].items():
-        get_run_logger().info("Defective images by %s: %s", name, row)
+    rates = [_rate_row(name, rate) for name, rate in result.win_rates.items()]
+    show_table("win-rates", rates, "Tuned model against target, held-out prompts, same seeds")
+    defects = [_defect_row(name, change) for name, change in result.defects.items()]
+    if defects:
+        show_table("defects", defects, "Fraction of defective images; the difference is tuned minus target")
+    change = result.colour_change
+    channels = {"hue, degrees": change.hue_degrees, "hue, %": change.hue_percent,
+                "saturation, %": change.saturation_percent, "value, %": change.value_percent}
+    colours = [{"channel": name, "change": "not defined" if shift.value is None else signed(shift.value, 2),
+                "95 % interval": signed_interval(shift.ci_low, shift.ci_high, 2)} for name, shift in channels.items()]
+    show_table("colour-shift", colours, "Colours of the tuned model against the target's")
+    for row in (*rates, *defects):
+        get_run_logger().info(describe_row(row))
     return result
+
+
+def _defect_row(name: str, change: DefectChange) -> dict[str, str]:
+    low, high = (None if end is None else 100 * end for end in (change.ci_low, change.ci_high))
+    return {"scorer": scorer_title(name), "target": percent(change.target), "tuned": percent(change.tuned),
+            "difference": f"{signed(100 * change.difference, 1)} points",
+            "95 % interval": signed_interval(low, high, 1)}
+
+
+def _rate_row(name: str, rate: WinRate) -> dict[str, str]:
+    return {"scorer": scorer_title(name), "win rate": percent(rate.rate),
+            "95 % interval": percent_interval(rate.ci_low, rate.ci_high),
+            "wins, losses, ties": f"{rate.wins:,}, {rate.losses:,}, {rate.ties:,}", "prompts": f"{rate.n:,}"}
 
 
 @stage_task("checks")

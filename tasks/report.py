@@ -1,5 +1,6 @@
 """Write summary and report, and show both in the UI."""
 
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,8 @@ def conclude(published: Published) -> State[dict[str, Any]]:
     """The end of a flow run: result and settings as its own artifacts, the result in a sentence as its state."""
     data, sentence = published.data, headline(published.data)
     locations = "\n".join(f"- {name}: `{url}`" for name, url in data.artifacts.items())
+    if data.root.startswith("file:"):  # other machines cannot open it
+        locations = f"Files on the machine `{socket.gethostname()}`:\n\n{locations}"
     warnings = "".join(f"\n\n**{warning}**" for warning in data.warnings)
     show_text("result", f"## {sentence}{warnings}\n\n{locations}", "The result in a sentence; report and LoRA")
     show_text("settings", settings_table(value=data.config).markdown(), "Every setting of this run")

@@ -69,6 +69,12 @@ def show_table(key: str, rows: Sequence[Mapping[str, Any]], description: str) ->
     create_table_artifact(table=table, key=artifact_key(key), description=description)
 
 
+def describe_row(row: Mapping[str, Any]) -> str:
+    """A table's row as a line of the log: the first value, then the others by name."""
+    (_, first), *others = row.items()
+    return f"{first}: " + "; ".join(f"{name} {value}" for name, value in others)
+
+
 class LiveTable:
     """One table artifact that follows the work, updated at most every few seconds."""
 

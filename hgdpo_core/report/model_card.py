@@ -14,10 +14,11 @@ from hgdpo_core.config import RunConfig
 from hgdpo_core.models.files import looks_like_hub_id
 from hgdpo_core.scorers import scorer_title
 
+EXAMPLE_PROMPT = "a woman with brown hair in a white top, smiling, in a park"
 TO_FILL_IN = "TO FILL IN"
 FIELDS = {
     "Made by, contact": "",
-    "Licence of this model": "the target model's licence binds it too",
+    "Licence of this model": "the target model's licence binds it too; write it at the top as well",
     "Source of the images the target was trained on": "",
     "Source of the images it was fine-tuned on (SFT)": "",
     "Consent of the people in those images, and rights to use them": "",
@@ -53,7 +54,7 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
     weight = summary["lora_weight"]
     tuned = config.images is not None
     parts = [
-        _front_matter(config.target.source, fine_tuned=tuned),
+        _front_matter(config, fine_tuned=tuned),
         f"# {target}, tuned for better people (HG-DPO)\n",
         f"A LoRA for {f'a fine-tuned {target}, which lies in `base/`' if tuned else target}, made without human labels "
         "by Direct Preference Optimization on the model's own images, as in [HG-DPO, arXiv:2405.20216v1](https://arxiv.org/abs/2405.20216v1).\n",
@@ -64,6 +65,7 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
            f"on {target} itself its results differ"] if tuned else []),
         *([f"- `pipeline/`: a whole diffusers pipeline with the LoRA merged in at weight {weight:g}"] if fused else []),
         f"\nUse it at weight {weight:g}: all results below are at this weight.\n",
+        _code("base" if tuned else "path/to/the/target" if target != config.target.source else target, weight),
         "## To be filled in before publishing\n", _fields(tuned),
         "## Data\n", _data(config, summary), "## Results\n", _results(summary), USE,
         "## Settings\n", f"```json\n{json.dumps(_settings(config), indent=1)}\n```",
@@ -83,13 +85,26 @@ def public_name(source: str) -> str:
     return Path(address.path).name or "a local model"
 
 
-def _front_matter(source: str, *, fine_tuned: bool) -> str:
-    lines = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:",
+def _front_matter(config: RunConfig, *, fine_tuned: bool) -> str:
+    lines = ["license: unknown", "library_name: diffusers", "pipeline_tag: text-to-image", "widget:",
+             f"- text: {EXAMPLE_PROMPT}", "tags:",
              *(f"- {tag}" for tag in ("lora", "stable-diffusion", "text-to-image", "diffusers", "hg-dpo", "dpo"))]
-    name = public_name(source)
+    source, name = config.target.source, public_name(config.target.source)
     if name == source and looks_like_hub_id(source) and not fine_tuned:  # else the LoRA's base is the one in base/
         lines.insert(0, f"base_model: {name}")
     return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _code(base: str, weight: float) -> str:
+    return f"""```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{base}").to("cuda")
+pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors", adapter_name="hgdpo")
+pipeline.set_adapters(["hgdpo"], [{weight:g}])
+image = pipeline("{EXAMPLE_PROMPT}").images[0]
+```
+"""
 
 
 def _fields(fine_tuned: bool) -> str:
@@ -123,17 +138,27 @@ def _results(summary: Mapping[str, Any]) -> str:
     for name, rate in summary["win_rate"].items():
         title = scorer_title(name)
         if rate["rate"] is None:
-            lines.append(f"- {title}: told the models apart on no prompt ({rate['ties']} ties).")
+            lines.append(f"- {title}: could not tell the models apart on any prompt ({rate['ties']} ties).")
         else:
             percent, low, high = (f"{100 * rate[name]:.1f}" for name in ("rate", "ci_low", "ci_high"))
             lines.append(f"- {title} prefers the tuned model on {percent} % of the prompts it tells apart (95 % "
                          f"interval {low} to {high} %; {rate['wins']} wins, {rate['losses']} losses, {rate['ties']} "
                          "ties).")
-    shift = summary["colour_shift"]
-    lines.append(f"- Colour shift: hue {shift['hue_degrees']:+.1f} degrees, saturation {shift['saturation']:.1f} %, "
-                 f"value {shift['value']:.1f} %.")
+    change = summary["colour_change"]
+    shifts = (f"{channel} {_estimate(change[name], unit)}" for channel, name, unit in (
+        ("hue", "hue_degrees", " degrees"), ("saturation", "saturation_percent", " %"),
+        ("value", "value_percent", " %")))
+    lines.append(f"- Colour shift: {'; '.join(shifts)}.")
     lines += [f"- Warning: {warning['message']}" for warning in summary.get("warnings", ())]
     return "\n".join(lines) + "\n"
+
+
+def _estimate(estimate: Mapping[str, float | None], unit: str) -> str:
+    value, low, high = (estimate[name] for name in ("value", "ci_low", "ci_high"))
+    if value is None:
+        return "not defined"
+    interval = "" if low is None or high is None else f" (95 % interval {low:+.1f} to {high:+.1f})"
+    return f"{value:+.1f}{unit}{interval}"
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -15,9 +15,13 @@ from hgdpo_core.statistics.distributions import summarise_scores, text_histogram
 from hgdpo_core.storage import PARALLEL_REQUESTS, Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 
+FEATURES = {"binary": "image", "string": "string", "double": "float64", "float": "float32", "int32": "int32",
+            "int64": "int64", "bool": "bool"}
+"""Arrow's types by the names that `datasets` has for them; all bytes of triplets are images."""
+
 
 def render_card(triplets: ShardFolder, manifests: Sequence[ShardManifest], *, rows: int, rejected: int,
-                licence: str) -> str:
+                licence: str, schema: pa.Schema) -> str:
     """The card of the shards that `manifests` name: licence, files, counts, scores, config.
 
     An existing card of the same shards is returned as it is: the scores would be read from every one of them.
@@ -40,8 +44,16 @@ size_categories:
   - {_size_category(rows)}
 configs:
   - config_name: default
+    default: true
     data_files:
 {files}
+  - config_name: images
+    data_files:
+{files}
+dataset_info:
+  - config_name: images
+    features:
+{_features(schema)}
 ---
 {stamp}
 # Preference triplets for Diffusion-DPO
@@ -55,8 +67,9 @@ Triplets (prompt, winner, loser), the best and the worst image of each pool. No 
 `jpg_0` is the winner and `jpg_1` the loser, as encoded bytes; `label_0` is 1.0 and `label_1` 0.0. These, `caption` and
 the columns up to `are_different` are named as in Pick-a-Pic v2; ours stand behind them.
 
-    datasets.load_dataset("path/or/hub-id/of/this/folder", split="train")
-
+    datasets.load_dataset("path/or/hub-id/of/this/folder", split="train")              # images as bytes
+    datasets.load_dataset("path/or/hub-id/of/this/folder", "images", split="train")    # decoded, as the Hub shows them
+{_remote_line(triplets)}
 ## Scores
 {_score_section(triplets, manifests)}
 ## How they were made
@@ -67,6 +80,21 @@ model that generated them and on where the prompts come from.
 {_settings(triplets)}
 ```
 """
+
+
+def _features(schema: pa.Schema) -> str:
+    """The columns of the configuration `images`, for the Hub's viewer; trainers read bytes, the default's."""
+    return "\n".join(f"      - name: {field.name}\n        dtype: {FEATURES[str(field.type)]}" for field in schema)
+
+
+def _remote_line(triplets: ShardFolder) -> str:
+    """How to read them where they are, if others can reach that."""
+    if triplets.store.local_path("") is not None:
+        return ""
+    files = f"{triplets.store.url(triplets.key)}/shard-*.parquet"
+    return (f'    datasets.load_dataset("parquet", data_files="{files}", split="train")\n\n'
+            "The last line reads them where they are, with the credentials of the environment. After stopped runs,\n"
+            "`hgdpo gc` first removes the files that no manifest names.\n")
 
 
 def card_licence(store: Store, key: str) -> str:

@@ -208,7 +208,7 @@ def write_dataset_card(stage: TripletStage, licence: str = UNKNOWN_LICENCE) -> N
     made = stage.existing()
     if len(made) == len(stage.requested):
         counts, key, store = stage.counts(made), f"{stage.folder.key}/README.md", stage.folder.store
-        card = render_card(stage.folder, [made[index] for index in sorted(made)], rows=counts.triplets,
+        card = render_card(stage.folder, [made[index] for index in sorted(made)], schema=SCHEMA, rows=counts.triplets,
                            rejected=counts.rejected, licence=licence).encode()
         if store.read_many([key]).get(key) != card:
             store.write_bytes(key, card)

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import dpo_step
 
 
+@pytest.mark.slow
 def test_both_sides_have_the_same_losses(capsys, monkeypatch):
     monkeypatch.setenv("HGDPO_DEVICE", os.environ.get("HGDPO_DEVICE", "cpu"))  # the script sets it
     options = ["--size", "tiny", "--dtype", "float32", "--batch", "2", "--steps", "1", "--threads", "1", "--turns", "1"]

@@ -18,6 +18,7 @@ def table(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+@pytest.mark.slow
 def test_both_sides_draw_the_same_images(capsys, monkeypatch):
     """A batch of four does not fit here; the trial is compared too."""
     draw = ImageGenerator.sample
@@ -42,6 +43,7 @@ def test_both_sides_draw_the_same_images(capsys, monkeypatch):
     assert not pool.within_tolerance(0, 0.0, "float32")
 
 
+@pytest.mark.slow
 def test_operations_are_counted_on_shapes(tmp_path):
     """Twice the steps is twice the denoising; guidance doubles it; the products with the weights are counted whole."""
     model, config = open_target("tiny", tmp_path, "float32")

@@ -29,6 +29,9 @@ SUMMARY = {
                  "clip": {"rate": None, "ci_low": None, "ci_high": None, "wins": 0, "losses": 0, "ties": 177,
                           "n": 177}},
     "colour_shift": {"hue": 1.0, "saturation": 2.5, "value": 0.5, "hue_degrees": -3.25},
+    "colour_change": {"hue_degrees": {"value": -3.25, "ci_low": -5.0, "ci_high": -1.0},
+                      "saturation_percent": {"value": 2.5, "ci_low": None, "ci_high": None},
+                      "value_percent": {"value": None, "ci_low": None, "ci_high": None}},
     "warnings": [{"guard": "defects", "message": "More defects."}]}
 
 
@@ -158,11 +161,13 @@ def test_the_fine_tuned_base_is_shipped_and_with_the_exported_lora_generates_the
 def test_the_card_states_results_and_leaves_fields_to_fill_in(store, tmp_path, target_folder):
     export_run(store, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: diffusers\n") and "base_model" not in card
+    assert "\nlibrary_name: diffusers\n" in card and "base_model" not in card
     assert "PickScore prefers the tuned model on 80.5 % of the prompts it tells apart (95 % interval 73.9 to 86.0 %; " \
            "140 wins, 34 losses, 3 ties)" in card
-    assert "CLIP: told the models apart on no prompt (177 ties)" in card
-    assert "hue -3.2 degrees" in card and "Warning: More defects." in card
+    assert "CLIP: could not tell the models apart on any prompt (177 ties)" in card
+    assert "Colour shift: hue -3.2 degrees (95 % interval -5.0 to -1.0); saturation +2.5 %; value not defined." in card
+    assert 'set_adapters(["hgdpo"], [0.5])' in card and card.startswith("---\nlicense: unknown\n")
+    assert "Warning: More defects." in card
     assert "2,000 images drawn by the model itself, 20 a prompt" in card and "98 pairs (2 pools without one)" in card
     assert '"beta": 2500.0' in card and "Use it at weight 0.5" in card
     for heading in ("Intended use", "Misuse", "Limits", "Data", "Results", "Settings"):

@@ -22,7 +22,7 @@ from hgdpo_core.stages.dataset_card import card_licence, render_card
 from hgdpo_core.stages.latents import LatentStage, latent_folder
 from hgdpo_core.stages.pool import plan_pool
 from hgdpo_core.stages.scores import SCHEMA as SCORE_SCHEMA
-from hgdpo_core.stages.triplets import REJECTED_SCHEMA, TripletStage, triplet_folder
+from hgdpo_core.stages.triplets import REJECTED_SCHEMA, SCHEMA, TripletStage, triplet_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.data import LatentPairs
@@ -68,7 +68,7 @@ def build(world, config=TripletConfig(), prompts=PROMPTS):  # noqa: B008 - froze
 def dataset_card(folder, indices, counts, licence="unknown") -> str:
     manifests = folder.manifests(indices)
     return render_card(folder, [manifests[index] for index in indices], rows=counts.triplets, rejected=counts.rejected,
-                       licence=licence)
+                       licence=licence, schema=SCHEMA)
 
 
 def test_best_and_worst_with_their_bytes_seeds_and_scores(world):
@@ -151,6 +151,10 @@ def test_other_trainers_read_exactly_what_the_manifests_name(world, tmp_path):
     named = [str(location / manifest.file) for manifest in folder.manifests().values()]
     plain = datasets.load_dataset("parquet", data_files=named, split="train", cache_dir=str(tmp_path))
     assert plain.features == loaded.features and plain[:] == loaded[:]
+    shown = datasets.load_dataset(str(location), "images", split="train", cache_dir=str(tmp_path))
+    assert {name for name, kind in shown.features.items() if isinstance(kind, datasets.Image)} == {"jpg_0", "jpg_1"}
+    assert shown.num_rows == loaded.num_rows and shown.column_names == loaded.column_names
+    assert np.array_equal(np.asarray(shown[0]["jpg_0"]), np.asarray(decode_image(loaded[0]["jpg_0"])))
 
 
 def test_a_public_trainer_sees_winner_and_loser(world, tmp_path):
