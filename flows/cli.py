@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,7 +44,7 @@ def _keep_traceback() -> Path:
 
     log = cache_folder("logs") / f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}-{os.getpid()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(f"{shlex.join(sys.argv)}\n\n{traceback.format_exc()}")
+    log.write_text(traceback.format_exc())  # not the command: an address in it may hold a secret
     return log
 
 

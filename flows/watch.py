@@ -53,7 +53,7 @@ class RunWatch:
             run = self._read(self._run_id)
             parent = self._read(self._parent_id) if self._parent_id is not None else None
         except Exception as error:  # whatever the reason for no answer, the work itself may continue
-            logger.debug("the server did not say whether %s is still wanted: %s", self._run_id, error)
+            logger.debug("the server did not say whether %s is still needed: %s", self._run_id, error)
             return
         if self._attempt is None:
             self._attempt = run.run_count
