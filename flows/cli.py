@@ -73,7 +73,7 @@ def _prepare_environment() -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The whole method."""
+    """Run the whole method: fine-tuning, pool, ranking, LoRA, evaluation, report."""
     if options.plan_only:
         return plan(options)
     from flows.parameters import INPUTS, RUN, values_of
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """What `run` would make and what exists, how long it takes and how large it gets; nothing is made."""
+    """Show what `run` would make, what exists, how long it takes and how large it gets; makes nothing."""
     from flows.parameters import INPUTS, values_of
     from hgdpo_core.plan import plan_run
     from hgdpo_core.plan.table import describe
@@ -121,7 +121,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def ablate(options: argparse.Namespace) -> int:
-    """The paper's comparisons from one pool: tables with intervals, the paper's numbers beside."""
+    """Measure the paper's ablations from one pool: tables with intervals, beside the paper's numbers."""
     from flows.parameters import ABLATE, INPUTS, values_of
     from hgdpo_core.ablate.cost import plan_ablation
     from hgdpo_core.ablate.program import open_ablation
@@ -170,7 +170,7 @@ def settings(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Put a run's LoRA, for diffusers and for A1111 and ComfyUI, and its model card into a folder."""
+    """Write a run's LoRA, for diffusers, A1111 and ComfyUI, and a model card to a folder."""
     from hgdpo_core.export import check_push, export_run, push_folder
 
     folder = Path(options.to)

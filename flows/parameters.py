@@ -105,9 +105,9 @@ def read_names(text: str) -> list[str]:
 # -- of several commands
 
 PRESET = Parameter("preset", describe_presets(), DEFAULT_PRESET, suggested=tuple(PRESETS))
-ROOT = Parameter("root", "where all results go: object store, any fsspec URL; left out, $HGDPO_ROOT or output/full")
-PROMPTS = Parameter("prompts", "txt, csv, tsv, jsonl or parquet, path or URL; or a data set; left out, the preset's")
-TARGET = Parameter("target", "your model: diffusers folder, .safetensors file or hub id; left out, the preset's")
+ROOT = Parameter("root", "folder or fsspec URL of all results; default: $HGDPO_ROOT, else output/full")
+PROMPTS = Parameter("prompts", "txt, csv, tsv, jsonl or parquet, path or URL; or a data set; default: the preset's")
+TARGET = Parameter("target", "your model: diffusers folder, .safetensors file or hub id; default: the preset's")
 IMAGES = Parameter("images", "captioned images to fine-tune the model on first: a folder, or webdataset .tar or "
                    ".parquet files; path, URL or pattern")
 OVERRIDES = Parameter("overrides", 'settings by dotted name, as {"dpo.beta": 1000}; on the command line dpo.beta=1000, '
@@ -125,38 +125,38 @@ RUN = (*INPUTS, PLAN_ONLY, PROBE, SHARD_RUNNER)
 
 # -- of hgdpo evaluate
 
-TUNED = Parameter("tuned", "compared with the target: diffusers folder, .safetensors file or hub id of a model, or a "
+TUNED = Parameter("tuned", "the model to compare with the target: diffusers folder, .safetensors file, hub id, or a "
                   "LoRA (folder or .safetensors file)", metavar="MODEL", required=True)
-EVALUATION_TARGET = TARGET.changed(help="diffusers folder, .safetensors file, hub id, or a LoRA on the base; left out, "
+EVALUATION_TARGET = TARGET.changed(help="diffusers folder, .safetensors file, hub id, or a LoRA on the base; default: "
                                    "the preset's", metavar="MODEL")
-BASE = Parameter("base", "the model that LoRAs are applied to; left out, the target", metavar="MODEL")
-LORA_WEIGHT = Parameter("lora_weight", "weight of a LoRA; left out, the preset's", read=float)
-TARGET_LORA_WEIGHT = Parameter("target_lora_weight", "weight of the target's LoRA; left out, lora_weight", read=float)
+BASE = Parameter("base", "the model that LoRAs are applied to; default: the target", metavar="MODEL")
+LORA_WEIGHT = Parameter("lora_weight", "weight of a LoRA; default: the preset's", read=float)
+TARGET_LORA_WEIGHT = Parameter("target_lora_weight", "weight of the target's LoRA; default: lora_weight", read=float)
 LORA_WEIGHTS = Parameter("lora_weights", "further weights to try the tuned LoRA at, as 0.25,0.5,1", read=read_numbers,
                          metavar="WEIGHT,...")
-EVALUATION_PROMPTS = PROMPTS.changed(help="prompt file: txt, csv, tsv, jsonl or parquet, path or URL; left out, the "
+EVALUATION_PROMPTS = PROMPTS.changed(help="prompt file: txt, csv, tsv, jsonl or parquet, path or URL; default: the "
                                      "preset's held-out prompts")
-EVALUATION_SCORERS = Parameter("scorers", "by name, or name=source; left out, the preset's", read=read_names,
+EVALUATION_SCORERS = Parameter("scorers", "scorers by name, or name=source; default: the preset's", read=read_names,
                                metavar="NAME[=SOURCE],...")
-IMAGES_PER_PROMPT = Parameter("images_per_prompt", "images per prompt and model; left out, the preset's",
+IMAGES_PER_PROMPT = Parameter("images_per_prompt", "images per prompt and model; default: the preset's",
                               read=int)
 EVALUATE = (TUNED, EVALUATION_TARGET, BASE, EVALUATION_PROMPTS, EVALUATION_SCORERS, IMAGES_PER_PROMPT, LORA_WEIGHT,
             TARGET_LORA_WEIGHT, LORA_WEIGHTS, PRESET, ROOT, OVERRIDES, PLAN_ONLY, SHARD_RUNNER)
 
 # -- of hgdpo ablate
 
-SEEDS = Parameter("seeds", "trainings of every arm", 3, read=int, least=1)
+SEEDS = Parameter("seeds", "number of trainings per arm", 3, read=int, least=1)
 WORLDS = Parameter("worlds", "plain: the run's own scorer ranks the pools; tinted: the same scorer with a bonus for "
-                   "warm tints; left out, both for a built-in scorer, plain otherwise", kind="several", metavar="WORLD")
+                   "warm tints; default: both for a built-in scorer, plain otherwise", kind="several", metavar="WORLD")
 COMPARISONS = Parameter("comparisons", "which tables and charts of the paper to measure: pool_size, loser_rank, "
-                        "dataset_size, statistics, beta, lora_weight; left out, all", kind="several", metavar="NAME")
+                        "dataset_size, statistics, beta, lora_weight; default: all", kind="several", metavar="NAME")
 SPLIT = Parameter("split", "built-in prompts to measure on: test, or validation to choose settings by", "test")
 ABLATE = (*INPUTS, SEEDS, WORLDS, COMPARISONS, SPLIT, PLAN_ONLY, SHARD_RUNNER)
 
 # -- of hgdpo rescore and score
 
-SCORERS = Parameter("scorers", "by name, or name=folder or hub id, on the command line repeatable; left out, the "
-                    "preset's, without a preset those of the root's runs", [], option="--scorer", kind="repeated",
+SCORERS = Parameter("scorers", "scorers by name, or name=folder or hub id, on the command line repeatable; default: "
+                    "the preset's, without a preset those of the root's runs", [], option="--scorer", kind="repeated",
                     metavar="NAME[=LOCATION]")
 SCORERS_PRESET = PRESET.changed(help="take the scorers of this preset", default=None)
 SCORERS_OVERRIDES = OVERRIDES.changed(help='settings of the preset by dotted name, as {"scorer.source": "folder"}; on '
@@ -167,16 +167,16 @@ RESCORE = (ROOT, SCORERS, SCORERS_PRESET, SCORERS_OVERRIDES, VERIFY, PLAN_ONLY, 
 
 # -- of the command line alone
 
-PUBLISH = Parameter("publish", "also copy summary.json and report.html there", metavar="FOLDER")
+PUBLISH = Parameter("publish", "also copy summary.json and report.html to this folder", metavar="FOLDER")
 JSON = Parameter("json", "print a plan as JSON instead of a table", False, kind="flag")
 SCORE = (ROOT, SCORERS, SCORERS_PRESET, SCORERS_OVERRIDES,
          Parameter("images", "an image, or a folder with metadata.jsonl or .txt captions; without it the pools of the "
                    "root are scored", kind="position"),
          Parameter("prompt", "what the images should show, instead of captions"),
-         Parameter("csv", "also write the scores of image files there", metavar="FILE"))
+         Parameter("csv", "also write the scores of image files to this file", metavar="FILE"))
 CAPTION = (
     Parameter("images", "folder of image files, path or URL; existing captions stay as they are", required=True),
-    Parameter("model", "LLaVA in transformers' format: folder or hub id; left out, llava-hf/llava-1.5-7b-hf"),
+    Parameter("model", "LLaVA in transformers' format: folder or hub id; default: llava-hf/llava-1.5-7b-hf"),
     Parameter("prompt", "the question about each image", metavar="TEXT"),
     Parameter("batch_size", "batch size of the model", 8, read=read_positive),
     Parameter("max_new_tokens", "longest caption; the default is about what SD 1.5 reads", 75, read=read_positive),
@@ -184,15 +184,15 @@ CAPTION = (
               choices=("auto", "float32", "bfloat16", "float16")),
     PLAN_ONLY.changed(help="show how many images lack a caption, and stop"))
 EXPORT = (
-    Parameter("run_id", "may be left out where the root holds one finished run", kind="position"),
-    ROOT.changed(help="where the run's results are"),
-    Parameter("to", "a README.md already in it is kept", metavar="FOLDER", required=True),
+    Parameter("run_id", "the run to export; default: the only finished run of the root", kind="position"),
+    ROOT.changed(help="root of the run"),
+    Parameter("to", "where to write; an existing README.md is kept", metavar="FOLDER", required=True),
     Parameter("fused", "also a whole pipeline with the LoRA merged in", False, kind="flag"),
     Parameter("target", "with --fused: where the target model is now, if it moved"),
     Parameter("push", "also upload to the Hugging Face Hub, privately; the token is the environment variable HF_TOKEN",
               metavar="OWNER/NAME"),
     Parameter("public", "with --push: visible to everyone", False, kind="flag"))
-COLLECT = (ROOT, Parameter("dry_run", "list, remove nothing", False, kind="flag"))
+COLLECT = (ROOT, Parameter("dry_run", "list what would be deleted, and delete nothing", False, kind="flag"))
 
 COMMAND_LINES: dict[str, tuple[Parameter, ...]] = {
     "run": (*RUN, PUBLISH, JSON), "plan": (*INPUTS, PROBE, JSON), "ablate": (*ABLATE, JSON),

@@ -11,7 +11,7 @@ from flows.terminal import call_opened, open_store, plan_text, terminal_bar
 
 
 def rescore(options: argparse.Namespace) -> int:
-    """Score pools again whose scores are missing or by a scorer that changed; report what changed."""
+    """Score again the pools whose scores are missing or come from a scorer that changed; report the drift."""
     from flows.parameters import RESCORE, values_of
     from hgdpo_core.rescore.plan import plan_root
     from hgdpo_core.rescore.rescore_run import find_unfinished, last_report
