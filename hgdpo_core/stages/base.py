@@ -108,6 +108,8 @@ class Stage(ABC):
     """Whether the loop looks again, right before each shard, for one that another worker made meanwhile."""
     reads: ClassVar[tuple[str, ...]] = ()
     """Attributes that hold the folders of `sources`."""
+    read_schemas: ClassVar[tuple[pa.Schema, ...]] = ()
+    """Columns that shards of each source must have; none are checked where this is empty."""
     row_bytes: ClassVar[float] = 0.0
     """About how many bytes a unit takes in the store, where no image decides it."""
 
@@ -257,7 +259,9 @@ def process_shards(stage: Stage, worker: Worker, indices: Iterable[int] | None =
                 continue
             start = time.monotonic()
             shards = [(folder, found.get(index)) for folder, found in zip(stage.sources, sources, strict=True)]
-            tables = [folder.read(index, manifest=manifest) for folder, manifest in shards]
+            schemas = stage.read_schemas or (None,) * len(shards)
+            tables = [folder.read(index, manifest=manifest, schema=schema)
+                      for (folder, manifest), schema in zip(shards, schemas, strict=True)]
             rows = _compute(stage, computer, index, tables, worker, made, total)
             made += units[index]
             inputs = [folder.input_shard(index, manifest=manifest) for folder, manifest in shards]

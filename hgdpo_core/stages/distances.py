@@ -20,8 +20,10 @@ from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.parallel import threads
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
 from hgdpo_core.stages.encoding import EncodingStage, stack_pixels
+from hgdpo_core.stages.pool import SCHEMA as POOL_SCHEMA
 from hgdpo_core.stages.pool import PoolPlan, image_size
 from hgdpo_core.stages.probes import ENCODE_BATCH
+from hgdpo_core.stages.scores import SCHEMA as SCORE_SCHEMA
 from hgdpo_core.stages.triplets import RankedPool, join_scores
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 
@@ -49,7 +51,7 @@ class DistanceStage(EncodingStage):
     """Latent distances within some of a pool's shards; pools with a score that is not finite are left out."""
 
     name, doing = "distances", "measuring latent distances"
-    reads, row_bytes = ("pool", "scores"), 12.0
+    reads, row_bytes, read_schemas = ("pool", "scores"), 12.0, (POOL_SCHEMA, SCORE_SCHEMA)
 
     pool: ShardFolder
     scores: ShardFolder

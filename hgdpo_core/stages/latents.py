@@ -27,6 +27,8 @@ from hgdpo_core.storage.shards import ShardFolder
 
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("winner", pa.binary()), ("loser", pa.binary()),
                     ("prompt_embeds", pa.binary())])
+PAIRS = pa.schema([("prompt_id", pa.string()), ("caption", pa.string()), ("jpg_0", pa.binary()), ("jpg_1", pa.binary())])
+"""Of a data set of pairs, what is needed here."""
 MIRRORED = ("winner_mirrored", "loser_mirrored")  # columns of a folder with flips
 
 
@@ -51,7 +53,7 @@ class LatentStage(EncodingStage):
     """Latents and text embeddings of a data set's shards."""
 
     name, unit, doing = "latents", "pairs", "encoding latents"
-    reads = ("triplets",)
+    reads, read_schemas = ("triplets",), (PAIRS,)
 
     triplets: ShardFolder
     folder: ShardFolder

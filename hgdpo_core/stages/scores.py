@@ -14,6 +14,7 @@ from hgdpo_core.models.locations import Location, refuse_other_model
 from hgdpo_core.prompts.syntax import strip_syntax
 from hgdpo_core.scorers import Scorer, find_scorer, load_configured_scorer
 from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, is_made_from, shards_like
+from hgdpo_core.stages.pool import SCHEMA as POOL_SCHEMA
 from hgdpo_core.stages.pool import PoolPlan, image_size
 from hgdpo_core.stages.probes import probe_scoring
 from hgdpo_core.storage import Store
@@ -57,7 +58,7 @@ class ScoreStage(Stage):
     """Scores of a pool's shards by one scorer, one shard of scores for each shard of images."""
 
     name, doing = "score", "scoring"
-    reads, row_bytes = ("pool",), 12.0
+    reads, row_bytes, read_schemas = ("pool",), 12.0, (POOL_SCHEMA,)
     schema = SCHEMA
     create_folder = staticmethod(score_folder)
 

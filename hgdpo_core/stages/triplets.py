@@ -19,7 +19,9 @@ from hgdpo_core.prompts import PromptList, load_prompts, prompt_id
 from hgdpo_core.selection import select_pair
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Stage, Worker, shards_like
 from hgdpo_core.stages.dataset_card import render_card
+from hgdpo_core.stages.pool import SCHEMA as POOL_SCHEMA
 from hgdpo_core.stages.pool import PoolPlan
+from hgdpo_core.stages.scores import SCHEMA as SCORE_SCHEMA
 from hgdpo_core.stages.scores import read_scores
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
@@ -68,7 +70,7 @@ class TripletStage(Stage):
 
     name, unit, doing = "triplets", "prompts", "ranking pools"
     runs_on_workers = False
-    reads = ("pool", "scores")
+    reads, read_schemas = ("pool", "scores"), (POOL_SCHEMA, SCORE_SCHEMA)
 
     pool: ShardFolder
     scores: ShardFolder

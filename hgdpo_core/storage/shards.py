@@ -189,19 +189,21 @@ class ShardFolder:
 
     # -- reading
 
-    def read(self, index: int, columns: Sequence[str] | None = None, *,
-             manifest: ShardManifest | None = None) -> pa.Table:
+    def read(self, index: int, columns: Sequence[str] | None = None, *, manifest: ShardManifest | None = None,
+             schema: pa.Schema | None = None) -> pa.Table:
         """The shard's table, its sha256 verified even if only some `columns` are requested.
 
-        StorageError when there is no such shard; CorruptShardError when its bytes are wrong: then its files
-        are moved to `quarantine/`, so that the next run makes it again. InputError for unknown columns.
+        StorageError when there is no such shard, or when one of `schema`'s columns is missing or of another type;
+        CorruptShardError when its bytes are wrong: then its files are moved to `quarantine/`, so that the next run
+        makes it again. InputError for unknown columns.
         """
         manifest = manifest or self._require(index)
         key = f"{self.key}/{manifest.file}"
         for _ in range(_READ_TRIES):
             data = self.store.read_bytes(key, size=manifest.bytes)
             if _is_intact(data, manifest):
-                return _from_parquet(pa.BufferReader(data), self.store.url(key), columns)
+                table = _from_parquet(pa.BufferReader(data), self.store.url(key), columns)
+                return table if schema is None else _with_columns(table, schema, self.store.url(key))
         raise self._quarantine(manifest)
 
     def read_columns(self, index: int, columns: Sequence[str], *, manifest: ShardManifest | None = None) -> pa.Table:
@@ -307,6 +309,16 @@ def _from_parquet(file: Any, name: str, columns: Sequence[str] | None) -> pa.Tab
     except (pa.ArrowInvalid, OSError) as error:
         raise _BrokenParquetError(f"{name} is not a readable Parquet file ({' '.join(str(error).split())[:200]}): "
                                   "delete it and run its stage again") from None
+
+
+def _with_columns(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
+    wrong = [f"{field.name} ({field.type})" for field in schema
+             if field.name not in table.schema.names or table.schema.field(field.name).type != field.type]
+    if wrong:
+        raise StorageError(f"{name} has not the columns of its stage: expected {', '.join(wrong)}, got "
+                           f"{', '.join(f'{field.name} ({field.type})' for field in table.schema)}; something else "
+                           "wrote it: delete its folder, or use another root")
+    return table
 
 
 def _is_intact(data: bytes, manifest: ShardManifest) -> bool:

@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 from hgdpo_core.config import DpoConfig, PoolConfig, SamplerConfig, TargetConfig, TripletConfig
-from hgdpo_core.errors import ConfigError, InputError, StoppedError
+from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageError
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import find_model
 from hgdpo_core.prompts import image_seed, prompt_id
@@ -130,6 +130,19 @@ def test_a_smaller_pool_is_the_first_images_of_the_larger(world):
 def test_a_pool_size_over_the_pool_is_refused(world):
     with pytest.raises(ConfigError, match="pool_size is 5, but .* holds 4 images per prompt"):
         build(world, TripletConfig(pool_size=5))
+
+
+@pytest.mark.parametrize(("columns", "expected"), [
+    ({"id": ["x"], "score": [0.5]}, r"prompt_id \(string\), index \(int32\), score \(float\), got id \(string\)"),
+    ({"prompt_id": ["x"], "index": pa.array([0], pa.int32()), "score": ["good"]}, r"expected score \(float\), got")])
+def test_shards_that_something_else_wrote_are_one_line(world, columns, expected):
+    """With manifests in order, so that only the columns tell."""
+    store, model, plan, _ = world
+    foreign = ShardFolder.create(store, f"scores/{plan.pool_id}/{len(columns)}", {"stage": "score", "fingerprint": "x"})
+    for shard in plan.shards:
+        foreign.commit(shard.index, pa.table(columns), inputs=(plan.folder.input_shard(shard.index),))
+    with pytest.raises(StorageError, match=f"has not the columns of its stage: .*{expected}.*use another root"):
+        build((store, model, plan, foreign))
 
 
 def test_finished_shards_are_found_and_counts_stay(world):
