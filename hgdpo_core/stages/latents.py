@@ -27,7 +27,8 @@ from hgdpo_core.storage.shards import ShardFolder
 
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("winner", pa.binary()), ("loser", pa.binary()),
                     ("prompt_embeds", pa.binary())])
-PAIRS = pa.schema([("prompt_id", pa.string()), ("caption", pa.string()), ("jpg_0", pa.binary()), ("jpg_1", pa.binary())])
+PAIRS = pa.schema([("prompt_id", pa.string()), ("caption", pa.string()), ("jpg_0", pa.binary()),
+                   ("jpg_1", pa.binary())])
 """Of a data set of pairs, what is needed here."""
 MIRRORED = ("winner_mirrored", "loser_mirrored")  # columns of a folder with flips
 
