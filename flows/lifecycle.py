@@ -1,5 +1,6 @@
 """How a flow of this project runs, is stopped and is cancelled."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -22,6 +23,9 @@ from hgdpo_core.progress import ShouldStop
 from hgdpo_core.storage import Store
 
 T = TypeVar("T")
+FORM_NAME = re.compile(r"(alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|omicron|pi|rho|sigma"
+                       r"|tau|upsilon|phi|chi|psi|omega)\d+-[a-z]+(-[a-z]+)*")
+"""Eight of nine names that the form of Prefect 3.8's UI suggests; the ninth, without a number, could be typed."""
 
 
 def name_this_run(*parts: str) -> None:
@@ -34,7 +38,9 @@ def name_this_run(*parts: str) -> None:
 
 
 def _is_random(name: str) -> bool:
-    """Whether Prefect made the name up, of two of its words."""
+    """Whether Prefect made the name up: its server of two of its words, the form of its UI as `rho2-napinne`."""
+    if FORM_NAME.fullmatch(name):
+        return True
     lists = (part.get("words", ()) for part in coolname_words.values())
     known = {word for words in lists for word in words}
     return len(words := name.split("-")) == 2 and known.issuperset(words)

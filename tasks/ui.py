@@ -12,7 +12,6 @@ from typing import Any
 
 from PIL import Image
 from prefect.artifacts import (
-    create_image_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -103,7 +102,10 @@ def show_text(key: str, markdown: str, description: str) -> None:
 
 
 def show_image(key: str, image: Image.Image, description: str) -> None:
-    """An image artifact as a data URI, shrunk until it is small enough for the UI."""
+    """An artifact that shows an image, shrunk until it is small enough for the UI.
+
+    As markdown: below an image artifact the UI prints its URL, which is the whole image, across the page.
+    """
     image = image.convert("RGB")
     while True:
         buffer = io.BytesIO()
@@ -112,7 +114,7 @@ def show_image(key: str, image: Image.Image, description: str) -> None:
             break
         image = image.resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.LANCZOS)
     uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-    create_image_artifact(image_url=uri, key=artifact_key(key), description=description)
+    show_text(key, f"![{description}]({uri})", description)
 
 
 class _OneLine(logging.Filter):

@@ -112,9 +112,10 @@ def test_a_relative_path_is_refused_where_a_worker_would_look_it_up(tmp_path, mo
 
 
 @pytest.mark.parametrize(("given", "kept"), [("lr-1e5", True), ("my run", True), ("beta-sweep", True),
-                                             ("clever-otter", False)])
+                                             ("beta-2", True), ("clever-otter", False), ("rho2-napinne", False),
+                                             ("phi12-canis-majoris-void", False)])
 def test_a_typed_name_of_a_run_stays(monkeypatch, given, kept):
-    """Prefect gives every other run a name of two words from its lists."""
+    """Prefect gives every other run a name of two words from its lists, its form one of a Greek letter and a star."""
     renamed = []
     client = SimpleNamespace(set_flow_run_name=lambda run_id, name: renamed.append(name))
     monkeypatch.setattr(lifecycle, "get_client", lambda sync_client: nullcontext(client))
