@@ -162,5 +162,8 @@ footer { margin-top: 56px; padding-bottom: 40px; }
 @media (max-width: 480px) { table { font-size: .92rem; } th, td { padding-right: 9px; }
   td:last-child { padding-right: 0; } }
 @media print { nav { display: none; } body { font-size: .85rem; } section { margin-top: 24px; }
-  .cards li, .chart, tr, figure { break-inside: avoid; } h2 { break-after: avoid; } }
+  .cards li, .chart, tr, figure, .bars li { break-inside: avoid; } h2, .intro, caption { break-after: avoid; }
+  header:has(.beside) { grid-template-columns: minmax(0, 1fr) 15rem; }
+  .pool figcaption { font-size: .6rem; overflow-wrap: normal; }
+  details::details-content { content-visibility: visible; } }
 """
