@@ -19,7 +19,7 @@ LIVE_TESTS := tests/orchestration/test_kills.py tests/orchestration/test_workers
 
 help:
 	@echo "make demo    install, run the whole method on the built-in figures setting, write output/demo/report.html"
-	@echo "make test    install, then lint, types and tests; no network after the install"
+	@echo "make test    install, then lint, tests and types; no network after the install"
 	@echo "make test-slow  the tests that take minutes to hours, resumable by file; FRESH=1 starts over"
 	@echo "make up      a local Prefect server with UI and workers; make schedule: nightly re-scoring; make down: end all"
 	@echo "make clean   remove the demo's output"
