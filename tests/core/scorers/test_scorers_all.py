@@ -22,8 +22,12 @@ from hgdpo_core.scorers.towers import clean_text
 
 TOLERANCE = 1e-5
 """What the docstring of Scorer promises for float32, of scores of order 0.1 to 1."""
-BFLOAT16_ERROR = {"pickscore": 0.1, "hps_v2.1": 0.01, "clip": 0.01, "aesthetic": 0.01, "imagereward": 0.02}
-"""Largest difference from float32 on these weights; docs/BENCHMARKS.md has it for the published size."""
+BFLOAT16_ERROR = {"pickscore": 0.15, "hps_v2.1": 0.01, "clip": 0.01, "aesthetic": 0.01, "imagereward": 0.02}
+"""Largest difference from float32 on these weights; docs/BENCHMARKS.md has it for the published size.
+
+PickScore's, whose scores spread by 7 here, is 0.067 to 0.1005 from run to run where a CPU emulates bfloat16: the order
+of its sums depends on where weights lie in memory.
+"""
 NAMES = sorted(BFLOAT16_ERROR)
 
 
