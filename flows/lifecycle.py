@@ -29,7 +29,7 @@ FORM_NAME = re.compile(r"(alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kap
 
 
 def name_this_run(*parts: str) -> None:
-    """Name this flow run by what tells it from others, a path by its last part, unless somebody typed a name."""
+    """Name this flow run by what tells it from others, a path by its last part, unless a name was typed."""
     if flow_run.name is None or not _is_random(flow_run.name):
         return
     name = " ".join(dict.fromkeys(part.rstrip("/").rpartition("/")[2] or part for part in parts))

@@ -22,7 +22,7 @@ def headline(data: ReportData) -> str:
     weight, prompts, own = data.comparison.lora_weight, count_of(rate.n, "held-out prompt"), _built_in_scorers(data)
     scorer = BUILT_IN_TITLES.get(name, scorer_title(name)) if name in own else scorer_title(name)
     start = _capital(scorer) if weight is None else f"With the LoRA at weight {float(weight)}, {scorer}"
-    return f"{start} {_preference(rate, prompts)}{_witness(data.comparison.win_rates, name, own)}."
+    return f"{start} {_preference(rate, prompts)}{_witness(data, name, own)}."
 
 
 def _preference(rate: WinRate, prompts: str) -> str:
@@ -37,12 +37,13 @@ def _preference(rate: WinRate, prompts: str) -> str:
     return f"{start} the held-out prompts it tells apart ({interval}; {tally}, {ties} among {rate.n:,} prompts)"
 
 
-def _witness(rates: Mapping[str, WinRate], first: str, own: Set[str]) -> str:
-    """Beside the built-in scorer that the model was tuned for, the built-in one that ranks no pool."""
-    rate = rates.get("inspector")
+def _witness(data: ReportData, first: str, own: Set[str]) -> str:
+    """Beside the built-in scorer of the headline the other one, which is independent where the first ranked the pools."""
+    rate = data.comparison.win_rates.get("inspector")
     if first == "inspector" or "inspector" not in own or first not in own or rate is None or rate.rate is None:
         return ""
-    return f"; the figures inspector, which ranked no pool, on {percent(rate.rate)}"
+    independent = ", which ranked no pool," if data.training_scorer == first else ""
+    return f"; the figures inspector{independent} on {percent(rate.rate)}"
 
 
 def _built_in_scorers(data: ReportData) -> set[str]:

@@ -97,9 +97,9 @@ def _front_matter(config: RunConfig, *, fine_tuned: bool) -> str:
 
 def _code(base: str, weight: float) -> str:
     return f"""```python
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("{base}").to("cuda")
+pipeline = DiffusionPipeline.from_pretrained("{base}").to("cuda")
 pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors", adapter_name="hgdpo")
 pipeline.set_adapters(["hgdpo"], [{weight:g}])
 image = pipeline("{EXAMPLE_PROMPT}").images[0]

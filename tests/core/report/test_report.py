@@ -156,10 +156,12 @@ def test_headline_has_rate_interval_and_counts():
 
 
 def test_headline_names_the_built_in_scorers_as_what_they_are():
-    """Nobody should take PickScore's shape for PickScore, or the judge's number without the inspector's."""
+    """A small model of PickScore's shape is not PickScore, and the judge's number comes with the inspector's."""
     rates = {"pickscore": WinRate.from_counts(9, 1, 0), "inspector": WinRate.from_counts(3, 1, 6)}
     assert headline(with_rates(rates)).endswith(
         "(95 % interval 55.5–99.7 %; 9 wins, 1 loss, no ties); the figures inspector, which ranked no pool, on 75.0 %.")
+    ranked = dataclasses.replace(with_rates(rates), training_scorer="inspector")
+    assert headline(ranked).endswith("no ties); the figures inspector on 75.0 %.")  # it may have ranked the pools
     public = dataclasses.replace(with_rates(rates), config=sd15("target", "prompts.txt"))
     assert "weight 1.0, PickScore prefers" in headline(public) and "inspector" not in headline(public)
 
