@@ -38,7 +38,7 @@ def _preference(rate: WinRate, prompts: str) -> str:
 
 
 def _witness(data: ReportData, first: str, own: Set[str]) -> str:
-    """Beside the built-in scorer of the headline the other one, which is independent where the first ranked the pools."""
+    """The other built-in scorer's rate beside the headline's; it is independent where the first ranked the pools."""
     rate = data.comparison.win_rates.get("inspector")
     if first == "inspector" or "inspector" not in own or first not in own or rate is None or rate.rate is None:
         return ""
