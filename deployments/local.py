@@ -24,6 +24,8 @@ from pathlib import Path
 
 import psutil
 
+from hgdpo_core.progress import count_of
+
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_PORT, PORTS = 4200, 100
 START_SECONDS = 600
@@ -381,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "schedule":
             schedule(local)
         else:
-            print(f"Ended {down(local)} processes")
+            print(f"Ended {count_of(down(local), 'process', 'processes')}")
     except LocalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,10 +12,10 @@ def caption(options: argparse.Namespace) -> int:
 
     images, device = find_uncaptioned(options.images), default_device()
     if not images.names:
-        print(f"All {images.images:,} images have captions")
+        print(f"Images: {images.images:,}; all of them have captions")
         return 0
     if options.plan_only:
-        print(f"To caption: {len(images.names):,} of {images.images:,} images")
+        print(f"Images: {images.images:,}; to caption: {len(images.names):,}")
         return 0
     from hgdpo_core.image_sets.llava import DEFAULT_MODEL, DEFAULT_QUESTION, Captioner, find_captioner
 

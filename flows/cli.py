@@ -15,6 +15,7 @@ from flows.score_commands import rescore, score
 from flows.terminal import call_opened, open_store, plan_text
 from hgdpo_core import __version__
 from hgdpo_core.errors import HGDPOError, StoppedError, first_line
+from hgdpo_core.progress import count_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,12 +153,12 @@ def collect(options: argparse.Namespace) -> int:
     store = open_store(options.root)
     planned = collect_garbage(store, dry_run=True)
     verb = "would" if options.dry_run else "will"
-    print(f"{verb} remove {len(planned.files)} files of {store.root}, {planned.bytes:,} bytes")
+    print(f"{verb} remove {count_of(len(planned.files), 'file')} of {store.root}, {planned.bytes:,} bytes")
     for name in planned.files:
         print(name)
     if not options.dry_run:
         report = collect_garbage(store)
-        print(f"removed {len(report.files)} files, {report.bytes:,} bytes")
+        print(f"removed {count_of(len(report.files), 'file')}, {report.bytes:,} bytes")
     return 0
 
 
@@ -194,16 +195,14 @@ def _publish(summary: dict[str, Any], folder: Path) -> str:
 
 
 def _print_summary(summary: dict[str, Any], publish: str | None) -> None:
+    from hgdpo_core.rendering.parts import describe_rate
+
     report = _publish(summary, Path(publish)) if publish else summary["artifacts"]["report"]
     print("\n" + "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["timings"].items()))
     if summary.get("found"):
         print(f"Reused; the times above are those of the run that made them: {', '.join(summary['found'])}")
     for scorer, rate in summary["win_rate"].items():
-        if rate["rate"] is None:
-            print(f"{scorer}: the models tie on every prompt ({rate['ties']} ties)")
-        else:
-            print(f"{scorer}: tuned model wins {100 * rate['rate']:.1f} % (95 % interval {100 * rate['ci_low']:.1f} to "
-                  f"{100 * rate['ci_high']:.1f} %; {rate['wins']} wins, {rate['losses']} losses, {rate['ties']} ties)")
+        print(f"{scorer}: win rate of the tuned model {describe_rate(rate)}")
     for scorer, change in summary["defect_rate"].items():
         print(f"{scorer}: {100 * change['target']:.1f} % of the target's images are defective, "
               f"{100 * change['tuned']:.1f} % of the tuned model's")

@@ -273,7 +273,8 @@ class DpoConfig(TrainingConfig):
         default=2500.0, gt=0, le=1e12)
     lambda_stat: float = number("weight of the statistic matching loss; 0 is off", "none", default=10_000.0, ge=0,
                                 le=1e18)
-    lora_rank: int = number("rank of the LoRA; lora_alpha equals it, so its scale is 1 (ours)", "none", default=8, ge=1)
+    lora_rank: int = number("rank of the LoRA; lora_alpha equals it, so its scale is 1 (ours)", "none", default=8, ge=1,
+                           le=1024)
     share_noise: bool = Field(default=True, description="winner and loser of a pair share their noise")
     allow_foreign_triplets: bool = Field(default=False, description="train on triplets made by another model")
 

@@ -87,7 +87,7 @@ def _only_run(store: Store) -> str:
 def _list_finished(store: Store) -> list[str]:
     """Finished runs that trained a LoRA: evaluations and ablations have none to export."""
     return [name for name in sorted(store.list_folders("runs")) if store.exists(f"runs/{name}/summary.json")
-            and "dpo" in store.read_json(f"runs/{name}/config.json")]
+            and "dpo" in store.read_object(f"runs/{name}/config.json")]
 
 
 def _read_run(store: Store, run_id: str) -> tuple[RunConfig, dict[str, Any]]:
@@ -95,12 +95,12 @@ def _read_run(store: Store, run_id: str) -> tuple[RunConfig, dict[str, Any]]:
         if not store.exists(f"runs/{run_id}/{name}"):
             raise InputError(f"{store.url(f'runs/{run_id}')} has no {name}: expected the id of a finished run, one of "
                              f"{', '.join(_list_finished(store)) or 'none yet'}")
-    config = store.read_json(f"runs/{run_id}/config.json")
+    config = store.read_object(f"runs/{run_id}/config.json")
     if "dpo" not in config:
         raise InputError(f"{run_id} compared models and trained none: expected the id of a finished run, one of "
                          f"{', '.join(_list_finished(store)) or 'none yet'}")
     config.pop("code_version", None)
-    return validate(RunConfig, config), store.read_json(f"runs/{run_id}/summary.json")
+    return validate(RunConfig, config), store.read_object(f"runs/{run_id}/summary.json", win_rate=dict)
 
 
 def _find_tuned(store: Store, lora_id: str) -> Model | None:
@@ -127,7 +127,7 @@ def _find_target(store: Store, lora_id: str, config: TargetConfig) -> Model:
 
 
 def _trained_on(store: Store, lora_id: str) -> dict[str, Any]:
-    return store.read_json(f"models/{lora_id}/config.json")["target"]
+    return store.read_object(f"models/{lora_id}/config.json", target=dict)["target"]
 
 
 def _copy_base(source: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""How programs report progress to their caller, and ask whether to stop. No program prints by itself."""
+"""How programs report progress to their caller, and ask whether to stop; counts as words. No program prints itself."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +20,11 @@ ShouldStop = Callable[[], bool]
 
 StageProgress = Callable[[str], AbstractContextManager[Progress]]
 """Opens the progress of a stage by its name."""
+
+
+def count_of(number: int, singular: str, plural: str | None = None) -> str:
+    """1 prompt, 1,200 prompts."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
 def silent(done: int, total: int, unit: str) -> None:

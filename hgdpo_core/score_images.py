@@ -14,6 +14,7 @@ from hgdpo_core.image_sets.folders import CaptionedImage, find_captioned_images,
 from hgdpo_core.images import decode_image
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.scorers import load_configured_scorer
+from hgdpo_core.storage.local import open_file
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def score_images(images: Sequence[CaptionedImage], scorer: ScorerConfig, *, devi
 def _open(path: Path) -> Image.Image | str:
     """The image, or why there is none."""
     try:
-        return decode_image(path.read_bytes())
+        with open_file(path) as file:
+            return decode_image(file.read())
     except (InputError, OSError) as error:
         return str(error)

@@ -12,6 +12,7 @@ from hgdpo_core.ablate.cost import plan_ablation
 from hgdpo_core.ablate.measure import run_arm
 from hgdpo_core.ablate.program import Ablation, Shared, open_ablation, prepare_shared
 from hgdpo_core.execution.runner import Runner
+from hgdpo_core.progress import count_of
 from hgdpo_core.rendering.parts import percent
 from tasks.handover import take_opened
 from tasks.options import stage_task
@@ -34,8 +35,8 @@ def prepare_ablation(**parameters: Any) -> Ablation:
 def make_shared(ablation: Ablation, runner: Runner) -> Shared:
     """One fine-tuned target, one pool with its scores, the target's evaluation images, for all arms."""
     shared = prepare_shared(ablation, stage_progress, runner)
-    get_run_logger().info("Pool %s: %d images; target's evaluation: %s", shared.pool.pool_id, shared.pool.images,
-                          shared.target_images.pool_id)
+    get_run_logger().info("Pool %s: %s; target's evaluation: %s", shared.pool.pool_id,
+                          count_of(shared.pool.images, "image"), shared.target_images.pool_id)
     return shared
 
 

@@ -8,7 +8,7 @@ from hgdpo_core import pipeline
 from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.execution.runner import Runner
 from hgdpo_core.models import Model
-from hgdpo_core.progress import StageProgress
+from hgdpo_core.progress import StageProgress, count_of
 from hgdpo_core.run import Run
 from hgdpo_core.stages.pool import PoolPlan
 from tasks.options import stage_task
@@ -33,6 +33,7 @@ def generate_evaluation(run: Run | ComparisonRun, models: Mapping[str, Model], r
 
 
 def _log(plan: PoolPlan) -> None:
-    get_run_logger().info("%s: %d images in %d shards; %d shards existed, %d images generated now (%s)", plan.title,
-                          plan.images, len(plan.shards), len(plan.shards) - len(plan.missing), plan.missing_images,
-                          plan.folder.key)
+    existing = len(plan.shards) - len(plan.missing)
+    get_run_logger().info("%s: %s in %s, of which %d existed; %s generated now (%s)", plan.title,
+                          count_of(plan.images, "image"), count_of(len(plan.shards), "shard"), existing,
+                          count_of(plan.missing_images, "image"), plan.folder.key)

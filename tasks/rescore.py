@@ -7,6 +7,7 @@ from prefect.logging import get_run_logger
 
 from hgdpo_core.errors import ConfigError, HGDPOError, StoppedError, StorageError
 from hgdpo_core.execution.runner import InProcess, Runner
+from hgdpo_core.progress import count_of
 from hgdpo_core.rescore import Ranking, rank_again, score_missing, score_stage
 from hgdpo_core.rescore.drift_report import drift_rows, headline, render_markdown
 from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, ScorerVersion, Skipped, plan_root
@@ -53,8 +54,8 @@ def score_again(store: Store, version: ScorerVersion, jobs: Sequence[ScoreJob],
     else:
         skipped = _score_on_workers(store, jobs, runner)
     for job in jobs:
-        logger.info("%s %s: pool %s, %d images in %d shards, in %s", version.scorer.name, version.fingerprint[:12],
-                    job.pool_id, job.images, len(job.missing), job.scores)
+        logger.info("%s %s: pool %s, %s in %s, in %s", version.scorer.name, version.fingerprint[:12], job.pool_id,
+                    count_of(job.images, "image"), count_of(len(job.missing), "shard"), job.scores)
     for item in skipped:
         logger.warning("Skipped: %s: %s", item.what, item.reason)
     return skipped
@@ -88,7 +89,7 @@ def rank(store: Store, job: RankJob) -> Ranking | Skipped:
     if isinstance(ranking, Skipped):
         get_run_logger().warning("Not ranked: %s: %s", ranking.what, ranking.reason)
     else:
-        get_run_logger().info("Triplets: %d, and %d pools without a pair, in %s (before: %s)", ranking.counts.triplets,
+        get_run_logger().info("Triplets: %d; pools without a pair: %d; in %s (before: %s)", ranking.counts.triplets,
                               ranking.counts.rejected, ranking.key, job.replaces)
     return ranking
 

@@ -21,7 +21,7 @@ def make_triplets(run: Run, pool: PoolPlan, scores: ShardFolder, runner: Runner,
     """Best and worst of every pool as Parquet, with a data set card."""
     triplets = pipeline.make_triplets(run, pool, scores, runner, on)
     counts, folder = triplets.counts(), triplets.folder.key
-    get_run_logger().info("Triplets: %d, and %d pools without a pair, in %s", counts.triplets, counts.rejected, folder)
+    get_run_logger().info("Triplets: %d; pools without a pair: %d; in %s", counts.triplets, counts.rejected, folder)
     show_table("triplets", [{"triplets": counts.triplets, "rejected": counts.rejected, "folder": folder}],
                "Best and worst of each pool")
     return triplets

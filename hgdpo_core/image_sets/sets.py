@@ -32,6 +32,7 @@ from hgdpo_core.image_sets.tars import TarReader, index_tars
 from hgdpo_core.image_sets.trees import local_tree
 from hgdpo_core.images import IMAGE_SUFFIXES, any_converted
 from hgdpo_core.models.fingerprints import hash_files
+from hgdpo_core.progress import count_of
 from hgdpo_core.prompts.sources import LOCAL_PROTOCOLS, refuse_secret_address
 from hgdpo_core.storage import Store, is_temporary, scratch_folder
 from hgdpo_core.storage.roots import local_address
@@ -90,7 +91,7 @@ class ImageSet:
     def describe(self) -> str:
         """One line: how many images, and what was skipped."""
         parts = [f"{count} {reason}" for reason, count in self.skipped.items()]
-        return f"{len(self)} images" + (f"; skipped: {', '.join(parts)}" if parts else "")
+        return count_of(len(self), "image") + (f"; skipped: {', '.join(parts)}" if parts else "")
 
     def __len__(self) -> int:
         return self.index.num_rows

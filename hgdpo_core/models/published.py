@@ -11,7 +11,6 @@ from hgdpo_core.storage import Store
 from hgdpo_core.storage.scratch import cache_folder
 
 DOWNLOAD_TRIES = 3
-MAKE_AGAIN = "delete the folder and run the stage that makes it again"
 
 
 def publish_model(store: Store, model_id: str, folder: Path, record: dict[str, Any]) -> Path:
@@ -27,7 +26,7 @@ def publish_model(store: Store, model_id: str, folder: Path, record: dict[str, A
 def find_record(store: Store, model_id: str) -> dict[str, Any] | None:
     """`model.json` of a committed model, None when it is not there."""
     key = f"models/{model_id}/model.json"
-    return store.read_json(key) if store.exists(key) else None
+    return store.read_object(key, fingerprint=str, kind=str) if store.exists(key) else None
 
 
 def fetch_model(store: Store, model_id: str) -> Path | None:
@@ -39,9 +38,7 @@ def fetch_model(store: Store, model_id: str) -> Path | None:
     record = find_record(store, model_id)
     if record is None:
         return None
-    key, fingerprint = f"models/{model_id}", record.get("fingerprint")
-    if not isinstance(fingerprint, str):
-        raise StorageError(f"{store.url(key)}/model.json names no fingerprint: {MAKE_AGAIN}")
+    key, fingerprint = f"models/{model_id}", record["fingerprint"]
     local = store.local_path(key)
     if local is not None:
         if fingerprint_path(local) != fingerprint:
@@ -83,4 +80,5 @@ def _download(store: Store, key: str, folder: Path, fingerprint: str) -> None:
 
 
 def _changed(store: Store, key: str) -> StorageError:
-    return StorageError(f"the files of {store.url(key)} are not those its model.json was written for: {MAKE_AGAIN}")
+    return StorageError(f"the files of {store.url(key)} are not those its model.json was written for: delete the "
+                        "folder and run the stage that makes it again")

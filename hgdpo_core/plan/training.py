@@ -83,7 +83,7 @@ class PlannedTraining:
         return None
 
     def _is_alike(self, store: Store, model_id: str) -> bool:
-        made: dict[str, Any] = store.read_json(f"models/{model_id}/config.json")
+        made: dict[str, Any] = store.read_object(f"models/{model_id}/config.json", latents=str, config=dict)
         latents = ShardFolder.open(store, made["latents"]).config
         return (latents["width"], latents["height"]) == self.size and all(
             made["config"][name] == getattr(self.config, name) for name in SAME_STEP)

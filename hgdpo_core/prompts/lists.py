@@ -9,6 +9,7 @@ import pyarrow as pa
 from hgdpo_core import built_in
 from hgdpo_core.config import PromptSource, content_hash
 from hgdpo_core.errors import InputError
+from hgdpo_core.progress import count_of
 from hgdpo_core.prompts.sources import read_texts
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import read_table, write_table
@@ -51,7 +52,7 @@ class PromptList:
         reasons = {"empty": self.empty, f"duplicate{first}": len(self.duplicates),
                    "of another category": self.other_category, "beyond the limit": self.beyond_limit}
         dropped = [f"{count} {reason}" for reason, count in reasons.items() if count]
-        parts = [f"{len(self.prompts)} prompts"] + ([f"dropped {' and '.join(dropped)}"] if dropped else [])
+        parts = [count_of(len(self.prompts), "prompt")] + ([f"dropped {' and '.join(dropped)}"] if dropped else [])
         long = [len(prompt) for prompt in self.prompts if len(prompt) > LONG_PROMPT_CHARACTERS]
         if long:
             parts.append(f"{len(long)} of over {LONG_PROMPT_CHARACTERS} characters, the longest {max(long)}: a plain "

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from hgdpo_core.config import PromptSource, content_hash
 from hgdpo_core.errors import ConfigError, InputError, StorageError, first_line
 from hgdpo_core.storage import MissingKeyError, Store
+from hgdpo_core.storage.local import open_file
 from hgdpo_core.storage.roots import local_address
 from hgdpo_core.storage.shards import read_table, write_table
 from hgdpo_core.storage.text_files import csv_rows, decode_text, json_lines
@@ -132,7 +133,7 @@ def _read_bytes(address: str) -> bytes:
         if address.startswith(("s3://", "s3a://")):  # with the store's own retries and endpoint
             folder, _, name = address.rpartition("/")
             return Store(folder).read_bytes(name)
-        with fsspec.open(address, "rb") as file:
+        with fsspec.open(address, "rb") if remote else open_file(Path(local_address(address)).expanduser()) as file:
             return file.read()  # type: ignore[union-attr]
     except Exception as error:  # every file system has its own family
         reason = error.__cause__ if isinstance(error, FileNotFoundError) else error  # fsspec's http hides the network

@@ -4,10 +4,13 @@ import base64
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 from PIL import Image
+
+from hgdpo_core.progress import count_of
 
 TINY_PX = 128  # images up to this side are encoded lossless and shown with hard pixels
 ACRONYMS = {"sft": "SFT", "dpo": "DPO", "lora": "LoRA"}
@@ -71,14 +74,18 @@ def words(name: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def count_of(number: int, singular: str, plural: str | None = None) -> str:
-    """1 prompt, 1,200 prompts."""
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
-
-
 def percent(rate: float | None) -> str:
     """A rate of 0..1 in percent."""
     return NOTHING if rate is None else f"{100 * rate:.1f} %"
+
+
+def describe_rate(rate: Mapping[str, Any]) -> str:
+    """A win rate of summary.json with its interval and counts; without a win or a loss only that."""
+    ties = count_of(rate["ties"], "tie")
+    if rate["rate"] is None:
+        return f"no win, no loss ({ties})"
+    counts = f"{count_of(rate['wins'], 'win')}, {count_of(rate['losses'], 'loss', 'losses')}, {ties}"
+    return f"{percent(rate['rate'])} (95 % interval {percent_interval(rate['ci_low'], rate['ci_high'])}; {counts})"
 
 
 def percent_interval(low: float | None, high: float | None) -> str:

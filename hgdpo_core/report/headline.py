@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence, Set
 
 from hgdpo_core.built_in import is_built_in
 from hgdpo_core.metrics import WinRate
-from hgdpo_core.rendering.parts import count_of, percent, percent_interval
+from hgdpo_core.progress import count_of
+from hgdpo_core.rendering.parts import percent, percent_interval
 from hgdpo_core.report.data import ReportData
 from hgdpo_core.scorers import scorer_title
 

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from html import escape
 
+from hgdpo_core.progress import count_of
 from hgdpo_core.rendering.grids import PairSample, PoolSample, format_score, rank_pool
-from hgdpo_core.rendering.parts import ImageEncoder, count_of, image_tag, section
+from hgdpo_core.rendering.parts import ImageEncoder, image_tag, section
 
 OPEN_PAIRS = 12
 """The page opens with so many; the others unfold."""

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from hgdpo_core.built_in import DATA_SET, is_built_in
 from hgdpo_core.config import RunConfig
 from hgdpo_core.models.files import looks_like_hub_id
+from hgdpo_core.rendering.parts import describe_rate, signed, signed_interval
 from hgdpo_core.scorers import scorer_title
 
 EXAMPLE_PROMPT = "a woman with brown hair in a white top, smiling, in a park"
@@ -136,14 +137,7 @@ def _results(summary: Mapping[str, Any]) -> str:
     prompts = summary["evaluation_prompts"]
     lines = [f"Target model against tuned model on {prompts:,} held-out prompts, from the same seeds.\n"]
     for name, rate in summary["win_rate"].items():
-        title = scorer_title(name)
-        if rate["rate"] is None:
-            lines.append(f"- {title}: could not tell the models apart on any prompt ({rate['ties']} ties).")
-        else:
-            percent, low, high = (f"{100 * rate[name]:.1f}" for name in ("rate", "ci_low", "ci_high"))
-            lines.append(f"- {title} prefers the tuned model on {percent} % of the prompts it tells apart (95 % "
-                         f"interval {low} to {high} %; {rate['wins']} wins, {rate['losses']} losses, {rate['ties']} "
-                         "ties).")
+        lines.append(f"- {scorer_title(name)}, win rate on the prompts it tells apart: {describe_rate(rate)}.")
     change = summary["colour_change"]
     shifts = (f"{channel} {_estimate(change[name], unit)}" for channel, name, unit in (
         ("hue", "hue_degrees", " degrees"), ("saturation", "saturation_percent", " %"),
@@ -157,8 +151,8 @@ def _estimate(estimate: Mapping[str, float | None], unit: str) -> str:
     value, low, high = (estimate[name] for name in ("value", "ci_low", "ci_high"))
     if value is None:
         return "not defined"
-    interval = "" if low is None or high is None else f" (95 % interval {low:+.1f} to {high:+.1f})"
-    return f"{value:+.1f}{unit}{interval}"
+    interval = "" if low is None or high is None else f" (95 % interval {signed_interval(low, high, 1)})"
+    return f"{signed(value, 1)}{unit}{interval}"
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from hgdpo_core.evaluate import Comparison
+from hgdpo_core.progress import count_of
 from hgdpo_core.rendering import parts
 from hgdpo_core.rendering.charts import HISTOGRAMS, fraction_bar, histogram, interval_chart, rate_bar
 from hgdpo_core.rendering.parts import NOTHING, percent, percent_interval, section, signed, signed_interval, split
@@ -171,7 +172,7 @@ def timings(seconds: Mapping[str, float]) -> str:
 def artifacts(locations: Mapping[str, str]) -> str:
     """The results of the run, and where they are."""
     rows = [(parts.words(name), Cell(location, code=True)) for name, location in locations.items()]
-    caption = f"{parts.count_of(len(rows), 'location')} in the object store."
+    caption = f"{count_of(len(rows), 'location')} in the object store."
     return Table(("Artifact", "Location"), rows, "Artifacts", caption=caption).section() if rows else ""
 
 

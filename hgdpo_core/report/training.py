@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from hgdpo_core.progress import count_of
 from hgdpo_core.rendering.charts import ChartSpec, line_chart
-from hgdpo_core.rendering.parts import count_of, section
+from hgdpo_core.rendering.parts import section
 from hgdpo_core.training.objective import find_objective
 
 RANK_CHARTS = (

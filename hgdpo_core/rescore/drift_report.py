@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from hgdpo_core.progress import count_of
 from hgdpo_core.rendering.charts import count_chart
 from hgdpo_core.rendering.grids import format_score
 from hgdpo_core.rendering.html import html_page
-from hgdpo_core.rendering.parts import count_of
+from hgdpo_core.rendering.parts import describe_rate
 from hgdpo_core.rendering.tables import Table
 
 MAX_CHARTED = 12  # pools; those with rankings first: an evaluation has two pools without one
@@ -163,9 +164,4 @@ def _shift(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _rate(rate: Mapping[str, Any] | None) -> str:
-    if rate is None:
-        return "not measured"
-    if rate["rate"] is None:
-        return f"no win, no loss ({rate['ties']} ties)"
-    return (f"{100 * rate['rate']:.1f} % ({100 * rate['ci_low']:.1f} to {100 * rate['ci_high']:.1f} %; "
-            f"{rate['wins']} wins, {rate['losses']} losses, {rate['ties']} ties)")
+    return "not measured" if rate is None else describe_rate(rate)

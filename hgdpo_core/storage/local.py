@@ -41,7 +41,7 @@ class LocalFiles:
         write_atomically(self.path(key), lambda file: file.write(data))
 
     def put_file(self, source: Path, key: str) -> None:
-        with source.open("rb") as data:
+        with open_file(source) as data:
             write_atomically(self.path(key), lambda file: shutil.copyfileobj(data, file))
 
     def delete(self, key: str) -> None:

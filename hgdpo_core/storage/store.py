@@ -90,6 +90,16 @@ class Store:
         except ValueError as error:
             raise StorageError(f"{self.url(key)} is not JSON ({error}): delete it, make it again") from None
 
+    def read_object(self, key: str, **fields: type) -> dict[str, Any]:
+        """A JSON object whose fields are there and of these types; StorageError for any other content."""
+        value = self.read_json(key)
+        held = value if isinstance(value, dict) else {}
+        wrong = [name for name, kind in fields.items() if not isinstance(held.get(name), kind)]
+        if wrong or not isinstance(value, dict):
+            which = f" with {' and '.join(wrong)} as it was written" if wrong else ""
+            raise StorageError(f"{self.url(key)} is damaged: expected a JSON object{which}; delete it, make it again")
+        return value
+
     def write_json(self, key: str, value: Any) -> None:
         """Sorted keys, indent 1, a newline at the end: readable, and the same text for the same value."""
         text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n"

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from hgdpo_core.config import TrainingConfig, content_hash
 from hgdpo_core.devices import is_out_of_memory, use_cpu
 from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageError
+from hgdpo_core.progress import count_of
 from hgdpo_core.training.base import Hooks, Objective, TrainedDenoiser, TrainingResult
 from hgdpo_core.training.checkpoints import Checkpoint, Checkpoints, load_latest, save_checkpoint
 from hgdpo_core.training.data import DataOrder, SampleSource
@@ -84,9 +85,9 @@ def _train(run: _Run, checkpoints: Checkpoints | None, hooks: Hooks) -> Training
     resumed_from = _resume(run, checkpoints)
     saved_step, before, started = run.step, run.seconds, time.monotonic()
     if config.warmup_steps >= run.total_steps and run.accelerator.is_main_process:
-        logger.warning("a training of %d steps ends inside its warm-up of %d, before the learning rate is %g: use more "
-                       "samples or epochs, or fewer warmup_steps", run.total_steps, config.warmup_steps,
-                       config.learning_rate)
+        logger.warning("a training of %s ends inside its warm-up of %d, before the learning rate is %g: use more "
+                       "samples or epochs, or fewer warmup_steps", count_of(run.total_steps, "step"),
+                       config.warmup_steps, config.learning_rate)
     if not run.accelerator.is_main_process:
         hooks = Hooks(should_stop=hooks.should_stop)
     hooks.progress(run.step, run.total_steps, "steps")

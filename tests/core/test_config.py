@@ -164,6 +164,7 @@ def test_a_list_is_hashed_as_its_one_text(value):
     ({"dpo.learning_rate": 1e308}, "dpo.learning_rate"), ({"sft.weight_decay": 1e308}, "sft.weight_decay"),
     ({"dpo.beta": True}, "expected float, not true or false"), ({"pool.images_per_prompt": True}, "expected int"),
     ({"dpo.beta": 1e308}, "dpo.beta"), ({"evaluation.lora_weight": 1e300}, "evaluation.lora_weight"),
+    ({"dpo.lora_rank": 2**31}, "dpo.lora_rank"),
     ({"preset": "x"}, "would only rename what runs: name it with --preset"),
 ])
 def test_settings_have_bounds(overrides, message):

@@ -162,10 +162,10 @@ def test_the_card_states_results_and_leaves_fields_to_fill_in(store, tmp_path, t
     export_run(store, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "\nlibrary_name: diffusers\n" in card and "base_model" not in card
-    assert "PickScore prefers the tuned model on 80.5 % of the prompts it tells apart (95 % interval 73.9 to 86.0 %; " \
+    assert "PickScore, win rate on the prompts it tells apart: 80.5 % (95 % interval 73.9–86.0 %; " \
            "140 wins, 34 losses, 3 ties)" in card
-    assert "CLIP: could not tell the models apart on any prompt (177 ties)" in card
-    assert "Colour shift: hue -3.2 degrees (95 % interval -5.0 to -1.0); saturation +2.5 %; value not defined." in card
+    assert "CLIP, win rate on the prompts it tells apart: no win, no loss (177 ties)" in card
+    assert "Colour shift: hue −3.2 degrees (95 % interval −5.0 to −1.0); saturation +2.5 %; value not defined." in card
     assert 'set_adapters(["hgdpo"], [0.5])' in card and card.startswith("---\nlicense: unknown\n")
     assert "Warning: More defects." in card
     assert "2,000 images drawn by the model itself, 20 a prompt" in card and "98 pairs (2 pools without one)" in card

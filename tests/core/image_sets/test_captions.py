@@ -91,7 +91,7 @@ def test_the_command_writes_what_is_missing_and_nothing_else(llava, folder, caps
     command = ["caption", "--images", str(folder), "--model", str(llava), "--dtype", "float32", "--batch-size", "2",
                "--max-new-tokens", "5", "--prompt", "What?"]
     assert cli.main([*command, "--plan"]) == 0
-    assert capsys.readouterr().out == "To caption: 4 of 6 images\n" and not (folder / "d.txt").exists()
+    assert capsys.readouterr().out == "Images: 6; to caption: 4\n" and not (folder / "d.txt").exists()
     assert cli.main(command) == 0
     out = capsys.readouterr().out
     assert "Captions written: 3; images that had one: 2" in out
@@ -103,7 +103,7 @@ def test_the_command_writes_what_is_missing_and_nothing_else(llava, folder, caps
     assert read_image_set(str(folder)).index["caption"].to_pylist() == ["one", "two", *expected[:2], None, expected[2]]
     assert cli.main(command) == 1  # what is left cannot be captioned
     (folder / "f.png").unlink()
-    assert cli.main(command) == 0 and "All 5 images have captions" in capsys.readouterr().out
+    assert cli.main(command) == 0 and "Images: 5; all of them have captions" in capsys.readouterr().out
 
 
 def test_a_stop_keeps_what_is_written_and_the_next_start_goes_on(folder):

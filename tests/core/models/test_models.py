@@ -128,6 +128,14 @@ def test_a_changed_model_in_a_local_root_is_not_found(lora_folder, tmp_path, cha
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("record", [[], None, {}, {"fingerprint": 3, "kind": "lora"}, {"fingerprint": "f"}])
+def test_a_damaged_record_is_one_line(tmp_path, record):
+    store = Store(str(tmp_path))
+    store.write_json("models/m/model.json", record)
+    with pytest.raises(StorageError, match="model.json is damaged: expected a JSON object.*; delete it, make it again"):
+        fetch_model(store, "m")
+
+
 def test_the_vae_of_training_has_its_own_weights(target_folder):
     """Latents are of the float32 VAE, whatever the target samples in."""
     half = load_pipeline(replace(find(target_folder), dtype="bfloat16"), vae_dtype="float32")

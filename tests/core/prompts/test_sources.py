@@ -1,6 +1,7 @@
 """Prompts from data sets and remote addresses, and the files that people really have."""
 
 import builtins
+import os
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -100,6 +101,14 @@ def test_a_table_that_would_be_read_wrongly_is_refused(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         read(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("address", ["{}", "file://{}"])
+def test_a_pipe_without_a_writer_is_refused(tmp_path, address):
+    """It would be waited for without end."""
+    os.mkfifo(tmp_path / "prompts.txt")
+    with pytest.raises(InputError, match="cannot be read: .*a pipe is in the place of a file"):
+        read(address.format(tmp_path / "prompts.txt"))
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"prompt": "\\ud800"}', '{"prompt": ' + "1" * 5000 + "}"])

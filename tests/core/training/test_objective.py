@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from hgdpo_core.config import TargetConfig, TrainingConfig
-from hgdpo_core.errors import ConfigError, InputError
+from hgdpo_core.errors import ConfigError, InputError, StorageError
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.losses import denoising_error
 from hgdpo_core.models import find_model
@@ -126,6 +126,12 @@ def test_an_objective_from_outside_goes_all_the_way(biases, model, latents):
     assert [row["step"] for row in tuned.log] == [1, 2] and biases.watched == tuned.log
     found = find_result(request)
     assert found is not None and found.model_id == tuned.model_id and run_train(request).existing
+
+    log = latents.store.read_json(f"models/{tuned.model_id}/log.json")
+    latents.store.write_json(f"models/{tuned.model_id}/log.json", {"lines": log["rows"]})
+    with pytest.raises(StorageError, match="log.json is damaged: expected a JSON object with rows as it was written"):
+        run_train(request)
+    latents.store.write_json(f"models/{tuned.model_id}/log.json", log)
 
     name = "unet/diffusion_pytorch_model.safetensors"
     before, after = load_file(model.path / name), load_file(tuned.path / name)
