@@ -6,7 +6,10 @@ and every member pickles: workers are separate processes.
 
 
 class HGDPOError(Exception):
-    """Base of every error this package raises on purpose; its message alone is enough to act on."""
+    """Base of every error this package raises on purpose; its message alone, one line, is enough to act on."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(" ".join(str(message).splitlines()))  # what it quotes may have line breaks
 
 
 class ConfigError(HGDPOError, ValueError):

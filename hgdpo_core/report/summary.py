@@ -103,7 +103,7 @@ def _making_seconds(run: Run | ComparisonRun, seconds: Mapping[str, float], cach
     """Seconds by stage; for a cached one those in which an earlier run of the same settings made it."""
     earlier: dict[str, float] = {}
     with suppress(StorageError):    # none yet, or not readable: this run's times are all there is
-        earlier = run.store.read_object(run.key("summary.json"), timings=dict)["timings"]
+        earlier = run.store.read_object(run.key("summary.json"), timings=dict[str, float])["timings"]
     return {name: earlier.get(name, value) if name in cached else value for name, value in seconds.items()}
 
 

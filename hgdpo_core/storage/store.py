@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from hgdpo_core.errors import StorageError
 from hgdpo_core.storage.failures import MissingKeyError, attempt
 from hgdpo_core.storage.keys import TEMPORARY_PREFIX, Entries, checked, is_temporary
@@ -33,6 +35,14 @@ UPLOAD_TRIES = 3
 
 _T = TypeVar("_T")
 _Names = list[str]              # inside Store, `list` is a method
+
+
+def _is(value: Any, kind: Any) -> bool:
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 class Store:
@@ -90,11 +100,11 @@ class Store:
         except ValueError as error:
             raise StorageError(f"{self.url(key)} is not JSON ({error}): delete it, make it again") from None
 
-    def read_object(self, key: str, **fields: type) -> dict[str, Any]:
-        """A JSON object whose fields are there and of these types; StorageError for any other content."""
+    def read_object(self, key: str, **fields: Any) -> dict[str, Any]:
+        """A JSON object whose fields are of these types, deep ones too; StorageError for any other content."""
         value = self.read_json(key)
         held = value if isinstance(value, dict) else {}
-        wrong = [name for name, kind in fields.items() if not isinstance(held.get(name), kind)]
+        wrong = [name for name, kind in fields.items() if not _is(held.get(name), kind)]
         if wrong or not isinstance(value, dict):
             which = f" with {' and '.join(wrong)} as it was written" if wrong else ""
             raise StorageError(f"{self.url(key)} is damaged: expected a JSON object{which}; delete it, make it again")

@@ -98,7 +98,8 @@ def find_tuned(store: Store, model_id: str) -> Tuned | None:
     path = fetch_model(store, model_id)
     if path is None:
         return None
-    return Tuned(model_id, path, store.read_object(f"models/{model_id}/log.json", rows=list)["rows"], existing=True)
+    log = store.read_object(f"models/{model_id}/log.json", rows=list[dict[str, float]])
+    return Tuned(model_id, path, log["rows"], existing=True)
 
 
 def _publish(model_id: str, folder: Path, kind: str, target: Model, config: TrainingConfig, latents: ShardFolder,

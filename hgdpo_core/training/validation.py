@@ -122,7 +122,7 @@ def validation_grid(store: Store, model_id: str) -> Image.Image | None:
     rows, prompts = [], []
     for step in [steps[0], *steps[1:][1 - SHOWN_STEPS:]]:
         folder = f"models/{model_id}/validation/step-{step:06d}"
-        prompts = store.read_object(f"{folder}/images.json", prompts=list)["prompts"]
+        prompts = store.read_object(f"{folder}/images.json", prompts=list[str])["prompts"]
         rows.append((f"step {step}", [decode_image(store.read_bytes(f"{folder}/{number}.png"))
                                       for number in range(len(prompts))]))
     return row_grid(" | ".join(prompts), rows)

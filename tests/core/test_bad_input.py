@@ -7,6 +7,7 @@ disk which fills up half-way leaves nothing that is read later.
 import errno
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from tiny_run import run_tiny, tiny_parameters
 
 from flows.cli import main
-from hgdpo_core.errors import StorageError
+from hgdpo_core.errors import ConfigError, CorruptShardError, StorageError
 from hgdpo_core.storage import Store, scratch
 from hgdpo_core.storage.local import LocalFiles
 from hgdpo_core.training import checkpoints
@@ -28,6 +29,12 @@ def prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text("a woman\na man\n")
     (tmp_path / "held-out.txt").write_text("a girl\n")
     return tmp_path / "prompts.txt"
+
+
+@pytest.mark.parametrize("kind", [ConfigError, StorageError, CorruptShardError])
+def test_a_message_is_one_line_whatever_it_quotes(kind):
+    error = pickle.loads(pickle.dumps(kind("the file a\nb\r\nc is broken")))
+    assert type(error) is kind and str(error) == "the file a b c is broken"
 
 
 def refused(capsys, prompts, judge_folder, *, command="run", **options) -> str:

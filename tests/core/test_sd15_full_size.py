@@ -1,5 +1,7 @@
 """The exact Stable Diffusion 1.5 with random weights, at the paper's size, on a CPU: minutes and 17 GiB of memory.
 
+In bfloat16 where the CPU multiplies it: one that emulates it takes hours, so there it is float32.
+
     pytest -m slow -k full_size --log-cli-level=INFO tests/core/test_sd15_full_size.py
 
 All but the SFT step (`-k "full_size and not sft"`) need a third of that. What was seen stands in docs/BENCHMARKS.md.
@@ -28,6 +30,7 @@ from training_cases import train_dpo, train_sft
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
+from hgdpo_core.devices import cpu_has_fast_bfloat16, resolve_dtype
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import Conditioning, Model, find_model, load_pipeline
@@ -38,6 +41,8 @@ from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folde
 from hgdpo_core.stages.pool import plan_pool
 from hgdpo_core.storage import Store
 from hgdpo_core.training.data import LatentImages, PairBatch, epoch_order
+
+PRECISION = "bf16" if cpu_has_fast_bfloat16() else "no"
 
 
 def random_sd15() -> StableDiffusionPipeline:
@@ -94,7 +99,7 @@ def measured(what: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(location) -> Model:
-    return find_model(TargetConfig(source=str(location / "single.safetensors"), dtype="bfloat16"))
+    return find_model(TargetConfig(source=str(location / "single.safetensors"), dtype=resolve_dtype("auto")))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +158,7 @@ def test_full_size_pool_image(model, tmp_path):
     """One image of 704x1024 in 2 steps with guidance, decoded and stored, as a pool draws it."""
     plan = plan_pool(Store(str(tmp_path)), model, SamplerConfig(width=704, height=1024, steps=2, guidance_scale=5.0),
                      PoolConfig(images_per_prompt=1, prompts_per_shard=1), ["a woman on a beach, full body"])
-    with measured("one 704x1024 image of 2 steps with guidance in bfloat16, decoded and stored"):
+    with measured(f"one 704x1024 image of 2 steps with guidance in {model.dtype}, decoded and stored"):
         assert plan.make(Worker()) == 1
     row = plan.folder.read(0).to_pylist()[0]
     image = decode_image(row["image"])
@@ -166,8 +171,8 @@ def test_full_size_dpo_step(model, image_latents):
     """One pair through policy and reference, a step of the LoRA, with gradient checkpointing."""
     pipeline = load_pipeline(model, dtype="float32")
     config = sd15("target", "prompts.txt").dpo.model_copy(
-        update={"max_steps": 1, "batch_size": 1, "gradient_checkpointing": True, "mixed_precision": "bf16"})
-    with measured("one DPO step, one 704x1024 pair, bf16, gradient checkpointing"):
+        update={"max_steps": 1, "batch_size": 1, "gradient_checkpointing": True, "mixed_precision": PRECISION})
+    with measured(f"one DPO step, one 704x1024 pair, mixed precision {PRECISION}, gradient checkpointing"):
         result = train_dpo(*trainable(pipeline.unet, pipeline.scheduler.config), Pairs(image_latents), config)
     assert result.log[0]["dpo_loss"] == pytest.approx(math.log(2))  # policy and reference are still one
     trained = {name: value for name, value in pipeline.unet.named_parameters() if value.requires_grad}
@@ -184,8 +189,8 @@ def test_full_size_sft_step(model, image_latents):
     del pipeline
     before = unet.conv_in.weight.detach().clone()
     config = sd15("target", "prompts.txt").sft.model_copy(
-        update={"max_steps": 1, "batch_size": 1, "warmup_steps": 0, "mixed_precision": "bf16"})
-    with measured("one SFT step, one 704x1024 image, bf16, gradient checkpointing, AdamW"):
+        update={"max_steps": 1, "batch_size": 1, "warmup_steps": 0, "mixed_precision": PRECISION})
+    with measured(f"one SFT step, one 704x1024 image, mixed precision {PRECISION}, gradient checkpointing, AdamW"):
         result = train_sft(*trainable(unet, schedule), image_latents, config, Conditioning(empty))
     assert 0 < result.log[0]["loss"] < 100 and math.isfinite(result.log[0]["grad_norm"])
     moved = (unet.conv_in.weight.detach() - before).abs()

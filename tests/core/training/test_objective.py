@@ -128,9 +128,10 @@ def test_an_objective_from_outside_goes_all_the_way(biases, model, latents):
     assert found is not None and found.model_id == tuned.model_id and run_train(request).existing
 
     log = latents.store.read_json(f"models/{tuned.model_id}/log.json")
-    latents.store.write_json(f"models/{tuned.model_id}/log.json", {"lines": log["rows"]})
-    with pytest.raises(StorageError, match="log.json is damaged: expected a JSON object with rows as it was written"):
-        run_train(request)
+    for damaged in ({"lines": log["rows"]}, {"rows": ["x"]}, {"rows": [{"loss": "x"}]}):
+        latents.store.write_json(f"models/{tuned.model_id}/log.json", damaged)
+        with pytest.raises(StorageError, match="log.json is damaged: expected a JSON object with rows as it was"):
+            run_train(request)
     latents.store.write_json(f"models/{tuned.model_id}/log.json", log)
 
     name = "unet/diffusion_pytorch_model.safetensors"
