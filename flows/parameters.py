@@ -34,6 +34,8 @@ class Parameter:
     required: bool = False
     """On the command line; a form's fields may be left empty."""
     least: int | None = None
+    form_help: str | None = None
+    """In the form, where values are written in another way than on the command line."""
 
     def changed(self, **changes: Any) -> Self:
         """The same parameter with some differences, for another command."""
@@ -44,7 +46,8 @@ class Parameter:
         from pydantic import Field
 
         shown: dict[str, Any] = {"enum": list(self.suggested)} if self.suggested else {}
-        return Field(self.default, description=self.help, ge=self.least, json_schema_extra=shown or None)
+        return Field(self.default, description=self.form_help or self.help, ge=self.least,
+                     json_schema_extra=shown or None)
 
     def add_to(self, command: argparse.ArgumentParser) -> None:
         """Add the option to a command."""
@@ -110,8 +113,9 @@ PROMPTS = Parameter("prompts", "txt, csv, tsv, jsonl or parquet, path or URL; or
 TARGET = Parameter("target", "your model: diffusers folder, .safetensors file or hub id; default: the preset's")
 IMAGES = Parameter("images", "captioned images to fine-tune the model on first: a folder, or webdataset .tar or "
                    ".parquet files; path, URL or pattern")
-OVERRIDES = Parameter("overrides", 'settings by dotted name, as {"dpo.beta": 1000}; on the command line dpo.beta=1000, '
-                      "repeatable", {}, option="--set", kind="settings", metavar="NAME=VALUE")
+OVERRIDES = Parameter("overrides", "a setting by its dotted name, as dpo.beta=1000 (hgdpo settings lists them); "
+                      "repeatable", {}, option="--set", kind="settings", metavar="NAME=VALUE",
+                      form_help='settings by their dotted names, as {"dpo.beta": 1000}; docs/SETTINGS.md lists them')
 PLAN_ONLY = Parameter("plan_only", "show what would be made and what exists, and stop", False, option="--plan",
                       kind="flag")
 PROBE = Parameter("probe", "with a plan: time a batch of each stage on this machine; this loads the models", False,

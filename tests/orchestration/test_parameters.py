@@ -35,7 +35,8 @@ def test_a_command_has_the_parameters_of_its_flow(command):
     typed = vars(parser.parse_args([]))
     assert form.keys() == {parameter.name for parameter in parameters}
     assert {name: typed[name] for name in form} == get_call_parameters(flow.fn, (), {})
-    assert {name: field["description"] for name, field in form.items()} == {item.name: item.help for item in parameters}
+    described = {item.name: item.form_help or item.help for item in parameters}
+    assert {name: field["description"] for name, field in form.items()} == described
     shown = "".join(parser.format_help().split())  # argparse breaks lines inside words too
     assert all("".join(parameter.help.split()) in shown for parameter in parameters)
 
