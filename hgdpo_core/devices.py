@@ -2,6 +2,10 @@
 
 import gc
 import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -12,6 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
                  "HIP out of memory")
 """Parts of the messages that libraries below torch raise as plain RuntimeError."""
+OTHER_TORCH = "rm -rf .venv && make TORCH_INDEX=https://download.pytorch.org/whl/cu126 install"
 
 
 def resolve_dtype(dtype: str) -> str:
@@ -29,15 +34,74 @@ def cpu_has_fast_bfloat16() -> bool:
 
 
 def default_device() -> str:
-    """$HGDPO_DEVICE (cpu or cuda), else the accelerator torch sees, else the CPU; ConfigError for one not there."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    requested = os.environ.get("HGDPO_DEVICE") or found
-    if requested not in ("cpu", "cuda"):
+    """$HGDPO_DEVICE (cpu or cuda), else the accelerator torch sees, else the CPU.
+
+    ConfigError for one that is not there, and for a GPU that torch cannot use: it must not become weeks on a CPU.
+    """
+    requested = os.environ.get("HGDPO_DEVICE") or None
+    if requested not in (None, "cpu", "cuda"):
         raise ConfigError(f"HGDPO_DEVICE is {requested!r}: expected cpu or cuda (CUDA_VISIBLE_DEVICES says which GPU)")
-    if requested == "cuda" != found:
+    if requested == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        _require_kernels()
+        return "cuda"
+    if requested == "cuda":
         raise ConfigError(f"HGDPO_DEVICE asks for cuda, but torch {torch.__version__} sees no GPU here: make one "
                           "visible (driver, CUDA_VISIBLE_DEVICES, a CUDA build of torch), or use cpu")
-    return requested
+    if not _hides_gpus() and (gpu := _find_unused_gpu()) is not None:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise ConfigError(f"this machine has a GPU ({gpu}), but torch {torch.__version__}, {built}, cannot use it: "
+                          f"update its driver, or install a torch that fits it ({OTHER_TORCH}), or set "
+                          "HGDPO_DEVICE=cpu to compute on the CPU")
+    return "cpu"
+
+
+def _hides_gpus() -> bool:
+    """Whether the user hides all GPUs: an empty list, or one that ends before its first."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return chosen is not None and chosen.strip().partition(",")[0] in ("", "-1", "NoDevFiles")
+
+
+@cache
+def _find_unused_gpu() -> str | None:
+    """An NVIDIA GPU of this machine, whatever torch sees: its name and driver, as far as nvidia-smi answers."""
+    if shutil.which("nvidia-smi") is not None:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        try:
+            listed = subprocess.run(query, text=True, capture_output=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            listed = None
+        if listed is not None and listed.returncode == 0 and listed.stdout.strip():
+            return listed.stdout.splitlines()[0].strip().replace(", ", ", driver ")
+    devices = sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))
+    return f"{devices[0]}, driver not known: nvidia-smi does not answer" if devices else None
+
+
+def _require_kernels() -> None:
+    """ConfigError for a current NVIDIA GPU that no code in this build of torch runs on.
+
+    `sm_XY` runs on the same major version from XY on; `compute_XY` is compiled by the driver for every later one
+    (CUDA programming guide, compute capabilities); with the suffix `a` either is for that one alone.
+    """
+    built = torch.cuda.get_arch_list()
+    if torch.version.cuda is None or not built:  # ROCm names its architectures otherwise
+        return
+    major, minor = torch.cuda.get_device_capability()
+    if not any(_runs_on(code, 10 * major + minor) for code in built):
+        raise ConfigError(f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, but torch "
+                          f"{torch.__version__}, built for CUDA {torch.version.cuda}, has code for {' '.join(built)} "
+                          f"alone: install another torch ({OTHER_TORCH}), choose another GPU by CUDA_VISIBLE_DEVICES, "
+                          "or set HGDPO_DEVICE=cpu to compute on the CPU")
+
+
+def _runs_on(code: str, capability: int) -> bool:
+    kind, _, version = code.partition("_")
+    number = int(version.rstrip("af"))
+    if version.endswith("a"):
+        return number == capability
+    same_major = number // 10 == capability // 10
+    return number <= capability and (same_major if kind == "sm" or version.endswith("f") else True)
 
 
 def device_name(device: str) -> str:

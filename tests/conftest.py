@@ -13,6 +13,9 @@ import pytest
 import tiny
 import torch
 
+if not torch.cuda.is_available():  # a GPU that this torch cannot use is an error, also of the processes tests start
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads():
