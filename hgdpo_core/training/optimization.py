@@ -7,6 +7,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from hgdpo_core.config import TrainingConfig
+from hgdpo_core.devices import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -15,19 +16,29 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainingCon
     """The optimizer that `config.optimizer` names, with decoupled weight decay in either case.
 
     "adam8bit" is bitsandbytes' 8-bit Adam (paper D.2), which keeps the states of tensors under 4096 elements
-    in 32 bit; where bitsandbytes cannot be imported, torch's AdamW is used instead, with a warning.
+    in 32 bit; where bitsandbytes does not work, torch's AdamW is used instead, with a warning.
     """
     parameters = list(parameters)
     rate, betas, decay = config.learning_rate, config.adam_betas, config.weight_decay
     if config.optimizer == "adam8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            logger.warning("optimizer adam8bit needs bitsandbytes, which cannot be imported (%s): using "
-                           "torch's AdamW, whose states take 6 bytes more for each trained weight", error)
+            _try_step(AdamW8bit, parameters[0].device)
+        except Exception as error:  # of many kinds: it looks for its native library only in the first step
+            if is_out_of_memory(error):
+                raise
+            logger.warning("optimizer adam8bit needs bitsandbytes, which does not work here (%s): using torch's AdamW, "
+                           "whose states take 6 bytes more for each trained weight", str(error).partition("\n")[0])
         else:
             return AdamW8bit(parameters, lr=rate, betas=betas, weight_decay=decay)
     return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay)
+
+
+def _try_step(optimizer: type[torch.optim.Optimizer], device: torch.device) -> None:
+    """A step on weights of no use, as many as have 8-bit states."""
+    weights = torch.nn.Parameter(torch.zeros(4096, device=device))
+    weights.grad = torch.zeros_like(weights)
+    optimizer([weights]).step()
 
 
 def warm_up_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int) -> LambdaLR:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -54,6 +55,36 @@ def test_without_bitsandbytes_adamw_stands_in_and_the_log_says_so(monkeypatch, c
         optimizer = make_optimizer([parameter()], config(optimizer="adam8bit"))
     assert type(optimizer) is torch.optim.AdamW
     assert "bitsandbytes" in caplog.text
+
+
+def break_native_library(monkeypatch, error: Exception) -> None:
+    class AdamW8bit(torch.optim.AdamW):
+        def step(self, closure=None):
+            assert self.param_groups[0]["params"][0].numel() == 4096
+            raise error
+
+    module = ModuleType("bitsandbytes.optim")
+    module.AdamW8bit = AdamW8bit  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("Configured CUDA binary not found at libbitsandbytes_cuda130.so\nand many lines more"),
+    OSError("libcudart.so.12: cannot open shared object file"), AttributeError("cadam8bit_blockwise_grad_fp32"),
+])
+def test_so_it_does_where_the_first_step_of_bitsandbytes_fails(monkeypatch, caplog, error):
+    break_native_library(monkeypatch, error)
+    weight = parameter()
+    with caplog.at_level(logging.WARNING):
+        optimizer = make_optimizer([weight], config(optimizer="adam8bit"))
+    assert type(optimizer) is torch.optim.AdamW and torch.equal(weight, parameter()) and weight.grad is None
+    assert str(error).splitlines()[0] in caplog.messages[0] and "\n" not in caplog.messages[0]
+
+
+def test_memory_that_runs_out_is_no_fault_of_bitsandbytes(monkeypatch):
+    break_native_library(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot."))
+    with pytest.raises(torch.OutOfMemoryError):
+        make_optimizer([parameter()], config(optimizer="adam8bit"))
 
 
 @pytest.mark.parametrize(("warmup", "rates"), [(0, [0.5] * 5), (4, [0.125, 0.25, 0.375, 0.5, 0.5])])
