@@ -228,7 +228,8 @@ class TrainingConfig(StageConfig):
     max_grad_norm: float = number("longer gradients are clipped to it", "L2 norm", default=1.0, gt=0, le=1e12)
     optimizer: Optimizer = Field(default="adamw", description="adam8bit: AdamW with states of 8 bits, by bitsandbytes")
     mixed_precision: MixedPrecision = Field(
-        default="auto", description="of the forward pass; auto: bf16 where it is fast, else none. Weights stay float32")
+        default="auto", description="of the forward pass; auto: bf16 where it is fast, else fp16 on a GPU with tensor "
+        "cores, else none. Weights stay float32")
     gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
     flip: Annotated[bool, InIds(result="changed")] = Field(
         default=False, description="mirror half of the samples, chosen again each time; winner and loser of a pair "
