@@ -74,10 +74,11 @@ class Writer:
 
     def start(self, job: Callable[[], Any]) -> None:
         """Wait for the previous job, then begin this one, under the caller's context variables."""
-        self._finish()
+        self.finish()
         self._pending = self._executor.submit(contextvars.copy_context().run, job)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Wait for the job, and raise its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -88,6 +89,6 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
         try:
-            self._finish()
+            self.finish()
         finally:
             self._executor.shutdown()

@@ -12,11 +12,12 @@ import logging
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from accelerate.utils import recursively_apply
 from safetensors.torch import load_file, save_file
 
 from hgdpo_core.storage import MissingKeyError, Store, scratch_folder
@@ -37,11 +38,23 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a training after `step` optimizer steps; tensors on the CPU."""
+    """The state of a training after `step` optimizer steps; a stored one has its tensors on the CPU."""
 
     step: int
     weights: Mapping[str, torch.Tensor]
     state: Mapping[str, Any]
+
+    def on_host(self) -> Self:
+        """A copy in the machine's memory, which the steps after it do not change."""
+        copies: dict[int, torch.Tensor] = {}  # what several entries share (bitsandbytes' maps) stays shared
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            return copies[id(tensor)]
+
+        return replace(self, weights=recursively_apply(copy, dict(self.weights)),
+                       state=recursively_apply(copy, dict(self.state)))
 
 
 def save_checkpoint(checkpoints: Checkpoints, checkpoint: Checkpoint, config_hash: str) -> None:
@@ -59,24 +72,30 @@ def save_checkpoint(checkpoints: Checkpoints, checkpoint: Checkpoint, config_has
         _remove(checkpoints, step)
 
 
-def load_latest(checkpoints: Checkpoints, config_hash: str) -> Checkpoint | None:
-    """The latest intact checkpoint of this config, or None; incomplete and foreign ones are skipped."""
+def load_latest(checkpoints: Checkpoints, config_hash: str, local: Path) -> Checkpoint | None:
+    """The latest intact checkpoint of this config, or None; incomplete and foreign ones are skipped.
+
+    Its files are left in the folder `local`, for `read_checkpoint`.
+    """
     for step in _complete_steps(checkpoints, config_hash):
-        with scratch_folder() as local:
-            try:
-                checkpoints.store.get_folder(f"{checkpoints.key}/step-{step}", local)
-                files = json.loads((local / COMPLETE).read_bytes())["files"]
-                if files != {file: _describe(local / file) for file in (WEIGHTS, STATE)}:
-                    raise ValueError("its files are not those complete.json names")
-                weights = load_file(local / WEIGHTS)
-                # load_file maps the file, which is removed with its folder: the tensors are copied out
-                weights = {name: tensor.clone() for name, tensor in weights.items()}
-                state = torch.load(local / STATE, weights_only=True, map_location="cpu")
-                return Checkpoint(step, weights, state)
-            except (FileNotFoundError, ValueError, KeyError, MissingKeyError, pickle.UnpicklingError) as error:
-                logger.warning("checkpoint %s is damaged (%s): trying an older one",
-                               checkpoints.store.url(f"{checkpoints.key}/step-{step}"), error)
+        try:
+            checkpoints.store.get_folder(f"{checkpoints.key}/step-{step}", local)
+            files = json.loads((local / COMPLETE).read_bytes())["files"]
+            if files != {file: _describe(local / file) for file in (WEIGHTS, STATE)}:
+                raise ValueError("its files are not those complete.json names")
+            return read_checkpoint(local)
+        except (FileNotFoundError, ValueError, KeyError, MissingKeyError, pickle.UnpicklingError) as error:
+            logger.warning("checkpoint %s is damaged (%s): trying an older one",
+                           checkpoints.store.url(f"{checkpoints.key}/step-{step}"), error)
     return None
+
+
+def read_checkpoint(local: Path) -> Checkpoint:
+    """The checkpoint whose files are in a folder of this machine, which may be removed afterwards."""
+    # load_file maps the file: the tensors are copied out
+    weights = {name: tensor.clone() for name, tensor in load_file(local / WEIGHTS).items()}
+    state = torch.load(local / STATE, weights_only=True, map_location="cpu")
+    return Checkpoint(json.loads((local / COMPLETE).read_bytes())["step"], weights, state)
 
 
 def _complete_steps(checkpoints: Checkpoints, config_hash: str) -> list[int]:

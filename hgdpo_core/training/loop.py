@@ -9,23 +9,27 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 
 from hgdpo_core.config import TrainingConfig, content_hash
 from hgdpo_core.devices import is_out_of_memory, use_cpu
 from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageError
+from hgdpo_core.parallel import Writer
 from hgdpo_core.progress import count_of
+from hgdpo_core.storage import scratch_folder
 from hgdpo_core.training.base import Hooks, Objective, TrainedDenoiser, TrainingResult
-from hgdpo_core.training.checkpoints import Checkpoint, Checkpoints, load_latest, save_checkpoint
+from hgdpo_core.training.checkpoints import Checkpoint, Checkpoints, load_latest, read_checkpoint, save_checkpoint
 from hgdpo_core.training.data import DataOrder, SampleSource
 from hgdpo_core.training.micro_batches import Averages, GradientMaker, memory_advice
 from hgdpo_core.training.optimization import make_optimizer, warm_up_schedule
 from hgdpo_core.training.parts import LogRow, resolve_precision
-from hgdpo_core.training.processes import agree, forget_launchers, from_first
+from hgdpo_core.training.processes import WAIT, agree, forget_launchers, from_first
 
 logger = logging.getLogger(__name__)
 
@@ -91,27 +95,31 @@ def _train(run: _Run, checkpoints: Checkpoints | None, hooks: Hooks) -> Training
     if not run.accelerator.is_main_process:
         hooks = Hooks(should_stop=hooks.should_stop)
     hooks.progress(run.step, run.total_steps, "steps")
-    while True:
-        run.seconds = before + time.monotonic() - started
-        finished = run.step >= run.total_steps
-        stopping = not finished and agree(run.accelerator, hooks.should_stop())
-        if run.step != saved_step and (finished or stopping or run.step % config.checkpoint_every == 0):
-            _save(run, checkpoints)
-            saved_step = run.step
-        _validate(run, hooks, finished)
-        if finished:
-            return TrainingResult(run.step, run.log, resumed_from, run.seconds, run.gradients.global_batch)
-        if stopping:
-            kept = f"step {saved_step} is kept" if checkpoints and saved_step else "nothing is kept"
-            raise StoppedError(f"training was asked to stop after step {run.step} of {run.total_steps}: {kept}")
-        _report(run, _optimizer_step(run), hooks)
+    with Writer() as writer:  # of checkpoints, beside the steps that follow
+        while True:
+            run.seconds = before + time.monotonic() - started
+            finished = run.step >= run.total_steps
+            stopping = not finished and agree(run.accelerator, hooks.should_stop())
+            if run.step != saved_step and (finished or stopping or run.step % config.checkpoint_every == 0):
+                _save(run, checkpoints, writer)
+                saved_step = run.step
+            _validate(run, hooks, finished)
+            if finished or stopping:
+                break
+            _report(run, _optimizer_step(run), hooks)
+    run.accelerator.wait_for_everyone()  # the launcher ends the first, which may still write, when another fails
+    if stopping:
+        kept = f"step {saved_step} is kept" if checkpoints and saved_step else "nothing is kept"
+        raise StoppedError(f"training was asked to stop after step {run.step} of {run.total_steps}: {kept}")
+    return TrainingResult(run.step, run.log, resumed_from, run.seconds, run.gradients.global_batch)
 
 
 def _open(objective: Objective, source: SampleSource[Any], config: TrainingConfig) -> _Run:
     # Accelerate keeps the precision of the process's first training and refuses another one.
     forget_launchers()
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=resolve_precision(config.mixed_precision), cpu=use_cpu())
+    accelerator = Accelerator(mixed_precision=resolve_precision(config.mixed_precision), cpu=use_cpu(),
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
     denoiser = objective.denoiser.to(accelerator.device)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -180,26 +188,24 @@ def _report(run: _Run, row: LogRow, hooks: Hooks) -> None:
 # -- resuming
 
 
-def _save(run: _Run, checkpoints: Checkpoints | None) -> None:
-    if checkpoints is None:
+def _save(run: _Run, checkpoints: Checkpoints | None, writer: Writer) -> None:
+    """Begin to write a checkpoint, when the one before is written; its copy takes as much of the machine's memory."""
+    if checkpoints is None or not run.accelerator.is_main_process:
         return
-    if run.accelerator.is_main_process:
-        scaler, average = run.accelerator.scaler, run.objective.average
-        state = {"optimizer": run.optimizer.state_dict(), "lr_schedule": run.lr_schedule.state_dict(),
-                 "scaler": scaler.state_dict() if scaler is not None else None,
-                 "follower": average.state_dict() if average is not None else None,
-                 "global_batch": run.gradients.global_batch, "processes": run.accelerator.num_processes,
-                 "log": run.log, "seconds": run.seconds}
-        save_checkpoint(checkpoints, Checkpoint(run.step, run.objective.weights(), state), run.config_hash)
-    run.accelerator.wait_for_everyone()
+    writer.finish()  # before the copy: there is never more than one
+    scaler, average = run.accelerator.scaler, run.objective.average
+    state = {"optimizer": run.optimizer.state_dict(), "lr_schedule": run.lr_schedule.state_dict(),
+             "scaler": scaler.state_dict() if scaler is not None else None,
+             "follower": average.state_dict() if average is not None else None,
+             "global_batch": run.gradients.global_batch, "processes": run.accelerator.num_processes,
+             "log": run.log, "seconds": run.seconds}
+    checkpoint = Checkpoint(run.step, run.objective.weights(), state).on_host()
+    writer.start(partial(save_checkpoint, checkpoints, checkpoint, run.config_hash))
 
 
 def _resume(run: _Run, checkpoints: Checkpoints | None) -> int | None:
     """Continue from the latest checkpoint; its step, or None for a fresh start."""
-    found = load_latest(checkpoints, run.config_hash) if checkpoints else None
-    step = found.step if found else 0
-    if agree(run.accelerator, from_first(run.accelerator, step) != step):
-        raise StorageError("the processes of this training found different checkpoints: start it again")
+    found = _load(run, checkpoints) if checkpoints else None
     if found is None:
         return None
     if found.step > run.total_steps:
@@ -208,7 +214,7 @@ def _resume(run: _Run, checkpoints: Checkpoints | None) -> int | None:
     run.objective.load_weights(found.weights)
     run.optimizer.load_state_dict(found.state["optimizer"])
     run.lr_schedule.load_state_dict(dict(found.state["lr_schedule"]))
-    if run.accelerator.scaler is not None:
+    if run.accelerator.scaler is not None and found.state["scaler"] is not None:  # None: it began without fp16
         run.accelerator.scaler.load_state_dict(found.state["scaler"])
     if run.objective.average is not None:
         run.objective.average.load_state_dict(found.state["follower"])
@@ -217,6 +223,19 @@ def _resume(run: _Run, checkpoints: Checkpoints | None) -> int | None:
     logger.info("training continues after step %d of %d", run.step, run.total_steps)
     _warn_of_other_processes(run, found.state["processes"])
     return found.step
+
+
+def _load(run: _Run, checkpoints: Checkpoints) -> Checkpoint | None:
+    """The latest checkpoint: the first process fetches it, the others read its copy, all being on one machine."""
+    first, found = run.accelerator.is_main_process, None
+    with scratch_folder() as own:
+        folder = from_first(run.accelerator, own)
+        if first:
+            found = load_latest(checkpoints, run.config_hash, folder)
+        if from_first(run.accelerator, found is not None) and not first:
+            found = read_checkpoint(folder)
+        run.accelerator.wait_for_everyone()  # the folder is still there for all
+    return found
 
 
 def _warn_of_other_processes(run: _Run, before: int) -> None:

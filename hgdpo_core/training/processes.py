@@ -3,18 +3,26 @@
 import logging
 import os
 from collections.abc import Iterable
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast_object_list
 from torch import distributed
+
+from hgdpo_core.devices import with_allocator
 
 LAUNCHED = "HGDPO_LAUNCHED"  # set by us alone, for the processes that we start as several
 LEFT_BEHIND = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE",
                "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
 FAMILIES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "PMI_", "OMPI_COMM_", "MV2_COMM_")
 DIVIDES_GRADIENTS = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+WAIT = timedelta(hours=12)
+"""How long a process waits for another: the first alone reads and writes checkpoints of many GB and draws validation
+images, longer than the 10 minutes of NCCL. When one dies, the launcher ends the others at once."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +49,7 @@ def forget_launchers() -> None:
 
 def launch_environment() -> dict[str, str]:
     """This process's environment for a launcher that we start, without what others left."""
-    return {name: value for name, value in os.environ.items() if not is_launcher_variable(name)}
+    return with_allocator({name: value for name, value in os.environ.items() if not is_launcher_variable(name)})
 
 
 def count_processes() -> int:
@@ -71,12 +79,12 @@ def agree(accelerator: Accelerator, flag: bool) -> bool:
     return votes.item() > 0
 
 
-def from_first(accelerator: Accelerator, number: int) -> int:
-    """The first process's number, in all of them."""
-    if accelerator.num_processes == 1:
-        return number
-    sent: Any = broadcast(torch.tensor(number, device=accelerator.device))
-    return int(sent.item())
+def from_first(accelerator: Accelerator, value: T) -> T:
+    """The first process's value, small and picklable, in all of them."""
+    sent = [value]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(sent)
+    return sent[0]
 
 
 def sum_gradients(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -45,7 +45,7 @@ def prepare_sft(denoiser: Denoiser, schedule: NoiseSchedule, config: SftConfig, 
         return {"loss": denoising_error(trained(noisy, timesteps, conditioning.to(denoiser.device)), target)}
 
     average = WeightAverage(network, config.ema_decay) if config.ema_decay and is_first_process() else None
-    return Objective("sft", denoiser, batch_loss, lambda: _weights(network), network.load_state_dict,
+    return Objective("sft", denoiser, batch_loss, network.state_dict, network.load_state_dict,
                      f"learning_rate (now {config.learning_rate:g})", average)
 
 
@@ -54,10 +54,6 @@ def drop_captions(captions: Conditioning, empty: Conditioning, probability: floa
     """The B captions, some replaced by `empty`, of one text: each one's generator decides."""
     draws = torch.cat([torch.rand(1, generator=generator) for generator in generators])
     return captions.replaced(draws < probability, empty)
-
-
-def _weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
 def _check(batch: ImageBatch, empty_embeds: torch.Tensor, images: int, flip: bool) -> None:

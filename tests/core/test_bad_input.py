@@ -177,5 +177,5 @@ def test_a_full_disk_under_the_temporary_folder_is_named(tmp_path, monkeypatch):
         patched.setattr(scratch, "NEARLY_NOTHING_BYTES", 2**60)
         with pytest.raises(StorageError, match=message):
             checkpoints.save_checkpoint(location, later, "hash")
-    latest = checkpoints.load_latest(location, "hash")
+    latest = checkpoints.load_latest(location, "hash", tmp_path / "local")
     assert latest is not None and latest.step == 1
