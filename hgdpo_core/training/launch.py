@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from hgdpo_core import errors
-from hgdpo_core.devices import use_cpu
+from hgdpo_core.devices import free_memory, use_cpu, use_gpu
 from hgdpo_core.errors import HGDPOError, StoppedError
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.training.processes import LAUNCHED, forget_launchers, is_first_process, launch_environment
@@ -44,6 +44,7 @@ def run_train_everywhere(request: TrainRequest, *, processes: int | None = None,
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "request.json").write_text(request.model_dump_json())
+        free_memory()  # what this process drew or encoded with would be missing to the first one on the same GPU
         _launch(folder, processes, progress, should_stop)
     tuned = find_result(request)
     assert tuned is not None  # the processes ended well
@@ -54,11 +55,12 @@ def launch_command(processes: int) -> list[str]:
     """`accelerate launch` on this machine, up to what it starts: a script, or -m and a module.
 
     With --cpu it would start one process, whatever the number: --multi_gpu is the launcher of several, and each of them
-    falls back to the CPU where no GPU is requested or available.
+    falls back to the CPU where no GPU is requested or available. What is not given here, a user's own
+    `accelerate config` decides: gpu_ids would.
     """
     return ["env", f"{LAUNCHED}=1", sys.executable, "-m", "accelerate.commands.launch", "--num_processes",
             str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--main_process_port", "0", "--multi_gpu"]
+            "--main_process_port", "0", "--multi_gpu", "--gpu_ids", "all"]
 
 
 def _launch(folder: Path, processes: int, progress: Progress, should_stop: ShouldStop) -> None:
@@ -129,6 +131,7 @@ class _Messages(logging.Handler):
 
 def main(folder: Path, watcher: int | None = None) -> int:
     """One process of a training, which the process `watcher` watches; returns the exit code."""
+    use_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     request = TrainRequest.model_validate_json((folder / "request.json").read_text())
     first = is_first_process()
     written_at = 0.0

@@ -79,6 +79,8 @@ def tune(kind: str, model: Model, latents: ShardFolder, indices: Sequence[int], 
 
         result = run_training(objective, samples, config, Checkpoints(store, f"models/{model_id}/checkpoints"),
                               Hooks(progress, should_stop, on_log, validate))
+    if not is_first_process():  # which writes gigabytes of it, once
+        return Tuned(model_id, Path(), result.log, existing=False)
     with scratch_folder() as folder:
         saved = training.save(backbone, folder, model_id)
         return _publish(model_id, folder, saved, model, config, latents, result)
@@ -104,8 +106,6 @@ def find_tuned(store: Store, model_id: str) -> Tuned | None:
 
 def _publish(model_id: str, folder: Path, kind: str, target: Model, config: TrainingConfig, latents: ShardFolder,
              result: TrainingResult) -> Tuned:
-    if not is_first_process():
-        return Tuned(model_id, folder, result.log, existing=False)
     store = latents.store
     store.write_json(f"models/{model_id}/log.json", {"rows": result.log})
     store.write_json(f"models/{model_id}/config.json", {

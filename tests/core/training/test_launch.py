@@ -7,6 +7,9 @@ import subprocess
 
 import psutil
 import pytest
+import torch
+from accelerate.commands import launch as accelerate_launch
+from accelerate.commands.config import config_args
 
 from hgdpo_core.config import SftConfig, TargetConfig
 from hgdpo_core.errors import ConfigError, StoppedError
@@ -17,8 +20,11 @@ from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.training import launch
-from hgdpo_core.training.launch import main, run_train_everywhere
+from hgdpo_core.training import tune as tuning
+from hgdpo_core.training.launch import launch_command, main, run_train_everywhere
+from hgdpo_core.training.processes import launch_environment
 from hgdpo_core.training.request import TrainRequest, find_result, run_train
+from hgdpo_core.training.sft import Sft
 
 SFT = SftConfig(max_steps=2, batch_size=1, learning_rate=1e-4, optimizer="adamw", mixed_precision="no")
 
@@ -66,7 +72,7 @@ def test_a_training_whose_process_dies_goes_on_from_its_checkpoint_with_one_proc
     killed = []
 
     def kill_one(done: int, total: int, unit: str) -> None:
-        if done >= 4 and not killed:
+        if done >= 6 and not killed:  # the checkpoint of step 2 is written when that of step 4 begins
             workers = [child for child in psutil.Process().children(recursive=True)
                        if "hgdpo_core.training.launch" in child.cmdline() and not child.children()]
             killed.extend(workers[:1])
@@ -94,6 +100,65 @@ def test_what_the_first_process_logs_is_heard_here(tmp_path, caplog):
     seen = launch._repeat_messages(tmp_path, 0)
     assert caplog.messages == ["memory ran out"] and launch._repeat_messages(tmp_path, seen) == seen
     assert launch._repeat_messages(tmp_path / "nowhere", 0) == 0
+
+
+def test_the_memory_of_the_gpu_is_given_back_before_several_processes_start(request_, monkeypatch):
+    """This process encoded the latents on the GPU that the first of them trains on."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("empty_cache"))
+    monkeypatch.setattr(launch, "use_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def start(folder, processes, *_):
+        seen.append(f"launch of {processes}")
+        raise StoppedError("enough")
+
+    monkeypatch.setattr(launch, "_launch", start)
+    with pytest.raises(StoppedError):
+        run_train_everywhere(request_)
+    assert seen == ["empty_cache", "launch of 2"]
+
+
+def test_a_users_own_accelerate_config_decides_nothing(tmp_path, monkeypatch):
+    own = tmp_path / "default_config.yaml"
+    own.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\ngpu_ids: '0'\nmixed_precision: bf16\n"
+                   "machine_rank: 0\nmain_process_port: 1234\nnum_machines: 1\nnum_processes: 1\nuse_cpu: false\n")
+    for module in (accelerate_launch, config_args):
+        monkeypatch.setattr(module, "default_config_file", str(own))
+    command = launch_command(4)
+    given = command[command.index("accelerate.commands.launch") + 1:]
+    arguments = accelerate_launch.launch_command_parser().parse_args([*given, "script.py"])
+    arguments, defaults, _ = accelerate_launch._validate_launch_command(arguments)
+    assert defaults.gpu_ids == "0"  # it was read
+    assert (arguments.gpu_ids, arguments.num_processes, arguments.multi_gpu) == ("all", 4, True)
+    assert (arguments.mixed_precision, arguments.main_process_port) == ("no", 0)
+
+
+def test_a_process_takes_its_own_gpu_before_anything_else(request_, tmp_path, monkeypatch):
+    (tmp_path / "request.json").write_text(request_.model_dump_json())
+    seen = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: seen.append(number))
+    monkeypatch.setattr(launch, "run_train", lambda *_, **__: seen.append("trains"))
+    assert main(tmp_path) == 0 and seen == [1, "trains"]
+    monkeypatch.setenv("HGDPO_DEVICE", "cpu")
+    assert main(tmp_path) == 0 and seen == [1, "trains", "trains"]
+
+
+def test_memory_of_gpus_is_taken_in_segments_that_grow_unless_the_user_says_otherwise(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch_environment()["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    assert "PYTORCH_ALLOC_CONF" not in launch_environment()
+
+
+def test_the_first_process_alone_writes_the_model(request_, monkeypatch):
+    monkeypatch.setattr(tuning, "is_first_process", lambda: False)
+    monkeypatch.setattr(Sft, "save", lambda *_: pytest.fail("another process writes gigabytes that nobody reads"))
+    assert run_train(request_).log[-1]["step"] == 2 and find_result(request_) is None
 
 
 def test_one_process_trains_here(request_, monkeypatch):
