@@ -12,7 +12,6 @@ import http.client
 import json
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from hgdpo_core.allocator import with_allocator
 from hgdpo_core.progress import count_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +36,7 @@ KEEP_ALIVE = ("sh", "-c", 'while :; do "$@"; sleep 5; done', "keep-alive")
 YIELDING = ("nice", "-n", "5")
 """For workers and their runs: on a machine whose cores they fill, a server that waits for a core holds its SQLite
 locked for half a minute, and its answers become errors."""
+COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 MARK = "HGDPO_LOCAL_PREFECT"
 """Set in every process that `up` starts, and so in their children: `down` finds them by it."""
 TOML_MARK = "# Written by `make up`; `make down` removes it."
@@ -165,7 +166,7 @@ def _start_workers(local: Local, environment: dict[str, str]) -> None:
                 continue
             own = dict(environment)
             if pool.name == "hgdpo-gpu" and gpus:
-                own["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+                own[_visibility()] = gpus[number % len(gpus)]
             elif pool.name == "hgdpo-gpu":  # else they would take the cores from each other
                 own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // pool.workers)))
             limit = ["--limit", str(pool.worker_limit)] if pool.worker_limit else []
@@ -183,15 +184,25 @@ def _pools(local: Local, gpus: Sequence[str]) -> list[Pool]:
 
 
 def _gpus() -> list[str]:
-    """The CUDA devices this shell may use, as CUDA_VISIBLE_DEVICES names them."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name for name in chosen.split(",") if name.strip()]
-    if shutil.which("nvidia-smi") is None:
+    """The GPUs this shell may use, as CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES names them.
+
+    Torch counts them, in a process of its own: nvidia-smi knows neither ROCm nor what the variables hide. A process
+    sees one MIG instance at most, so of those all that are named count.
+    """
+    if os.environ.get("HGDPO_DEVICE") == "cpu":
         return []
-    listed = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], text=True,
-                            capture_output=True)
-    return listed.stdout.split() if listed.returncode == 0 else []
+    counted = subprocess.run([sys.executable, "-c", COUNT_GPUS], text=True, capture_output=True)
+    if counted.returncode != 0:
+        raise LocalError(f"torch cannot count the GPUs: {(counted.stderr.strip().splitlines() or ['no reason'])[-1]}")
+    count = int(counted.stdout.split()[-1])
+    chosen = os.environ.get(_visibility())
+    names = [name.strip() for name in chosen.split(",")] if chosen else [str(number) for number in range(count)]
+    return names if count and names[0].startswith("MIG-") else names[:count]
+
+
+def _visibility() -> str:
+    """The variable by which the shell's GPUs are chosen; on ROCm its own goes first."""
+    return "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"
 
 
 # -- inside: with Prefect's settings pointing at our server, in a process of its own
@@ -205,7 +216,7 @@ def _up_inside(local: Local) -> None:
     from deployments.automations import PENDING_SECONDS, SILENT_SECONDS, automations, ship
 
     with get_client(sync_client=True) as client:
-        for pool in _pools(local, _gpus()):
+        for pool in _pools(local, ()):
             with contextlib.suppress(ObjectAlreadyExists):
                 client.create_work_pool(WorkPoolCreate(
                     name=pool.name, type="process", description=pool.description, concurrency_limit=pool.limit))
@@ -282,7 +293,7 @@ def _end(processes: Sequence[psutil.Process]) -> None:
 def _environment(local: Local, url: str) -> dict[str, str]:
     """The shell's environment without its Prefect, pointing at our server; AWS and CUDA variables pass through."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return kept | {
+    return with_allocator(kept) | {
         "PREFECT_HOME": str(local.home), "PREFECT_PROFILES_PATH": str(local.home / "profiles.toml"),
         "PREFECT_API_URL": url, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
         "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is local, and small runs would mostly wait

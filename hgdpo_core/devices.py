@@ -4,7 +4,6 @@ import gc
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -119,16 +118,6 @@ def use_gpu(number: int) -> None:
     """Make a GPU this process's own, before anything in it takes memory on another; nothing where there is none."""
     if os.environ.get("HGDPO_DEVICE") != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(number)
-
-
-def with_allocator(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment for processes that compute, whose GPU memory is not to be lost in pieces too small for a batch.
-
-    What the user has set stays; the second name is the one of torch before 2.9, which torch still reads.
-    """
-    if "PYTORCH_ALLOC_CONF" in environment or "PYTORCH_CUDA_ALLOC_CONF" in environment:
-        return dict(environment)
-    return {**environment, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,9 +9,12 @@ import logging
 import os
 import shutil
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch.distributed import distributed_c10d
 from training_cases import Pairs, all_weights, config, sft_config, train, train_images, weights
 
 from hgdpo_core.errors import ConfigError, StoppedError
@@ -19,6 +22,7 @@ from hgdpo_core.storage import Store
 from hgdpo_core.training.checkpoints import Checkpoints
 
 FIRST = os.environ.get("RANK") == "0"
+DEFAULT_WAIT, SLOW_SECONDS = timedelta(seconds=2), 4.0
 
 
 class Starved(Pairs):
@@ -36,6 +40,26 @@ class Empty(Starved):
     limit = 0
 
 
+class SlowStore(Store):
+    """Longer than a process waits for another by torch's default: each checkpoint that is read or written."""
+
+    def __init__(self, root: str):
+        super().__init__(root)
+        self.used: list[str] = []
+
+    def get_folder(self, key, local, **options):
+        self._wait("read")
+        super().get_folder(key, local, **options)
+
+    def put_folder(self, local, key):
+        self._wait("write")
+        super().put_folder(local, key)
+
+    def _wait(self, use: str) -> None:
+        self.used.append(use)
+        time.sleep(SLOW_SECONDS)
+
+
 def result_of(trained, flat=weights):
     unet, result = trained
     return {"log": result.log, "weights": flat(unet), "resumed_from": result.resumed_from,
@@ -44,6 +68,7 @@ def result_of(trained, flat=weights):
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    distributed_c10d._get_default_timeout = lambda backend: DEFAULT_WAIT
     warnings: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())
@@ -75,6 +100,17 @@ def main(folder: Path) -> None:
     for name, batch in (("four", 4), ("three", 3), ("one", 1)):
         results[f"from {name}"] = result_of(train(config(batch_size=batch), checkpoints=location(name)))
     results["warnings"] = [text for text in warnings if "goes on with" in text]
+    slow = Checkpoints(SlowStore(str(folder)), "four-kept")
+    validated = []
+
+    def validate(step: int) -> None:
+        validated.append(step)
+        time.sleep(SLOW_SECONDS if step == 4 else 0)
+
+    results["slow"] = result_of(train(config(batch_size=4, validation_every=4), checkpoints=slow, validate=validate))
+    uses: list[list[str]] = [[], []]
+    distributed_c10d.all_gather_object(uses, slow.store.used)  # pyright: ignore[reportAttributeAccessIssue]
+    results["slow"].update(uses=uses, validated=validated)
     if FIRST:
         torch.save(results, folder / "results.pt")
 

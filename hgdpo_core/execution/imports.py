@@ -3,6 +3,9 @@
 import gc
 import importlib
 import logging
+import os
+
+from hgdpo_core.allocator import with_allocator
 
 
 def load_libraries() -> None:
@@ -13,6 +16,7 @@ def load_libraries() -> None:
     own: whatever else is alive by then is left out too.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns of kernels that are not used
+    os.environ.update(with_allocator(os.environ))
     gc.disable()
     try:
         importlib.import_module("hgdpo_core.execution.jobs")  # reaches every stage, and so all of them

@@ -1,7 +1,7 @@
 """The optimizer and the learning rate of all objectives."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -34,7 +34,7 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainingCon
     return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay)
 
 
-def _try_step(optimizer: type[torch.optim.Optimizer], device: torch.device) -> None:
+def _try_step(optimizer: Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer], device: torch.device) -> None:
     """A step on weights of no use, as many as have 8-bit states."""
     weights = torch.nn.Parameter(torch.zeros(4096, device=device))
     weights.grad = torch.zeros_like(weights)

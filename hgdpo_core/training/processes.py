@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import distributed
 
-from hgdpo_core.devices import with_allocator
+from hgdpo_core.allocator import with_allocator
 
 LAUNCHED = "HGDPO_LAUNCHED"  # set by us alone, for the processes that we start as several
 LEFT_BEHIND = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE",

@@ -1,12 +1,12 @@
 """What is deployed where, and the local server."""
 
 import importlib
-import os
 import socket
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from prefect.states import InfrastructurePending, Pending, Submitting
 from prefect.utilities.callables import parameter_schema
@@ -130,11 +130,38 @@ def test_another_program_on_the_port_is_no_healthy_server():
         thread.join()
 
 
-def test_gpus_are_those_the_shell_may_use(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert local._gpus() == ["2", "5"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert local._gpus() == []
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setenv("PATH", os.devnull)
-    assert local._gpus() == []
+@pytest.mark.parametrize(("variables", "seen", "names"), [
+    ({}, 2, ["0", "1"]), ({}, 0, []),
+    ({"CUDA_VISIBLE_DEVICES": "2,5"}, 2, ["2", "5"]),
+    ({"CUDA_VISIBLE_DEVICES": ""}, 0, []), ({"CUDA_VISIBLE_DEVICES": "-1"}, 0, []),
+    ({"CUDA_VISIBLE_DEVICES": "3,-1,4"}, 1, ["3"]),                       # -1 ends the list
+    ({"CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"}, 1, ["MIG-a", "MIG-b"]),     # a process sees one of them
+    ({"CUDA_VISIBLE_DEVICES": "MIG-a"}, 0, []),
+    ({"HIP_VISIBLE_DEVICES": "4,6", "CUDA_VISIBLE_DEVICES": "0"}, 2, ["4", "6"]),
+    ({"HGDPO_DEVICE": "cpu"}, 8, []),
+])
+def test_gpus_are_those_the_shell_may_use(monkeypatch, variables, seen, names):
+    """`seen` is what torch counts under these variables."""
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "HGDPO_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(local, "COUNT_GPUS", f"print({seen})")
+    assert local._gpus() == names
+
+
+def test_gpus_are_counted_by_torch_in_a_process_of_its_own(monkeypatch):
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "HGDPO_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
+    assert len(local._gpus()) == torch.cuda.device_count()
+    monkeypatch.setattr(local, "COUNT_GPUS", "import torch_is_not_here")
+    with pytest.raises(local.LocalError, match="torch cannot count the GPUs: ModuleNotFoundError"):
+        local._gpus()
+
+
+def test_workers_take_gpu_memory_in_segments_that_grow_unless_the_shell_says_otherwise(monkeypatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    assert local._environment(local.Local(), "url")["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+    assert local._environment(local.Local(), "url")["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"

@@ -5,6 +5,7 @@ Float32, learning rate 1e-2. Sums are taken in another order, so losses agree to
 """
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def folder(tmp_path_factory):
         with pytest.raises(StoppedError):
             train(config(batch_size=batch), checkpoints=Checkpoints(Store(str(location)), name),
                   should_stop=lambda asked=asked: next(asked))
+    shutil.copytree(location / "four", location / "four-kept")
     command = [*launch_command(2), str(TESTS / "two_processes.py"), str(location)]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1",
@@ -112,6 +114,13 @@ def test_a_process_out_of_memory_lowers_the_micro_batch_of_all(results):
     said = results["starved"]["warnings"]
     assert ["2 at a time" in said[0], "1 at a time" in said[1], len(said)] == [True, True, 2]
     assert "out of memory at step 1 with one sample at a time" in results["empty"]
+
+
+def test_processes_wait_longer_than_torch_would_for_the_first_which_alone_uses_the_store(results):
+    """Torch's default is 2 s here; the first process reads a checkpoint for 4 s, writes one and validates as long."""
+    slow = results["slow"]
+    assert slow["resumed_from"] == 2 and slow["uses"] == [["read", "write"], []] and slow["validated"] == [4]
+    assert_same(slow, alone(batch_size=4))
 
 
 def test_parts_are_whole_and_even():
