@@ -23,7 +23,6 @@ from pathlib import Path
 
 import psutil
 
-from hgdpo_core.allocator import with_allocator
 from hgdpo_core.progress import count_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -293,7 +292,7 @@ def _end(processes: Sequence[psutil.Process]) -> None:
 def _environment(local: Local, url: str) -> dict[str, str]:
     """The shell's environment without its Prefect, pointing at our server; AWS and CUDA variables pass through."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return with_allocator(kept) | {
+    return kept | {
         "PREFECT_HOME": str(local.home), "PREFECT_PROFILES_PATH": str(local.home / "profiles.toml"),
         "PREFECT_API_URL": url, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
         "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is local, and small runs would mostly wait

@@ -14,7 +14,6 @@ from flows.caption_command import caption
 from flows.score_commands import rescore, score
 from flows.terminal import call_opened, open_store, plan_text
 from hgdpo_core import __version__
-from hgdpo_core.allocator import with_allocator
 from hgdpo_core.errors import HGDPOError, StoppedError, first_line
 from hgdpo_core.progress import count_of
 
@@ -71,7 +70,6 @@ def _prepare_environment() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.update(with_allocator(os.environ))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers, not for this command
 
 

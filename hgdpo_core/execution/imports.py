@@ -5,8 +5,6 @@ import importlib
 import logging
 import os
 
-from hgdpo_core.allocator import with_allocator
-
 
 def load_libraries() -> None:
     """Import all that the stages need, first of all, and leave it out of garbage collection from then on.
@@ -16,7 +14,8 @@ def load_libraries() -> None:
     own: whatever else is alive by then is left out too.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns of kernels that are not used
-    os.environ.update(with_allocator(os.environ))
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():  # the second: before torch 2.9
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # no pieces of GPU memory too small for a batch
     gc.disable()
     try:
         importlib.import_module("hgdpo_core.execution.jobs")  # reaches every stage, and so all of them

@@ -11,8 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import distributed
 
-from hgdpo_core.allocator import with_allocator
-
 LAUNCHED = "HGDPO_LAUNCHED"  # set by us alone, for the processes that we start as several
 LEFT_BEHIND = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE",
                "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
@@ -49,7 +47,7 @@ def forget_launchers() -> None:
 
 def launch_environment() -> dict[str, str]:
     """This process's environment for a launcher that we start, without what others left."""
-    return with_allocator({name: value for name, value in os.environ.items() if not is_launcher_variable(name)})
+    return {name: value for name, value in os.environ.items() if not is_launcher_variable(name)}
 
 
 def count_processes() -> int:

@@ -157,11 +157,3 @@ def test_gpus_are_counted_by_torch_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(local, "COUNT_GPUS", "import torch_is_not_here")
     with pytest.raises(local.LocalError, match="torch cannot count the GPUs: ModuleNotFoundError"):
         local._gpus()
-
-
-def test_workers_take_gpu_memory_in_segments_that_grow_unless_the_shell_says_otherwise(monkeypatch):
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    assert local._environment(local.Local(), "url")["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
-    assert local._environment(local.Local(), "url")["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"

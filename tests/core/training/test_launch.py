@@ -22,7 +22,6 @@ from hgdpo_core.storage import Store
 from hgdpo_core.training import launch
 from hgdpo_core.training import tune as tuning
 from hgdpo_core.training.launch import launch_command, main, run_train_everywhere
-from hgdpo_core.training.processes import launch_environment
 from hgdpo_core.training.request import TrainRequest, find_result, run_train
 from hgdpo_core.training.sft import Sft
 
@@ -145,14 +144,6 @@ def test_a_process_takes_its_own_gpu_before_anything_else(request_, tmp_path, mo
     assert main(tmp_path) == 0 and seen == [1, "trains"]
     monkeypatch.setenv("HGDPO_DEVICE", "cpu")
     assert main(tmp_path) == 0 and seen == [1, "trains", "trains"]
-
-
-def test_memory_of_gpus_is_taken_in_segments_that_grow_unless_the_user_says_otherwise(monkeypatch):
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    assert launch_environment()["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
-    assert "PYTORCH_ALLOC_CONF" not in launch_environment()
 
 
 def test_the_first_process_alone_writes_the_model(request_, monkeypatch):
