@@ -12,6 +12,7 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import ColourShift, WinRate, win_rate
 from hgdpo_core.models import Model
+from hgdpo_core.parallel import thread_map
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.scorers import defect_limit
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
@@ -138,12 +139,12 @@ def look_at_images(plan: PoolPlan, prompts: Sequence[str]) -> tuple[PromptColour
     thumbnails = np.zeros((len(prompts), plan.pool.images_per_prompt, DIMENSIONS), dtype=np.float32)
     for index in plan.indices:
         rows = plan.folder.read(index)
-        names = zip(rows["prompt_id"].to_pylist(), rows["index"].to_pylist(), strict=True)
-        for (key, number), data in zip(names, rows["image"], strict=True):
-            if key in positions:
-                image = np.asarray(decode_image(data.as_py()))
-                colours.add(positions[key], image)
-                thumbnails[positions[key], number] = thumbnail(image)
+        images = [image for image in zip(*(rows[name] for name in ("prompt_id", "index", "image")), strict=True)
+                  if image[0].as_py() in positions]
+        decoded = thread_map(lambda image: np.asarray(decode_image(image[2].as_py())), images)
+        for (key, number, _), image in zip(images, decoded, strict=True):
+            colours.add(positions[key.as_py()], image)
+            thumbnails[positions[key.as_py()], number.as_py()] = thumbnail(image)
     return colours, thumbnails
 
 

@@ -1,22 +1,26 @@
-"""Threads: small computations in parallel on a CPU, a pool for decoding, and writing in the background."""
+"""Threads: small computations in parallel on a CPU, a pool for decoding, reading ahead and writing beside the work."""
 
 import contextvars
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import cache
+from queue import SimpleQueue
+from threading import Event, Semaphore, Thread
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 SMALL_PARAMETERS = 100_000_000  # above that one operation fills several cores, and several batches may not fit
 MAX_THREADS = 8  # Python itself runs in one thread at a time
-MAX_THREADS = 16  # that decode and scale images
+IMAGE_THREADS = 16  # that decode and scale images
 
 
 def count_threads(module: nn.Module, device: str) -> int:
@@ -58,7 +62,73 @@ def threads() -> ThreadPoolExecutor:
 
 @cache
 def _threads_of(pid: int) -> ThreadPoolExecutor:  # threads do not survive a fork
-    return ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix=f"images-{pid}")
+    return ThreadPoolExecutor(count_image_threads(), thread_name_prefix=f"images-{pid}")
+
+
+def count_image_threads() -> int:
+    """How many `threads` there are."""
+    return min(IMAGE_THREADS, os.cpu_count() or 1)
+
+
+def thread_map(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """`function` of each item in their order, by `threads`; at most two for each thread are begun and not yet taken.
+
+    Items are taken from `items` in the caller's thread, no earlier than needed. Not for use inside `function`.
+    """
+    waiting = deque[Future[T]]()
+    try:
+        for item in items:
+            waiting.append(threads().submit(function, item))
+            if len(waiting) >= 2 * count_image_threads():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+@contextmanager
+def ahead(items: Generator[T], mark: object = None) -> Iterator[Iterator[T]]:
+    """The items as they come, each made in a thread beside the caller's; one at most is made, or in the making, ahead.
+
+    An item that is `mark` does not count: the one after it is made too. `items` runs under the caller's context
+    variables; its error is raised in place of the item. Leaving the block waits for the item in the making, if there is
+    one, and closes `items`.
+    """
+    left, room, made = Event(), Semaphore(1), SimpleQueue[Future[T] | None]()
+
+    def make() -> None:
+        with closing(items):
+            while room.acquire() and not left.is_set():
+                future = Future[T]()
+                try:
+                    item = next(items)
+                    future.set_result(item)
+                    if item is mark:
+                        room.release()
+                except StopIteration:
+                    break
+                except BaseException as error:
+                    future.set_exception(error)
+                made.put(future)
+        made.put(None)
+
+    def take() -> Iterator[T]:
+        while (future := made.get()) is not None:
+            item = future.result()
+            if item is not mark:
+                room.release()
+            yield item
+
+    thread = Thread(target=contextvars.copy_context().run, args=(make,), name="ahead")
+    thread.start()
+    try:
+        yield take()
+    finally:
+        left.set()
+        room.release()
+        thread.join()
 
 
 class Writer:

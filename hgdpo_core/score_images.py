@@ -12,6 +12,7 @@ from hgdpo_core.devices import default_device
 from hgdpo_core.errors import InputError, StoppedError
 from hgdpo_core.image_sets.folders import CaptionedImage, find_captioned_images, find_images
 from hgdpo_core.images import decode_image
+from hgdpo_core.parallel import thread_map
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.scorers import load_configured_scorer
 from hgdpo_core.storage.local import open_file
@@ -52,7 +53,7 @@ def score_images(images: Sequence[CaptionedImage], scorer: ScorerConfig, *, devi
         if should_stop():
             raise StoppedError("stopped while scoring images")
         batch = images[first:first + scorer.batch_size]
-        opened = [_open(image.path) for image in batch]
+        opened = list(thread_map(lambda image: _open(image.path), batch))
         good = [(pixels, image.caption) for pixels, image in zip(opened, batch, strict=True)
                 if isinstance(pixels, Image.Image)]
         scores = iter(loaded.score(*zip(*good, strict=True)).tolist() if good else ())

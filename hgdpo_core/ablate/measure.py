@@ -17,6 +17,7 @@ from hgdpo_core.evaluate import image_scores, plan_evaluation
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import channel_means
+from hgdpo_core.parallel import thread_map
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import PromptList, prompt_id, save_prompts
 from hgdpo_core.run import Run
@@ -155,9 +156,11 @@ def prompt_colours(plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:
     sums = np.zeros((len(prompts), 8))
     for index in plan.indices:
         rows = plan.folder.read(index)
-        for key, image in zip(rows["prompt_id"].to_pylist(), rows["image"], strict=True):
-            if key in positions:
-                sums[positions[key]] += channel_means(np.asarray(decode_image(image.as_py())))
+        images = [image for image in zip(rows["prompt_id"], rows["image"], strict=True)
+                  if image[0].as_py() in positions]
+        means = thread_map(lambda image: channel_means(np.asarray(decode_image(image[1].as_py()))), images)
+        for (key, _), mean in zip(images, means, strict=True):
+            sums[positions[key.as_py()]] += mean
     return sums / plan.pool.images_per_prompt
 
 

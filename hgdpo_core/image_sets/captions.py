@@ -10,6 +10,7 @@ from hgdpo_core.errors import InputError, StoppedError
 from hgdpo_core.image_sets.folders import FolderReader, caption_file, read_captions, select_images
 from hgdpo_core.image_sets.sets import list_files
 from hgdpo_core.images import decode_image
+from hgdpo_core.parallel import thread_map
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.storage import Store
 
@@ -73,14 +74,20 @@ def write_captions(images: Uncaptioned, describe: Describe, *, batch_size: int =
 def _open(reader: FolderReader, names: Sequence[str], result: Captioned) -> dict[str, Image.Image]:
     rows = pa.table({"name": list(names)})
     opened: dict[str, Image.Image] = {}
-    for name, data in zip(names, reader.read(rows), strict=True):
-        try:
-            if isinstance(data, str):
-                raise InputError(data)
-            opened[name] = decode_image(data)
-        except InputError as error:
-            result.problems[name] = str(error)
+    for name, image in zip(names, thread_map(_decode, reader.read(rows)), strict=True):
+        if isinstance(image, str):
+            result.problems[name] = image
+        else:
+            opened[name] = image
     return opened
+
+
+def _decode(data: bytes | str) -> Image.Image | str:
+    """The image, or why there is none."""
+    try:
+        return data if isinstance(data, str) else decode_image(data)
+    except InputError as error:
+        return str(error)
 
 
 def _write(store: Store, name: str, caption: str, result: Captioned) -> None:

@@ -2,17 +2,19 @@
 
 import functools
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from PIL import Image
 
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.devices import DTYPES
 from hgdpo_core.errors import ConfigError, ModelError
+from hgdpo_core.images import decode_image
 from hgdpo_core.scorers import aesthetic, clip, hps, imagereward, inspector, pickscore, tinted
-from hgdpo_core.scorers.pixels import Images
+from hgdpo_core.scorers.pixels import Images, Prepared
 
 
 class Scorer(Protocol):
@@ -133,6 +135,22 @@ class ImageEmbedder(Protocol):
     def embed_images(self, images: Images) -> torch.Tensor:
         """L2-normalised float32 [B, D] of B images (PIL, or uint8 [B, H, W, 3])."""
         ...
+
+
+@runtime_checkable
+class ImagePreparer(Protocol):
+    """A scorer whose `score` and `embed_images` take also a list of what `prepare` gives, for equal results."""
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """What the network sees of one image; computed on the CPU, in any thread."""
+        ...
+
+
+def preparation(scorer: Scorer | ImageEmbedder) -> Callable[[bytes], Any]:
+    """What can be done with an encoded image before it reaches the network: decoding, and `prepare` where there is."""
+    if not isinstance(scorer, ImagePreparer):
+        return decode_image
+    return lambda data: scorer.prepare(decode_image(data))
 
 
 def load_embedder(name: str, *, source: str | None = None, device: str = "cpu",

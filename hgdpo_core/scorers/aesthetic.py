@@ -10,12 +10,13 @@ from typing import Any
 
 import fsspec
 import torch
+from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
 from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.scorers import towers, weights
 from hgdpo_core.scorers.heads import linear_head
-from hgdpo_core.scorers.pixels import Images, check_counts, crop_pixels, normalise_pixels
+from hgdpo_core.scorers.pixels import Images, Prepared, check_counts, crop_pixels, normalise_pixels
 from hgdpo_core.storage.local import write_atomically
 from hgdpo_core.storage.scratch import cache_folder
 
@@ -34,6 +35,10 @@ class Aesthetic:
 
     def __init__(self, vision: Any, head: torch.nn.Module, fingerprint: str):
         self.vision, self.head, self.fingerprint = vision, head, fingerprint
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """What the vision tower sees of an image, before it is normalised."""
+        return Prepared(crop_pixels([image], self.vision.config.image_size)[0].numpy())
 
     @torch.no_grad()
     def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from hgdpo_core.errors import ModelError, first_line
@@ -15,7 +16,7 @@ from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.tokenizers import check_tokenizer
 from hgdpo_core.scorers import weights
 from hgdpo_core.scorers.heads import linear_head
-from hgdpo_core.scorers.pixels import Images, check_counts, crop_pixels, normalise_pixels
+from hgdpo_core.scorers.pixels import Images, Prepared, check_counts, crop_pixels, normalise_pixels
 from hgdpo_core.scorers.weights import count_blocks, freeze
 
 NAME, TITLE = "imagereward", "ImageReward"
@@ -41,6 +42,10 @@ class ImageReward:
     def __init__(self, vision: Any, text: Any, head: torch.nn.Module, tokenizer: BertTokenizer, fingerprint: str):
         self.vision, self.text, self.head = vision, text, head
         self.tokenizer, self.fingerprint = tokenizer, fingerprint
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """What the vision tower sees of an image, before it is normalised."""
+        return Prepared(crop_pixels([image], self.vision.config.image_size)[0].numpy())
 
     @torch.no_grad()
     def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:

@@ -7,6 +7,7 @@ on opaque images without an EXIF rotation; they handle no others.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,13 @@ from hgdpo_core.images.colours import to_srgb
 from hgdpo_core.parallel import threads
 
 Images = Sequence[Image.Image] | np.ndarray | torch.Tensor
+
+
+class Prepared(NamedTuple):
+    """What a scorer's network sees of one image, made ahead: a list of them stands for the images."""
+
+    pixels: np.ndarray
+
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -39,7 +47,13 @@ def check_counts(images: Images, prompts: Sequence[str]) -> None:
 
 
 def map_images(function: Callable[[Image.Image], np.ndarray], images: Images) -> torch.Tensor:
-    """`function` of each image, stacked; in threads, because PIL and numpy release the interpreter lock meanwhile."""
+    """`function` of each image, stacked; in threads, because PIL and numpy release the interpreter lock meanwhile.
+
+    Images that are `Prepared` are stacked as they are.
+    """
+    prepared = [image.pixels for image in images if isinstance(image, Prepared)]
+    if prepared:
+        return torch.from_numpy(np.stack(prepared))
     given = to_rgb_images(images)
     arrays = list(threads().map(function, given)) if len(given) > 1 else [function(image) for image in given]
     return torch.from_numpy(np.stack(arrays))

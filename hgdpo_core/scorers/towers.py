@@ -7,6 +7,7 @@ from typing import Any
 
 import ftfy
 import torch
+from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hgdpo_core.errors import ModelError, first_line
@@ -14,7 +15,7 @@ from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.networks import check_finite, component_infos, refuse_report
 from hgdpo_core.models.tokenizers import check_tokenizer, load_clip_tokenizer
 from hgdpo_core.scorers import weights
-from hgdpo_core.scorers.pixels import CLIP_MEAN, CLIP_STD, Images, check_counts, normalise_pixels
+from hgdpo_core.scorers.pixels import CLIP_MEAN, CLIP_STD, Images, Prepared, check_counts, normalise_pixels
 from hgdpo_core.scorers.texts import TextCache
 
 OPENAI_CLIP = "openai/clip-vit-large-patch14"
@@ -64,6 +65,10 @@ class ClipScorer:
         """Cosine of each image with its prompt, float32 [B] on the model's device."""
         check_counts(images, prompts)
         return (self.texts(prompts) * self.embed_images(images)).sum(dim=-1)
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """What the vision tower sees of an image, before it is normalised."""
+        return Prepared(self.pixels([image], self.image_size)[0].numpy())
 
     @torch.no_grad()
     def embed_images(self, images: Images) -> torch.Tensor:

@@ -8,24 +8,26 @@ import functools
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from itertools import chain, islice, takewhile
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import pyarrow as pa
-from PIL import Image
 
 from hgdpo_core.devices import default_device, device_name, free_memory, is_out_of_memory
 from hgdpo_core.errors import ConfigError, StoppedError, StorageError
-from hgdpo_core.images import decode_image
 from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.parallel import Writer, threads
+from hgdpo_core.parallel import Writer, ahead, thread_map
 from hgdpo_core.progress import Progress, ShouldStop, never_stop, silent
 from hgdpo_core.storage import Store
-from hgdpo_core.storage.shards import ShardFolder, ShardManifest
+from hgdpo_core.storage.shards import InputShard, ShardFolder, ShardManifest
 
 logger = logging.getLogger(__name__)
+S = TypeVar("S")
+T = TypeVar("T")
 
 Manifests = dict[int, ShardManifest]
 OnShard = Callable[[ShardManifest], None]
@@ -51,13 +53,6 @@ class Worker:
         if self.should_stop():
             raise StoppedError(f"stopped while {doing}; finished shards are kept")
 
-    def decode(self, images: pa.ChunkedArray, batch_size: int | None, doing: str) -> Iterator[list[Image.Image]]:
-        """A column of encoded images, decoded in batches; `check_stop` before each."""
-        assert batch_size is not None
-        for first in range(0, len(images), batch_size):
-            self.check_stop(doing)
-            yield list(threads().map(decode_image, images.slice(first, batch_size).to_pylist()))
-
 
 @dataclass(frozen=True)
 class ShardRows:
@@ -75,18 +70,27 @@ class Probe(NamedTuple):
     bytes: int | None = None
 
 
-class Computer(Protocol):
+class Computer(ABC):
     """A loaded network that computes shards."""
 
     batch_size: int | None
     """Images put through the network together; None where nothing is batched. The loop halves it."""
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
-        """The rows of a shard from those of the stage's sources; `advance(n)` after every n units.
+    def batches(self, index: int, tables: Sequence[pa.Table]) -> Iterator[Any]:
+        """What `compute` gets of a shard, one after the other: batches of images, decoded and ready for the network.
 
-        Asks `worker.check_stop` between batches.
+        Called in a thread of its own, where each batch is made while the one before, of this shard or of the last, is
+        computed.
         """
-        ...
+        return iter(())
+
+    @abstractmethod
+    def compute(self, index: int, tables: Sequence[pa.Table], batches: Iterator[Any], worker: Worker,
+                advance: Advance) -> ShardRows:
+        """The rows of a shard from those of the stage's sources and its `batches`; `advance(n)` after every n units.
+
+        `batches` asks `worker.check_stop` before each; a computer without any does.
+        """
 
 
 class Stage(ABC):
@@ -240,9 +244,11 @@ def shards_like(store: Store, parent: str, **same: Any) -> Iterator[ShardManifes
 def process_shards(stage: Stage, worker: Worker, indices: Iterable[int] | None = None) -> int:
     """Make what is missing of a stage, commit each shard as it finishes; returns the units made now.
 
-    A shard is written while the next one is computed. Stopping loses at most the shard in work, a crash also the one
-    being written. Where a batch does not fit into memory, its shard starts again with half of it. StoppedError after
-    `worker.should_stop`; ConfigError when a single image does not fit.
+    A shard is written, and the next ones are read, while one is computed. In memory are at most the rows of the shard
+    in work, of the next one, of a third that is being read, and what is written; one batch in work, one ahead, and two
+    decoded images for each thread. Stopping loses at most the shard in work, a crash also the one being written. Where
+    a batch does not fit into memory, its shard starts again with half of it. StoppedError after `worker.should_stop`;
+    ConfigError when a single image does not fit.
     """
     requested = stage.indices if indices is None else list(indices)
     existing, sources = stage.look(requested)
@@ -252,42 +258,100 @@ def process_shards(stage: Stage, worker: Worker, indices: Iterable[int] | None =
     units = stage.units(missing, sources)
     total, made = sum(units.values()), 0
     with stage.load(worker) as computer, Writer() as writer:
-        for index in missing:
-            if stage.is_costly and stage.is_requested(index, stage.folder.find(index)):
-                made += units[index]
-                worker.progress(made, total, stage.unit)
-                continue
-            start = time.monotonic()
-            shards = [(folder, found.get(index)) for folder, found in zip(stage.sources, sources, strict=True)]
-            schemas = stage.read_schemas or (None,) * len(shards)
-            tables = [folder.read(index, manifest=manifest, schema=schema)
-                      for (folder, manifest), schema in zip(shards, schemas, strict=True)]
-            rows = _compute(stage, computer, index, tables, worker, made, total)
-            made += units[index]
-            inputs = [folder.input_shard(index, manifest=manifest) for folder, manifest in shards]
-            writer.start(functools.partial(
-                _commit, stage, worker, index, rows, inputs=inputs, device=device_name(worker.device),
-                batch_size=computer.batch_size, seconds=time.monotonic() - start, details=rows.details))
+        while missing:
+            with _read_ahead(stage, computer, missing, sources) as shards:
+                start = time.monotonic()
+                for shard, batches in shards:
+                    index = shard.index
+                    if stage.is_costly and stage.is_requested(index, stage.folder.find(index)):
+                        worker.progress(made + units[index], total, stage.unit)
+                    else:
+                        rows = _compute(stage, computer, shard, batches, worker, made, total)
+                        if rows is None:
+                            break
+                        writer.start(functools.partial(
+                            _commit, stage, worker, index, rows, inputs=shard.inputs,
+                            device=device_name(worker.device), batch_size=computer.batch_size,
+                            seconds=time.monotonic() - start, details=rows.details))
+                    made += units[index]
+                    missing = missing[missing.index(index) + 1:]
+                    start = time.monotonic()
+                else:
+                    return made
+            _halve_batch(stage, computer, worker)
     return made
 
 
-def _compute(stage: Stage, computer: Computer, index: int, tables: Sequence[pa.Table], worker: Worker, made: int,
-             total: int) -> ShardRows:
-    """The shard's rows, with smaller batches where memory runs out."""
-    while True:
-        done = 0
+class _Shard(NamedTuple):
+    """What a shard is made from."""
 
-        def advance(units: int) -> None:
-            nonlocal done
-            done += units
-            worker.progress(made + done, total, stage.unit)
+    index: int
+    tables: list[pa.Table]
+    inputs: list[InputShard]
 
-        try:
-            return computer.compute(index, tables, worker, advance)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or computer.batch_size is None:
-                raise
-        _halve_batch(stage, computer, worker)  # not in the handler: the error holds on to the tensors it met
+
+_END = object()
+"""Follows the last batch of a shard, and stands for the first where there is none."""
+
+
+@contextmanager
+def _read_ahead(stage: Stage, computer: Computer, indices: Sequence[int],
+                sources: Sequence[Manifests]) -> Iterator[Iterator[tuple[_Shard, Iterator[Any]]]]:
+    """Each shard with its batches, made beside the caller; costly ones are not begun before they are asked for."""
+    def read() -> Generator[_Shard]:
+        for index in indices:
+            shards = [(folder, found.get(index)) for folder, found in zip(stage.sources, sources, strict=True)]
+            schemas = stage.read_schemas or (None,) * len(shards)
+            yield _Shard(index, [folder.read(index, manifest=manifest, schema=schema)
+                                 for (folder, manifest), schema in zip(shards, schemas, strict=True)],
+                         [folder.input_shard(index, manifest=manifest) for folder, manifest in shards])
+
+    def stream() -> Generator[Any]:
+        with closing(read()) if stage.is_costly else ahead(read()) as shards:
+            for shard in shards:
+                batches = computer.batches(shard.index, shard.tables)
+                yield shard, next(batches, _END)
+                yield from batches
+                yield _END
+
+    def pairs(items: Iterator[Any]) -> Iterator[tuple[_Shard, Iterator[Any]]]:
+        for shard, first in items:
+            rest = takewhile(lambda batch: batch is not _END, items)
+            yield shard, rest if first is _END else chain((first,), rest)
+            deque(rest, maxlen=0)  # of a shard that was not made
+
+    with closing(stream()) if stage.is_costly else ahead(stream(), _END) as items:
+        yield pairs(items)
+
+
+def prepare_batches(prepare: Callable[[S], T], items: Iterable[S], batch_size: int | None) -> Iterator[list[T]]:
+    """`prepare` of each item, such as an encoded image, in threads; in batches."""
+    prepared = thread_map(prepare, items)
+    while batch := list(islice(prepared, batch_size)):
+        yield batch
+
+
+def _compute(stage: Stage, computer: Computer, shard: _Shard, batches: Iterator[Any], worker: Worker, made: int,
+             total: int) -> ShardRows | None:
+    """The shard's rows; None where memory runs out."""
+    done = 0
+
+    def advance(units: int) -> None:
+        nonlocal done
+        done += units
+        worker.progress(made + done, total, stage.unit)
+
+    def watched() -> Iterator[Any]:
+        for batch in batches:
+            worker.check_stop(stage.doing)
+            yield batch
+
+    try:
+        return computer.compute(shard.index, shard.tables, watched(), worker, advance)
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or computer.batch_size is None:
+            raise
+    return None  # what the error held on to is free from here on
 
 
 def _halve_batch(stage: Stage, computer: Computer, worker: Worker) -> None:

@@ -1,7 +1,7 @@
 """How far the latents of a pool's n-th best image are from its best one, in their channel statistics (Figure 5b)."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -17,7 +17,7 @@ from hgdpo_core.models import Model
 from hgdpo_core.models.backbone import LatentCodec
 from hgdpo_core.models.locations import find_located_model
 from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.parallel import threads
+from hgdpo_core.parallel import thread_map
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
 from hgdpo_core.stages.encoding import EncodingStage, stack_pixels
 from hgdpo_core.stages.pool import SCHEMA as POOL_SCHEMA
@@ -99,31 +99,34 @@ class DistanceStage(EncodingStage):
 
 
 @dataclass
-class _Measuring:
+class _Measuring(Computer):
     """A codec that encodes ranked pools."""
 
     codec: LatentCodec
     batch_size: int | None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
-        rows: list[dict[str, Any]] = []
+    def batches(self, index: int, tables: Sequence[pa.Table]) -> Iterator[tuple[RankedPool, torch.Tensor | None]]:
+        """Each pool with its pixels float32 [N, 3, H, W] in [-1, 1], best first; without, where not all are scored."""
         for ranked in join_scores(*tables):
-            worker.check_stop(DistanceStage.doing)
             if np.isfinite(ranked.scores).all():
-                rows += self._rows(ranked)
+                order = np.argsort(-np.array(ranked.scores), kind="stable")
+                yield ranked, stack_pixels(thread_map(decode_image, [ranked.images[i] for i in order]))
+            else:
+                yield ranked, None
+
+    def compute(self, index: int, tables: Sequence[pa.Table], batches: Iterator[Any], worker: Worker,
+                advance: Advance) -> ShardRows:
+        rows: list[dict[str, Any]] = []
+        for ranked, pixels in batches:
+            if pixels is not None:
+                rows += self._rows(ranked.prompt_id, pixels)
             advance(len(ranked.images) - 1)
         return ShardRows(pa.Table.from_pylist(rows, schema=SCHEMA))
 
-    def _rows(self, pool: RankedPool) -> list[dict[str, Any]]:
-        order = np.argsort(-np.array(pool.scores), kind="stable")
-        latents = self._encode([pool.images[i] for i in order])
-        means, deviations = latent_distance(latents[:1].expand(len(order) - 1, -1, -1, -1), latents[1:])
-        return [{"prompt_id": pool.prompt_id, "rank": rank, "mean_distance": mean, "deviation_distance": deviation}
+    def _rows(self, prompt_id: str, pixels: torch.Tensor) -> list[dict[str, Any]]:
+        assert self.batch_size is not None
+        latents = torch.cat([self.codec.encode(batch) for batch in pixels.split(self.batch_size)])
+        means, deviations = latent_distance(latents[:1].expand(len(latents) - 1, -1, -1, -1), latents[1:])
+        return [{"prompt_id": prompt_id, "rank": rank, "mean_distance": mean, "deviation_distance": deviation}
                 for rank, (mean, deviation) in enumerate(zip(means.tolist(), deviations.tolist(), strict=True),
                                                          start=2)]
-
-    def _encode(self, images: Sequence[bytes]) -> torch.Tensor:
-        """Scaled latents float32 [B, C, h, w] of encoded images."""
-        assert self.batch_size is not None
-        pixels = stack_pixels(threads().map(decode_image, images))
-        return torch.cat([self.codec.encode(batch) for batch in pixels.split(self.batch_size)])

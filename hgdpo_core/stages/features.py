@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 
 from hgdpo_core.config import ScorerConfig, content_hash
 from hgdpo_core.devices import DTYPES
 from hgdpo_core.metrics import mean_pairwise_distance
 from hgdpo_core.prompts import prompt_id
-from hgdpo_core.scorers import ImageEmbedder, find_scorer, load_embedder
+from hgdpo_core.scorers import ImageEmbedder, find_scorer, load_embedder, preparation
 from hgdpo_core.stages.base import Computer, Worker
 from hgdpo_core.stages.encoding import row_bytes
 from hgdpo_core.stages.scores import Measuring, ScoreStage, score_settings
@@ -41,10 +41,10 @@ class FeatureStage(ScoreStage):
         embedder: ImageEmbedder = worker.network or load_embedder(
             self.scorer.name, source=self.scorer.source, device=worker.device, dtype=DTYPES[self.scorer.dtype])
 
-        def embed(images: list[Image.Image], prompts: list[str]) -> list[bytes]:
+        def embed(images: list[Any], prompts: list[str]) -> list[bytes]:
             return row_bytes(embedder.embed_images(images))
 
-        return nullcontext(Measuring(self, embed, self.scorer.batch_size))
+        return nullcontext(Measuring(self, preparation(embedder), embed, self.scorer.batch_size))
 
 
 def measure_spread(features: ShardFolder, indices: Sequence[int], prompts: Sequence[str]) -> list[float]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from hgdpo_core.image_sets.sets import CAPTIONING, ImageSet, Kind
 from hgdpo_core.images import decode_image, fit_image, to_model_range
 from hgdpo_core.models import Backbone, Model
 from hgdpo_core.models.locations import find_located_model
-from hgdpo_core.parallel import threads
+from hgdpo_core.parallel import thread_map
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
 from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes
 from hgdpo_core.stages.probes import ENCODE_BATCH
@@ -103,50 +103,57 @@ class ImageLatentStage(EncodingStage):
                              f"{self.folder.store.url(self.folder.key)}/rejected")
 
 
+class _Usable(NamedTuple):
+    """A batch of images, and the file_name and reason of those that were met on the way and cannot be used."""
+
+    images: list[Captioned]
+    rejected: list[dict[str, str]]
+
+
 @dataclass
-class _Encoding:
-    """A codec and a text encoder that read the user's images; memory holds one batch of them."""
+class _Encoding(Computer):
+    """A codec and a text encoder that read the user's images."""
 
     stage: ImageLatentStage
     backbone: Backbone
     reader: Any
     batch_size: int | None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
+    def batches(self, index: int, tables: Sequence[pa.Table]) -> Iterator[_Usable]:
         stage, rows = self.stage, self.stage.images.shard(index)
         assert self.batch_size is not None
-        rejected: list[dict[str, str]] = []
-        usable = _usable(stage.images.kind, rows, self.reader.read(rows), stage.size, rejected, self.batch_size)
-        table, cut = _encode(self.backbone, usable, stage.flips, worker)
-        advance(len(rows))
+        return _usable(stage.images.kind, rows, self.reader.read(rows), stage.size, self.batch_size)
+
+    def compute(self, index: int, tables: Sequence[pa.Table], batches: Iterator[Any], worker: Worker,
+                advance: Advance) -> ShardRows:
+        stage, rejected = self.stage, list[dict[str, str]]()
+        table, cut = _encode(self.backbone, batches, stage.flips, rejected)
+        advance(len(stage.images.shard(index)))
         return ShardRows(table, pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA),
                          {**self.backbone.shapes(stage.size), "rejected": len(rejected), "cut_captions": cut})
 
 
 def _usable(kind: Kind, rows: pa.Table, contents: Iterator[bytes | str], size: tuple[int, int],
-            rejected: list[dict[str, str]], batch_size: int) -> Iterator[list[Captioned]]:
-    """The usable images in batches of `batch_size`; the others go to `rejected`."""
-    batch: list[Captioned] = []
-    names, captions, problems = (rows[column].to_pylist() for column in ("name", "caption", "problem"))
-    for start in range(0, len(names), batch_size):
-        part = slice(start, start + batch_size)
-        data = [next(contents) for _ in names[part]]
-        opened = threads().map(partial(_open, kind, size), names[part], captions[part], problems[part], data)
-        for name, image in zip(names[part], opened, strict=True):
-            if isinstance(image, str):
-                rejected.append({"file_name": name, "reason": image})
-            else:
-                batch.append(image)
-        if len(batch) >= batch_size:
-            yield batch[:batch_size]
-            batch = batch[batch_size:]
-    if batch:
-        yield batch
+            batch_size: int) -> Iterator[_Usable]:
+    """The usable images in batches of `batch_size`, and with them the others; the last batch may be empty."""
+    batch, rejected = list[Captioned](), list[dict[str, str]]()
+    names = rows["name"].to_pylist()
+    files = zip(names, rows["caption"].to_pylist(), rows["problem"].to_pylist(), contents, strict=True)
+    for name, image in zip(names, thread_map(partial(_open, kind, size), files), strict=True):
+        if isinstance(image, str):
+            rejected.append({"file_name": name, "reason": image})
+            continue
+        batch.append(image)
+        if len(batch) == batch_size:
+            yield _Usable(batch, rejected)
+            batch, rejected = [], []
+    yield _Usable(batch, rejected)
 
 
-def _open(kind: Kind, size: tuple[int, int], name: str, caption: str | None, problem: str | None,
-          data: bytes | str) -> Captioned | str:
-    """The image as training reads it, or why it cannot be used."""
+def _open(kind: Kind, size: tuple[int, int],
+          file: tuple[str, str | None, str | None, bytes | str]) -> Captioned | str:
+    """The image as training reads it, or why it cannot be used; of name, caption, its problem and the content."""
+    name, caption, problem, data = file
     if not (caption or "").strip():
         return f"its caption cannot be read: {problem}" if problem else f"it has no caption: {CAPTIONING[kind]}"
     if isinstance(data, str):
@@ -160,14 +167,16 @@ def _open(kind: Kind, size: tuple[int, int], name: str, caption: str | None, pro
     return name, caption or "", to_model_range(fit_image(image, *size))
 
 
-def _encode(backbone: Backbone, batches: Iterator[list[Captioned]], flips: bool,
-            worker: Worker) -> tuple[pa.Table, int]:
-    """A shard's table, and how many captions were longer than the text encoder reads."""
+def _encode(backbone: Backbone, batches: Iterator[_Usable], flips: bool,
+            rejected: list[dict[str, str]]) -> tuple[pa.Table, int]:
+    """A shard's table, and how many captions were longer than the text encoder reads; fills `rejected`."""
     schema, cut = SCHEMA.append(MIRRORED) if flips else SCHEMA, 0
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     for batch in batches:
-        worker.check_stop(ImageLatentStage.doing)
-        names, captions, images = map(list, zip(*batch, strict=True))
+        rejected += batch.rejected
+        if not batch.images:
+            continue
+        names, captions, images = map(list, zip(*batch.images, strict=True))
         pixels = torch.from_numpy(np.stack(images))
         columns["file_name"] += names
         columns["caption"] += captions

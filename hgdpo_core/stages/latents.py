@@ -6,19 +6,22 @@ sampler used: from the same text encoder in the same precision, of the same leng
 than others, so a row's length gives its number of chunks, and a batch of several lengths is padded and masked.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
+import torch
 
 from hgdpo_core.config import content_hash
 from hgdpo_core.errors import InputError
+from hgdpo_core.images import decode_image, to_model_range
 from hgdpo_core.models import Backbone, Model
 from hgdpo_core.models.locations import find_located_model
-from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
-from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes, stack_pixels
+from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker, prepare_batches
+from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes
 from hgdpo_core.stages.pool import image_size
 from hgdpo_core.stages.probes import ENCODE_BATCH
 from hgdpo_core.stages.triplets import TripletStage
@@ -30,6 +33,7 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("winner", pa.binary()), ("loser
 PAIRS = pa.schema([("prompt_id", pa.string()), ("caption", pa.string()), ("jpg_0", pa.binary()),
                    ("jpg_1", pa.binary())])
 """Of a data set of pairs, what is needed here."""
+IMAGES = {"winner": "jpg_0", "loser": "jpg_1"}  # columns of latents, and of the images that they are of
 MIRRORED = ("winner_mirrored", "loser_mirrored")  # columns of a folder with flips
 
 
@@ -88,7 +92,7 @@ class LatentStage(EncodingStage):
 
 
 @dataclass
-class _Encoding:
+class _Encoding(Computer):
     """A codec and a text encoder that fill shards."""
 
     backbone: Backbone
@@ -96,26 +100,31 @@ class _Encoding:
     flips: bool
     batch_size: int | None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
+    def batches(self, index: int, tables: Sequence[pa.Table]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Column of the table, and pixels float32 [B, 3, H, W] in [-1, 1]."""
+        for name, column in IMAGES.items():
+            images = (image.as_py() for image in tables[0][column])
+            for batch in prepare_batches(self._prepare, images, self.batch_size):
+                yield name, torch.from_numpy(np.stack(batch))
+
+    def compute(self, index: int, tables: Sequence[pa.Table], batches: Iterator[Any], worker: Worker,
+                advance: Advance) -> ShardRows:
         (rows,) = tables
         texts = self.backbone.text.encode(rows["caption"].to_pylist())
-        table = pa.table({
-            "prompt_id": rows["prompt_id"], "winner": self._encode(rows["jpg_0"], worker),
-            "loser": self._encode(rows["jpg_1"], worker),
-            "prompt_embeds": [text.embeds[0].float().cpu().numpy().tobytes() for text in texts]}, schema=SCHEMA)
-        for name, images in zip(MIRRORED, ("jpg_0", "jpg_1"), strict=True) if self.flips else ():
-            mirrored = self._encode(rows[images], worker, mirror=True)
-            table = table.append_column(pa.field(name, pa.binary()), [mirrored])
+        latents: dict[str, list[bytes]] = {name: [] for name in (*IMAGES, *(MIRRORED if self.flips else ()))}
+        for name, pixels in batches:
+            latents[name] += row_bytes(self.backbone.codec.encode(pixels))
+            if self.flips:
+                latents[f"{name}_mirrored"] += row_bytes(self.backbone.codec.encode(pixels.flip(-1)))
+        embeds = [text.embeds[0].float().cpu().numpy().tobytes() for text in texts]
+        schema = pa.schema([*SCHEMA, *((name, pa.binary()) for name in MIRRORED if self.flips)])
         advance(rows.num_rows)
-        return ShardRows(table, details=self.backbone.shapes(self.size))
+        return ShardRows(pa.table({"prompt_id": rows["prompt_id"], "prompt_embeds": embeds, **latents}, schema=schema),
+                         details=self.backbone.shapes(self.size))
 
-    def _encode(self, images: pa.ChunkedArray, worker: Worker, *, mirror: bool = False) -> list[bytes]:
-        encoded: list[bytes] = []
-        for batch in worker.decode(images, self.batch_size, LatentStage.doing):
-            other = next((image.size for image in batch if image.size != self.size), None)
-            if other:
-                raise InputError(f"a triplet's image is {other[0]}x{other[1]} pixels, expected "
-                                 f"{self.size[0]}x{self.size[1]}")
-            pixels = stack_pixels(batch)
-            encoded += row_bytes(self.backbone.codec.encode(pixels.flip(-1) if mirror else pixels))
-        return encoded
+    def _prepare(self, data: bytes) -> np.ndarray:
+        image = decode_image(data)
+        if image.size != self.size:
+            raise InputError(f"a triplet's image is {image.width}x{image.height} pixels, expected "
+                             f"{self.size[0]}x{self.size[1]}")
+        return to_model_range(image)

@@ -131,14 +131,15 @@ def image_size(pool: ShardFolder) -> tuple[int, int]:
 
 
 @dataclass
-class _Generating:
+class _Generating(Computer):
     """An image generator that fills shards."""
 
     generator: ImageGenerator
     shards: Mapping[int, PlannedShard]
     batch_size: int | None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], batches: Iterator[Any], worker: Worker,
+                advance: Advance) -> ShardRows:
         shard, rows = self.shards[index], []
         self.generator.pool = self.generator.pool.model_copy(update={"batch_size": self.batch_size})
         for row in self.generator.generate(shard.prompts, worker.should_stop):

@@ -6,14 +6,23 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import pyarrow as pa
-from PIL import Image
 
 from hgdpo_core.config import ScorerConfig, content_hash
 from hgdpo_core.models import recorded_syntax
 from hgdpo_core.models.locations import Location, refuse_other_model
 from hgdpo_core.prompts.syntax import strip_syntax
-from hgdpo_core.scorers import Scorer, find_scorer, load_configured_scorer
-from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, is_made_from, shards_like
+from hgdpo_core.scorers import Scorer, find_scorer, load_configured_scorer, preparation
+from hgdpo_core.stages.base import (
+    Advance,
+    Computer,
+    Probe,
+    ShardRows,
+    Stage,
+    Worker,
+    is_made_from,
+    prepare_batches,
+    shards_like,
+)
 from hgdpo_core.stages.pool import SCHEMA as POOL_SCHEMA
 from hgdpo_core.stages.pool import PoolPlan, image_size
 from hgdpo_core.stages.probes import probe_scoring
@@ -101,10 +110,10 @@ class ScoreStage(Stage):
         scorer: Scorer = worker.network or load_configured_scorer(self.scorer, worker.device)
         syntax = recorded_syntax(self.pool.config["model"])["prompt_syntax"]
 
-        def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        def score(images: list[Any], prompts: list[str]) -> list[float]:
             return scorer.score(images, [strip_syntax(prompt, syntax) for prompt in prompts]).tolist()
 
-        return nullcontext(Measuring(self, score, self.scorer.batch_size))
+        return nullcontext(Measuring(self, preparation(scorer), score, self.scorer.batch_size))
 
     def first_prompts(self, index: int) -> Sequence[str]:
         return self.prompts.get(index, ())
@@ -124,17 +133,23 @@ class ScoreStage(Stage):
 
 
 @dataclass
-class Measuring:
-    """A network that gives each image of a shard a value: `measure(images, prompts)`."""
+class Measuring(Computer):
+    """A network that gives each image of a shard a value: `measure(images, prompts)`, images as `prepare` left them."""
 
     stage: ScoreStage
-    measure: Callable[[list[Image.Image], list[str]], list[Any]]
+    prepare: Callable[[bytes], Any]
+    measure: Callable[[list[Any], list[str]], list[Any]]
     batch_size: int | None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
+    def batches(self, index: int, tables: Sequence[pa.Table]) -> Iterator[list[Any]]:
+        images = (image.as_py() for image in tables[0]["image"])
+        return prepare_batches(self.prepare, images, self.batch_size)
+
+    def compute(self, index: int, tables: Sequence[pa.Table], batches: Iterator[Any], worker: Worker,
+                advance: Advance) -> ShardRows:
         (images,), values = tables, []
         prompts = images["prompt"].to_pylist()
-        for batch in worker.decode(images["image"], self.batch_size, self.stage.doing):
+        for batch in batches:
             values += self.measure(batch, prompts[len(values):len(values) + len(batch)])
             advance(len(batch))
         return ShardRows(pa.table([images["prompt_id"], images["index"], values], schema=self.stage.schema))

@@ -121,13 +121,14 @@ class TripletStage(Stage):
 
 
 @dataclass
-class _Ranking:
+class _Ranking(Computer):
     """Ranks the pools of a shard."""
 
     stage: TripletStage
     batch_size: int | None = None
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker, advance: Advance) -> ShardRows:
+    def compute(self, index: int, tables: Sequence[pa.Table], batches: Iterator[Any], worker: Worker,
+                advance: Advance) -> ShardRows:
         worker.check_stop(TripletStage.doing)
         images, scores = tables
         stage, rows, rejected = self.stage, [], []

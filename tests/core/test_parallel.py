@@ -1,11 +1,14 @@
-"""Batches side by side: in order, one thread each, and nothing lost when one fails."""
+"""Batches side by side, and work ahead: in order, bounded, and nothing lost when one fails."""
 
+import contextvars
 import threading
 
 import pytest
 import torch
 
-from hgdpo_core.parallel import MAX_THREADS, SMALL_PARAMETERS, count_threads, parallel_map
+from hgdpo_core.parallel import MAX_THREADS, SMALL_PARAMETERS, ahead, count_threads, parallel_map, thread_map
+
+setting = contextvars.ContextVar("setting", default="none")
 
 
 def test_results_keep_the_order_of_the_jobs():
@@ -71,3 +74,76 @@ def test_only_small_models_on_a_cpu_have_several(monkeypatch):
     small, large = torch.nn.Linear(8, 8, device="meta"), torch.nn.Linear(1, SMALL_PARAMETERS, device="meta")
     assert count_threads(small, "cpu") == MAX_THREADS
     assert count_threads(large, "cpu") == count_threads(small, "cuda") == 1
+
+
+def test_a_function_is_mapped_in_order_by_threads_and_few_items_are_begun_ahead(monkeypatch):
+    monkeypatch.setattr("hgdpo_core.parallel.count_image_threads", lambda: 2)
+    taken, names = [], set()
+
+    def items():
+        for number in range(50):
+            taken.append(number)
+            yield number
+
+    def double(number: int) -> int:
+        names.add(threading.current_thread().name.rpartition("-")[0])
+        return 2 * number
+
+    results = thread_map(double, items())
+    for number in range(50):
+        assert next(results) == 2 * number
+        assert len(taken) <= number + 4  # two for each thread
+    assert list(results) == [] and names == {"images"}
+
+
+def test_a_mapped_error_comes_in_its_place():
+    results = thread_map(lambda number: 1 // number, [1, 1, 0, 1])
+    assert [next(results), next(results)] == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_one_item_is_made_ahead_beside_the_caller():
+    made, second = [], threading.Event()
+
+    def items():
+        for number in range(5):
+            made.append(number)
+            if number == 1:
+                second.set()
+            yield threading.current_thread(), number, setting.get()
+
+    setting.set("the caller's")
+    with ahead(items()) as results:
+        for expected in range(5):
+            thread, number, value = next(results)
+            assert (thread is not threading.current_thread(), number, value) == (True, expected, "the caller's")
+            assert second.wait(30)  # the second is made although only the first was asked for
+            assert len(made) <= expected + 2
+        assert list(results) == []
+
+
+def test_leaving_the_block_closes_what_is_read_ahead():
+    closed, threads = [], threading.active_count()
+
+    def items():
+        try:
+            yield from range(100)
+        finally:
+            closed.append(threading.current_thread())
+
+    with pytest.raises(KeyError), ahead(items()) as results:
+        assert next(results) == 0
+        raise KeyError
+    assert len(closed) == 1 and closed != [threading.current_thread()] and threading.active_count() == threads
+
+
+def test_an_error_ahead_comes_after_the_items_before_it():
+    def items():
+        yield 1
+        raise ValueError("the second")
+
+    with ahead(items()) as results:
+        assert next(results) == 1
+        with pytest.raises(ValueError, match="the second"):
+            next(results)

@@ -16,7 +16,17 @@ from hgdpo_core import scorers as scorers_package
 from hgdpo_core.config import ScorerConfig, apply_overrides
 from hgdpo_core.errors import InputError, ModelError
 from hgdpo_core.presets import sd15
-from hgdpo_core.scorers import aesthetic, find_scorer, hps, load_scorer, require_scorers, texts, weights
+from hgdpo_core.scorers import (
+    ImageEmbedder,
+    ImagePreparer,
+    aesthetic,
+    find_scorer,
+    hps,
+    load_scorer,
+    require_scorers,
+    texts,
+    weights,
+)
 from hgdpo_core.scorers.pixels import crop_pixels, letterbox_pixels, to_rgb_images
 from hgdpo_core.scorers.towers import clean_text
 
@@ -359,3 +369,14 @@ def test_a_head_of_another_clip_is_refused(sources, tmp_path):
     save_file(tensors | {"layers.0.weight": torch.zeros(1024, 7)}, file)
     with pytest.raises(ModelError, match="the head reads 7 numbers, the CLIP in .* gives 48"):
         load_scorer("aesthetic", source=str(folder))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_prepared_ahead_score_the_same_bits(scorers, inputs, name):
+    samples, prompts = inputs
+    scorer = scorers[name]
+    assert isinstance(scorer, ImagePreparer)
+    prepared = [scorer.prepare(image) for image in samples]
+    assert torch.equal(scorer.score(prepared, prompts), scorer.score(samples, prompts))
+    if isinstance(scorer, ImageEmbedder):
+        assert torch.equal(scorer.embed_images(prepared), scorer.embed_images(samples))

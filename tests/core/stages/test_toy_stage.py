@@ -19,7 +19,7 @@ from hgdpo_core.models import find_model
 from hgdpo_core.plan.planner import PlanningRunner
 from hgdpo_core.run import open_run
 from hgdpo_core.stages import STAGES, Stage
-from hgdpo_core.stages.base import Probe, ShardRows, Worker
+from hgdpo_core.stages.base import Computer, Probe, ShardRows, Worker
 from hgdpo_core.stages.pool import plan_pool
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
@@ -66,10 +66,10 @@ class BrightnessStage(Stage):
         return Probe(0.25)
 
 
-class Brightness:
+class Brightness(Computer):
     batch_size: int | None = 2
 
-    def compute(self, index: int, tables: Sequence[pa.Table], worker: Worker,
+    def compute(self, index: int, tables: Sequence[pa.Table], batches: Iterator[Any], worker: Worker,
                 advance: Callable[[int], None]) -> ShardRows:
         worker.check_stop(BrightnessStage.doing)
         assert self.batch_size is not None
