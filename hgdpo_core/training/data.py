@@ -4,13 +4,17 @@ Samples are counted over the whole run: the sample at global position k is the s
 timestep, for any number of processes, any split into micro-batches, and after any number of resumes.
 """
 
-import functools
 import hashlib
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -19,7 +23,8 @@ from hgdpo_core.models import Conditioning
 from hgdpo_core.stages.latents import MIRRORED
 from hgdpo_core.storage.shards import ShardFolder
 
-CACHED_SHARDS = 16  # bounds the memory of training, whatever the size of the data set
+CACHED_SHARDS = 16  # whose rows are mixed; as many are fetched ahead: both bound memory, whatever the data set's size
+FETCHING_THREADS = 8
 
 BatchT_co = TypeVar("BatchT_co", covariant=True)
 
@@ -115,8 +120,43 @@ class DataOrder:
         return self._order[position]
 
 
+class ShardCache:
+    """The shards used last, and those fetched ahead: at most 2 * CACHED_SHARDS in memory or on their way to it."""
+
+    def __init__(self, read: Callable[[int], pa.Table]):
+        self._read, self._held = read, OrderedDict[int, Future[pa.Table]]()
+        self._threads = ThreadPoolExecutor(FETCHING_THREADS, "latents")
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def fetch(self, shards: Iterable[int], *, drop_others: bool = False) -> None:
+        """Begin to read those that are not held; an error is raised where one is used."""
+        shards = dict.fromkeys(shards)
+        if drop_others:
+            for shard in self._held.keys() - shards.keys():
+                self._held.pop(shard).cancel()
+        for shard in shards:
+            if shard not in self._held:
+                while len(self._held) >= 2 * CACHED_SHARDS:
+                    self._held.popitem(last=False)[1].cancel()
+                self._held[shard] = self._threads.submit(self._read, shard)
+
+    def __getitem__(self, shard: int) -> pa.Table:
+        self.fetch([shard])
+        self._held.move_to_end(shard)
+        try:
+            return self._held[shard].result()
+        except Exception:
+            del self._held[shard]  # the next use reads it again
+            raise
+
+
 class LatentRows:
-    """Random access to rows of latent shards with a bounded cache: memory does not grow with the data set."""
+    """Random access to rows of latent shards: memory does not grow with the data set.
+
+    While the rows of a group of shards are read in the order of an epoch, the next group's shards are fetched.
+    """
 
     def __init__(self, folder: ShardFolder, indices: Sequence[int]):
         existing = folder.manifests()
@@ -124,7 +164,9 @@ class LatentRows:
         self.manifests, self.shards = manifests, list(manifests)
         self.starts = np.cumsum([0] + [manifest.rows for manifest in manifests.values()])
         self.flips: bool = folder.config.get("flips", False)
-        self.table = functools.lru_cache(CACHED_SHARDS)(lambda shard: folder.read(shard, manifest=manifests[shard]))
+        self.tables = ShardCache(lambda shard: folder.read(shard, manifest=manifests[shard]))
+        self._groups: list[list[int]] = []
+        """The shards of each group, in the order of the epoch asked for last."""
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -132,12 +174,23 @@ class LatentRows:
     def order(self, seed: int, epoch: int) -> list[int]:
         """A shuffle that reads shards in groups of CACHED_SHARDS: shards are permuted, then rows within a group."""
         shards = epoch_order(len(self.shards), seed, epoch)
-        rows: list[int] = []
+        self._groups, rows = [], list[int]()
         for start in range(0, len(shards), CACHED_SHARDS):
+            self._groups.append([self.shards[shard] for shard in shards[start:start + CACHED_SHARDS]])
             group = [row for shard in shards[start:start + CACHED_SHARDS]
                      for row in range(self.starts[shard], self.starts[shard + 1])]
             rows += [int(group[i]) for i in epoch_order(len(group), seed, epoch * len(shards) + start + 1)]
         return rows
+
+    @contextmanager
+    def fetching(self, rows: Sequence[int]) -> Iterator[None]:
+        """For the block that reads these rows: their shards are fetched at once, and after it those that come next."""
+        self.tables.fetch(self._shard_of(row) for row in rows)
+        yield
+        last = self._shard_of(rows[-1])  # a batch that reaches into another epoch ends in the one asked for last
+        at = next((number for number, group in enumerate(self._groups) if last in group), None)
+        if at is not None:
+            self.tables.fetch(chain(*self._groups[at:at + 2]), drop_others=True)
 
     def stack(self, rows: Sequence[int], column: str, shape: str) -> torch.Tensor:
         """float32 [B, ...] of a column, shaped as the shard's manifest records under `shape`."""
@@ -157,28 +210,36 @@ class LatentRows:
 
     def _value(self, row: int, column: str, shape: str) -> np.ndarray:
         """float32 [K, ...]: the K items of the manifest's shape that a row holds."""
-        position = int(np.searchsorted(self.starts, row, side="right")) - 1
+        position = self._position_of(row)
         shard = self.shards[position]
-        data = self.table(shard)[column][int(row - self.starts[position])].as_py()
+        data = self.tables[shard][column][int(row - self.starts[position])].as_py()
         return np.frombuffer(data, dtype=np.float32).reshape(-1, *self.manifests[shard].details[shape])
+
+    def _position_of(self, row: int) -> int:
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def _shard_of(self, row: int) -> int:
+        return self.shards[self._position_of(row)]
 
 
 class LatentPairs(LatentRows):
     """The pairs a DPO trainer reads."""
 
     def batch(self, indices: Sequence[int]) -> PairBatch:
-        embeds, mask = self.stack_embeds(indices)
-        winner, loser = (self.stack(indices, side, "latent_shape") for side in ("winner", "loser"))
-        mirrored = (None, None)
-        if self.flips:
-            mirrored = tuple(self.stack(indices, side, "latent_shape") for side in MIRRORED)
-        return PairBatch(winner, loser, embeds, mask, *mirrored)
+        with self.fetching(indices):
+            embeds, mask = self.stack_embeds(indices)
+            winner, loser = (self.stack(indices, side, "latent_shape") for side in ("winner", "loser"))
+            mirrored = (None, None)
+            if self.flips:
+                mirrored = tuple(self.stack(indices, side, "latent_shape") for side in MIRRORED)
+            return PairBatch(winner, loser, embeds, mask, *mirrored)
 
 
 class LatentImages(LatentRows):
     """The images an SFT trainer reads."""
 
     def batch(self, indices: Sequence[int]) -> ImageBatch:
-        return ImageBatch(latents=self.stack(indices, "latents", "latent_shape"),
-                          prompt_embeds=self.stack(indices, "prompt_embeds", "embeds_shape"),
-                          mirrored=self.stack(indices, "mirrored", "latent_shape") if self.flips else None)
+        with self.fetching(indices):
+            return ImageBatch(latents=self.stack(indices, "latents", "latent_shape"),
+                              prompt_embeds=self.stack(indices, "prompt_embeds", "embeds_shape"),
+                              mirrored=self.stack(indices, "mirrored", "latent_shape") if self.flips else None)

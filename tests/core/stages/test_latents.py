@@ -1,5 +1,8 @@
 """Cached latents: both orientations where they are requested, and a memory that does not grow with the data set."""
 
+import threading
+import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from hgdpo_core.config import DpoConfig, SftConfig, TargetConfig
-from hgdpo_core.errors import InputError
+from hgdpo_core.errors import InputError, StorageError
 from hgdpo_core.figures.dataset import write_image_folder
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.images import encode_image
@@ -19,7 +22,7 @@ from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folde
 from hgdpo_core.stages.latents import MIRRORED, SCHEMA, LatentStage, latent_folder
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training.data import CACHED_SHARDS, LatentImages, LatentPairs
+from hgdpo_core.training.data import CACHED_SHARDS, DataOrder, LatentImages, LatentPairs
 from hgdpo_core.training.tune import tune
 
 RNG = np.random.default_rng(0)
@@ -108,15 +111,21 @@ class Counted(ShardFolder):
         return super().read(*args, **settings)
 
 
-@pytest.mark.parametrize("shards", [5, 40])
-def test_memory_holds_a_fixed_number_of_shards_and_fetches_each_once_an_epoch(tmp_path, shards):
-    folder = Counted.create(Store(str(tmp_path)), "latents/many/hand", {"stage": "latents"})
+def many_shards(tmp_path, shards, kind=ShardFolder):
+    """A folder of pairs, three in each shard, whose winners hold the number of their row."""
+    folder = kind.create(Store(str(tmp_path)), "latents/many/hand", {"stage": "latents"})
     for index in range(shards):
-        rows = [{"prompt_id": f"{index}-{row}", "winner": np.full(4, index, np.float32).tobytes(),
-                 "loser": np.zeros(4, np.float32).tobytes(),
-                 "prompt_embeds": np.zeros(6, np.float32).tobytes()} for row in range(3)]
+        rows = [{"prompt_id": f"{index}-{row}", "winner": np.full(4, 3 * index + row, np.float32).tobytes(),
+                 "loser": np.zeros(4, np.float32).tobytes(), "prompt_embeds": np.zeros(6, np.float32).tobytes()}
+                for row in range(3)]
         folder.commit(index, pa.Table.from_pylist(rows, schema=SCHEMA),
                       details={"latent_shape": [1, 2, 2], "embeds_shape": [2, 3]})
+    return folder
+
+
+@pytest.mark.parametrize("shards", [5, 40])
+def test_memory_holds_a_fixed_number_of_shards_and_fetches_each_once_an_epoch(tmp_path, shards):
+    folder = many_shards(tmp_path, shards, Counted)
     pairs = LatentPairs(folder, range(shards))
     seen, held = [], 0
     for epoch in (0, 1):
@@ -125,7 +134,89 @@ def test_memory_holds_a_fixed_number_of_shards_and_fetches_each_once_an_epoch(tm
         for start in range(0, len(order), 4):
             batch = pairs.batch(order[start:start + 4])
             seen.append(batch.winner_latents[:, 0, 0, 0])
-            held = max(held, pairs.table.cache_info().currsize)
-    assert held == min(shards, CACHED_SHARDS)
-    assert torch.cat(seen).long().bincount().tolist() == [6] * shards
+            held = max(held, len(pairs.tables))
+    assert held == min(shards, 2 * CACHED_SHARDS)
+    assert torch.cat(seen).long().bincount().tolist() == [2] * 3 * shards
     assert folder.fetched <= (shards if shards <= CACHED_SHARDS else 2 * shards)
+
+
+class Watched(ShardFolder):
+    """Keeps what was read, and can be made to wait."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.read_shards: list[int] = []
+        self.tables: list[weakref.ref] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def read(self, index, *args, **settings):
+        assert self.gate.wait(30)
+        table = super().read(index, *args, **settings)
+        self.read_shards.append(index)
+        self.tables.append(weakref.ref(table))
+        return table
+
+
+def test_the_next_groups_shards_are_fetched_while_one_is_trained_on(tmp_path):
+    shards = 3 * CACHED_SHARDS
+    folder = many_shards(tmp_path, shards, Watched)
+    pairs = LatentPairs(folder, range(shards))
+    order, most = pairs.order(seed=0, epoch=0), 0
+    groups = [set(np.array(order[start:start + 3 * CACHED_SHARDS]) // 3)
+              for start in range(0, len(order), 3 * CACHED_SHARDS)]
+    for start in range(0, len(order), 4):
+        group = start // (3 * CACHED_SHARDS)
+        batch = pairs.batch(order[start:start + 4])
+        assert batch.winner_latents[:, 0, 0, 0].long().tolist() == order[start:start + 4]
+        if start % (3 * CACHED_SHARDS) == 8:  # the batches of a group wait for no fetch but its own first one
+            wait_for(lambda group=group: set(folder.read_shards) >= set().union(*groups[:group + 2]))
+            folder.gate.clear()
+        elif start % (3 * CACHED_SHARDS) == 44:
+            folder.gate.set()
+        most = max(most, len(pairs.tables))
+        assert sum(table() is not None for table in folder.tables) <= 2 * CACHED_SHARDS
+    assert most == 2 * CACHED_SHARDS
+    assert sorted(folder.read_shards) == list(range(shards))  # each once
+
+
+def wait_for(condition):
+    ends = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.005)
+
+
+def test_a_batch_fetches_its_shards_at_once(tmp_path, monkeypatch):
+    folder = many_shards(tmp_path, 4)
+    together, read = threading.Barrier(4), ShardFolder.read
+
+    def reading(self, *arguments, **options):
+        together.wait(30)  # one after the other, the first would wait in vain
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(ShardFolder, "read", reading)
+    batch = LatentPairs(folder, range(4)).batch([0, 3, 6, 9])
+    assert batch.winner_latents[:, 0, 0, 0].long().tolist() == [0, 3, 6, 9]
+
+
+def test_batches_are_the_same_where_two_epochs_meet_and_in_any_order(tmp_path):
+    shards = 3 * CACHED_SHARDS
+    pairs = LatentPairs(many_shards(tmp_path, shards), range(shards))
+    plan = DataOrder(pairs, seed=1)
+    for start in range(0, 7 * len(pairs) // 2, 5):
+        rows = plan.indices(range(start, start + 5))
+        assert pairs.batch(rows).winner_latents[:, 0, 0, 0].long().tolist() == rows
+        assert len(pairs.tables) <= 2 * CACHED_SHARDS
+    rows = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    assert pairs.batch(rows).winner_latents[:, 0, 0, 0].long().tolist() == rows
+    assert len(pairs.tables) <= 2 * CACHED_SHARDS
+
+
+def test_a_shard_that_could_not_be_fetched_fails_where_it_is_used_and_is_fetched_again(tmp_path, monkeypatch):
+    pairs = LatentPairs(many_shards(tmp_path, 2), range(2))
+    with monkeypatch.context() as broken:
+        broken.setattr(ShardFolder, "read", lambda *_, **__: (_ for _ in ()).throw(StorageError("no network")))
+        with pytest.raises(StorageError, match="no network"):
+            pairs.batch([0])
+    assert pairs.batch([0]).winner_latents[0, 0, 0, 0] == 0
