@@ -121,7 +121,8 @@ PLAN_ONLY = Parameter("plan_only", "show what would be made and what exists, and
 PROBE = Parameter("probe", "with a plan: time a batch of each stage on this machine; this loads the models", False,
                   kind="switch")
 SHARD_RUNNER = Parameter("shard_runner", "deployment: on the workers of `make up`, as shard runs that can be retried "
-                         "one by one; in_process: here; auto: on workers if started by one", "auto",
+                         "one by one; in_process: here, in one process; auto: on workers if started by one, else here "
+                         "in a process for each GPU", "auto",
                          choices=("auto", "in_process", "deployment"))
 
 INPUTS = (PRESET, ROOT, PROMPTS, TARGET, IMAGES, OVERRIDES)

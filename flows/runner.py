@@ -1,4 +1,4 @@
-"""Where shards and models are made: in this process, or on workers as flow runs of their deployments."""
+"""Where shards and models are made: on this machine, or on workers as flow runs of their deployments."""
 
 import socket
 import time
@@ -17,6 +17,7 @@ from flows.children import Job, run_jobs
 from hgdpo_core.config import WorkersConfig, content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.execution.jobs import ShardRequest, cut, run_name, write_recipe
+from hgdpo_core.execution.processes import local_runner
 from hgdpo_core.execution.runner import InProcess, Runner, make_here
 from hgdpo_core.progress import Progress, ShouldStop, StageProgress, silent_stages
 from hgdpo_core.stages import Stage
@@ -32,9 +33,11 @@ COUNT_SECONDS = 15.0
 
 
 def choose_runner(name: ShardRunnerName, workers: WorkersConfig, store: Store, should_stop: ShouldStop) -> Runner:
-    """`auto` is the deployment when this run was started from one, else this process."""
-    if name == "in_process" or (name == "auto" and deployment.id is None):
+    """`auto` is the deployment when this run was started from one, else all GPUs of this machine."""
+    if name == "in_process":
         return InProcess(should_stop)
+    if name == "auto" and deployment.id is None:
+        return local_runner(should_stop)
     return DeploymentRunner(workers, store, should_stop)
 
 

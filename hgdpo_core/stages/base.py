@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 Manifests = dict[int, ShardManifest]
 OnShard = Callable[[ShardManifest], None]
+Claim = Callable[[int], bool]
+"""Asked before a shard of an index is read: False where another process of the same work makes it."""
 Advance = Callable[[int], None]
 """Called after every n units of a shard."""
 SHARDS_COMPARED, FOLDERS_COMPARED = 8, 20  # looked at for what past work took
@@ -45,6 +47,7 @@ class Worker:
     should_stop: ShouldStop = never_stop
     on_shard: OnShard | None = None
     """Called with each manifest just committed."""
+    claim: Claim = lambda index: True
     network: Any = None
     """What the stage computes with (a scorer, an image generator), already loaded, where one serves several stages."""
 
@@ -259,7 +262,7 @@ def process_shards(stage: Stage, worker: Worker, indices: Iterable[int] | None =
     total, made = sum(units.values()), 0
     with stage.load(worker) as computer, Writer() as writer:
         while missing:
-            with _read_ahead(stage, computer, missing, sources) as shards:
+            with _read_ahead(stage, computer, worker, missing, sources) as shards:
                 start = time.monotonic()
                 for shard, batches in shards:
                     index = shard.index
@@ -295,11 +298,11 @@ _END = object()
 
 
 @contextmanager
-def _read_ahead(stage: Stage, computer: Computer, indices: Sequence[int],
+def _read_ahead(stage: Stage, computer: Computer, worker: Worker, indices: Sequence[int],
                 sources: Sequence[Manifests]) -> Iterator[Iterator[tuple[_Shard, Iterator[Any]]]]:
     """Each shard with its batches, made beside the caller; costly ones are not begun before they are asked for."""
     def read() -> Generator[_Shard]:
-        for index in indices:
+        for index in filter(worker.claim, indices):
             shards = [(folder, found.get(index)) for folder, found in zip(stage.sources, sources, strict=True)]
             schemas = stage.read_schemas or (None,) * len(shards)
             yield _Shard(index, [folder.read(index, manifest=manifest, schema=schema)

@@ -15,6 +15,7 @@ from flows.runner import DeploymentRunner, check_workers, choose_runner
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, WorkersConfig
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.execution.jobs import ShardRequest, run_shards
+from hgdpo_core.execution.processes import LocalProcesses
 from hgdpo_core.execution.runner import InProcess
 from hgdpo_core.models import find_model
 from hgdpo_core.progress import never_stop
@@ -53,6 +54,15 @@ def test_auto_is_the_deployment_for_a_run_that_was_started_from_one(workers, mon
     chosen = choose_runner(name, WorkersConfig(), Store(str(tmp_path)), never_stop)
     assert isinstance(chosen, InProcess if here else DeploymentRunner)
     assert not chosen.copy_to_store  # a folder: all workers are on this machine
+
+
+def test_a_run_of_this_machine_takes_all_its_gpus(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "deployment", SimpleNamespace(id=None))
+    monkeypatch.setenv("HGDPO_DEVICE", "cpu")
+    monkeypatch.setenv("HGDPO_PROCESSES", "2")
+    chosen = choose_runner("auto", WorkersConfig(), Store(str(tmp_path)), never_stop)
+    assert isinstance(chosen, LocalProcesses) and chosen.processes == 2
+    assert isinstance(choose_runner("in_process", WorkersConfig(), Store(str(tmp_path)), never_stop), InProcess)
 
 
 def test_models_are_shared_where_workers_may_be_elsewhere(workers):
