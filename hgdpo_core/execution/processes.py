@@ -41,7 +41,7 @@ from hgdpo_core.training.tune import Tuned
 
 PROCESSES = "HGDPO_PROCESSES"
 LOOK_SECONDS = 0.5
-END_SECONDS = 40.0  # a batch of images, and a shard being written
+END_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,10 @@ class LocalProcesses:
             counters = [_Counter(stack.enter_context(on(stage.title))) for stage, _ in work]
             processes = min(self.processes, max(len(missing) for _, missing in work))
             write_work(folder, processes, requests)
-            children = [_Child.start(folder, number, processes) for number in range(processes)]
+            children: list[_Child] = []
             try:
+                for number in range(processes):
+                    children.append(_Child.start(folder, number, processes))
                 self._watch(folder, children, counters)
             finally:
                 for child in children:
@@ -178,7 +180,7 @@ class _Child:
         yield from map(json.loads, whole.splitlines())
 
     def end(self) -> None:
-        """Where it has not ended yet: ask, then kill. The log stays where it died."""
+        """End it where it still runs; shards that are begun are lost. The log stays where it died."""
         self.process.terminate()
         try:
             self.process.wait(END_SECONDS)
