@@ -51,7 +51,7 @@ class SmallWorld:
         prompts, first = Conditioning(self.held_out_embeds), Conditioning(self.held_out_embeds[:1])
         latents = sample_latents(backbone.denoiser, backbone.schedule.solver(), prompts, first, noise,
                                  steps=self.steps, guidance_scale=1.0)
-        return backbone.codec.decode(latents)
+        return backbone.codec.decode(latents).pixels
 
 
 class _Pairs:

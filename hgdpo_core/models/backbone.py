@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -149,6 +149,13 @@ class NoiseSchedule(Protocol):
         ...
 
 
+class Decoded(NamedTuple):
+    """Decoded images: uint8 [B, H, W, 3], and the rows that only a codec in float32 could decode."""
+
+    pixels: np.ndarray
+    in_float32: list[int]
+
+
 class LatentCodec(Protocol):
     """Images to latents and back. A decoder through which gradients flow belongs here too, when one is needed."""
 
@@ -164,8 +171,11 @@ class LatentCodec(Protocol):
         """Scaled latents, float32 [B, C, h, w] on the CPU, of images [B, 3, H, W] in [-1, 1]."""
         ...
 
-    def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """uint8 [B, H, W, 3] of scaled latents [B, C, h, w]."""
+    def decode(self, latents: torch.Tensor) -> Decoded:
+        """The images of scaled latents [B, C, h, w]; ModelError where latents, or an image in float32, are not finite.
+
+        An image that is not finite in half precision is decoded again in float32.
+        """
         ...
 
     def to(self, device: torch.device | str) -> object:

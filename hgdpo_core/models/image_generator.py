@@ -10,12 +10,11 @@ from itertools import groupby
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from hgdpo_core.config import PoolConfig, SamplerConfig
-from hgdpo_core.errors import ModelError, StoppedError
+from hgdpo_core.errors import StoppedError
 from hgdpo_core.images import encode_image
-from hgdpo_core.models.backbone import Conditioning, load_backbone
+from hgdpo_core.models.backbone import Conditioning, Decoded, load_backbone
 from hgdpo_core.models.model import Model
 from hgdpo_core.models.sampling import initial_noise, sample_latents
 from hgdpo_core.parallel import count_threads, parallel_map
@@ -28,8 +27,8 @@ T = TypeVar("T")
 
 ENCODER_THREADS = 2
 
-Sampled = tuple[Sequence[tuple[int, int]], list[int], np.ndarray]
-"""A batch of (prompt number, image index), its seeds and its pixels."""
+Sampled = tuple[Sequence[tuple[int, int]], list[int], Decoded]
+"""A batch of (prompt number, image index), its seeds and its images."""
 
 
 class ImageGenerator:
@@ -45,6 +44,8 @@ class ImageGenerator:
 
     def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
         """Rows of SCHEMA for every candidate of the prompts: in order, but prompts with longer embeddings last.
+
+        `in_float32`, beside those columns: whether the image could be decoded in float32 only.
 
         Batches cross prompts of equally long embeddings and are cut at fixed positions, so a shard gives the same bits.
         One batch is encoded while the next is sampled; on a CPU a small model samples a batch per core.
@@ -62,10 +63,11 @@ class ImageGenerator:
 
         waiting: list[Future[dict]] = []
         with ThreadPoolExecutor(ENCODER_THREADS) as executor:
-            for batch, seeds, pixels in parallel_map(jobs(), threads):
+            for batch, seeds, decoded in parallel_map(jobs(), threads):
                 yield from (future.result() for future in waiting)
-                waiting = [executor.submit(self._row, prompts[number], index, seed, image)
-                           for (number, index), seed, image in zip(batch, seeds, pixels, strict=True)]
+                waiting = [executor.submit(self._row, prompts[number], index, seed, image, row in decoded.in_float32)
+                           for row, ((number, index), seed, image) in enumerate(
+                               zip(batch, seeds, decoded.pixels, strict=True))]
             yield from (future.result() for future in waiting)
 
     def _sample_batch(self, prompts: Sequence[str], texts: Sequence[Conditioning],
@@ -73,8 +75,8 @@ class ImageGenerator:
         seeds = [image_seed(self.pool.seed, prompts[number], index) for number, index in batch]
         return batch, seeds, self.sample(Conditioning.join([texts[number] for number, _ in batch]), seeds)
 
-    def sample(self, prompts: Conditioning, seeds: Sequence[int]) -> np.ndarray:
-        """uint8 [B, H, W, 3] for the conditioning of B prompts and one seed per image."""
+    def sample(self, prompts: Conditioning, seeds: Sequence[int]) -> Decoded:
+        """B images for the conditioning of B prompts and one seed per image."""
         backbone = self.backbone
         noise = initial_noise(seeds, *backbone.latent_shape((self.sampler.width, self.sampler.height)))
         negative = backbone.text.negative(prompts.length)
@@ -82,15 +84,12 @@ class ImageGenerator:
         latents = sample_latents(backbone.denoiser, solver, prompts, negative, noise,
                                  steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale,
                                  reference=self.reference)
-        if not bool(torch.isfinite(latents).all()):
-            raise ModelError(f"{self.model.path} generates images that are not finite in {self.model.dtype}: check its "
-                             "weights, or set target.dtype to float32")
         return backbone.codec.decode(latents)
 
-    def _row(self, prompt: str, index: int, seed: int, pixels) -> dict:
+    def _row(self, prompt: str, index: int, seed: int, pixels: np.ndarray, in_float32: bool) -> dict:
         return {"prompt_id": prompt_id(prompt), "prompt": prompt, "index": index, "seed": seed,
                 "image": encode_image(pixels, self.pool.image_format),
-                "width": self.sampler.width, "height": self.sampler.height}
+                "width": self.sampler.width, "height": self.sampler.height, "in_float32": in_float32}
 
 
 def _cut_batches(lengths: Sequence[int], images: int, size: int) -> Iterator[Sequence[tuple[int, int]]]:

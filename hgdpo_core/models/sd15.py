@@ -1,26 +1,31 @@
 """The Stable Diffusion 1.x family: UNet, DDPM chain, AutoencoderKL and CLIP, from diffusers."""
 
+import copy
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from hgdpo_core.config import PromptSyntax
-from hgdpo_core.models.backbone import Backbone, Conditioning, Denoiser
+from hgdpo_core.errors import ModelError
+from hgdpo_core.models.backbone import Backbone, Conditioning, Decoded, Denoiser
 from hgdpo_core.models.ddpm import DdpmSchedule
 from hgdpo_core.models.files import check_files, read_config
 from hgdpo_core.models.lora import ATTENTION_LINEARS, save_lora
 from hgdpo_core.models.model import Model, load_pipeline
 from hgdpo_core.models.sampling import encode_text
 from hgdpo_core.models.text_encoder import TextEncoder
+
+logger = logging.getLogger(__name__)
 
 PIPELINE = "StableDiffusionPipeline"
 SMALL_LATENTS = 32  # pixels per side that a UNet is made for: 1 024 tokens, whose attention scores are megabytes
@@ -51,11 +56,12 @@ class UnetDenoiser(Denoiser):
 
 
 class KlCodec:
-    """An AutoencoderKL; latents are scaled by its scaling factor."""
+    """An AutoencoderKL; latents are scaled by its scaling factor. `path`: the files that it is from, for messages."""
 
-    def __init__(self, vae: Any, factor: int):
-        self.vae, self.factor = vae, factor
+    def __init__(self, vae: Any, factor: int, path: Path):
+        self.vae, self.factor, self.path = vae, factor, path
         self.channels: int = vae.config.latent_channels
+        self._exact, self._lock = None, Lock()  # batches may be decoded side by side
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -64,15 +70,44 @@ class KlCodec:
         return (posterior.mean * self.vae.config.scaling_factor).float().cpu()
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """uint8 [B, H, W, 3] of scaled latents [B, C, h, w], rounded as diffusers' image processor rounds."""
-        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        images = self.vae.decode(scaled, return_dict=False)[0]
+    def decode(self, latents: torch.Tensor) -> Decoded:
+        """Images of scaled latents [B, C, h, w], rounded as diffusers' image processor rounds; see `LatentCodec`."""
+        pixels, finite = self._decode(self.vae, latents)
+        good_latents, good = torch.stack([_finite_rows(latents), finite]).tolist()  # the batch's only wait
+        dtype = str(latents.dtype).removeprefix("torch.")
+        if not all(good_latents):
+            raise ModelError(f"{self.path} generates images that are not finite in {dtype}: check its weights, or set "
+                             "target.dtype to float32")
+        again = [row for row, is_good in enumerate(good) if not is_good]
+        for row in again:  # one by one: in float32 an image takes twice the memory
+            with torch.autocast(latents.device.type, enabled=False):
+                pixels[row:row + 1], finite = self._decode(self._in_float32(), latents[row:row + 1])
+            if not bool(finite.all()):
+                raise ModelError(f"the VAE of {self.path} decodes images that are not finite, also in float32: check "
+                                 "its weights, or give another one as target.vae")
+        return Decoded(pixels.cpu().numpy(), again)  # transferred as bytes, not floats
+
+    def _decode(self, vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [B, H, W, 3], and bool [B]: whether the image is finite."""
+        images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
         pixels = (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
-        return (pixels * 255).round().to(torch.uint8).cpu().numpy()  # transferred as bytes, not floats
+        return (pixels * 255).round().to(torch.uint8), _finite_rows(images)
+
+    def _in_float32(self) -> Any:
+        with self._lock:
+            if self._exact is None:
+                logger.warning("the VAE of %s decodes images that are not finite in half precision: such images are "
+                               "decoded again in float32", self.path)
+                self._exact = copy.deepcopy(self.vae).float()
+            return self._exact
 
     def to(self, device: torch.device | str) -> None:
         nn.Module.to(self.vae, device)
+
+
+def _finite_rows(batch: torch.Tensor) -> torch.Tensor:
+    """bool [B]: whether all numbers of each row of [B, ...] are finite."""
+    return torch.isfinite(batch).flatten(1).all(dim=1)
 
 
 class ClipText:
@@ -123,7 +158,8 @@ def make_backbone(pipeline: StableDiffusionPipeline, model: Model) -> Backbone:
     """A loaded pipeline behind the seam; it shares the pipeline's networks."""
     loaded: Any = pipeline
     return Backbone(denoiser=UnetDenoiser(loaded.unet), schedule=DdpmSchedule(loaded.scheduler.config),
-                    codec=KlCodec(loaded.vae, loaded.vae_scale_factor), text=ClipText(pipeline, model),
+                    codec=KlCodec(loaded.vae, loaded.vae_scale_factor, model.vae or model.path),
+                    text=ClipText(pipeline, model),
                     save=partial(_save, loaded), save_lora=partial(save_lora, loaded.unet))
 
 

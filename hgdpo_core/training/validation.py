@@ -14,6 +14,7 @@ from PIL import Image
 
 from hgdpo_core.config import PromptSyntax, RunConfig, SamplerConfig, StageConfig, TrainingConfig
 from hgdpo_core.devices import free_memory, is_out_of_memory
+from hgdpo_core.errors import ModelError
 from hgdpo_core.images import decode_image, encode_image
 from hgdpo_core.models import Backbone
 from hgdpo_core.models.lora import lora_weight_set
@@ -71,6 +72,9 @@ class ValidationGenerator:
         try:
             with self._as_sampled():
                 images = [self._generate(number) for number in range(len(self._prompts))]
+        except ModelError as error:
+            logger.warning("no validation images of step %d: %s. Training goes on", step, error)
+            return
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -92,7 +96,7 @@ class ValidationGenerator:
                                  self._negatives[number].to(device), noise, steps=sampler.steps,
                                  guidance_scale=sampler.guidance_scale)
         backbone.codec.to(device)
-        return backbone.codec.decode(latents)[0]
+        return backbone.codec.decode(latents).pixels[0]
 
     @contextmanager
     def _as_sampled(self) -> Iterator[None]:

@@ -71,7 +71,7 @@ def test_a_backbone_gives_its_shapes_and_encodes_what_it_decodes(target_folder):
     assert backbone.latent_shape((32, 64)) == (4, 8, 4)
     assert backbone.shapes((32, 64)) == {"latent_shape": [4, 8, 4], "embeds_shape": [24, 32]}
     latents = backbone.codec.encode(torch.zeros(2, 3, 64, 32))
-    assert latents.shape == (2, 4, 8, 4) and backbone.codec.decode(latents).shape == (2, 64, 32, 3)
+    assert latents.shape == (2, 4, 8, 4) and backbone.codec.decode(latents).pixels.shape == (2, 64, 32, 3)
     captions = backbone.text.encode_captions(PROMPTS)
     assert torch.equal(captions.embeds[0], backbone.text.encode(PROMPTS)[0].embeds[0])
     assert backbone.text.count_cut(["a man", "a man " * 40]) == 1

@@ -1,15 +1,16 @@
 """Pools: the same images whatever the shard, batch or list; found again, never made twice; plain diffusers agrees."""
 
+import itertools
 import threading
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
-from hgdpo_core.errors import ConfigError, StoppedError, StorageError
+from hgdpo_core.errors import ConfigError, ModelError, StoppedError, StorageError
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import find_model, image_generator
 from hgdpo_core.models.image_generator import ImageGenerator
@@ -195,7 +196,7 @@ def test_pixels_are_rounded_on_the_device_as_diffusers_rounds_them(model, dtype)
     with torch.no_grad():
         decoded = vae.decode(latents / vae.config.scaling_factor).sample
     expected = VaeImageProcessor().postprocess(decoded, output_type="pil")
-    assert np.array_equal(codec.decode(latents), np.stack([np.asarray(image) for image in expected]))
+    assert np.array_equal(codec.decode(latents).pixels, np.stack([np.asarray(image) for image in expected]))
 
 
 def test_no_step_asks_the_device_where_it_stands(tmp_path, model, monkeypatch):
@@ -301,3 +302,56 @@ def test_a_shard_that_cannot_be_written_ends_the_work(tmp_path, model, monkeypat
     with pytest.raises(StorageError, match="the disk is full"):
         draw(tmp_path, model, prompts_per_shard=1, batch_size=3)
     assert len(drawn) == 2  # the second shard was under way; no third began
+
+
+def spoil(monkeypatch, rows, dtypes):
+    """Decoding in one of `dtypes` gives NaN in the images of these numbers, counted over all that are decoded."""
+    decode, count = AutoencoderKL.decode, itertools.count()
+
+    def spoiled(self, latents, **options):
+        images = decode(self, latents, **options)[0]
+        if self.dtype in dtypes:
+            images[[row for row in range(len(images)) if next(count) in rows]] = torch.nan
+        return (images,)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", spoiled)
+
+
+def test_an_image_that_half_precision_cannot_decode_is_decoded_in_float32(
+        tmp_path, target_folder, monkeypatch, caplog):
+    half = find_model(TargetConfig(source=str(target_folder), dtype="bfloat16"))
+    plain, plan = draw(tmp_path / "a", half, PROMPTS[:2])
+    assert plan.folder.find(0).details.keys() == {"prompt_ids"}
+    spoil(monkeypatch, (1, 4), [torch.bfloat16])
+    images, plan = draw(tmp_path / "b", half, PROMPTS[:2])
+    assert plan.folder.find(0).details["rows_decoded_in_float32"] == [1, 4]
+    assert [record.message for record in caplog.records] == [
+        f"the VAE of {half.path} decodes images that are not finite in half precision: such images are decoded again "
+        "in float32"]
+    kept = {key: pixels for number, (key, pixels) in enumerate(plain.items()) if number not in (1, 4)}
+    assert difference(kept, images) == 0 and 0 < difference(plain, images) < 10
+
+
+def test_an_image_that_no_precision_decodes_is_refused(tmp_path, target_folder, model, monkeypatch):
+    spoil(monkeypatch, range(100), [torch.bfloat16, torch.float32])
+    for each in (model, find_model(TargetConfig(source=str(target_folder), dtype="bfloat16"))):
+        with pytest.raises(ModelError, match="decodes images that are not finite, also in float32"):
+            draw(tmp_path, each)
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(image_generator, "sample_latents",
+                        lambda *_, **__: torch.full((4, 4, 6, 4), torch.inf))
+    with pytest.raises(ModelError, match=r"generates images that are not finite in float32: check its weights"):
+        draw(tmp_path, model)
+
+
+def test_a_batch_waits_for_the_device_once(model, monkeypatch):
+    """Before its images are copied: for whether latents and images are finite, together."""
+    generator, waits = ImageGenerator(model, SAMPLER, PoolConfig(), "cpu"), []
+    for name in ("tolist", "__bool__", "item"):
+        known = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name,
+                            lambda tensor, name=name, known=known: waits.append(name) or known(tensor))
+    decoded = generator.backbone.codec.decode(torch.zeros(3, 4, 6, 4))
+    assert waits == ["tolist"] and decoded.in_float32 == [] and decoded.pixels.shape == (3, 48, 32, 3)

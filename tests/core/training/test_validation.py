@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hgdpo_core.config import DpoConfig, PoolConfig, SamplerConfig, SftConfig, TargetConfig
-from hgdpo_core.errors import StoppedError
+from hgdpo_core.errors import ModelError, StoppedError
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.images import decode_image, encode_image
 from hgdpo_core.models import find_model
@@ -79,7 +79,7 @@ def test_a_training_with_images_is_the_one_without_bit_by_bit(store, tmp_path, m
     for step, shown in ((0, model), (4, model.with_lora(tuned.path, 0.5))):
         generator = ImageGenerator(shown, VALIDATION.sampler, PoolConfig(), "cpu")
         for prompt, image in zip(PROMPTS, read_images(store, tuned.model_id, step), strict=True):
-            drawn = generator.sample(generator.backbone.text.encode([prompt])[0], [image_seed(5, prompt, 0)])[0]
+            drawn = generator.sample(generator.backbone.text.encode([prompt])[0], [image_seed(5, prompt, 0)]).pixels[0]
             assert np.abs(drawn.astype(int) - image.astype(int)).max() <= 1
     grid = validation_grid(store, tuned.model_id)
     assert grid is not None and grid.height > grid.width // 2
@@ -87,13 +87,15 @@ def test_a_training_with_images_is_the_one_without_bit_by_bit(store, tmp_path, m
     assert (record["step"], record["prompts"], record["lora_weight"]) == (4, list(PROMPTS), 0.5)
 
 
-def test_too_little_memory_for_an_image_is_a_warning(store, model, monkeypatch, caplog):
+@pytest.mark.parametrize(("error", "message"), [
+    (torch.OutOfMemoryError("CUDA out of memory."), "memory ran out"), (ModelError("not finite"), "not finite")])
+def test_an_image_that_cannot_be_made_is_a_warning(store, model, monkeypatch, caplog, error, message):
     def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setattr(KlCodec, "decode", fail)
     tuned = train(store, model, DPO.model_copy(update={"validation_every": 4, "max_steps": 1}))
-    assert "no validation images of step 0: memory ran out" in caplog.text
+    assert f"no validation images of step 0: {message}" in caplog.text
     assert validation_steps(store, tuned.model_id) == [] and validation_grid(store, tuned.model_id) is None
 
 
@@ -110,7 +112,7 @@ def test_a_fine_tuning_shows_its_average(store, tmp_path, model):
     tuned = tune("sft", model, latents, [0], config, validation=VALIDATION)
     generator = ImageGenerator(find_model(TargetConfig(source=str(tuned.path), dtype="float32")), VALIDATION.sampler,
                       PoolConfig(), "cpu")
-    drawn = generator.sample(generator.backbone.text.encode([PROMPTS[0]])[0], [image_seed(5, PROMPTS[0], 0)])[0]
+    drawn = generator.sample(generator.backbone.text.encode([PROMPTS[0]])[0], [image_seed(5, PROMPTS[0], 0)]).pixels[0]
     last = read_images(store, tuned.model_id, 3)[0]
     assert np.abs(drawn.astype(int) - last.astype(int)).max() <= 1
     assert not np.array_equal(last, read_images(store, tuned.model_id, 0)[0])
