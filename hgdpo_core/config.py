@@ -19,6 +19,7 @@ MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 Optimizer = Literal["adam8bit", "adamw"]
 ImageFormat = Literal["png", "webp", "jpeg"]
 PromptSyntax = Literal["plain", "a1111"]
+Attention = Literal["native", "cudnn", "flash", "efficient"]
 TrackerName = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
 ConfigT = TypeVar("ConfigT", bound="StageConfig")
 UNKNOWN_LICENCE = "unknown"
@@ -128,7 +129,9 @@ class TargetConfig(StageConfig):
     negative_prompt: str = Field(default="", description="what guidance leads away from")
     clip_skip: int | None = number("last layers of the text encoder to skip: 1 is A1111's Clip skip 2", "layers",
                                    default=None, ge=1)
-    dtype: Dtype = Field(default="auto", description="precision of sampling; auto: bfloat16 where fast, else float32")
+    dtype: Dtype = Field(default="auto", description="precision of sampling; auto: what the planning machine "
+                         "does fast: bfloat16, on an older GPU float16, else float32, which a worker with a GPU "
+                         "then refuses")
     prompt_syntax: PromptSyntax = Field(
         default="plain", description="how prompts and the negative prompt are written. plain: all characters are text, "
         "cut at 77 tokens. a1111: (words:1.2) and [words] weigh, \\( is a bracket, BREAK and long texts make chunks")
@@ -144,6 +147,12 @@ class SamplerConfig(StageConfig):
     latent_normalisation: Annotated[bool, InIds(result="changed")] = Field(
         default=False, description="LAN (paper Eq. 7): a tuned model's latents keep the target's channel statistics; "
         "twice the cost of sampling")
+    compile: Annotated[bool, ADDED] = Field(
+        default=False, description="torch.compile of UNet and VAE decoder in channels_last, for pools and evaluations: "
+        "minutes at a worker's first batch, then faster on a GPU. Needs a compiler on each worker; changes low bits")
+    attention: Annotated[Attention, ADDED] = Field(
+        default="native", description="kernel of attention that is tried first on a GPU, for pools and evaluations; "
+        "native: torch's choice. Changes low bits")
 
     @property
     def plain(self) -> "SamplerConfig":
@@ -178,8 +187,9 @@ class ScorerConfig(StageConfig):
     source: Annotated[str | None, OWN_TO_RUNS] = Field(  # the fingerprint of what it names enters
         default=None, description="hub id, folder or weights file; default: the public weights of that name")
     batch_size: Annotated[int, OWN_TO_RUNS] = number("images scored together", "images", default=32, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="precision of the scorer; lower ones change scores")
+    dtype: Literal["float32", "tf32", "bfloat16", "float16"] = Field(
+        default="float32", description="precision of the scorer; lower ones change scores and are faster on a GPU. "
+        "tf32: float32 with factors of 10 bits, on GPUs from Ampere on")
 
     @field_validator("name")
     @classmethod

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from hgdpo_core.config import PromptSyntax
+from hgdpo_core.precision import refuse_precision, set_float32
 
 if TYPE_CHECKING:
     from hgdpo_core.models.model import Model
@@ -47,6 +48,9 @@ class Conditioning:
 
     def __len__(self) -> int:
         return len(self.embeds)
+
+    def __getitem__(self, rows: slice) -> Self:
+        return self._map(lambda tensor: tensor[rows])
 
     @property
     def length(self) -> int:
@@ -97,6 +101,7 @@ class Denoiser(nn.Module, ABC):
     """
 
     lora_targets: ClassVar[tuple[str, ...]]
+    is_compiled = False
 
     def __init__(self, network: Any):
         super().__init__()
@@ -113,6 +118,16 @@ class Denoiser(nn.Module, ABC):
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of holding them."""
         self.network.enable_gradient_checkpointing()
+
+    def compile_for_sampling(self) -> None:
+        """Compile the network for each shape of latents, for texts of any length: see `mark_length`."""
+        self.network.to(memory_format=torch.channels_last).compile(dynamic=False)
+        self.is_compiled = True
+
+    def mark_length(self, conditioning: Conditioning) -> None:
+        """Called with what the network is given: a compiled one is made for texts of any length."""
+        if self.is_compiled:
+            torch._dynamo.maybe_mark_dynamic(conditioning.embeds, 1)
 
     @contextmanager
     def training_attention(self, *, on_cpu: bool) -> Iterator[None]:
@@ -176,6 +191,10 @@ class LatentCodec(Protocol):
 
         An image that is not finite in half precision is decoded again in float32.
         """
+        ...
+
+    def compile_for_sampling(self) -> None:
+        """Compile the decoder, for each shape of latents."""
         ...
 
     def to(self, device: torch.device | str) -> object:
@@ -265,5 +284,9 @@ def load_backbone(model: "Model", device: str = "cpu", *, dtype: str | None = No
     """The model, loaded by its family, with its LoRA merged; ModelError when it does not load.
 
     `dtype`: "float32", "bfloat16" or "float16", by default the model's own; `codec_dtype`: that of its codec.
+    ConfigError where the device cannot compute in the model's own, or should not (`refuse_precision`).
     """
+    if dtype is None:
+        refuse_precision("target.dtype", model.dtype, device, auto=model.auto_dtype)
+    set_float32()
     return find_family(model.path).load(model, device, dtype=dtype, codec_dtype=codec_dtype)

@@ -81,14 +81,15 @@ def _copy_into_store(store: Store, path: Path) -> str:
 
 
 def model_locations(store: Store, model: Model, *, copy_to_store: bool) -> dict[str, Any]:
-    """Locations of the model, its LoRA, its VAE and its configs, for `find_located_model`."""
+    """Locations of the model, its LoRA, its VAE and its configs, for `find_located_model`; and if dtype was auto."""
     def locate(path: Path | None) -> dict[str, Any] | None:
         return Location.of(store, path, copy_to_store=copy_to_store).model_dump() if path else None
 
     on_hub = Location(source=model.hub_id, revision=model.fingerprint).model_dump() if model.hub_id else None
     shipped = model.configs is None or model.configs.resolve() == SD15_CONFIGS.resolve()
+    planned = {"auto_dtype": True} if model.auto_dtype else {}
     return {"model": on_hub or locate(model.path), "lora": locate(model.lora.path if model.lora else None),
-            "vae": locate(model.vae), "configs": None if shipped else locate(model.configs)}
+            "vae": locate(model.vae), "configs": None if shipped else locate(model.configs), **planned}
 
 
 def find_located_model(store: Store, identity: Mapping[str, Any], recipe: Mapping[str, Any]) -> Model:
@@ -99,7 +100,7 @@ def find_located_model(store: Store, identity: Mapping[str, Any], recipe: Mappin
     model = find_model(TargetConfig(
         source=location.locate(store), revision=location.revision, vae=vae, component_configs=configs,
         dtype=identity["dtype"], clip_skip=identity["clip_skip"], negative_prompt=identity.get("negative_prompt", "")))
-    model = replace(model, **recorded_syntax(identity))
+    model = replace(model, **recorded_syntax(identity), auto_dtype=recipe.get("auto_dtype", False))
     refuse_other_model("target", model.fingerprint, identity["fingerprint"])
     if not identity.get("lora"):
         return model

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Model:
     """What replaces the model's own VAE: an AutoencoderKL folder or a single file; part of the fingerprint."""
     configs: Path | None = None
     """Component configs and tokenizer of a single file; part of the fingerprint."""
+    auto_dtype: bool = field(default=False, compare=False)
+    """Whether `dtype` was left to the machine that planned; it is part of no id, `dtype` is."""
 
     @property
     def id(self) -> str:
@@ -91,7 +93,8 @@ def find_model(config: TargetConfig) -> Model:
     return Model(path=files.path, fingerprint=files.fingerprint(), dtype=resolve_dtype(config.dtype),
                  negative_prompt=config.negative_prompt, clip_skip=config.clip_skip, vae=files.vae,
                  configs=files.configs, hub_id=config.source if files.commit and not files.vae else None,
-                 prompt_syntax=config.prompt_syntax, negative_syntax=config.prompt_syntax)
+                 prompt_syntax=config.prompt_syntax, negative_syntax=config.prompt_syntax,
+                 auto_dtype=config.dtype == "auto")
 
 
 def check_lora(model: Model, path: Path) -> None:

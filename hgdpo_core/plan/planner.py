@@ -42,6 +42,9 @@ def plan_run(run: Run, *, with_probe: bool = False) -> RunPlan:
     notes = [f"prompts: {run.prompts.describe()}; evaluation: {run.evaluation_prompts.describe()}"]
     if run.images is not None:
         notes.append(f"images for SFT: {run.images.describe()}")
+    if run.target.auto_dtype and run.target.dtype == "float32":
+        notes.append("target.dtype is auto, which is float32 on this machine; workers with a GPU refuse that: for them "
+                     "set target.dtype, to bfloat16 (before Ampere: float16)")
     if any(stage.seconds for stage in runner.stages):
         notes.append("times are estimates for one device of the kind they were measured on; loading models and waiting "
                      "for the store come on top")

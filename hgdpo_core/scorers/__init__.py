@@ -13,6 +13,7 @@ from hgdpo_core.config import ScorerConfig
 from hgdpo_core.devices import DTYPES
 from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.images import decode_image
+from hgdpo_core.precision import refuse_precision
 from hgdpo_core.scorers import aesthetic, clip, hps, imagereward, inspector, pickscore, tinted
 from hgdpo_core.scorers.pixels import Images, Prepared
 
@@ -66,14 +67,18 @@ LISTED: tuple[ScorerSource, ...] = (pickscore, hps.V20, hps.V21, imagereward, ae
 SCORERS = {scorer.NAME: scorer for scorer in LISTED}
 
 
-def load_scorer(name: str, *, source: str | None = None, device: str = "cpu",
-                dtype: torch.dtype = torch.float32) -> Scorer:
+def load_scorer(name: str, *, source: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32,
+                tf32: bool = False) -> Scorer:
     """A scorer by name; `source` is a hub id, a folder or (but for pickscore) a weights file, None the public weights.
 
-    pickscore, tinted and inspector have built-in weights too (hgdpo_core/built_in.py).
+    pickscore, tinted and inspector have built-in weights too (hgdpo_core/built_in.py). `tf32`: what it computes in
+    float32 is computed in TF32. ConfigError where the device has no such arithmetic.
     """
+    refuse_precision(f"the dtype of scorer {name}", "tf32" if tf32 else str(dtype).removeprefix("torch."), device)
     with _named(name):
-        return _module(name).load(source=source, device=device, dtype=dtype)
+        scorer: Any = _module(name).load(source=source, device=device, dtype=dtype)
+    scorer.float32 = "tf32" if tf32 else "ieee"
+    return scorer
 
 
 def find_scorer(name: str, source: str | None) -> str:
@@ -153,13 +158,12 @@ def preparation(scorer: Scorer | ImageEmbedder) -> Callable[[bytes], Any]:
     return lambda data: scorer.prepare(decode_image(data))
 
 
-def load_embedder(name: str, *, source: str | None = None, device: str = "cpu",
-                  dtype: torch.dtype = torch.float32) -> ImageEmbedder:
+def load_embedder(scorer: ScorerConfig, device: str) -> ImageEmbedder:
     """The image tower of a scorer; ConfigError for a scorer that has none."""
-    scorer = load_scorer(name, source=source, device=device, dtype=dtype)
-    if not isinstance(scorer, ImageEmbedder):
-        raise ConfigError(f"scorer {name} has no image features of its own: use pickscore or clip")
-    return scorer
+    loaded = load_configured_scorer(scorer, device)
+    if not isinstance(loaded, ImageEmbedder):
+        raise ConfigError(f"scorer {scorer.name} has no image features of its own: use pickscore or clip")
+    return loaded
 
 
 def _module(name: str) -> ScorerSource:
@@ -170,4 +174,5 @@ def _module(name: str) -> ScorerSource:
 
 def load_configured_scorer(scorer: ScorerConfig, device: str) -> Scorer:
     """The scorer that the settings name."""
-    return load_scorer(scorer.name, source=scorer.source, device=device, dtype=DTYPES[scorer.dtype])
+    return load_scorer(scorer.name, source=scorer.source, device=device,
+                       dtype=DTYPES.get(scorer.dtype, torch.float32), tf32=scorer.dtype == "tf32")

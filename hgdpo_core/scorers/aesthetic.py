@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
 from hgdpo_core.errors import ModelError, first_line
+from hgdpo_core.precision import Float32, in_own_float32
 from hgdpo_core.scorers import towers, weights
 from hgdpo_core.scorers.heads import linear_head
 from hgdpo_core.scorers.pixels import Images, Prepared, check_counts, crop_pixels, normalise_pixels
@@ -32,6 +33,7 @@ class Aesthetic:
     """A loaded aesthetic predictor."""
 
     name = NAME
+    float32: Float32 = "ieee"
 
     def __init__(self, vision: Any, head: torch.nn.Module, fingerprint: str):
         self.vision, self.head, self.fingerprint = vision, head, fingerprint
@@ -41,12 +43,14 @@ class Aesthetic:
         return Prepared(crop_pixels([image], self.vision.config.image_size)[0].numpy())
 
     @torch.no_grad()
+    @in_own_float32
     def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
         """Ratings of about 1 to 10, float32 [B] on the CPU. Prompts are counted, not read."""
         check_counts(images, prompts)
         return self.head(self.embed_images(images))[:, 0].cpu()
 
     @torch.no_grad()
+    @in_own_float32
     def embed_images(self, images: Images) -> torch.Tensor:
         """L2-normalised float32 [B, D]."""
         pixels = crop_pixels(images, self.vision.config.image_size).to(self.vision.device)

@@ -14,6 +14,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.tokenizers import check_tokenizer
+from hgdpo_core.precision import Float32, in_own_float32
 from hgdpo_core.scorers import weights
 from hgdpo_core.scorers.heads import linear_head
 from hgdpo_core.scorers.pixels import Images, Prepared, check_counts, crop_pixels, normalise_pixels
@@ -38,6 +39,7 @@ class ImageReward:
     """A loaded ImageReward."""
 
     name = NAME
+    float32: Float32 = "ieee"
 
     def __init__(self, vision: Any, text: Any, head: torch.nn.Module, tokenizer: BertTokenizer, fingerprint: str):
         self.vision, self.text, self.head = vision, text, head
@@ -48,6 +50,7 @@ class ImageReward:
         return Prepared(crop_pixels([image], self.vision.config.image_size)[0].numpy())
 
     @torch.no_grad()
+    @in_own_float32
     def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
         """Rewards, float32 [B] on the CPU, of mean 0 and deviation 1 over the data it was trained on."""
         check_counts(images, prompts)

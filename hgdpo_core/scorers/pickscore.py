@@ -17,6 +17,7 @@ from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.tokenizers import load_clip_tokenizer
+from hgdpo_core.precision import in_own_float32
 from hgdpo_core.scorers.pixels import Images, crop_pixels, floor_half
 from hgdpo_core.scorers.towers import ClipScorer, check_folder, check_texts, load_folder, normalise
 from hgdpo_core.scorers.weights import freeze
@@ -42,6 +43,7 @@ class PickScore(ClipScorer):
         return (self.model.logit_scale.float().exp() * self.cosines(images, prompts)).cpu()
 
     @torch.no_grad()
+    @in_own_float32
     def embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
         """L2-normalised float32 [B, D]; texts are cut at 77 tokens (or what the model's positions allow)."""
         tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=self.max_tokens,

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from hgdpo_core.config import content_hash
+from hgdpo_core.precision import Float32
 from hgdpo_core.scorers import pickscore
 from hgdpo_core.scorers.pixels import Images
 
@@ -34,6 +35,15 @@ class Tinted:
 
     def __init__(self, base: pickscore.PickScore, fingerprint: str):
         self.base, self.fingerprint = base, fingerprint
+
+    @property
+    def float32(self) -> Float32:
+        """How the PickScore below computes float32."""
+        return self.base.float32
+
+    @float32.setter
+    def float32(self, precision: Float32) -> None:
+        self.base.float32 = precision
 
     def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
         """PickScore + STRENGTH * warmth, float32 [B] on the CPU."""

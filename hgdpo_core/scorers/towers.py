@@ -14,6 +14,7 @@ from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.networks import check_finite, component_infos, refuse_report
 from hgdpo_core.models.tokenizers import check_tokenizer, load_clip_tokenizer
+from hgdpo_core.precision import Float32, in_own_float32
 from hgdpo_core.scorers import weights
 from hgdpo_core.scorers.pixels import CLIP_MEAN, CLIP_STD, Images, Prepared, check_counts, normalise_pixels
 from hgdpo_core.scorers.texts import TextCache
@@ -46,6 +47,7 @@ class ClipScorer:
     `pixels(images, size)`: what it sees of images, as `crop_pixels` or `letterbox_pixels` give it.
     """
 
+    float32: Float32 = "ieee"
     mean: Sequence[float] = CLIP_MEAN
     deviation: Sequence[float] = CLIP_STD
 
@@ -71,6 +73,7 @@ class ClipScorer:
         return Prepared(self.pixels([image], self.image_size)[0].numpy())
 
     @torch.no_grad()
+    @in_own_float32
     def embed_images(self, images: Images) -> torch.Tensor:
         """L2-normalised float32 [B, D]."""
         pixels = self.pixels(images, self.image_size).to(self.model.device)
@@ -78,6 +81,7 @@ class ClipScorer:
         return normalise(self.model.get_image_features(pixel_values=values).pooler_output)
 
     @torch.no_grad()
+    @in_own_float32
     def embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
         """L2-normalised float32 [B, D]; texts are cut at what the model's positions allow."""
         tokens = self.tokenizer([clean_text(prompt) for prompt in prompts], padding=True, truncation=True,

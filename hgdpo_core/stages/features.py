@@ -10,7 +10,6 @@ import pyarrow as pa
 import torch
 
 from hgdpo_core.config import ScorerConfig, content_hash
-from hgdpo_core.devices import DTYPES
 from hgdpo_core.metrics import mean_pairwise_distance
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.scorers import ImageEmbedder, find_scorer, load_embedder, preparation
@@ -38,8 +37,7 @@ class FeatureStage(ScoreStage):
     create_folder = staticmethod(feature_folder)
 
     def load(self, worker: Worker) -> AbstractContextManager[Computer]:
-        embedder: ImageEmbedder = worker.network or load_embedder(
-            self.scorer.name, source=self.scorer.source, device=worker.device, dtype=DTYPES[self.scorer.dtype])
+        embedder: ImageEmbedder = worker.network or load_embedder(self.scorer, worker.device)
 
         def embed(images: list[Any], prompts: list[str]) -> list[bytes]:
             return row_bytes(embedder.embed_images(images))

@@ -8,6 +8,7 @@ from faulty_s3 import served_bucket
 from safetensors.torch import load_file, save_file
 from tiny_run import run_tiny, tiny_parameters
 
+from hgdpo_core import devices
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
 from hgdpo_core.models import Model
 from hgdpo_core.models.sizes import ModelSize, model_size
@@ -45,6 +46,14 @@ def by_name(run_plan):
 
 def files(root):
     return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+def test_a_plan_says_what_auto_became_without_a_gpu(parameters, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "cpu_has_fast_bfloat16", lambda: False)
+    for dtype, said in (("auto", 1), ("float32", 0)):
+        changed = parameters | {"images": None, "overrides": parameters["overrides"] | {"target.dtype": dtype}}
+        notes = plan(tmp_path / "root", changed).notes
+        assert sum("target.dtype is auto, which is float32 on this machine" in note for note in notes) == said
 
 
 def test_an_empty_root_is_planned_and_stays_empty(parameters, tmp_path):

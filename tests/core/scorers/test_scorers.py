@@ -141,5 +141,5 @@ def test_tinted_is_pickscore_and_a_stated_preference(judge_folder, scorer, image
 
 def test_features_of_images_come_from_pickscore(judge_folder, scorer, images):
     for name in ("pickscore", "tinted"):
-        features = load_embedder(name, source=str(judge_folder)).embed_images(images)
+        features = load_embedder(ScorerConfig(name=name, source=str(judge_folder)), "cpu").embed_images(images)
         torch.testing.assert_close(features, scorer.embed_images(images))
