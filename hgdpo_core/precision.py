@@ -17,6 +17,8 @@ from hgdpo_core.errors import ConfigError
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
 Float32 = Literal["ieee", "tf32"]
 """TF32: factors are rounded to 10 bits of mantissa (float32 has 23), sums are float32."""
+PRODUCTS: Any = torch.backends.cuda.matmul
+CONVOLUTIONS: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 TF32_CAPABILITY = (8, 0)  # Ampere
 
 
@@ -25,19 +27,19 @@ def set_float32(products: Float32 = "ieee", convolutions: Float32 = "tf32") -> N
 
     Its convolutions are TF32, as every user of torch has them: a float32 VAE encodes several times faster so.
     """
-    torch.backends.cuda.matmul.fp32_precision = products
-    torch.backends.cudnn.conv.fp32_precision = convolutions
+    PRODUCTS.fp32_precision = products
+    CONVOLUTIONS.fp32_precision = convolutions
 
 
 @contextmanager
 def float32_computed(precision: Float32) -> Iterator[None]:
     """Inside, products and convolutions in float32 are computed so."""
-    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    before = PRODUCTS.fp32_precision, CONVOLUTIONS.fp32_precision
     set_float32(precision, precision)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
+        PRODUCTS.fp32_precision, CONVOLUTIONS.fp32_precision = before
 
 
 def in_own_float32(method: CallableT) -> CallableT:

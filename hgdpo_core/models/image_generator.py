@@ -14,6 +14,7 @@ import numpy as np
 from hgdpo_core.config import PoolConfig, SamplerConfig
 from hgdpo_core.errors import StoppedError
 from hgdpo_core.images import encode_image
+from hgdpo_core.models.acceleration import attention_by, refuse_acceleration, share_compiled
 from hgdpo_core.models.backbone import Conditioning, Decoded, load_backbone
 from hgdpo_core.models.model import Model
 from hgdpo_core.models.sampling import initial_noise, sample_latents
@@ -35,12 +36,18 @@ class ImageGenerator:
     """A loaded model that generates candidates; one per process."""
 
     def __init__(self, model: Model, sampler: SamplerConfig, pool: PoolConfig, device: str):
+        refuse_acceleration(sampler, model.dtype, device)
         self.device, self.model, self.sampler, self.pool = device, model, sampler, pool
         self.backbone = load_backbone(model, device)
         base = replace(model, lora=None)
         self.reference = load_backbone(base, device).denoiser if sampler.latent_normalisation else None
         self.solver = self.backbone.schedule.solver()
-        self.threads = count_threads(self.backbone.denoiser, device)
+        self.threads = 1 if sampler.compile else count_threads(self.backbone.denoiser, device)
+        if sampler.compile:
+            share_compiled(sampler.attention)
+            for part in (self.backbone.denoiser, self.reference, self.backbone.codec):
+                if part is not None:
+                    part.compile_for_sampling()
 
     def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
         """Rows of SCHEMA for every candidate of the prompts: in order, but prompts with longer embeddings last.
@@ -76,15 +83,24 @@ class ImageGenerator:
         return batch, seeds, self.sample(Conditioning.join([texts[number] for number, _ in batch]), seeds)
 
     def sample(self, prompts: Conditioning, seeds: Sequence[int]) -> Decoded:
-        """B images for the conditioning of B prompts and one seed per image."""
-        backbone = self.backbone
+        """B images for the conditioning of B prompts and one seed per image.
+
+        Compiled networks are given full batches, so that they are compiled for one shape: the last image fills them up.
+        """
+        backbone, count = self.backbone, len(seeds)
+        surplus = max(0, self.pool.batch_size - count) if self.sampler.compile else 0
+        if surplus:
+            prompts = Conditioning.join([prompts, *[prompts[-1:]] * surplus])
+            seeds = [*seeds, *[seeds[-1]] * surplus]
         noise = initial_noise(seeds, *backbone.latent_shape((self.sampler.width, self.sampler.height)))
         negative = backbone.text.negative(prompts.length)
         solver = copy.deepcopy(self.solver)  # it remembers steps, and other batches may be sampled beside this one
-        latents = sample_latents(backbone.denoiser, solver, prompts, negative, noise,
-                                 steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale,
-                                 reference=self.reference)
-        return backbone.codec.decode(latents)
+        with attention_by(self.sampler.attention):
+            latents = sample_latents(backbone.denoiser, solver, prompts, negative, noise,
+                                     steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale,
+                                     reference=self.reference)
+            pixels, in_float32 = backbone.codec.decode(latents)
+        return Decoded(pixels[:count], [row for row in in_float32 if row < count])
 
     def _row(self, prompt: str, index: int, seed: int, pixels: np.ndarray, in_float32: bool) -> dict:
         return {"prompt_id": prompt_id(prompt), "prompt": prompt, "index": index, "seed": seed,

@@ -37,6 +37,7 @@ class UnetDenoiser(Denoiser):
     lora_targets = ATTENTION_LINEARS
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        self.mark_length(conditioning)
         return self.network(noisy, timesteps, encoder_hidden_states=conditioning.embeds,
                             encoder_attention_mask=conditioning.mask, return_dict=False)[0]
 
@@ -100,6 +101,9 @@ class KlCodec:
                                "decoded again in float32", self.path)
                 self._exact = copy.deepcopy(self.vae).float()
             return self._exact
+
+    def compile_for_sampling(self) -> None:
+        self.vae.to(memory_format=torch.channels_last).decoder.compile(dynamic=False)
 
     def to(self, device: torch.device | str) -> None:
         nn.Module.to(self.vae, device)
