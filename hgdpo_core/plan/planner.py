@@ -51,6 +51,7 @@ def plan_run(run: Run, *, with_probe: bool = False) -> RunPlan:
     if any(stage.seconds is None for stage in runner.stages):
         notes.append("a time is not known (?) if the root holds no such work yet: --probe (in a flow: probe) loads the "
                      "models and times a batch of each stage on this machine")
+    notes += runner.advice
     if runner.assumed_image_bytes:
         notes.append(f"bytes of images are assumed, {rates.BYTES_PER_PIXEL[run.config.pool.image_format]} per pixel in "
                      f"{run.config.pool.image_format}")
@@ -190,6 +191,11 @@ class PlanningRunner:
             return stage.unit_bytes(self.model, probed)
         self.assumed_image_bytes |= stage.unit_bytes(self.model, 1.0) != stage.unit_bytes(self.model, 0.0)
         return stage.unit_bytes(self.model, assumed)
+
+    @property
+    def advice(self) -> list[str]:
+        """What the probes found to be faster."""
+        return [probe.advice for probe in self._probes.values() if probe and probe.advice]
 
     # -- rates: one for each kind of work, from a probe or from existing shards
 

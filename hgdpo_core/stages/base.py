@@ -71,6 +71,8 @@ class Probe(NamedTuple):
 
     seconds: float
     bytes: int | None = None
+    advice: str = ""
+    """Settings that are faster here, with what was measured, where others were tried."""
 
 
 class Computer(ABC):

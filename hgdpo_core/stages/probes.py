@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
-from hgdpo_core.devices import default_device, free_memory
+from hgdpo_core.config import Attention, PoolConfig, SamplerConfig, ScorerConfig
+from hgdpo_core.devices import default_device, device_name, free_memory
+from hgdpo_core.errors import ConfigError
 from hgdpo_core.models import Model, load_backbone
 from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.scorers import load_configured_scorer
@@ -20,9 +22,37 @@ ENCODE_BATCH = 16
 
 
 def probe_generation(model: Model, sampler: SamplerConfig, pool: PoolConfig, prompt: str) -> Probe:
-    """A batch in 1 and in 3 sampling steps, reckoned up to all steps; and one image in all of them, if time allows."""
+    """A batch in 1 and in 3 sampling steps, reckoned up to all steps; and one image in all of them, if time allows.
+
+    On a GPU other kernels of attention are timed too, and compiled sampling by the fastest, for advice.
+    """
+    device = default_device()
+    probe = _probe_sampler(model, sampler, pool, prompt, device)
+    if not device.startswith("cuda"):
+        return probe
+    seconds = {sampler: probe.seconds}
+
+    def attempt(base: SamplerConfig, **settings: Any) -> None:
+        other = base.model_copy(update=settings)
+        if other not in seconds:
+            with suppress(ConfigError):  # this machine has no such kernel, or no compiler
+                seconds[other] = _probe_sampler(model, other, pool, prompt, device, whole=False).seconds
+
+    for attention in get_args(Attention):
+        attempt(sampler, attention=attention)
+    attempt(min(seconds, key=seconds.__getitem__), compile=not sampler.compile)  # by the fastest kernel alone: minutes
+    measured = sorted((value, f"sampler.attention={each.attention} sampler.compile={str(each.compile).lower()}")
+                      for each, value in seconds.items())
+    return probe._replace(advice=f"seconds an image on {device_name(device)}: " + ", ".join(
+        f"{name} {value:.3g}" for value, name in measured) + ": the first is the fastest; another choice than yours "
+        "makes another pool")
+
+
+def _probe_sampler(model: Model, sampler: SamplerConfig, pool: PoolConfig, prompt: str, device: str, *,
+                   whole: bool = True) -> Probe:
+    """`whole`: one image in all steps too."""
     free_memory()
-    generator = ImageGenerator(model, sampler, pool, default_device())
+    generator = ImageGenerator(model, sampler, pool, device)
 
     def generated(images: int, steps: int) -> list[dict[str, Any]]:
         generator.sampler = sampler.model_copy(update={"steps": steps})
@@ -35,9 +65,11 @@ def probe_generation(model: Model, sampler: SamplerConfig, pool: PoolConfig, pro
     timed(1, 1)  # what loads late, compiles or is chosen by trying
     single = timed(1, 1)
     images = max(1, min(pool.batch_size, int(MAX_SECONDS / (4 * single))))
+    if sampler.compile:
+        timed(images, 1)  # compiles for this batch
     one, three = timed(images, 1), timed(images, STEPS)
     step = max(0.0, three - one) / (STEPS - 1)
-    finished = generated(1, sampler.steps) if single * sampler.steps <= MAX_SECONDS else ()
+    finished = generated(1, sampler.steps) if whole and single * sampler.steps <= MAX_SECONDS else ()
     return Probe(seconds=(one + (sampler.steps - 1) * step) / images,
                  bytes=len(finished[0]["image"]) if finished else None)
 

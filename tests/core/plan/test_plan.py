@@ -10,6 +10,7 @@ from tiny_run import run_tiny, tiny_parameters
 
 from hgdpo_core import devices
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
+from hgdpo_core.errors import ConfigError
 from hgdpo_core.models import Model
 from hgdpo_core.models.sizes import ModelSize, model_size
 from hgdpo_core.plan import plan_run, rates
@@ -215,6 +216,33 @@ def test_generation_is_extrapolated_from_few_steps(monkeypatch):
     assert Clocked.generated[-1] == (2, 3)
     assert probes.probe_generation(model, sampler.model_copy(update={"steps": 10}), pool, "a man").bytes == 10
     assert Clocked.generated[-1] == (1, 10)
+
+
+def test_a_gpu_is_asked_which_sampling_is_faster(monkeypatch):
+    """On a clock where a step costs 2 s, by cuDNN 1.5 s, compiled half of that; the GPU has no flash attention."""
+    class Clocked:
+        made, generated = [], []
+
+        def __init__(self, model, sampler, pool, device):
+            if sampler.attention == "flash":
+                raise ConfigError("no such kernel")
+            self.made.append((sampler.attention, sampler.compile))
+            self.cost = (1.5 if sampler.attention == "cudnn" else 2.0) / (1 + sampler.compile)
+
+        def generate(self, prompts):
+            self.generated.append(self.cost * self.sampler.steps)
+            return [{"image": b"x"}]
+
+    monkeypatch.setattr(probes, "ImageGenerator", Clocked)
+    monkeypatch.setattr(probes, "_timed", lambda work: (work(), Clocked.generated[-1])[1])
+    monkeypatch.setattr(probes, "default_device", lambda: "cuda")
+    monkeypatch.setattr(probes, "device_name", lambda device: "a GPU")
+    probe = probes.probe_generation(Model(None, "0", "float32"), SamplerConfig(steps=4), PoolConfig(batch_size=1),
+                                    "a man")
+    assert Clocked.made == [("native", False), ("cudnn", False), ("efficient", False), ("cudnn", True)]
+    assert probe.seconds == 8.0 and probe.advice.startswith(
+        "seconds an image on a GPU: sampler.attention=cudnn sampler.compile=true 3, "
+        "sampler.attention=cudnn sampler.compile=false 6, ")
 
 
 def test_scoring_is_timed_by_the_image(judge_folder):
