@@ -1,22 +1,32 @@
-"""Where the work is computed: the device, its precisions, and its memory when that runs out."""
+"""Where the work is computed: the device, its memory when that runs out, and its precisions by name."""
 
+import functools
 import gc
 import os
 import shutil
 import subprocess
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from hgdpo_core.errors import ConfigError
 
+CallableT = TypeVar("CallableT", bound=Callable[..., Any])
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
                  "HIP out of memory")
 """Parts of the messages that libraries below torch raise as plain RuntimeError."""
 OTHER_TORCH = "rm -rf .venv && make TORCH_INDEX=https://download.pytorch.org/whl/cu126 install"
+Float32 = Literal["ieee", "tf32"]
+"""TF32: factors are rounded to 10 bits of mantissa (float32 has 23), sums are float32."""
+PRODUCTS: Any = torch.backends.cuda.matmul
+CONVOLUTIONS: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+TF32_CAPABILITY = (8, 0)  # Ampere
 
 
 def resolve_dtype(dtype: str) -> str:
@@ -63,7 +73,7 @@ def _hides_gpus() -> bool:
     return chosen is not None and chosen.strip().partition(",")[0] in ("", "-1", "NoDevFiles")
 
 
-@cache
+@functools.cache
 def _find_unused_gpu() -> str | None:
     """An NVIDIA GPU of this machine, whatever torch sees: its name and driver, as far as nvidia-smi answers."""
     if shutil.which("nvidia-smi") is not None:
@@ -134,3 +144,60 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+# -- precision by name
+
+
+def set_float32(products: Float32 = "ieee", convolutions: Float32 = "tf32") -> None:
+    """How float32 is computed on NVIDIA GPUs from here on, by default as a model is sampled, encoded with or trained.
+
+    Convolutions are TF32, as every user of torch has them: a float32 VAE encodes several times faster so. Loading a
+    model and each call of a scorer set it, and nothing else does: torch's own defaults are not relied on.
+    """
+    PRODUCTS.fp32_precision = products
+    CONVOLUTIONS.fp32_precision = convolutions
+
+
+@contextmanager
+def float32_computed(precision: Float32) -> Iterator[None]:
+    """Inside, products and convolutions in float32 are computed so."""
+    before = PRODUCTS.fp32_precision, CONVOLUTIONS.fp32_precision
+    set_float32(precision, precision)
+    try:
+        yield
+    finally:
+        PRODUCTS.fp32_precision, CONVOLUTIONS.fp32_precision = before
+
+
+def in_own_float32(method: CallableT) -> CallableT:
+    """A method that computes float32 as the attribute `float32` of its object says, whatever else the process does."""
+    @functools.wraps(method)
+    def computed(self: Any, *args: Any, **options: Any) -> Any:
+        with float32_computed(self.float32):
+            return method(self, *args, **options)
+
+    return computed  # type: ignore[return-value]
+
+
+def refuse_precision(setting: str, precision: str, device: str, *, auto: bool = False) -> None:
+    """ConfigError where `device` cannot compute in a planned `precision`: float32, tf32, bfloat16 or float16.
+
+    `auto`: it is what `auto` was on the machine that planned; a GPU refuses a float32 that nobody asked for.
+    """
+    if not device.startswith("cuda"):
+        if precision == "tf32":
+            raise ConfigError(f"{setting} is tf32, which is arithmetic of NVIDIA GPUs, but this worker computes on the "
+                              "CPU: set it to float32, or use workers with a GPU")
+        return
+    name = device_name(device)
+    if precision == "tf32" and torch.cuda.get_device_capability(device) < TF32_CAPABILITY:
+        raise ConfigError(f"{setting} is tf32, but {name} has no TF32 (Ampere and later have): set it to float32 or "
+                          "float16, or use workers with another GPU")
+    if precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(f"{setting} is bfloat16, but {name} has no arithmetic for it: set it to float16 or float32, "
+                          "or use workers with another GPU")
+    if auto and precision == "float32":
+        raise ConfigError(f"{setting} is auto, which is float32 on the machine that planned this, as it has no GPU, "
+                          f"but this worker has {name}: start the run that planned it again with {setting} set to "
+                          f"{resolve_dtype('auto')}, or to float32 if you want that")

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from hgdpo_core.config import PromptSyntax
-from hgdpo_core.precision import refuse_precision, set_float32
+from hgdpo_core.devices import refuse_precision, set_float32
 
 if TYPE_CHECKING:
     from hgdpo_core.models.model import Model

@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from hgdpo_core.config import ScorerConfig
-from hgdpo_core.devices import DTYPES
+from hgdpo_core.devices import DTYPES, refuse_precision
 from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.images import decode_image
-from hgdpo_core.precision import refuse_precision
 from hgdpo_core.scorers import aesthetic, clip, hps, imagereward, inspector, pickscore, tinted
 from hgdpo_core.scorers.pixels import Images, Prepared
 

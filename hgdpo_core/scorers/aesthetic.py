@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
+from hgdpo_core.devices import Float32, in_own_float32
 from hgdpo_core.errors import ModelError, first_line
-from hgdpo_core.precision import Float32, in_own_float32
 from hgdpo_core.scorers import towers, weights
 from hgdpo_core.scorers.heads import linear_head
 from hgdpo_core.scorers.pixels import Images, Prepared, check_counts, crop_pixels, normalise_pixels

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from hgdpo_core.devices import Float32, in_own_float32
 from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.tokenizers import check_tokenizer
-from hgdpo_core.precision import Float32, in_own_float32
 from hgdpo_core.scorers import weights
 from hgdpo_core.scorers.heads import linear_head
 from hgdpo_core.scorers.pixels import Images, Prepared, check_counts, crop_pixels, normalise_pixels

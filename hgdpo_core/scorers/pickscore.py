@@ -13,11 +13,11 @@ from huggingface_hub import snapshot_download
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from hgdpo_core.built_in import find_scorer_weights, is_built_in
+from hgdpo_core.devices import in_own_float32
 from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.tokenizers import load_clip_tokenizer
-from hgdpo_core.precision import in_own_float32
 from hgdpo_core.scorers.pixels import Images, crop_pixels, floor_half
 from hgdpo_core.scorers.towers import ClipScorer, check_folder, check_texts, load_folder, normalise
 from hgdpo_core.scorers.weights import freeze

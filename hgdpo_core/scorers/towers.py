@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from hgdpo_core.devices import Float32, in_own_float32
 from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.networks import check_finite, component_infos, refuse_report
 from hgdpo_core.models.tokenizers import check_tokenizer, load_clip_tokenizer
-from hgdpo_core.precision import Float32, in_own_float32
 from hgdpo_core.scorers import weights
 from hgdpo_core.scorers.pixels import CLIP_MEAN, CLIP_STD, Images, Prepared, check_counts, normalise_pixels
 from hgdpo_core.scorers.texts import TextCache

@@ -6,10 +6,10 @@ import torch
 
 from hgdpo_core import devices, precision
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, TargetConfig
+from hgdpo_core.devices import float32_computed, refuse_precision, set_float32
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.execution.jobs import cut, open_stage, write_recipe
 from hgdpo_core.models import find_model, load_backbone
-from hgdpo_core.precision import float32_computed, refuse_precision, set_float32
 from hgdpo_core.scorers import load_configured_scorer
 from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.pool import plan_pool
