@@ -86,7 +86,8 @@ def statistic_matching_loss(policy_prediction: torch.Tensor, reference_predictio
     if list(timesteps.shape) != shape[:1]:
         raise InputError(f"statistic_matching_loss: expected one timestep for each of {shape[0]} samples, "
                          f"got shape {list(timesteps.shape)}")
-    coefficient_B = step_coefficient(timesteps, scheduler).to(policy_prediction.device)
+    # non_blocking: both predictions are still being computed, and the host would wait for them
+    coefficient_B = step_coefficient(timesteps, scheduler).to(policy_prediction.device, non_blocking=True)
     mean_difference_BC = (reference_prediction.float() - policy_prediction.float()).mean(dim=(2, 3))
     return (coefficient_B[:, None] * mean_difference_BC).square().sum(1)
 

@@ -9,6 +9,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny.py
 
+import pretend_cuda
 import pytest
 import tiny
 import torch
@@ -36,3 +37,11 @@ def target_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def judge_folder(tmp_path_factory) -> Path:
     return tiny.save_judge(tmp_path_factory.mktemp("models") / "judge")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """One GPU, pretended: the log of where the host waits for it."""
+    monkeypatch.delenv("HGDPO_DEVICE", raising=False)
+    with pretend_cuda.pretend_cuda() as log:
+        yield log
