@@ -1,6 +1,7 @@
 """CLIP's two towers as a transformers CLIPModel, also from weights that carry the names of open_clip and OpenAI."""
 
 import html
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class ClipScorer:
         self.pixels = pixels
         self.max_tokens: int = model.config.text_config.max_position_embeddings
         self.image_size: int = model.config.vision_config.image_size
-        self.texts = TextCache(self.embed_texts)
+        own = weakref.proxy(self)  # a circle would keep the weights until the garbage collector runs
+        self.texts = TextCache(lambda prompts: own.embed_texts(prompts))
 
     def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
         """Cosines, float32 [B] on the CPU: about 0.15 to 0.35 for OpenAI's weights, 0.2 to 0.35 for HPS v2's."""
