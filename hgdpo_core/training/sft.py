@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hgdpo_core.config import SftConfig
+from hgdpo_core.devices import default_device
 from hgdpo_core.errors import InputError
 from hgdpo_core.losses import denoising_error
 from hgdpo_core.models import Backbone, Conditioning, Model, load_backbone
@@ -17,7 +18,7 @@ from hgdpo_core.rendering.charts import ChartSpec
 from hgdpo_core.training.base import OPTIMIZER_CHARTS, Objective, TrainingObjective
 from hgdpo_core.training.data import ImageBatch, LatentImages
 from hgdpo_core.training.parts import Generators, apply_flips, draw_flips, draw_noise
-from hgdpo_core.training.processes import is_first_process
+from hgdpo_core.training.processes import count_processes, is_first_process
 
 
 def prepare_sft(denoiser: Denoiser, schedule: NoiseSchedule, config: SftConfig, empty: Conditioning) -> Objective:
@@ -84,7 +85,7 @@ class Sft(TrainingObjective):
 
     def prepare(self, backbone: Backbone, model: Model, config: SftConfig) -> Objective:
         """The empty text is embedded as captions were: by an encoder in the model's own precision."""
-        reader = load_backbone(model, backbone.denoiser.device.type)
+        reader = load_backbone(model, "cpu" if count_processes() > 1 else default_device())
         empty = reader.text.encode_captions([""]).to("cpu", torch.float32)
         return prepare_sft(backbone.denoiser, backbone.schedule, config, empty)
 

@@ -19,7 +19,7 @@ from hgdpo_core.training.checkpoints import Checkpoints
 from hgdpo_core.training.loop import run_training
 from hgdpo_core.training.objective import find_objective
 from hgdpo_core.training.parts import LogRow
-from hgdpo_core.training.processes import count_processes, is_first_process
+from hgdpo_core.training.processes import is_first_process
 from hgdpo_core.training.trackers import check_tracker, tracked
 from hgdpo_core.training.validation import Validation, ValidationGenerator
 
@@ -64,8 +64,8 @@ def tune(kind: str, model: Model, latents: ShardFolder, indices: Sequence[int], 
     check_tracker(config.tracker)
     samples = training.samples(latents, indices)
     training.require_fit(store, triplets, samples, indices, model, config)
-    # With many processes each moves its own copy to its own GPU later.
-    backbone = load_backbone(model, "cpu" if count_processes() > 1 else default_device(), dtype="float32")
+    # The denoiser alone is moved, later and by each process to its own GPU: the rest would only take room there.
+    backbone = load_backbone(model, "cpu", dtype="float32")
     validate, tracker = None, None
     if is_first_process():
         tracker = config.tracker

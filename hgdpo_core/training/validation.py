@@ -96,7 +96,10 @@ class ValidationGenerator:
                                  self._negatives[number].to(device), noise, steps=sampler.steps,
                                  guidance_scale=sampler.guidance_scale)
         backbone.codec.to(device)
-        return backbone.codec.decode(latents).pixels[0]
+        try:
+            return backbone.codec.decode(latents).pixels[0]
+        finally:
+            backbone.codec.to("cpu")  # where it waits: training needs the room
 
     @contextmanager
     def _as_sampled(self) -> Iterator[None]:

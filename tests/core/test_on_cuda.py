@@ -19,7 +19,6 @@ from PIL import Image
 from training_cases import all_weights, config, sft_config, train, train_images, weights
 
 from hgdpo_core.config import DpoConfig, PoolConfig, SamplerConfig, TargetConfig
-from hgdpo_core.errors import StoppedError
 from hgdpo_core.figures import prompts as figures_prompts
 from hgdpo_core.figures.dataset import write_image_folder
 from hgdpo_core.image_sets import read_image_set
@@ -59,7 +58,7 @@ def drawn(model, device, log=None, sampler=SAMPLER):
     return pixels[0].astype(int)
 
 
-@pytest.mark.parametrize(("dtype", "syntax"), [("float32", "a1111"), ("bfloat16", "plain"), ("float16", "a1111")])
+@pytest.mark.parametrize(("dtype", "syntax"), [("float32", "a1111"), ("bfloat16", "plain")])
 def test_a_pool_waits_once_a_batch_and_for_its_pixels(cuda, target_folder, dtype, syntax):
     model = find(target_folder, dtype, syntax)
     assert np.abs(drawn(model, "cuda", cuda) - drawn(model, "cpu")).max() <= (1 if dtype == "float32" else 12)
@@ -148,7 +147,8 @@ def check_steps(log, result, *, fp16):
     log = replace(log, to_host=of_package(log.to_host), to_device=of_package(log.to_device))
     steps = len(result.log)
     assert log.values.total() == steps * (2 if fp16 else 1) and not log.to_host, log
-    inputs = Counter({place: n for place, n in log.to_device.items() if "training/loop.py" not in place})
+    once = ("training/loop.py", "models/averaging.py")  # the networks
+    inputs = Counter({place: n for place, n in log.to_device.items() if not any(name in place for name in once)})
     assert inputs.total() <= steps * 12, log
     assert not any("losses.py" in place for place in inputs), log  # those come when the predictions are queued
 
@@ -159,8 +159,7 @@ def of_package(places):
 
 @pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True), ("fp16", True)])
 def test_a_dpo_step_waits_once(cuda, precision, checkpointing):
-    steps = 2 if precision == "no" else 1
-    settings = config(max_steps=steps, mixed_precision=precision, gradient_checkpointing=checkpointing, flip=True)
+    settings = config(max_steps=1, mixed_precision=precision, gradient_checkpointing=checkpointing, flip=True)
     ours, result = train(settings)
     check_steps(cuda, result, fp16=precision == "fp16")
     assert weights(ours).isfinite().all()
@@ -183,19 +182,17 @@ def test_a_step_of_fine_tuning_waits_once(cuda, precision):
         torch.testing.assert_close(all_weights(ours), all_weights(theirs), rtol=0, atol=2e-3)
 
 
-def test_a_training_on_a_gpu_shows_images_and_goes_on_from_a_checkpoint(cuda, store, tmp_path, target_folder):
-    """fp16, so that the scaler's state is read back too; the images come between steps."""
+def test_a_training_on_a_gpu_shows_images(cuda, store, tmp_path, target_folder):
+    """Its text encoder and VAE wait on the CPU; the latter comes for the images alone, between steps."""
     model = find(target_folder, "bfloat16")
     latents = make_latents("dpo", store, model, tmp_path / "images", "cpu")
-    settings = DpoConfig(max_steps=2, batch_size=1, learning_rate=1e-3, mixed_precision="fp16", flip=True,
-                         validation_every=2, checkpoint_every=1, allow_foreign_triplets=True)
+    settings = DpoConfig(max_steps=1, batch_size=1, learning_rate=1e-3, mixed_precision="fp16", flip=True,
+                         validation_every=1, allow_foreign_triplets=True)
     validation = Validation(prompts=("a man",), prompt_syntax="plain", seed=5, lora_weight=0.5,
                             sampler=SAMPLER.model_copy(update={"steps": 1}))
-    asked = iter([False, True])
-    with pytest.raises(StoppedError, match="step 1 is kept"):
-        tune("dpo", model, latents, [0], settings, "triplets/hand", validation=validation,
-             should_stop=lambda: next(asked))
+    cuda.clear()
     tuned = tune("dpo", model, latents, [0], settings, "triplets/hand", validation=validation)
-    assert [row["step"] for row in tuned.log] == [1, 2] and np.isfinite([row["loss"] for row in tuned.log]).all()
-    assert validation_steps(store, tuned.model_id) == [0, 2]
+    assert [row["step"] for row in tuned.log] == [1] and np.isfinite(tuned.log[0]["loss"])
+    assert validation_steps(store, tuned.model_id) == [0, 1]
     assert store.read_json(f"models/{tuned.model_id}/model.json")["device"] == "NVIDIA pretended"
+    assert cuda.values.total() <= 4, cuda  # the row of the log, the scaler's question, its state for the checkpoint
