@@ -15,12 +15,13 @@ PREFECT_ENV = env $$(env | sed -n 's/^\(PREFECT_[A-Z0-9_]*\)=.*/-u \1/p') \
 # A server with workers: alone on the machine, or SQLite's waits become errors in the server's log.
 LIVE_TESTS := tests/orchestration/test_kills.py tests/orchestration/test_workers.py
 
-.PHONY: help install demo test test-slow lint up schedule down clean
+.PHONY: help install demo test test-slow lint gpu-check up schedule down clean
 
 help:
 	@echo "make demo    install, run the whole method on the built-in figures setting, write output/demo/report.html"
 	@echo "make test    install, then lint, tests and types; no network after the install"
 	@echo "make test-slow  the tests that take minutes to hours, resumable by file; FRESH=1 starts over"
+	@echo "make gpu-check  ten minutes on a GPU: agrees with the CPU? how fast? writes docs/gpu; without one a tiny run"
 	@echo "make up      a local Prefect server with UI and workers; make schedule: nightly re-scoring; make down: end all"
 	@echo "make clean   remove the demo's output"
 	@echo "Another torch build: make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo"
@@ -57,6 +58,9 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/basedpyright" --pythonpath "$(BIN)/python"
+
+gpu-check: $(INSTALLED)
+	@HF_HUB_OFFLINE=1 "$(BIN)/python" -m benchmarks.gpu_check
 
 up: $(INSTALLED)
 	@"$(BIN)/python" -m deployments.local up

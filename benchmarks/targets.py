@@ -28,11 +28,17 @@ NARROW: dict[str, dict[str, Any]] = {
 }
 
 
-def random_target(folder: Path, changes: dict[str, dict[str, Any]]) -> Path:
-    """A diffusers folder of SD 1.5 with random float32 weights, some settings of its parts changed."""
+def random_target(folder: Path, changes: dict[str, dict[str, Any]], *, in_range: bool = False) -> Path:
+    """A diffusers folder of SD 1.5 with random float32 weights, some settings of its parts changed.
+
+    `in_range`: UNet's and VAE's weights as their fan-in asks, so that values keep their size and images have contrast.
+    """
     torch.manual_seed(0)
     unet, vae = (_random_part(kind, name, changes) for kind, name in ((UNet2DConditionModel, "unet"),
                                                                       (AutoencoderKL, "vae")))
+    for tensor in [*unet.parameters(), *vae.parameters()] if in_range else ():
+        if tensor.ndim > 1:
+            torch.nn.init.normal_(tensor, 0, tensor[0].numel() ** -0.5)
     text = CLIPTextConfig.from_pretrained(SD15_CONFIGS / "text_encoder", **changes.get("text_encoder", {}))
     nothing: Any = None
     scheduler: Any = PNDMScheduler.from_pretrained(SD15_CONFIGS / "scheduler")
