@@ -30,19 +30,19 @@ def probe_generation(model: Model, sampler: SamplerConfig, pool: PoolConfig, pro
     probe = _probe_sampler(model, sampler, pool, prompt, device)
     if not device.startswith("cuda"):
         return probe
-    seconds = {sampler: probe.seconds}
+    seconds: dict[tuple[Attention, bool], float] = {(sampler.attention, sampler.compile): probe.seconds}
 
-    def attempt(base: SamplerConfig, **settings: Any) -> None:
-        other = base.model_copy(update=settings)
-        if other not in seconds:
+    def attempt(attention: Attention, compile: bool) -> None:
+        other = sampler.model_copy(update={"attention": attention, "compile": compile})
+        if (attention, compile) not in seconds:
             with suppress(ConfigError):  # this machine has no such kernel, or no compiler
-                seconds[other] = _probe_sampler(model, other, pool, prompt, device, whole=False).seconds
+                seconds[attention, compile] = _probe_sampler(model, other, pool, prompt, device, whole=False).seconds
 
     for attention in get_args(Attention):
-        attempt(sampler, attention=attention)
-    attempt(min(seconds, key=seconds.__getitem__), compile=not sampler.compile)  # by the fastest kernel alone: minutes
-    measured = sorted((value, f"sampler.attention={each.attention} sampler.compile={str(each.compile).lower()}")
-                      for each, value in seconds.items())
+        attempt(attention, sampler.compile)
+    attempt(min(seconds, key=seconds.__getitem__)[0], not sampler.compile)  # by the fastest kernel alone: minutes
+    measured = sorted((value, f"sampler.attention={attention} sampler.compile={str(compiled).lower()}")
+                      for (attention, compiled), value in seconds.items())
     return probe._replace(advice=f"seconds an image on {device_name(device)}: " + ", ".join(
         f"{name} {value:.3g}" for value, name in measured) + ": the first is the fastest; another choice than yours "
         "makes another pool")
