@@ -35,7 +35,7 @@ KEEP_ALIVE = ("sh", "-c", 'while :; do "$@"; sleep 5; done', "keep-alive")
 YIELDING = ("nice", "-n", "5")
 """For workers and their runs: on a machine whose cores they fill, a server that waits for a core holds its SQLite
 locked for half a minute, and its answers become errors."""
-COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
+COUNT_GPUS = "import torch; print(torch.cuda.device_count())"  # nvidia-smi does not know ROCm
 MARK = "HGDPO_LOCAL_PREFECT"
 """Set in every process that `up` starts, and so in their children: `down` finds them by it."""
 TOML_MARK = "# Written by `make up`; `make down` removes it."
@@ -183,11 +183,7 @@ def _pools(local: Local, gpus: Sequence[str]) -> list[Pool]:
 
 
 def _gpus() -> list[str]:
-    """The GPUs this shell may use, as CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES names them.
-
-    Torch counts them, in a process of its own: nvidia-smi knows neither ROCm nor what the variables hide. A process
-    sees one MIG instance at most, so of those all that are named count.
-    """
+    """The GPUs this shell may use, as `_visibility` names them; a process sees one MIG instance: all named count."""
     if os.environ.get("HGDPO_DEVICE") == "cpu":
         return []
     counted = subprocess.run([sys.executable, "-c", COUNT_GPUS], text=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""Optimizers and the warm-up."""
+"""Optimizers, the warm-up, and the precision of a GPU."""
 
 import logging
 import sys
@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from hgdpo_core.config import SftConfig
+from hgdpo_core.errors import ConfigError
 from hgdpo_core.training.optimization import make_optimizer, warm_up_schedule
+from hgdpo_core.training.parts import resolve_precision
 
 
 def config(**settings) -> SftConfig:
@@ -97,3 +99,21 @@ def test_the_learning_rate_is_constant_after_a_linear_warm_up(warmup, rates):
         optimizer.step()
         schedule.step()
     assert seen == rates
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"),
+                                                       ((7, 0), "fp16"), ((6, 1), "no")])
+def test_a_gpu_without_bf16_trains_in_fp16_where_that_is_fast(monkeypatch, capability, precision):
+    """T4 is 7.5, V100 7.0. Torch says of both that they have bf16: it emulates it."""
+    monkeypatch.delenv("HGDPO_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or capability >= (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert resolve_precision("auto") == precision and resolve_precision("fp16") == "fp16"
+    if precision == "bf16":
+        assert resolve_precision("bf16") == "bf16"
+    else:
+        with pytest.raises(ConfigError, match="bf16 is only emulated on Tesla T4: use auto, fp16 or no"):
+            resolve_precision("bf16")
