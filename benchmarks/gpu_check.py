@@ -60,7 +60,7 @@ PARTS = (
     Part("scoring", 60, parts.time_scoring),
     Part("DPO step", 60, parts.time_dpo_step),
     Part("pool: compiled diffusers loop", 90, partial(parts.time_pool, side="compiled diffusers loop"), True),
-    Part("pool: ours compiled", 90, partial(parts.time_pool, side="ours compiled (trial)"), True),
+    Part("pool: ours compiled", 90, partial(parts.time_pool, side="ours compiled"), True),
 )
 
 

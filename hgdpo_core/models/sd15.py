@@ -28,6 +28,7 @@ from hgdpo_core.models.text_encoder import TextEncoder
 logger = logging.getLogger(__name__)
 
 PIPELINE = "StableDiffusionPipeline"
+_COPYING = Lock()  # batches may be decoded side by side
 SMALL_LATENTS = 32  # pixels per side that a UNet is made for: 1 024 tokens, whose attention scores are megabytes
 
 
@@ -62,7 +63,7 @@ class KlCodec:
     def __init__(self, vae: Any, factor: int, path: Path):
         self.vae, self.factor, self.path = vae, factor, path
         self.channels: int = vae.config.latent_channels
-        self._exact, self._lock = None, Lock()  # batches may be decoded side by side
+        self._exact: Any = None
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -95,7 +96,7 @@ class KlCodec:
         return (pixels * 255).round().to(torch.uint8), _finite_rows(images)
 
     def _in_float32(self) -> Any:
-        with self._lock:
+        with _COPYING:
             if self._exact is None:
                 logger.warning("the VAE of %s decodes images that are not finite in half precision: such images are "
                                "decoded again in float32", self.path)
