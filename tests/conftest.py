@@ -13,6 +13,7 @@ import pretend_cuda
 import pytest
 import tiny
 import torch
+from accelerate import PartialState
 
 if not torch.cuda.is_available():  # a GPU that this torch cannot use is an error, also of the processes tests start
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -43,5 +44,7 @@ def judge_folder(tmp_path_factory) -> Path:
 def cuda(monkeypatch):
     """One GPU, pretended: the log of where the host waits for it."""
     monkeypatch.delenv("HGDPO_DEVICE", raising=False)
+    PartialState._reset_state()  # the device of an earlier training in this process
     with pretend_cuda.pretend_cuda() as log:
         yield log
+    PartialState._reset_state()

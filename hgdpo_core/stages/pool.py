@@ -145,7 +145,7 @@ class _Generating(Computer):
         for row in self.generator.generate(shard.prompts, worker.should_stop):
             rows.append(row)
             advance(1)
-        again = [number for number, row in enumerate(rows) if row["in_float32"]]  # not in the pool's precision
+        again = [number for number, row in enumerate(rows) if row.get("in_float32")]  # not in the pool's precision
         details = {"prompt_ids": shard.prompt_ids} | ({"rows_decoded_in_float32": again} if again else {})
         return ShardRows(pa.Table.from_pylist(rows, schema=SCHEMA), details=details)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hgdpo_core import devices, precision
+from hgdpo_core import devices
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, TargetConfig
 from hgdpo_core.devices import float32_computed, refuse_precision, set_float32
 from hgdpo_core.errors import ConfigError
@@ -28,7 +28,7 @@ def gpu(monkeypatch):
     """A function that makes refusals see a GPU of a capability; like a Tesla T4's by default."""
     def use(capability=(7, 5)):
         monkeypatch.setattr(devices, "default_device", lambda: "cuda")
-        monkeypatch.setattr(precision, "device_name", lambda device: "Tesla T4")
+        monkeypatch.setattr(devices, "device_name", lambda device: "Tesla T4")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
 

@@ -198,7 +198,7 @@ def test_plan_and_gc_commands(parameters, tmp_path, capsys):
     path.write_bytes(b"left by a killed writer")
     os.utime(path, (0, 0))
     assert main(["gc", "--root", str(tmp_path), "--dry-run"]) == 0
-    assert "would remove 1 files" in capsys.readouterr().out and path.exists()
+    assert "would remove 1 file of" in capsys.readouterr().out and path.exists()
     assert main(["gc", "--root", str(tmp_path)]) == 0
     assert not path.exists()
 
