@@ -183,7 +183,7 @@ def in_own_float32(method: CallableT) -> CallableT:
 def refuse_precision(setting: str, precision: str, device: str, *, auto: bool = False) -> None:
     """ConfigError where `device` cannot compute in a planned `precision`: float32, tf32, bfloat16 or float16.
 
-    `auto`: it is what `auto` was on the machine that planned; a GPU refuses a float32 that nobody asked for.
+    `auto`: it is what `auto` was on the machine that planned; a GPU refuses a float32 that was not asked for.
     """
     if not device.startswith("cuda"):
         if precision == "tf32":

@@ -38,21 +38,27 @@ def parallel_map(jobs: Iterable[Callable[[], T]], parallel: int) -> Iterator[T]:
     if parallel == 1:
         yield from (job() for job in jobs)
         return
-    threads, waiting = torch.get_num_threads(), deque[Future[T]]()
+    threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(parallel, "parallel", torch.set_num_threads, (1,)) as executor:
-            try:
-                for job in jobs:
-                    waiting.append(executor.submit(job))
-                    if len(waiting) > parallel:  # one waits, so that no thread is idle
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+            yield from _in_order(map(executor.submit, jobs), parallel + 1)  # one waits, so that no thread is idle
     finally:
         torch.set_num_threads(threads)  # what one thread sets, MKL applies to all
+
+
+def _in_order(futures: Iterable[Future[T]], limit: int) -> Iterator[T]:
+    """Their results; at most `limit` are begun and not yet taken, and those never taken are cancelled."""
+    waiting = deque[Future[T]]()
+    try:
+        for future in futures:
+            waiting.append(future)
+            if len(waiting) >= limit:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def threads() -> ThreadPoolExecutor:
@@ -75,17 +81,7 @@ def thread_map(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
 
     Items are taken from `items` in the caller's thread, no earlier than needed. Not for use inside `function`.
     """
-    waiting = deque[Future[T]]()
-    try:
-        for item in items:
-            waiting.append(threads().submit(function, item))
-            if len(waiting) >= 2 * count_image_threads():
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+    return _in_order((threads().submit(function, item) for item in items), 2 * count_image_threads())
 
 
 @contextmanager

@@ -148,7 +148,7 @@ def test_a_process_takes_its_own_gpu_before_anything_else(request_, tmp_path, mo
 
 def test_the_first_process_alone_writes_the_model(request_, monkeypatch):
     monkeypatch.setattr(tuning, "is_first_process", lambda: False)
-    monkeypatch.setattr(Sft, "save", lambda *_: pytest.fail("another process writes gigabytes that nobody reads"))
+    monkeypatch.setattr(Sft, "save", lambda *_: pytest.fail("another process writes gigabytes that are not read"))
     assert run_train(request_).log[-1]["step"] == 2 and find_result(request_) is None
 
 
