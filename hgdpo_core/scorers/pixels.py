@@ -53,6 +53,8 @@ def map_images(function: Callable[[Image.Image], np.ndarray], images: Images) ->
     """
     prepared = [image.pixels for image in images if isinstance(image, Prepared)]
     if prepared:
+        if len(prepared) != len(images):
+            raise InputError(f"{len(prepared)} of {len(images)} images are prepared: expected all or none")
         return torch.from_numpy(np.stack(prepared))
     given = to_rgb_images(images)
     arrays = list(threads().map(function, given)) if len(given) > 1 else [function(image) for image in given]

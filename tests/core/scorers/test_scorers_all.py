@@ -378,5 +378,7 @@ def test_images_prepared_ahead_score_the_same_bits(scorers, inputs, name):
     assert isinstance(scorer, ImagePreparer)
     prepared = [scorer.prepare(image) for image in samples]
     assert torch.equal(scorer.score(prepared, prompts), scorer.score(samples, prompts))
+    with pytest.raises(InputError, match="images are prepared: expected all or none"):
+        scorer.score([*prepared[:-1], samples[-1]], prompts)
     if isinstance(scorer, ImageEmbedder):
         assert torch.equal(scorer.embed_images(prepared), scorer.embed_images(samples))
