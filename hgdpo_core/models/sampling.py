@@ -12,7 +12,8 @@ It is written out because latent adaptive normalisation and speed work act betwe
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -24,8 +25,13 @@ Denoise = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 
 def make_scheduler(config: Mapping[str, Any]) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ (2M) over the target's own noise schedule."""
-    return cast(DPMSolverMultistepScheduler, DPMSolverMultistepScheduler.from_config(dict(config)))
+    """DPM-Solver++ (2M) over the target's own noise schedule.
+
+    Where the target's config asks for the stochastic variant ("DPM++ 2M SDE"), it is the deterministic one all the
+    same: noise added in each step would make an image depend on more than its seed.
+    """
+    scheduler = DPMSolverMultistepScheduler.from_config(dict(config), algorithm_type="dpmsolver++")
+    return cast(DPMSolverMultistepScheduler, scheduler)
 
 
 def initial_noise(seeds: Sequence[int], channels: int, height: int, width: int) -> torch.Tensor:
@@ -54,7 +60,60 @@ def hidden_states(text_encoder: Any, ids: torch.Tensor, clip_skip: int | None) -
     return getattr(text_encoder, "text_model", text_encoder).final_layer_norm(states[-(clip_skip + 1)])
 
 
-@torch.no_grad()
+@dataclass
+class Trajectory:
+    """B images part of the way: their latents, and a solver of their own, which remembers earlier steps."""
+
+    latents: torch.Tensor
+    solver: DPMSolverMultistepScheduler
+    done: int = 0
+    """Steps taken."""
+
+    @classmethod
+    def begin(cls, solver: DPMSolverMultistepScheduler, noise: torch.Tensor, like: torch.Tensor, steps: int) -> Self:
+        """From noise [B, C, h, w], float32, on the device and in the precision of `like`; `solver` becomes its own."""
+        solver.set_timesteps(steps, device=like.device)
+        solver.set_begin_index(0)  # else its first step looks its index up on the device, and everything waits
+        return cls(noise.to(device=like.device, dtype=like.dtype) * solver.init_noise_sigma, solver)
+
+    @torch.no_grad()
+    def advance(self, denoiser: Denoise, conditioning: Conditioning, guidance_scale: float, until: int) -> None:
+        """Take the steps up to `until`; with guidance, `conditioning` holds the negative prompts before the prompts."""
+        for timestep in self.solver.timesteps[self.done:until]:
+            self.latents = _step(denoiser, self.solver, self.latents, timestep, conditioning, guidance_scale)
+            self.done += 1
+
+    @property
+    def predicted(self) -> torch.Tensor:
+        """The clean latents [B, C, h, w] that the last step predicted, which is what DPM-Solver++ remembers."""
+        return cast(torch.Tensor, self.solver.model_outputs[-1])
+
+    def rows(self, rows: Sequence[int]) -> Self:
+        """Some of the images, in that order, repeated where a row is."""
+        return self._with(self.latents[rows], [None if old is None else old[rows] for old in self._remembered])
+
+    @classmethod
+    def join(cls, parts: "Sequence[Self]") -> Self:
+        """Images that are equally far, one after the other."""
+        remembered = [None if old[0] is None else torch.cat(cast("list[torch.Tensor]", old))
+                      for old in zip(*(part._remembered for part in parts), strict=True)]
+        return parts[0]._with(torch.cat([part.latents for part in parts]), remembered)
+
+    @property
+    def _remembered(self) -> list[torch.Tensor | None]:
+        return cast("list[torch.Tensor | None]", self.solver.model_outputs)
+
+    def _with(self, latents: torch.Tensor, remembered: Sequence[torch.Tensor | None]) -> Self:
+        solver = copy.copy(self.solver)
+        solver.model_outputs = list(remembered)  # pyright: ignore[reportAttributeAccessIssue]
+        return replace(self, latents=latents, solver=solver)
+
+
+def guide(prompts: Conditioning, negative: Conditioning, guidance_scale: float) -> Conditioning:
+    """What the denoiser is given for B prompts; a guidance scale of 1 runs the conditional branch alone."""
+    return Conditioning.join([negative.expand(len(prompts)), prompts]) if guidance_scale > 1 else prompts
+
+
 def sample_latents(denoiser: Denoise, scheduler: DPMSolverMultistepScheduler, prompts: Conditioning,
                    negative: Conditioning, noise: torch.Tensor, *, steps: int, guidance_scale: float,
                    reference: Denoise | None = None) -> torch.Tensor:
@@ -66,21 +125,17 @@ def sample_latents(denoiser: Denoise, scheduler: DPMSolverMultistepScheduler, pr
     With a `reference`, latent adaptive normalisation (paper Eq. 7): both sample from the same noise, and after every
     step the latents of `denoiser` take the channel statistics of the reference's.
     """
-    guided = guidance_scale > 1
-    device, dtype = prompts.embeds.device, prompts.embeds.dtype
-    both = Conditioning.join([negative.expand(len(prompts)), prompts]) if guided else prompts
-    scheduler.set_timesteps(steps, device=device)
-    scheduler.set_begin_index(0)  # else its first step looks its index up on the device, and everything waits
-    reference_scheduler = copy.deepcopy(scheduler)  # the solver remembers earlier steps: each trajectory its own
-    latents = noise.to(device=device, dtype=dtype) * scheduler.init_noise_sigma
-    reference_latents = latents
-    for timestep in scheduler.timesteps:
-        latents = _step(denoiser, scheduler, latents, timestep, both, guidance_scale)
-        if reference is not None:
-            reference_latents = _step(reference, reference_scheduler, reference_latents, timestep, both,
-                                      guidance_scale)
-            latents = match_statistics(latents, reference_latents)
-    return latents
+    both = guide(prompts, negative, guidance_scale)
+    own = Trajectory.begin(scheduler, noise, prompts.embeds, steps)
+    if reference is None:
+        own.advance(denoiser, both, guidance_scale, steps)
+        return own.latents
+    other = copy.deepcopy(own)  # the solver remembers earlier steps: each trajectory its own
+    for step in range(1, steps + 1):
+        own.advance(denoiser, both, guidance_scale, step)
+        other.advance(reference, both, guidance_scale, step)
+        own.latents = match_statistics(own.latents, other.latents)
+    return own.latents
 
 
 def _step(denoiser: Denoise, scheduler: DPMSolverMultistepScheduler, latents: torch.Tensor, timestep: torch.Tensor,

@@ -59,6 +59,15 @@ def sample(denoiser, guidance=2.0, **options):
                           guidance_scale=guidance, **options)
 
 
+def test_a_stochastic_solver_is_sampled_without_its_noise(reference):
+    """Else an image would depend on more than its seed, on its batch for one."""
+    _, embeds, negative, noise = inputs()
+    images = [sample_latents(reference, make_scheduler({**tiny.SD15, "steps_offset": 1, "algorithm_type": algorithm}),
+                             Conditioning(embeds), Conditioning(negative), noise, steps=STEPS, guidance_scale=2.0)
+              for algorithm in ("dpmsolver++", "sde-dpmsolver++", "sde-dpmsolver++")]
+    assert torch.equal(images[0], images[1]) and torch.equal(images[1], images[2])
+
+
 def recorded(denoiser, seen):
     """`denoiser`, noting the latents that it is shown."""
     def denoise(latents, *arguments):
