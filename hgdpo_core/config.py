@@ -170,6 +170,22 @@ class DrawingConfig(StageConfig):
         "images sampled together; never changes which images are made", "images", default=8, ge=1)
 
 
+class RaceCut(StageConfig):
+    """A cut of a raced pool: all but a prompt's best and worst candidates, by their predicted images, end there."""
+
+    after: int = number("when candidates are compared", "solver steps", ge=1)
+    keep: int = number("how many of a prompt go on, half of them its best, half its worst", "images", ge=2)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        """`after:keep`."""
+        if not isinstance(value, str):
+            return value
+        after, _, keep = value.partition(":")
+        return {"after": after.strip(), "keep": keep.strip()}
+
+
 class PoolConfig(DrawingConfig):
     """The pool of N candidates per prompt (paper Eq. 4)."""
 
@@ -177,6 +193,36 @@ class PoolConfig(DrawingConfig):
     seed: int = number(
         "run seed; an image's own seed is derived from it, the prompt and the image's number", "none", default=0, ge=0,
         lt=2**63)
+    steps: Annotated[int | None, InIds(result="never", run="changed")] = number(  # the pool's sampler has them
+        "length of sampling in pools; default: sampler.steps, which evaluations always take", "solver steps",
+        default=None, ge=1)
+    race: Annotated[tuple[RaceCut, ...], ADDED] = Field(
+        default=(), description='finish only candidates that will be ranked (ours): "5:6" keeps a prompt\'s 3 best '
+        'and 3 worst after step 5, "4:10,7:4" cuts twice; default: finish all')
+
+    @field_validator("race", mode="before")
+    @classmethod
+    def _split_cuts(cls, value: Any) -> Any:
+        return [cut for cut in value.split(",") if cut.strip()] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _cuts_follow(self) -> Self:
+        kept, done = self.images_per_prompt, 0
+        for cut in self.race:
+            if cut.after <= done or cut.keep >= kept:
+                raise ValueError(f"race cuts after step {cut.after} to {cut.keep} of {kept} images: each cut must come "
+                                 "after the one before, and keep fewer")
+            kept, done = cut.keep, cut.after
+        return self
+
+    @property
+    def images_kept(self) -> int:
+        """Images of a prompt that are finished, all N without racing."""
+        return self.race[-1].keep if self.race else self.images_per_prompt
+
+    def sampler(self, sampler: SamplerConfig) -> SamplerConfig:
+        """How candidates are sampled, where `sampler` is how evaluations are."""
+        return sampler if self.steps is None else sampler.model_copy(update={"steps": self.steps})
 
 
 class ScorerConfig(StageConfig):
@@ -369,6 +415,20 @@ class RunConfig(StageConfig):
                              f"choose a rank from 2 to {ranked} or a larger {larger}")
         return self
 
+    @model_validator(mode="after")
+    def _race_ends(self) -> Self:
+        if not self.pool.race:
+            return self
+        steps = self.pool.sampler(self.sampler).steps
+        if self.pool.race[-1].after >= steps:
+            raise ValueError(f"pool.race cuts after step {self.pool.race[-1].after}, but a pool is sampled in {steps} "
+                             "steps: cut earlier")
+        for name in ("loser_rank", "pool_size"):
+            if getattr(self.triplets, name) is not None:
+                raise ValueError(f"triplets.{name} needs whole pools, but of a raced one (pool.race) only "
+                                 f"{self.pool.images_kept} images of a prompt are finished: leave one of them out")
+        return self
+
 
 class ComparisonConfig(StageConfig):
     """Two models on the same prompts and seeds, without the rest of the pipeline."""
@@ -413,7 +473,7 @@ def apply_overrides(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
             node = node.get(name) if isinstance(node, dict) else None
         if not isinstance(node, dict) or leaf not in node:
             known = ", ".join(sorted(node)) if isinstance(node, dict) else "none below that name"
-            raise ConfigError(f"override {dotted!r} names no setting; it can be one of: {known}")
+            raise ConfigError(f"override {dotted!r} is not a setting; choose one of: {known}")
         if dotted == "preset":
             raise ConfigError(f"preset {value!r} as an override would only rename what runs: name it with --preset")
         node[leaf] = _merged(node[leaf], value)

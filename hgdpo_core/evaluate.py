@@ -68,7 +68,8 @@ def plan_evaluation(store: Store, model: Model, sampler: SamplerConfig, pool: Dr
     Latent normalisation, where the sampler has it on, is for models with a LoRA; others are sampled without it.
     Prompts are read in `evaluation.prompt_syntax`, whatever the syntax of the training prompts.
     """
-    settings = PoolConfig.model_validate({**pool.model_dump(), "images_per_prompt": config.images_per_prompt,
+    drawing = {name: getattr(pool, name) for name in DrawingConfig.model_fields}  # its steps and race are a pool's own
+    settings = PoolConfig.model_validate({**drawing, "images_per_prompt": config.images_per_prompt,
                                           "seed": config.seed})
     return plan_pool(store, model.reading(config.prompt_syntax), sampler if model.lora else sampler.plain, settings,
                      prompts)

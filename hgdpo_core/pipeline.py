@@ -130,8 +130,13 @@ def image_latent_stage(run: Run) -> ImageLatentStage:
 
 def make_pool(run: Run, model: Model, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages) -> PoolPlan:
     """N candidates for every training prompt (arXiv:2405.20216v1, Eq. 4)."""
+    return _made(plan_run_pool(run, model), runner, on)
+
+
+def plan_run_pool(run: Run, model: Model) -> PoolPlan:
+    """The pool of a run's prompts, raced by its scorer where its settings ask for that."""
     config = run.config
-    return _made(plan_pool(run.store, model, config.sampler.plain, config.pool, run.prompts.prompts), runner, on)
+    return plan_pool(run.store, model, config.sampler.plain, config.pool, run.prompts.prompts, config.scorer)
 
 
 def score_pool(run: Run, pool: PoolPlan, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages) -> ShardFolder:

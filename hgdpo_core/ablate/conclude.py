@@ -67,7 +67,8 @@ def gather(shared: Shared, stages: StageProgress, runner: Runner) -> Results:
         arm: [measure_diversity(shared, arm, seed, stages, runner) for seed in ablation.seeds] for arm in sweep}
     target = measure_diversity(shared, None, 0, stages, runner) if sweep else None
     distances: dict[World, np.ndarray] = {
-        world: measure_rank_distances(shared, world, stages, runner) for world in ablation.settings.worlds}
+        world: measure_rank_distances(shared, world, stages, runner) for world in ablation.settings.worlds
+        if not shared.pool.pool.race}
     return Results(ablation, records, prompt_colours(shared.target_images, ablation.run.evaluation_prompts.prompts),
                    target, diversity, distances)
 
@@ -83,7 +84,7 @@ def make_plots(results: Results, shared: Shared) -> dict[str, tuple[str, bytes]]
             plots["figure-8-images"] = ("Figure 8: one prompt at several LoRA weights, seeds from left to right",
                                         _png(charts.weight_images(results, table, prompt)))
     worlds: tuple[World, ...] = results.ablation.settings.worlds
-    for world in worlds:
+    for world in results.distances:
         plots[plot_name("5b", world)] = (f"Figure 5b, {WORLDS[world]}", charts.distance_chart(results, world))
     for world in worlds:
         plots[f"figure-6-{world}"] = (f"Figure 6: ranked pools, {WORLDS[world]}",

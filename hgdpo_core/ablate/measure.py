@@ -24,7 +24,7 @@ from hgdpo_core.run import Run
 from hgdpo_core.scorers import defect_limit, find_scorer
 from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.features import FeatureStage, measure_spread
-from hgdpo_core.stages.pool import PoolPlan, plan_pool
+from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.tune import Tuned
@@ -111,7 +111,7 @@ def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silen
     """The arm's LoRA, and the number of its training triplets."""
     run = _arm_run(shared, arm, seed)
     save_prompts(run.store, run.prompts)
-    pool = plan_pool(run.store, shared.model, run.config.sampler.plain, run.config.pool, run.prompts.prompts)
+    pool = pipeline.plan_run_pool(run, shared.model)
     triplets = pipeline.make_triplets(run, pool, shared.scores[arm.world], runner, stages)
     latents = pipeline.encode_triplets(run, triplets, shared.model, runner, stages)
     lora = pipeline.train_lora(run, shared.model, triplets, latents, runner, stages, validate=False)
@@ -180,7 +180,7 @@ def _read_record(store: Store, key: str) -> ArmRecord | None:
     try:
         return ArmRecord.model_validate(store.read_json(key))
     except ValidationError:
-        raise ConfigError(f"{store.url(key)} is no record of this version: delete it and run again") from None
+        raise ConfigError(f"{store.url(key)} is not a record of this version: delete it and run again") from None
 
 
 def _last_means(tuned: Tuned) -> dict[str, float]:

@@ -44,7 +44,7 @@ def build_settings(values: dict) -> AblationConfig:
     """AblationConfig from plain values; ConfigError in one line for what is unknown or out of range."""
     unknown = sorted(set(values) - set(AblationConfig.model_fields))
     if unknown:
-        raise ConfigError(f"ablation.{unknown[0]} names no setting; there are "
+        raise ConfigError(f"ablation.{unknown[0]} is not a setting; there are "
                           f"{', '.join(sorted(AblationConfig.model_fields))}")
     try:
         return AblationConfig.model_validate(values)
@@ -63,6 +63,12 @@ def feature_scorer(config: RunConfig) -> ScorerConfig:
 
 def check(settings: AblationConfig, config: RunConfig) -> None:
     """ConfigError for settings that contradict the run that is varied."""
+    whole = [name for name in ("pool_size", "loser_rank") if name in settings.comparisons]
+    if config.pool.race and (whole or "tinted" in settings.worlds):
+        what = f"comparison {whole[0]}" if whole else "tinted world"
+        raise ConfigError(f"the {what} needs whole pools, but of raced ones (pool.race) only "
+                          f"{config.pool.images_kept} images of a prompt are finished, chosen by the run's own scorer: "
+                          f"leave it out of ablation.{'comparisons' if whole else 'worlds'}, or set pool.race to []")
     images = config.pool.images_per_prompt
     for name in ("pool_sizes", "loser_ranks"):
         for value in getattr(settings, name):

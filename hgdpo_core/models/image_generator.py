@@ -5,11 +5,13 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import groupby
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from hgdpo_core.config import PoolConfig, SamplerConfig
 from hgdpo_core.errors import StoppedError
@@ -28,8 +30,10 @@ T = TypeVar("T")
 
 ENCODER_THREADS = 2
 
-Sampled = tuple[Sequence[tuple[int, int]], list[int], Decoded]
-"""A batch of (prompt number, image index), its seeds and its images."""
+Candidate = tuple[int, int]
+"""The number of its prompt, and its own among that prompt's images."""
+Sampled = tuple[Sequence[Candidate], Decoded]
+"""A batch and its images."""
 
 
 class ImageGenerator:
@@ -59,60 +63,86 @@ class ImageGenerator:
         """
         texts = self.backbone.text.encode(prompts)
         lengths = [text.length for text in texts]
-        batches = list(_cut_batches(lengths, self.pool.images_per_prompt, self.pool.batch_size))
-        threads = self.threads if len(batches) >= self.threads else 1  # too few to fill the cores: each takes them all
+        batches = _cut_batches(lengths, self.pool.images_per_prompt, self.pool.batch_size)
+        jobs = [functools.partial(self._sample_batch, prompts, texts, batch) for batch in batches]
+        yield from self.rows(prompts, self.compute(jobs, should_stop))
 
-        def jobs() -> Iterator[Callable[[], Sampled]]:
-            for batch in batches:
+    def compute(self, jobs: Sequence[Callable[[], T]], should_stop: ShouldStop) -> Iterator[T]:
+        """What each job, a batch, returns; StoppedError before one when the work should end."""
+        def stoppable() -> Iterator[Callable[[], T]]:
+            for job in jobs:
                 if should_stop():
                     raise StoppedError("stopped while generating a pool; finished shards are kept")
-                yield functools.partial(self._sample_batch, prompts, texts, batch)
+                yield job
 
+        # too few to fill the cores: each takes them all
+        return parallel_map(stoppable(), self.threads if len(jobs) >= self.threads else 1)
+
+    def rows(self, prompts: Sequence[str], batches: Iterable[Sampled]) -> Iterator[dict]:
+        """The rows of finished batches; one is encoded while the next is sampled."""
         waiting: list[Future[dict]] = []
         with ThreadPoolExecutor(ENCODER_THREADS) as executor:
-            for batch, seeds, decoded in parallel_map(jobs(), threads):
+            for batch, decoded in batches:
                 yield from (future.result() for future in waiting)
-                waiting = [executor.submit(self._row, prompts[number], index, seed, image, row in decoded.in_float32)
-                           for row, ((number, index), seed, image) in enumerate(
-                               zip(batch, seeds, decoded.pixels, strict=True))]
+                waiting = [executor.submit(self._row, prompts[number], index, image, row in decoded.in_float32)
+                           for row, ((number, index), image) in enumerate(zip(batch, decoded.pixels, strict=True))]
             yield from (future.result() for future in waiting)
 
+    def seed(self, prompt: str, index: int) -> int:
+        """The seed of a prompt's candidate."""
+        return image_seed(self.pool.seed, prompt, index)
+
     def _sample_batch(self, prompts: Sequence[str], texts: Sequence[Conditioning],
-                      batch: Sequence[tuple[int, int]]) -> Sampled:
-        seeds = [image_seed(self.pool.seed, prompts[number], index) for number, index in batch]
-        return batch, seeds, self.sample(Conditioning.join([texts[number] for number, _ in batch]), seeds)
+                      batch: Sequence[Candidate]) -> Sampled:
+        seeds = [self.seed(prompts[number], index) for number, index in batch]
+        return batch, self.sample(Conditioning.join([texts[number] for number, _ in batch]), seeds)
 
     def sample(self, prompts: Conditioning, seeds: Sequence[int]) -> Decoded:
-        """B images for the conditioning of B prompts and one seed per image.
-
-        Compiled networks are given full batches, so that they are compiled for one shape: the last image fills them up.
-        """
-        backbone, count = self.backbone, len(seeds)
-        surplus = max(0, self.pool.batch_size - count) if self.sampler.compile else 0
-        if surplus:
-            prompts = Conditioning.join([prompts, *[prompts[-1:]] * surplus])
-            seeds = [*seeds, *[seeds[-1]] * surplus]
-        noise = initial_noise(seeds, *backbone.latent_shape((self.sampler.width, self.sampler.height)))
+        """B images for the conditioning of B prompts and one seed per image."""
+        backbone, rows = self.backbone, self.filled(range(len(seeds)))
+        prompts = Conditioning.join([prompts, *[prompts[-1:]] * (len(rows) - len(seeds))])
+        noise = initial_noise([seeds[row] for row in rows],
+                              *backbone.latent_shape((self.sampler.width, self.sampler.height)))
         negative = backbone.text.negative(prompts.length)
         solver = copy.deepcopy(self.solver)  # it remembers steps, and other batches may be sampled beside this one
-        with attention_by(self.sampler.attention):
+        with self.attention():
             latents = sample_latents(backbone.denoiser, solver, prompts, negative, noise,
                                      steps=self.sampler.steps, guidance_scale=self.sampler.guidance_scale,
                                      reference=self.reference)
-            pixels, in_float32 = backbone.codec.decode(latents)
+        return self.decode(latents, len(seeds))
+
+    def filled(self, batch: Sequence[T]) -> Sequence[T]:
+        """A batch as networks are given it: compiled ones get full batches, filled up with the last, for one shape."""
+        surplus = max(0, self.pool.batch_size - len(batch)) if self.sampler.compile else 0
+        return [*batch, *[batch[-1]] * surplus] if surplus else batch
+
+    def decode(self, latents: torch.Tensor, count: int) -> Decoded:
+        """The first `count` images of scaled latents."""
+        with self.attention():
+            pixels, in_float32 = self.backbone.codec.decode(latents)
         return Decoded(pixels[:count], [row for row in in_float32 if row < count])
 
-    def _row(self, prompt: str, index: int, seed: int, pixels: np.ndarray, in_float32: bool) -> dict:
-        return {"prompt_id": prompt_id(prompt), "prompt": prompt, "index": index, "seed": seed,
+    def attention(self) -> AbstractContextManager[object]:
+        """Inside, attention is computed by the kernel that the settings name."""
+        return attention_by(self.sampler.attention)
+
+    def _row(self, prompt: str, index: int, pixels: np.ndarray, in_float32: bool) -> dict:
+        return {"prompt_id": prompt_id(prompt), "prompt": prompt, "index": index, "seed": self.seed(prompt, index),
                 "image": encode_image(pixels, self.pool.image_format),
                 "width": self.sampler.width, "height": self.sampler.height, "in_float32": in_float32}
 
 
-def _cut_batches(lengths: Sequence[int], images: int, size: int) -> Iterator[Sequence[tuple[int, int]]]:
-    """(prompt number, image index) of every image in batches of at most `size`, each of one embedding length."""
+def _cut_batches(lengths: Sequence[int], images: int, size: int) -> Iterator[Sequence[Candidate]]:
+    """Every candidate in batches of at most `size`, each of one embedding length."""
+    for candidates in equally_long(lengths, images):
+        yield from chunks(candidates, size)
+
+
+def equally_long(lengths: Sequence[int], images: int) -> Iterator[list[Candidate]]:
+    """Every candidate, those whose embeddings are equally long together."""
     order = sorted(range(len(lengths)), key=lambda number: lengths[number])
     for _, numbers in groupby(order, key=lambda number: lengths[number]):
-        yield from chunks([(number, index) for number in numbers for index in range(images)], size)
+        yield [(number, index) for number in numbers for index in range(images)]
 
 
 def chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:

@@ -125,7 +125,7 @@ class PlanningRunner:
         self._unknown: dict[str, str] = {}
         """Fingerprints and folders that are unknown until a training is finished -> that training."""
         self._probes: dict[str, Probe | None] = {}
-        self._rates: dict[tuple[str, int], Rate] = {}
+        self._rates: dict[tuple[str, float], Rate] = {}
 
     def make(self, stages: Sequence[Stage], on: StageProgress = silent_stages) -> list[int]:
         """Add a row for each stage; returns the numbers of missing shards."""
@@ -155,8 +155,8 @@ class PlanningRunner:
         missing = units.keys() - existing.keys()
         to_make, manifests = sum(units[index] for index in missing), list(existing.values())
         rate = self._rate(stage, manifests) if missing else Rate(0.0, "")   # before the bytes: a probe measures both
-        bytes_found, rows = sum(item.bytes for item in manifests), sum(item.rows for item in manifests)
-        bytes_missing = to_make * bytes_found / rows if rows else (
+        bytes_found, made = sum(item.bytes for item in manifests), sum(item.units for item in manifests)
+        bytes_missing = to_make * bytes_found / made if made else (
             to_make * self._unit_bytes(stage) + len(missing) * rates.SHARD_BYTES if missing else 0)
         note = f"{waits_for} is not finished and determines the ids after it: what exists there (?) is not known yet"
         self.stages.append(StagePlan(

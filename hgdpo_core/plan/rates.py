@@ -29,7 +29,7 @@ def measured(manifests: Iterable[ShardManifest], device: str) -> Rate | None:
     timed = [manifest for manifest in timed if manifest.device == device] or timed
     if not timed:
         return None
-    seconds, rows = sum(manifest.seconds for manifest in timed), sum(manifest.rows for manifest in timed)
+    seconds, units = sum(manifest.seconds for manifest in timed), sum(manifest.units for manifest in timed)
     devices = ", ".join(sorted({manifest.device for manifest in timed}))
-    return Rate(seconds / rows, f"{len(timed)} shards made on {devices}")
+    return Rate(seconds / units, f"{len(timed)} shards made on {devices}")
 

@@ -38,7 +38,7 @@ def _card(pair: PairSample, encode: ImageEncoder) -> str:
 
 
 def pools(samples: Sequence[PoolSample], encode: ImageEncoder) -> str:
-    """All candidates of a few prompts, best first."""
+    """All images of a few prompts, best first."""
     blocks = []
     for pool in samples:
         roles = {pool.winner: "winner", pool.loser: "loser"}
@@ -51,5 +51,5 @@ def pools(samples: Sequence[PoolSample], encode: ImageEncoder) -> str:
         verdict = " <small>(no pair: not used)</small>" if pool.winner < 0 or pool.loser < 0 else ""
         heading = f'<h3 class="prompt">{escape(pool.prompt)}{verdict}</h3>'
         blocks.append(f'{heading}<ol class="pool">{"".join(tiles)}</ol>')
-    intro = "All candidates of a prompt, best first. Winner and loser, outlined, form a training triplet."
+    intro = "All images of a prompt, best first. Winner and loser, outlined, form a training triplet."
     return section("Ranked pools", intro, "".join(blocks)) if samples else ""

@@ -116,10 +116,12 @@ def _fields(fine_tuned: bool) -> str:
 
 def _data(config: RunConfig, summary: Mapping[str, Any]) -> str:
     scorer, prompts = scorer_title(config.scorer.name), config.prompts.source
+    raced = (f" (raced: only {config.pool.images_kept} of them were finished, the best and the worst by {scorer} part "
+             "of the way)" if config.pool.race else "")
     lines = [
         f"- Preference data: {summary['pool_images']:,} images drawn by the model itself, "
-        f"{config.pool.images_per_prompt} a prompt, ranked by {scorer}; best against worst: {summary['triplets']:,} "
-        f"pairs ({summary['rejected']:,} pools without one).",
+        f"{config.pool.images_per_prompt} a prompt{raced}, ranked by {scorer}; best against worst: "
+        f"{summary['triplets']:,} pairs ({summary['rejected']:,} pools without one).",
         f"- Prompts: {f'the {DATA_SET}' if is_built_in(prompts) else public_name(prompts)}.",
         f"- {public_name(config.target.source)} was first fine-tuned on captioned images (see above for their source); "
         "the result lies in `base/`, and it is the target in everything below."

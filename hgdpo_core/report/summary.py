@@ -46,15 +46,17 @@ def write_run_report(run: Run, pool: PoolPlan, scores: ShardFolder, distances: n
     the order of the run; `cached` names the stages that had nothing to make. InputError for a page that grows too
     large, StorageError if a file cannot be written.
     """
+    finished = {"finished_images": sum(pool.expected_rows(pool.indices).values())} if pool.pool.race else {}
     keys = {"lora": f"models/{lora.model_id}", "triplets": triplets.key, "pool": pool.folder.key}
     summary = {"warnings": [warning.as_dict() for warning in warnings], "triplets": counts.triplets,
-               "rejected": counts.rejected, "pool_images": pool.images, "lora_id": lora.model_id}
+               "rejected": counts.rejected, "pool_images": pool.images, **finished, "lora_id": lora.model_id}
     return _write(
         run, images, comparison, seconds, cached, keys, summary, title=f"HG-DPO on {run.config.target.source}",
         training_scorer=run.config.training_scorer, rank_distances=distances, objective=lora.objective,
         training_log=lora.log, sft_log=sft_log,
-        counts={"prompts": len(run.prompts.prompts), "pool_images": pool.images, "triplets": counts.triplets,
-                "rejected": counts.rejected, "evaluation_prompts": len(comparison.prompts)},
+        counts={"prompts": len(run.prompts.prompts), "pool_images": pool.images, **finished,
+                "triplets": counts.triplets, "rejected": counts.rejected,
+                "evaluation_prompts": len(comparison.prompts)},
         pools=sample_pools(pool, scores, POOLS, run.config.triplets), warnings=[item.message for item in warnings])
 
 

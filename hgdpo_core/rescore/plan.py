@@ -19,6 +19,7 @@ from hgdpo_core.errors import ConfigError, CorruptShardError, ModelError
 from hgdpo_core.prompts import load_prompts, prompt_id
 from hgdpo_core.rescore.requested import RequestedScorer, requested_scorers
 from hgdpo_core.scorers import find_scorer
+from hgdpo_core.stages.located_scorer import scorer_version
 from hgdpo_core.stages.scores import missing_scores, score_key, score_settings
 from hgdpo_core.storage import MissingKeyError, Store
 from hgdpo_core.storage.shards import EXPECTED, ShardFolder, ShardManifest
@@ -209,8 +210,12 @@ class _Planner:
             return
         folders = self.store.list_folders(f"scores/{pool_id}")
         for version in self.versions:
-            if self._is_for(version, pool.key):
-                self._plan_scores(pool, manifests, version, folders)
+            if not self._is_for(version, pool.key):
+                continue
+            if config.get("race") and config["race_scorer"] != scorer_version(version.scorer, version.fingerprint):
+                self._skip(pool_id, f"its images were chosen by another scorer's race, not by {version.scorer.name}'s")
+                continue
+            self._plan_scores(pool, manifests, version, folders)
 
     def _is_for(self, version: ScorerVersion, pool_key: str) -> bool:
         if version.pools == "evaluation":

@@ -214,8 +214,8 @@ class Stage(ABC):
         return self.name
 
     @property
-    def images_per_unit(self) -> int:
-        """Images that go through the network for one unit."""
+    def images_per_unit(self) -> float:
+        """Images that go through the network for one unit; below 1 where some are not finished."""
         return 1
 
     def comparable(self) -> Iterator[ShardManifest]:

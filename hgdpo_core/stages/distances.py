@@ -63,10 +63,13 @@ class DistanceStage(EncodingStage):
 
     @classmethod
     def of(cls, plan: PoolPlan, scores: ShardFolder, model: Model, pools: int = MEASURED_POOLS) -> Self:
-        """The distances within the first shards of a planned pool that hold `pools` pools together."""
-        indices = first_shards(plan, pools)
+        """The distances within the first shards of a planned pool that hold `pools` pools together.
+
+        Of a raced pool none: its n-th best image was not finished.
+        """
+        indices = [] if plan.pool.race else first_shards(plan, pools)
         return cls(plan.folder, scores, distance_folder(plan.folder, scores, model), model, tuple(indices),
-                   expected=plan.units(indices))
+                   expected=plan.expected_rows(indices))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -93,6 +96,8 @@ class DistanceStage(EncodingStage):
 
         Row n - 2 of a pool is its n-th best image compared with its best.
         """
+        if not self.requested:
+            return np.empty((0, self.pool.config["images_per_prompt"] - 1, 2))
         rows = pa.concat_tables([self.folder.read(index) for index in self.requested])
         columns = [rows[name].to_numpy() for name in ("mean_distance", "deviation_distance")]
         return np.stack(columns, axis=-1).reshape(-1, self.pool.config["images_per_prompt"] - 1, 2).astype(np.float64)

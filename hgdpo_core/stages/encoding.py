@@ -30,6 +30,10 @@ class EncodingStage(Stage):
         return self.folder.config["width"], self.folder.config["height"]
 
     @property
+    def images_per_unit(self) -> int:
+        return 1
+
+    @property
     def flips(self) -> bool:
         """Whether its folder holds the latents of the mirrored images too."""
         return self.folder.config.get("flips", False)

@@ -11,22 +11,29 @@ from typing import Any
 
 import pyarrow as pa
 
-from hgdpo_core.config import PoolConfig, SamplerConfig, content_hash
+from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, content_hash
 from hgdpo_core.errors import ConfigError, StorageError
 from hgdpo_core.models import Model
 from hgdpo_core.models.image_generator import ImageGenerator, chunks
 from hgdpo_core.models.locations import find_located_model, model_locations
+from hgdpo_core.models.racing import Ended, Score, race, relative_cost
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.prompts import prompt_id
+from hgdpo_core.scorers import find_scorer, load_configured_scorer
 from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, shards_like
+from hgdpo_core.stages.located_scorer import find_located_scorer, locate_scorer, plain_scores, scorer_version
 from hgdpo_core.stages.probes import probe_generation
 from hgdpo_core.storage import Store
-from hgdpo_core.storage.shards import ShardFolder, ShardManifest, read_table, write_table
+from hgdpo_core.storage.shards import ENDED, ShardFolder, ShardManifest, read_table, write_table
 
 FORMAT_VERSION = 1  # raise when the same settings would give other images
 SCHEMA = pa.schema([
     ("prompt_id", pa.string()), ("prompt", pa.string()), ("index", pa.int32()), ("seed", pa.int64()),
     ("image", pa.binary()), ("width", pa.int32()), ("height", pa.int32()),
+])
+ENDED_SCHEMA = pa.schema([
+    ("prompt_id", pa.string()), ("prompt", pa.string()), ("index", pa.int32()), ("seed", pa.int64()),
+    ("step", pa.int32()), ("score", pa.float32()), ("reason", pa.string()),
 ])
 PLAN_SCHEMA = pa.schema([("shard", pa.int32()), ("prompt_id", pa.string()), ("prompt", pa.string())])
 
@@ -59,6 +66,8 @@ class PoolPlan(Stage):
     shards: tuple[PlannedShard, ...]
     missing: tuple[PlannedShard, ...]
     title: str = "pool"
+    scorer: ScorerConfig | None = None
+    """Of a raced pool: what scores the predicted images."""
 
     @property
     def indices(self) -> list[int]:
@@ -66,7 +75,7 @@ class PoolPlan(Stage):
 
     @property
     def images(self) -> int:
-        """Images of all planned shards."""
+        """Candidates of all planned shards."""
         return self.pool.images_per_prompt * sum(len(shard.prompts) for shard in self.shards)
 
     @property
@@ -87,9 +96,15 @@ class PoolPlan(Stage):
     def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]] = ()) -> dict[int, int]:
         return {index: self.pool.images_per_prompt * len(self._by_index[index].prompts) for index in indices}
 
+    def expected_rows(self, indices: Iterable[int]) -> dict[int, int]:
+        """Rows of each shard, for the stages that read them."""
+        return {index: self.pool.images_kept * len(self._by_index[index].prompts) for index in indices}
+
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
         locations = model_locations(self.folder.store, self.model, copy_to_store=copy_to_store)
-        return {"batch_size": self.pool.batch_size, **locations}
+        raced = {} if self.scorer is None else {
+            "race_scorer": locate_scorer(self.folder.store, self.scorer, copy_to_store=copy_to_store)}
+        return {"batch_size": self.pool.batch_size, **locations, **raced}
 
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> "PoolPlan":
@@ -100,29 +115,45 @@ class PoolPlan(Stage):
         if unknown:
             raise StorageError(f"{folder.store.url(folder.key)}/plan names no prompts for shard {unknown[0]}: start "
                                "the run that planned it again")
+        scorer = find_located_scorer(folder.store, recipe["race_scorer"], config["race_scorer"]["fingerprint"]
+                                     ) if pool.race else None
         return _planned(folder, model, SamplerConfig.model_validate(config["sampler"]), pool,
-                        [planned[index] for index in indices], folder.manifests(indices))
+                        [planned[index] for index in indices], folder.manifests(indices), scorer)
 
     def load(self, worker: Worker) -> AbstractContextManager[Computer]:
         generator = worker.network or ImageGenerator(self.model, self.sampler, self.pool, worker.device)
-        return nullcontext(_Generating(generator, self._by_index, generator.pool.batch_size))
+        score = None if self.scorer is None else plain_scores(load_configured_scorer(self.scorer, worker.device),
+                                                              self.folder.config["model"])
+        return nullcontext(_Generating(generator, self._by_index, generator.pool.batch_size, score))
 
     def first_prompts(self, index: int) -> Sequence[str]:
         return self._by_index[index].prompts
 
     @property
-    def images_per_unit(self) -> int:
+    def work(self) -> str:
+        return f"{self.name} in {self.sampler.steps} steps"  # evaluations may take others
+
+    @property
+    def images_per_unit(self) -> float:
+        if self.pool.race:
+            return relative_cost(self.pool.race, self.pool.images_per_prompt, self.sampler.steps)
         return 2 if self.sampler.latent_normalisation else 1  # two models sample together
 
     def comparable(self) -> Iterator[ShardManifest]:
-        sampler = pool_settings(self.model, self.sampler.plain, self.pool)["sampler"]
-        return shards_like(self.folder.store, "pools", sampler=sampler)
+        settings = pool_settings(self.model, self.sampler.plain, self.pool)
+        raced = {name: settings.get(name) for name in ("race", *(("images_per_prompt",) if self.pool.race else ()))}
+        return shards_like(self.folder.store, "pools", sampler=settings["sampler"], **raced)
 
     def probe(self) -> Probe:
         return probe_generation(self.model, self.sampler.plain, self.pool, self.shards[0].prompts[0])
 
     def unit_bytes(self, size: ModelSize, image_bytes: float) -> float:
-        return image_bytes
+        return image_bytes * self.pool.images_kept / self.pool.images_per_prompt
+
+
+def images_kept(pool: ShardFolder) -> int:
+    """Images that a pool holds of each prompt: all N, or of a raced one those that were finished."""
+    return PoolConfig.from_identity(pool.config).images_kept
 
 
 def image_size(pool: ShardFolder) -> tuple[int, int]:
@@ -137,17 +168,27 @@ class _Generating(Computer):
     generator: ImageGenerator
     shards: Mapping[int, PlannedShard]
     batch_size: int | None
+    score: Score | None = None
+    """Of predicted images, in a raced pool."""
 
     def compute(self, index: int, tables: Sequence[pa.Table], batches: Iterator[Any], worker: Worker,
                 advance: Advance) -> ShardRows:
-        shard, rows = self.shards[index], []
+        shard, rows, ended = self.shards[index], [], []
         self.generator.pool = self.generator.pool.model_copy(update={"batch_size": self.batch_size})
-        for row in self.generator.generate(shard.prompts, worker.should_stop):
-            rows.append(row)
+        made = (self.generator.generate(shard.prompts, worker.should_stop) if self.score is None else
+                race(self.generator, shard.prompts, self.score, worker.should_stop))
+        for candidate in made:
+            (ended if isinstance(candidate, Ended) else rows).append(candidate)
             advance(1)
         again = [number for number, row in enumerate(rows) if row.get("in_float32")]  # not in the pool's precision
         details = {"prompt_ids": shard.prompt_ids} | ({"rows_decoded_in_float32": again} if again else {})
-        return ShardRows(pa.Table.from_pylist(rows, schema=SCHEMA), details=details)
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        if not ended:
+            return ShardRows(table, details=details)
+        reason = f"raced: neither among a prompt's best nor its worst of {self.generator.sampler.steps} steps"
+        unfinished = [{"prompt_id": prompt_id(each.prompt), "reason": reason, **each._asdict()} for each in ended]
+        return ShardRows(table, pa.Table.from_pylist(unfinished, schema=ENDED_SCHEMA),
+                         details | {ENDED: len(unfinished)})
 
 
 def pool_settings(model: Model, sampler: SamplerConfig, pool: PoolConfig) -> dict[str, Any]:
@@ -156,15 +197,21 @@ def pool_settings(model: Model, sampler: SamplerConfig, pool: PoolConfig) -> dic
             "sampler": sampler.identity(), **pool.identity()}
 
 
-def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConfig, prompts: Sequence[str]) -> PoolPlan:
+def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConfig, prompts: Sequence[str],
+              scorer: ScorerConfig | None = None) -> PoolPlan:
     """Assign every prompt to a shard, keeping earlier assignments: a list that grows finds its finished prompts.
 
-    ConfigError for latent normalisation with a model without a LoRA.
+    `scorer` ranks the pool; a raced one is raced by it. ConfigError for latent normalisation with a model without a
+    LoRA.
     """
+    sampler, scorer = pool.sampler(sampler), scorer if pool.race else None
     if sampler.latent_normalisation and model.lora is None:
         raise ConfigError("sampler.latent_normalisation is on, but the model has no LoRA: only a tuned model has a "
                           "reference to take channel statistics from; sample this one without it")
     settings = pool_settings(model, sampler, pool)
+    if pool.race:
+        assert scorer is not None
+        settings["race_scorer"] = scorer_version(scorer, find_scorer(scorer.name, scorer.source))
     key = f"pools/n{pool.images_per_prompt}-{content_hash(settings)}"
     folder = ShardFolder(store, key, settings)
     planned, manifests = _read_plan(store, key), folder.manifests()
@@ -178,18 +225,19 @@ def plan_pool(store: Store, model: Model, sampler: SamplerConfig, pool: PoolConf
     added = [PlannedShard(first + i, tuple(chunk)) for i, chunk in enumerate(chunks(new, pool.prompts_per_shard))]
     assigned |= {shard.index: shard for shard in added}
     known |= {prompt: shard.index for shard in added for prompt in shard.prompts}
-    expected = {"shards": len(assigned), "rows": len(known) * pool.images_per_prompt}
+    expected = {"shards": len(assigned), "rows": len(known) * pool.images_kept}
     folder = ShardFolder.create(store, key, settings | {"expected": expected})
     if lost or added:
         _write_plan(store, key, [*lost, *added])
     shards = [assigned[index] for index in sorted({known[prompt] for prompt in prompts})]
-    return _planned(folder, model, sampler, pool, shards, manifests)
+    return _planned(folder, model, sampler, pool, shards, manifests, scorer)
 
 
 def _planned(folder: ShardFolder, model: Model, sampler: SamplerConfig, pool: PoolConfig,
-             shards: Sequence[PlannedShard], manifests: Mapping[int, ShardManifest]) -> PoolPlan:
+             shards: Sequence[PlannedShard], manifests: Mapping[int, ShardManifest],
+             scorer: ScorerConfig | None) -> PoolPlan:
     missing = tuple(shard for shard in shards if not _holds(manifests.get(shard.index), shard))
-    return PoolPlan(folder.key.rpartition("/")[2], folder, model, sampler, pool, tuple(shards), missing)
+    return PoolPlan(folder.key.rpartition("/")[2], folder, model, sampler, pool, tuple(shards), missing, scorer=scorer)
 
 
 def _holds(manifest: ShardManifest | None, shard: PlannedShard) -> bool:

@@ -8,9 +8,6 @@ from typing import Any, Self
 import pyarrow as pa
 
 from hgdpo_core.config import ScorerConfig, content_hash
-from hgdpo_core.models import recorded_syntax
-from hgdpo_core.models.locations import Location, refuse_other_model
-from hgdpo_core.prompts.syntax import strip_syntax
 from hgdpo_core.scorers import Scorer, find_scorer, load_configured_scorer, preparation
 from hgdpo_core.stages.base import (
     Advance,
@@ -23,8 +20,9 @@ from hgdpo_core.stages.base import (
     prepare_batches,
     shards_like,
 )
+from hgdpo_core.stages.located_scorer import find_located_scorer, locate_scorer, plain_scores, scorer_version
 from hgdpo_core.stages.pool import SCHEMA as POOL_SCHEMA
-from hgdpo_core.stages.pool import PoolPlan, image_size
+from hgdpo_core.stages.pool import PoolPlan, image_size, images_kept
 from hgdpo_core.stages.probes import probe_scoring
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
@@ -40,9 +38,7 @@ def score_folder(store: Store, pool_id: str, scorer: ScorerConfig) -> ShardFolde
 
 def score_settings(pool_id: str, scorer: ScorerConfig, fingerprint: str) -> dict[str, Any]:
     """All that decides the scores of a pool: its images, and the scorer's weights and precision."""
-    settings = scorer.identity()
-    return {"stage": "score", "pool_id": pool_id, "scorer": settings.pop("name"), **settings,
-            "fingerprint": fingerprint}
+    return {"stage": "score", "pool_id": pool_id, **scorer_version(scorer, fingerprint)}
 
 
 def score_key(settings: Mapping[str, Any]) -> str:
@@ -87,32 +83,21 @@ class ScoreStage(Stage):
 
     @property
     def expected(self) -> Mapping[int, int]:
-        images = self.pool.config["images_per_prompt"]
+        images = images_kept(self.pool)
         return {index: images * len(prompts) for index, prompts in self.prompts.items()}
 
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
-        location = Location.of_source(self.folder.store, self.scorer.source, copy_to_store=copy_to_store)
-        return {"scorer": self.scorer.model_dump(mode="json"), "place": location.model_dump()}
+        return locate_scorer(self.folder.store, self.scorer, copy_to_store=copy_to_store)
 
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
-        scorer = ScorerConfig.model_validate(recipe["scorer"])
-        location = Location.model_validate(recipe["place"])
-        if location != Location():
-            scorer = scorer.model_copy(update={"source": location.locate(folder.store)})
-        found = find_scorer(scorer.name, scorer.source)
-        refuse_other_model(f"scorer {scorer.name}", found, folder.config["fingerprint"])
+        scorer = find_located_scorer(folder.store, recipe, folder.config["fingerprint"])
         pool = ShardFolder.open(folder.store, f"pools/{folder.config['pool_id']}")
         return cls(pool, folder, scorer, tuple(indices), scorer.name)
 
     def load(self, worker: Worker) -> AbstractContextManager[Computer]:
-        """A scorer reads prompts without the weights and brackets that the pool's model was given."""
         scorer: Scorer = worker.network or load_configured_scorer(self.scorer, worker.device)
-        syntax = recorded_syntax(self.pool.config["model"])["prompt_syntax"]
-
-        def score(images: list[Any], prompts: list[str]) -> list[float]:
-            return scorer.score(images, [strip_syntax(prompt, syntax) for prompt in prompts]).tolist()
-
+        score = plain_scores(scorer, self.pool.config["model"])
         return nullcontext(Measuring(self, preparation(scorer), score, self.scorer.batch_size))
 
     def first_prompts(self, index: int) -> Sequence[str]:

@@ -20,7 +20,7 @@ from hgdpo_core.selection import select_pair
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Stage, Worker, shards_like
 from hgdpo_core.stages.dataset_card import render_card
 from hgdpo_core.stages.pool import SCHEMA as POOL_SCHEMA
-from hgdpo_core.stages.pool import PoolPlan
+from hgdpo_core.stages.pool import PoolPlan, images_kept
 from hgdpo_core.stages.scores import SCHEMA as SCORE_SCHEMA
 from hgdpo_core.stages.scores import read_scores
 from hgdpo_core.storage import Store
@@ -87,10 +87,10 @@ class TripletStage(Stage):
         """The triplets of a planned pool's shards, or of those among them that hold these prompts."""
         folder = triplet_folder(plan.folder.store, plan.folder, scores, prompts.id, config)
         return cls(plan.folder, scores, folder, frozenset(map(prompt_id, prompts.prompts)), config,
-                   tuple(plan.indices), expected=plan.units(plan.indices))
+                   tuple(plan.indices), expected=plan.expected_rows(plan.indices))
 
     def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
-        size = self.pool.config["images_per_prompt"]
+        size = images_kept(self.pool)
         return {index: images // size for index, images in super().units(indices, sources).items()}
 
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
@@ -156,10 +156,11 @@ def _select(pools: Sequence["RankedPool"], loser_rank: int | None) -> list[tuple
 
 @dataclass(frozen=True)
 class RankedPool:
-    """One prompt's candidates with their scores, in index order."""
+    """One prompt's images with their scores, in the order of `indices`, the numbers of the candidates."""
 
     prompt_id: str
     prompt: str
+    indices: list[int]
     images: list[bytes]
     seeds: list[int]
     scores: list[float]
@@ -175,8 +176,9 @@ def join_scores(images: pa.Table, scores: pa.Table, pool_size: int | None = None
     for row in images.select(["prompt_id", "prompt", "index", "seed", "image"]).to_pylist():
         grouped.setdefault(row["prompt_id"], []).append(row)
     pools = {key: sorted(rows, key=lambda row: row["index"])[:pool_size] for key, rows in grouped.items()}
-    return [RankedPool(key, rows[0]["prompt"], [row["image"] for row in rows], [row["seed"] for row in rows],
-                       [by_prompt[key][row["index"]] for row in rows]) for key, rows in pools.items()]
+    return [RankedPool(key, rows[0]["prompt"], [row["index"] for row in rows], [row["image"] for row in rows],
+                       [row["seed"] for row in rows], [by_prompt[key][row["index"]] for row in rows])
+            for key, rows in pools.items()]
 
 
 def read_ranked_pools(pool: ShardFolder, scores: ShardFolder, index: int,
@@ -192,7 +194,7 @@ def _row(stage: TripletStage, pool: RankedPool, winner: int, loser: int) -> dict
         "jpg_0": pool.images[winner], "jpg_1": pool.images[loser], "label_0": 1.0, "label_1": 0.0,
         "caption": pool.prompt, "best_image_uid": uids[0], "image_0_uid": uids[0], "image_1_uid": uids[1],
         "model_0": model, "model_1": model, "has_label": True, "are_different": True,
-        "prompt_id": pool.prompt_id, "winner_index": winner, "loser_index": loser,
+        "prompt_id": pool.prompt_id, "winner_index": pool.indices[winner], "loser_index": pool.indices[loser],
         "winner_score": pool.scores[winner], "loser_score": pool.scores[loser],
         "winner_seed": pool.seeds[winner], "loser_seed": pool.seeds[loser], "pool_size": len(pool.images),
         "loser_rank": stage.config.loser_rank or len(pool.images), "pool_id": stage.pool.key.split("/")[-1],

@@ -33,6 +33,8 @@ FORMAT_VERSION = 1
 EXPECTED = "expected"
 """The one entry of a folder's config outside its hash: how many shards and rows there should be. It may
 change, so that a prompt list that grows finds its finished shards again."""
+ENDED = "ended"
+"""In a manifest's details: how many units were begun, counted as work, and left out of the rows by design."""
 MANIFEST_NAME = re.compile(r"shard-(\d{5,})\.json")
 DATA_NAME = re.compile(r"shard-(\d{5,})-[0-9a-f]{12}\.parquet")
 
@@ -72,6 +74,11 @@ class ShardManifest(_Record):
     seconds: float
     created_at: str
     details: dict[str, Any]
+
+    @property
+    def units(self) -> int:
+        """Units that the work was counted in: rows, and those that were begun and not finished."""
+        return self.rows + self.details.get(ENDED, 0)
 
 
 class ShardFolder:
@@ -271,7 +278,7 @@ class ShardFolder:
 
 
 class _BrokenParquetError(StorageError):
-    """What was read is no Parquet, or not the pages that were written."""
+    """What was read is not Parquet, or not the pages that were written."""
 
 
 def write_table(store: Store, key: str, table: pa.Table) -> None:
@@ -315,7 +322,7 @@ def _with_columns(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
     wrong = [f"{field.name} ({field.type})" for field in schema
              if field.name not in table.schema.names or table.schema.field(field.name).type != field.type]
     if wrong:
-        raise StorageError(f"{name} has not the columns of its stage: expected {', '.join(wrong)}, got "
+        raise StorageError(f"{name} does not have the columns of its stage: expected {', '.join(wrong)}, got "
                            f"{', '.join(f'{field.name} ({field.type})' for field in table.schema)}; something else "
                            "wrote it: delete its folder, or use another root")
     return table

@@ -36,7 +36,7 @@ def make_plan(store, pool_id, prompts, candidates, model=0):
     lora = SimpleNamespace(weight=0.5) if model else None
     return SimpleNamespace(folder=folder, indices=[shard.index for shard in shards], shards=shards, pool_id=pool_id,
                            images=len(prompts) * candidates, model=SimpleNamespace(lora=lora),
-                           pool=SimpleNamespace(images_per_prompt=candidates))
+                           pool=SimpleNamespace(images_per_prompt=candidates, race=()))
 
 
 def make_scores(store, plan, prompts, scores):
