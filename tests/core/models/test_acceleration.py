@@ -74,6 +74,25 @@ def test_batches_are_filled_up_to_one_shape_and_the_surplus_is_dropped(model, mo
     assert [shape for shape in compiled if shape[0] == "Decoder"] == [("Decoder", (4, 4, 4, 4), ())] * 4
 
 
+@pytest.mark.slow
+def test_really_compiled(model, tmp_path, monkeypatch):
+    """By the C++ compiler of this machine: one graph each for UNet and decoder, for texts of both lengths."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    try:
+        refuse_acceleration(COMPILED, "float32", "cpu")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    torch._dynamo.reset()
+    counters.clear()
+    plain = pixels(ImageGenerator(model, SAMPLER, POOL, "cpu"), [*PROMPTS, LONG])
+    assert not counters["stats"]
+    found = pixels(ImageGenerator(model, COMPILED, POOL, "cpu"), [*PROMPTS, LONG])
+    assert difference(plain, found) <= TOLERANCE
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
 def test_images_of_the_surplus_are_not_recorded(model, monkeypatch, compiled):
     generator = ImageGenerator(model, COMPILED, POOL, "cpu")
     decode = generator.backbone.codec.decode
