@@ -74,7 +74,8 @@ class _AddSetting(argparse.Action):
                  option_string: str | None = None) -> None:
         name, separator, value = str(values).partition("=")
         if not separator:
-            parser.error(f"argument {option_string}: {values!r} is no setting: expected name=value, as dpo.beta=1000")
+            parser.error(f"argument {option_string}: {values!r} is not a setting: expected name=value, as "
+                         "dpo.beta=1000")
         setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: _value_of(value)})
 
 

@@ -76,11 +76,11 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
     check_syntax(evaluation_prompts.prompts, config.evaluation.prompt_syntax)
     models = _find_models(config, lora_weight)
     if config.sampler.latent_normalisation and models[1].lora is None:
-        raise ConfigError(f"sampler.latent_normalisation is on, but the tuned model {tuned} is no LoRA: only a LoRA "
+        raise ConfigError(f"sampler.latent_normalisation is on, but the tuned model {tuned} is not a LoRA: only a LoRA "
                           "has a reference to take channel statistics from")
     if config.lora_weights and models[1].lora is None:
-        raise ConfigError(f"lora_weights is {list(config.lora_weights)}, but the tuned model {tuned} is no LoRA: leave "
-                          "it out")
+        raise ConfigError(f"lora_weights is {list(config.lora_weights)}, but the tuned model {tuned} is not a LoRA: "
+                          "leave it out")
     require_scorers(config.evaluation.scorers, option="--scorers ")
     store.check_writable()
     options = {"preset": preset, "root": store.root, "target": target, "tuned": tuned, "base": base, "prompts": prompts,
@@ -125,7 +125,7 @@ def _find_models(config: ComparisonConfig, lora_weight: float | None) -> tuple[M
     target_lora, tuned_lora = (_local_lora(source) for source in (config.target.source, config.tuned))
     if config.target_lora_weight is not None and target_lora is None:
         raise ConfigError(f"target_lora_weight is {config.target_lora_weight}, but the target {config.target.source} "
-                          "is no LoRA: leave it out")
+                          "is not a LoRA: leave it out")
     for name, value in {"lora_weight": lora_weight, "base": config.base}.items():
         if value is not None and target_lora is None and tuned_lora is None:
             raise ConfigError(f"{name} is {value}, but neither {config.target.source} nor {config.tuned} is a LoRA: "

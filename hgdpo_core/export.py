@@ -145,7 +145,7 @@ def _copy_base(source: Path, folder: Path) -> None:
 def check_push(repo_id: str, folder: Path, *, public: bool) -> None:
     """Refuse, before any work, a push that cannot succeed or that should not be public yet."""
     if repo_id.count("/") != 1:
-        raise ConfigError(f"{repo_id!r} is no repository on the Hub: expected owner/name")
+        raise ConfigError(f"{repo_id!r} is not a repository on the Hub: expected owner/name")
     if not os.environ.get("HF_TOKEN"):
         raise ConfigError("pushing to the Hub needs a token with write access in the environment variable HF_TOKEN")
     card = folder / CARD_NAME

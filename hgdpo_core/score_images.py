@@ -20,7 +20,7 @@ from hgdpo_core.storage.local import open_file
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """An image with its score, higher is better; nan and a `problem` for a file that is no image."""
+    """An image with its score, higher is better; nan and a `problem` for a file that is not an image."""
 
     image: CaptionedImage
     score: float

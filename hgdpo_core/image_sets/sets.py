@@ -81,7 +81,7 @@ class ImageSet:
     """Keys of all that the set is made of; of tars and tables in the order that `file` counts."""
     index: pa.Table
     skipped: Mapping[str, int] = field(default_factory=dict)
-    """What is at the address and is no image of the set, by reason."""
+    """What is at the address and is not an image of the set, by reason."""
 
     @property
     def converted(self) -> bool:
@@ -195,7 +195,7 @@ def _list_below(path: str, address: str, *, literal: bool = False,
     try:
         store = Store(base or "/")
     except ConfigError as error:
-        raise InputError(f"images: {address} is no usable address: {error}") from None
+        raise InputError(f"images: {address} is not a usable address: {error}") from None
     folder = store.local_path("")
     tree, skipped = (store.walk(), Counter[str]()) if folder is None else local_tree(folder, leave_out=leave_out)
     below = [_File(*found) for found in tree if not is_temporary(found[0])]

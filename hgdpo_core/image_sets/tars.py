@@ -63,8 +63,8 @@ def _samples(store: Store, key: str) -> tuple[list[dict[str, Any]], Counter[str]
                 else:
                     skipped[f"members of tars of the kind {suffix or 'without a suffix'}"] += 1
     except tarfile.TarError as error:
-        raise InputError(f"images: {url} is cut off or no tar: {error}; get it again (a compressed one has to be "
-                         "unpacked to .tar)") from None
+        raise InputError(f"images: {url} is cut off or not a tar file: {error}; get it again (a compressed one has to "
+                         "be unpacked to .tar)") from None
     chosen = _pair(images, texts)
     skipped["images of tars beside another of their sample"] += len(images) - len(chosen)
     return [{**images[name], "caption": caption} for name, caption in chosen.items()], +skipped

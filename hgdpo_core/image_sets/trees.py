@@ -1,4 +1,4 @@
-"""Every file below a local folder as users keep them: links followed, loops ended, what is no file counted."""
+"""Every file below a local folder as users keep them: links followed, loops ended, what is not a file counted."""
 
 import os
 import stat

@@ -261,7 +261,7 @@ class Family(Protocol):
         ...
 
     def check_folder(self, path: Path) -> None:
-        """Refuse, before anything loads, a folder that is no whole model of the family; ModelError, in one line."""
+        """Refuse, before anything loads, a folder that is not a whole model of the family; ModelError, in one line."""
         ...
 
     def load(self, model: "Model", device: str, *, dtype: str | None, codec_dtype: str | None) -> Backbone:

@@ -27,7 +27,7 @@ def fingerprint_path(path: Path) -> str:
     if path.is_file():
         return _file_hash(path)
     files = sorted(f for f in path.rglob("*") if f.suffix in HASHED_SUFFIXES and not _is_ours(f.relative_to(path))
-                   and f.is_file())  # a link that leads nowhere, a folder or a pipe by such a name is no part of it
+                   and f.is_file())  # a link that leads nowhere, a folder or a pipe by such a name is not a part of it
     try:
         return content_hash([[f.relative_to(path).as_posix(), _config_hash(f) or _file_hash(f)] for f in files],
                             length=64)
@@ -44,7 +44,7 @@ def refuse_special_files(path: Path) -> None:
         except OSError:  # a link that leads nowhere or in a circle: refused by what needs the file
             continue
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise ModelError(f"{file} is no file but a pipe, socket or device: remove it, or get the model again")
+            raise ModelError(f"{file} is not a file but a pipe, socket or device: remove it, or get the model again")
 
 
 def _is_ours(name: Path) -> bool:
@@ -53,7 +53,7 @@ def _is_ours(name: Path) -> bool:
 
 
 def _config_hash(path: Path) -> str | None:
-    """Hash of a config without the notes of the library that saved it; None for what is no config."""
+    """Hash of a config without the notes of the library that saved it; None for what is not a config."""
     if path.suffix != ".json" or path.stat().st_size > MAX_CONFIG_BYTES:
         return None
     try:

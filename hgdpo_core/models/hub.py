@@ -31,7 +31,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def looks_like_hub_id(source: str) -> bool:
-    """Whether a source that is no path here can be owner/name on the hub."""
+    """Whether a source that is not a path here can be owner/name on the hub."""
     return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(WEIGHT_SUFFIXES)
 
 
@@ -48,5 +48,5 @@ def find_or_download(what: str, source: str, download: Callable[[], object], exp
     try:
         return Path(str(download()))
     except Exception as error:  # the hub client raises a wide family: all mean "could not be downloaded"
-        raise ModelError(f"{what} {source} is no local folder and could not be downloaded from the hub: "
+        raise ModelError(f"{what} {source} is not a local folder and could not be downloaded from the hub: "
                          f"{first_line(error)}{advice}") from None

@@ -105,7 +105,7 @@ def write_kohya_lora(source: Path, path: Path) -> None:
     notes = read_notes(source, metadata)
     ranks = {len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight")}
     if not ranks:
-        raise ModelError(f"{source} is no LoRA as diffusers saves it: expected keys that end in .lora_A.weight")
+        raise ModelError(f"{source} is not a LoRA as diffusers saves it: expected keys that end in .lora_A.weight")
     _refuse_other_scale((name, notes[f"{name}.lora_alpha"], notes[f"{name}.r"])
                         for name in ("unet", "text_encoder") if {f"{name}.lora_alpha", f"{name}.r"} <= notes.keys())
     _refuse_other_scale((name, float(tensor), max(ranks)) for name, tensor in state.items() if name.endswith(".alpha"))

@@ -82,10 +82,10 @@ def _layers(file: Path, infos: Mapping[str, Any]) -> Layers:
     for layer, names in layers.items():
         if len(names) < 2:
             lost = "lora_A (down)" if "up" in names else "lora_B (up)"
-            raise ModelError(f"the LoRA {file} lacks the {lost} of {layer}: the file is incomplete, get a whole one")
+            raise ModelError(f"the LoRA {file} lacks the {lost} of {layer}: the file is incomplete, get a complete one")
     for layer, name in alphas.items():
         if layer not in layers:
-            raise ModelError(f"the LoRA {file} has an alpha for {layer} but no such layer: get a whole one")
+            raise ModelError(f"the LoRA {file} has an alpha for {layer} but no such layer: get a complete one")
         layers[layer]["alpha"] = name
     return layers
 

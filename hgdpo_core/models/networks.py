@@ -73,7 +73,7 @@ def compare_shapes(path: Path | str, part: str, given: Shapes, expected: Shapes)
     missing, surplus = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing:
         raise ModelError(f"{path} lacks {part}'s {missing[0]}{_such(missing)}: the file is incomplete or another "
-                         "model's, get a whole one")
+                         "model's, get a complete one")
     if surplus:
         raise ModelError(f"{path} holds the unknown {surplus[0]}{_such(surplus)} beside {part}'s weights: these are "
                          "weights of another model")
@@ -116,7 +116,7 @@ def component_files(folder: Path) -> list[Path]:
     others = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     there = f", only {', '.join(others[:3])}" if others else ""
     raise ModelError(f"{folder} holds no weights under the names that are read ({STEMS[0]}.safetensors or "
-                     f"{STEMS[1]}.safetensors){there}: get the model whole")
+                     f"{STEMS[1]}.safetensors){there}: get a complete copy of the model")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -124,7 +124,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         found = json.loads(index.read_bytes())["weight_map"]
         return {str(name): str(file) for name, file in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ModelError(f"{index} is no index of weight files: get it again") from None
+        raise ModelError(f"{index} is not an index of weight files: get it again") from None
 
 
 def component_infos(folder: Path) -> dict[str, TensorInfo]:
@@ -184,7 +184,7 @@ def _compare_converted(path: Path, part: str, infos: Mapping[str, TensorInfo], c
             converted = convert(dict(given), config=dict(config))
     except Exception as error:  # the converter expects whole files, and fails in many ways on others
         raise ModelError(f"{path} does not hold the {part} of its config ({first_line(error)}): the file is incomplete "
-                         "or another model's, get a whole one") from None
+                         "or another model's, get a complete one") from None
     converted = {name: tensor for name, tensor in converted.items() if tensor is not None}
     read = {id(tensor if tensor._base is None else tensor._base) for tensor in converted.values()}
     left = {f"(as {name})": info.shape for name, info in infos.items()
@@ -201,7 +201,7 @@ def check_finite(path: Path | str, components: Mapping[str, Any], advice: str = 
         tensors = holder.state_dict() if isinstance(holder, torch.nn.Module) else holder
         for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
             if tensor.is_meta:
-                raise ModelError(f"{path} lacks {part}'s {name}: the file is incomplete, get a whole one")
+                raise ModelError(f"{path} lacks {part}'s {name}: the file is incomplete, get a complete one")
             if tensor.is_floating_point() and not is_finite(tensor):
                 raise ModelError(f"{path} holds NaN or infinity in {part}'s {name} as {str(tensor.dtype)[6:]}: "
                                  f"{advice}")

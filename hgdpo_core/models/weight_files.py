@@ -54,7 +54,7 @@ def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
         infos = {name: TensorInfo(TORCH_DTYPES.get(value.dtype, str(value.dtype)), tuple(value.shape))
                  for name, value in open_torch(path, mmap=True).items()}
     else:
-        raise ModelError(f"{path} is no weight file: expected {', '.join(WEIGHT_SUFFIXES)}, or a diffusers folder")
+        raise ModelError(f"{path} is not a weight file: expected {', '.join(WEIGHT_SUFFIXES)}, or a diffusers folder")
     wrong = next((name for name, info in infos.items()
                   if name.endswith("weight") and info.dtype not in FLOAT_DTYPES), None)
     if wrong is not None:
@@ -92,7 +92,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _parse_header(header: bytes) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors, and where the last of them ends; ValueError and the like for what is no header."""
+    """The tensors, and where the last of them ends; ValueError and the like for what is not a header."""
     entries = json.loads(header)
     entries.pop("__metadata__", None)
     infos = {name: TensorInfo(str(entry["dtype"]), tuple(entry["shape"])) for name, entry in entries.items()}
@@ -115,14 +115,14 @@ CONVERT = "convert it to .safetensors where you trust its origin (A1111's Checkp
 def open_torch(path: Path, *, mmap: bool = False, convert: str = CONVERT) -> dict[str, torch.Tensor]:
     """The tensors of a file that torch saved, unwrapped from a checkpoint, on the CPU; data is read, never code.
 
-    With `mmap` they stay on the disk where the file's format permits it. ModelError, in one line, for what is no plain
-    state dict.
+    With `mmap` they stay on the disk where the file's format permits it. ModelError, in one line, for what is not a
+    plain state dict.
     """
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=(mmap and is_zipfile(path)) or None)
     except pickle.UnpicklingError:
         raise ModelError(f"{path} holds more than tensors, so the safe loader refuses it: {convert}") from None
-    except Exception:  # what is no checkpoint, or a damaged one, fails in any way
+    except Exception:  # what is not a checkpoint, or a damaged one, fails in any way
         raise ModelError(f"{path} cannot be read as a torch checkpoint, it is cut off or another format: get it again, "
                          f"or {convert}") from None
     for _ in range(4):  # a file may hold itself: without end it would be unwrapped for ever
@@ -131,7 +131,7 @@ def open_torch(path: Path, *, mmap: bool = False, convert: str = CONVERT) -> dic
     tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)
                } if isinstance(state, dict) else {}
     if not tensors:
-        raise ModelError(f"{path} is no plain state dict of tensors: {convert}")
+        raise ModelError(f"{path} is not a plain state dict of tensors: {convert}")
     return tensors
 
 
@@ -159,7 +159,7 @@ def check_single_file(path: Path, infos: Mapping[str, TensorInfo], *, own_vae: b
 
 
 def check_vae_file(path: Path, infos: Mapping[str, TensorInfo]) -> None:
-    """Refuse a single file that is no image VAE with a decoder and an encoder."""
+    """Refuse a single file that is not an image VAE with a decoder and an encoder."""
     names = {name.removeprefix(VAE) for name in infos}
     if not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= names:
         raise ModelError(f"target.vae {path} holds no VAE: expected a file with encoder.conv_in and decoder.conv_in, "

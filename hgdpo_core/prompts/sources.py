@@ -87,7 +87,7 @@ def refuse_secret_address(address: str, what: str) -> None:
 
 
 def _has_user(address: str) -> bool:
-    """Whether a user, which may be a token, precedes the host; one that is no URL at all counts as a secret."""
+    """Whether a user, which may be a token, precedes the host; one that is not a URL at all counts as a secret."""
     try:
         return "@" in unquote(urlsplit(address).netloc)
     except ValueError:
@@ -180,7 +180,7 @@ def _read_data_set(source: PromptSource) -> Texts:
     except Exception as error:  # the hub client raises a wide family
         if isinstance(error, (ValueError, TypeError, KeyError)) or Path(source.source).exists():
             raise InputError(f"the data set {source.source} cannot be read: {first_line(error)}") from None
-        raise UnreachableError(f"{source.source} is no file or folder here, and as a data set of the hub it is not "
+        raise UnreachableError(f"{source.source} is not a file or folder here, and as a data set of the hub it is not "
                                f"available: {first_line(error)}") from None
 
 

@@ -53,7 +53,7 @@ class Segment(NamedTuple):
 def parse_weights(text: str) -> list[list[Segment]]:
     """The segments of an A1111 prompt, one list for each part between BREAKs (so at least one list).
 
-    Neighbours of equal weight are one segment. InputError for a weight that is no number, such as `(words:1.2.3)`.
+    Neighbours of equal weight are one segment. InputError for a weight that is not a number, such as `(words:1.2.3)`.
     """
     pieces: list[Segment | None] = []  # None: a BREAK
     opened: dict[str, list[int]] = {"(": [], "[": []}

@@ -46,7 +46,7 @@ def rank_pool(pool: PoolSample) -> list[int]:
     """Indices of the candidates from best to worst, scores that are not finite last.
 
     Among equal scores the winner leads and higher indices go first, so that a loser selected by rank is at its rank.
-    InputError when images and scores differ in number or winner or loser is no candidate.
+    InputError when images and scores differ in number or winner or loser is not a candidate.
     """
     count = len(pool.images)
     if count == 0 or len(pool.scores) != count:

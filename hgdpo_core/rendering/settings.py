@@ -31,12 +31,12 @@ def list_settings(config: StageConfig, parent: str = "") -> Iterator[tuple[str, 
         value = getattr(config, name)
         if isinstance(value, StageConfig):
             yield from list_settings(value, f"{parent}{name}.")
-        elif name != "preset":  # it is no setting: it names the others
+        elif name != "preset":  # it is not a setting: it names the others
             yield parent + name, value, field
 
 
 def unit_of(field: FieldInfo) -> str:
-    """"none" for a number without a unit, "" for what is no number."""
+    """"none" for a number without a unit, "" for what is not a number."""
     extra = field.json_schema_extra
     return str(extra["unit"]) if isinstance(extra, dict) else ""
 

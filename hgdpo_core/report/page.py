@@ -31,7 +31,7 @@ def render_report(data: ReportData) -> str:
         if size < MAX_BYTES:
             return page
     raise InputError(f"the report would have {size:,} bytes with the smallest images; expected under "
-                     f"{MAX_BYTES:,}: hand in fewer pairs or pools")
+                     f"{MAX_BYTES:,}: pass fewer pairs or pools")
 
 
 def _page(data: ReportData, encode: ImageEncoder) -> str:

@@ -29,11 +29,12 @@ def linear_head(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str) ->
                              "the published head")
         if weight.ndim != 2 or bias.shape != weight.shape[:1] or width not in (None, weight.shape[1]):
             raise ModelError(f"{path} holds {prefix}{position}.weight {list(weight.shape)} and a bias "
-                             f"{list(bias.shape)}, which do not fit each other or the layer before: get it whole")
+                             f"{list(bias.shape)}, which do not fit each other or the layer before: get a complete "
+                             "copy")
         width = weight.shape[0]
         layer = torch.nn.Linear(weight.shape[1], width, device="meta")
         layer.weight, layer.bias = (torch.nn.Parameter(tensor.float()) for tensor in (weight, bias))
         layers.append(layer)
     if width != 1:
-        raise ModelError(f"the head in {path} ends in {width} numbers, expected 1: get it whole")
+        raise ModelError(f"the head in {path} ends in {width} numbers, expected 1: get a complete copy")
     return layers

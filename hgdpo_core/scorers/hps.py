@@ -39,7 +39,7 @@ class Release:
         return path, tokenizer, weights.fingerprint(self.NAME, [path, *tokenizer], antialias=ANTIALIAS)
 
     def check(self, source: str | None) -> None:
-        """ModelError where header and tokenizer show that the file is no whole HPS; no network is loaded."""
+        """ModelError where header and tokenizer show that the file is not a whole HPS; no network is loaded."""
         path, tokenizer_files, _ = self.locate(source)
         towers.check_convert(path, towers.load_tokenizer(tokenizer_files), act="gelu", heads=HEADS)
 

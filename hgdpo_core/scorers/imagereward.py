@@ -84,7 +84,7 @@ def load(*, source: str | None = None, device: str = "cpu", dtype: torch.dtype =
 
 
 def check(source: str | None) -> None:
-    """ModelError where header and tokenizer show that the file is no whole ImageReward; no network is loaded."""
+    """ModelError where header and tokenizer show that the file is not a whole ImageReward; no network is loaded."""
     path, tokenizer_files, _ = locate(source)
     tensors = weights.read_empty_tensors(path)
     vision_config, text_config = _configs_of(path, tensors)
@@ -105,7 +105,7 @@ def _load_tokenizer(files: Sequence[Path], vocabulary: int) -> BertTokenizer:
             tokenizer = (BertTokenizer.from_pretrained(files[0].parent, local_files_only=True)
                          if files[0].suffix == ".json" else BertTokenizer(vocab=str(files[0])))
     except Exception as error:  # tokenizers raises plain Exception
-        raise ModelError(f"{files[0]} is no BERT vocabulary: {first_line(error)}") from None
+        raise ModelError(f"{files[0]} is not a BERT vocabulary: {first_line(error)}") from None
     check_tokenizer(files[0], lambda text: tokenizer(text).input_ids, vocabulary)
     return tokenizer
 

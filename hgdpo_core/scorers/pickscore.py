@@ -85,7 +85,7 @@ def _download(repository: str, patterns: list[str]) -> Path:
 
 
 def check(source: str | None) -> None:
-    """ModelError where headers and tokenizer show that the folder is no whole PickScore; no network is loaded."""
+    """ModelError where headers and tokenizer show that the folder is not a whole PickScore; no network is loaded."""
     folder, processor_folder, _ = locate(source)
     text_config = check_folder(folder).text_config
     check_texts(processor_folder, load_clip_tokenizer(processor_folder), text_config)

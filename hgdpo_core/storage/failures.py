@@ -117,7 +117,7 @@ def _explained(doing: str, url: str, error: Exception, advice: str = "") -> Stor
     code = _code(source)
     operation = getattr(source, "operation_name", "")
     lost = isinstance(error, (FileNotFoundError, NotADirectoryError)) and code != "NoSuchBucket"
-    # S3 answers a LIST of nothing with an empty list: 404 means that this is no S3.
+    # S3 answers a LIST of nothing with an empty list: 404 means that this is not S3.
     if lost and doing != "write" and not operation.startswith("List"):
         return MissingKeyError(f"{url} does not exist")
     kind = TransientStorageError if advice else StorageError

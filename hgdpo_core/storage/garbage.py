@@ -50,7 +50,7 @@ def collect_garbage(store: Store, *, older_than_seconds: float = DAY_SECONDS,
     sizes = {key: size for key, size, _ in found}
     old = {key for key, _, changed in found if changed < before}
     if sizes and not any(OURS.fullmatch(key) or TEMPORARY.fullmatch(key) for key in sizes):
-        raise ConfigError(f"{store.root} is no root of this project: it holds no pools, runs or models of ours, and "
+        raise ConfigError(f"{store.root} is not a root of this project: it holds no pools, runs or models of ours, and "
                           "nothing in it was touched; give the --root of a run")
     sizes = {key: size for key, size in sizes.items() if "/" not in key or key.partition("/")[0] in FOLDERS}
     old &= sizes.keys()

@@ -116,7 +116,7 @@ def _completed(checkpoints: Checkpoints, folder: str) -> tuple[int, str] | None:
 
 def _remove(checkpoints: Checkpoints, step: int) -> None:
     folder = f"{checkpoints.key}/step-{step}"
-    checkpoints.store.delete(f"{folder}/{COMPLETE}")  # first: what an interrupted removal leaves is no checkpoint
+    checkpoints.store.delete(f"{folder}/{COMPLETE}")  # first: what an interrupted removal leaves is not a checkpoint
     for key, _, _ in list(checkpoints.store.walk(folder)):
         checkpoints.store.delete(key)
     if local := checkpoints.store.local_path(folder):

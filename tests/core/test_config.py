@@ -64,8 +64,8 @@ def test_scorers_may_be_given_by_name():
 @pytest.mark.parametrize(("overrides", "message"), [
     ({"evaluation.scorers": "pickscore,beauty"}, r"scorers.1.name: there is no such scorer; .*\(got 'beauty'\)"),
     ({"evaluation.scorers": 3}, "evaluation.scorers"),
-    ({"dpo.bata": 1}, "'dpo.bata' names no setting; it can be one of: .*beta"),
-    ({"nothing.here": 1}, "names no setting"),
+    ({"dpo.bata": 1}, "'dpo.bata' is not a setting; choose one of: .*beta"),
+    ({"nothing.here": 1}, "is not a setting"),
     ({"dpo.beta": -1}, "dpo.beta: Input should be greater than 0 .got -1"),
     ({"sampler.width": 100}, "sampler.width: Input should be a multiple of 8"),
     ({"triplets.loser_rank": 21}, "only 20 images of a pool are ranked: .* or a larger pool.images_per_prompt"),

@@ -204,7 +204,7 @@ def test_a_run_that_cannot_be_exported_is_one_line(store, tmp_path):
         export_run(store, tmp_path / "out", "run-2")
     store.write_json("runs/evaluate-1/config.json", {"tuned": "a model"})
     store.write_json("runs/evaluate-1/summary.json", {"run_id": "evaluate-1"})
-    assert export_run(store, tmp_path / "one")  # a comparison beside it is no run with something to export
+    assert export_run(store, tmp_path / "one")  # a comparison beside it is not a run with something to export
     with pytest.raises(InputError, match="evaluate-1 compared models and trained none: .* one of run-1"):
         export_run(store, tmp_path / "out", "evaluate-1")
     write_run(store, "run-2", "x")

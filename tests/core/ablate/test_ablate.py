@@ -129,7 +129,7 @@ def test_an_arms_config_changes_what_it_varies_and_keeps_defaults():
     ({"ablation.worlds": ["tinted"], "ablation.comparisons": ["pool_size"]}, "tinted world is for the comparisons"),
     ({"scorer.name": "tinted"}, "the tinted world tints PickScore, but scorer.name is tinted"),
     ({"ablation.split": "validation"}, "only the figures setting's prompts have a validation split"),
-    ({"ablation.colour": 1}, "ablation.colour names no setting; there are beta_factors"),
+    ({"ablation.colour": 1}, "ablation.colour is not a setting; there are beta_factors"),
     ({"evaluation.scorers": [{"name": "inspector", "source": "figures"}], "scorer.name": "inspector",
       "scorer.source": "figures", "ablation.worlds": ["plain"]}, "is measured with PickScore's image tower"),
     ({"ablation.seeds": 0}, "ablation: seeds: Input should be greater"),
@@ -148,7 +148,7 @@ def test_the_validation_split_is_other_prompts(tmp_path):
                         for split in ("test", "validation"))
     assert test.ablation_id != validation.ablation_id
     assert not set(test.run.evaluation_prompts.prompts) & set(validation.run.evaluation_prompts.prompts)
-    assert not (tmp_path / "runs").exists()  # an ablation is no run
+    assert not (tmp_path / "runs").exists()  # an ablation is not a run
 
 
 def test_the_plan_counts_what_the_defaults_cost(tmp_path):
@@ -291,7 +291,7 @@ def test_a_broken_record_is_one_line(finished):
     for name in kept:  # other tests' ablations lie here too
         store.write_json(f"ablations/arms/{name}", {"seed": 0})
     try:
-        with pytest.raises(ConfigError, match="is no record of this version: delete it"):
+        with pytest.raises(ConfigError, match="is not a record of this version: delete it"):
             run_arm(shared, ablation.arms[0], 0)
     finally:
         for name, record in kept.items():

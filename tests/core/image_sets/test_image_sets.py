@@ -236,7 +236,7 @@ def test_unusable_tars_are_one_line(tars):
     data = (tars / "set-001.tar").read_bytes()
     for broken in (data[:700], b"not a tar", b"\x1f\x8b" + data):
         (tars / "set-001.tar").write_bytes(broken)
-        with pytest.raises(InputError, match=r"set-001\.tar is cut off or no tar: .*; get it again"):
+        with pytest.raises(InputError, match=r"set-001\.tar is cut off or not a tar file: .*; get it again"):
             read_image_set(str(tars))
     (tars / "set-001.tar").unlink()
     with pytest.raises(InputError, match=r"nothing is called set-001\.tar at .*\{000\.\.001\}"):
@@ -369,7 +369,7 @@ def test_a_set_is_offered_as_it_lies_or_as_a_copy(folder, tars, tmp_path):
     ("https://example.org/set.tar", "cannot be listed over http: download it"),
     ("s3://key:secret@bucket/images", "holds a password"),
     ("s3://secret@bucket/images", "holds a password"),
-    ("nosuch://bucket/images", "is no usable address"),
+    ("nosuch://bucket/images", "is not a usable address"),
     ("file://data/images", "names the host data, not a folder"),
 ])
 def test_unusable_addresses_are_one_line(folder, tmp_path, location, message):

@@ -301,7 +301,7 @@ def test_a_ckpt_that_is_no_plain_state_dict_is_refused_with_a_way_to_convert(tmp
         torch.save(content, path)
         refuse(path, "holds more than tensors.*: convert it to .safetensors")
     torch.save([torch.zeros(1)], path)
-    refuse(path, "is no plain state dict of tensors: convert it")
+    refuse(path, "is not a plain state dict of tensors: convert it")
     path.write_bytes(path.read_bytes()[:100])
     refuse(path, "cannot be read as a torch checkpoint")
 
@@ -315,7 +315,7 @@ def test_other_mistakes_with_vae_and_configs(location, tmp_path):
     refuse(location / "folder", "x.safetensors holds no VAE", vae=str(tmp_path / "x.safetensors"))
     refuse(location / "single.safetensors", "no model_index.json", component_configs=str(tmp_path))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    refuse(tmp_path / "model.gguf", "is no weight file: expected .safetensors, .ckpt, .pt, .pth, or a diffusers folder")
+    refuse(tmp_path / "model.gguf", "is not a weight file: expected .safetensors, .ckpt, .pt, .pth, or a diffusers")
     refuse(tmp_path / "gone.safetensors", "does not exist")
 
 
@@ -380,7 +380,7 @@ def test_a_ckpt_that_holds_itself_ends_in_one_line(tmp_path):
     state: dict = {}
     state["state_dict"] = state
     torch.save(state, tmp_path / "loop.ckpt")
-    refuse(tmp_path / "loop.ckpt", "is no plain state dict of tensors")
+    refuse(tmp_path / "loop.ckpt", "is not a plain state dict of tensors")
 
 
 @pytest.mark.parametrize("shape", [(), (8,)])

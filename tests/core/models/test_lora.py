@@ -175,6 +175,6 @@ def test_a_lora_with_another_alpha_is_not_exported(tmp_path):
         with pytest.raises(ModelError, match=f"lora_alpha {alpha} at rank 4: a LoRA is exported only where"):
             write_kohya_lora(source, path)
     save_file(alphas, source)
-    with pytest.raises(ModelError, match="is no LoRA as diffusers saves it"):
+    with pytest.raises(ModelError, match="is not a LoRA as diffusers saves it"):
         write_kohya_lora(source, path)
     assert not path.exists()

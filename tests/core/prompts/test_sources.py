@@ -167,7 +167,7 @@ def test_a_folder_is_a_data_set(tmp_path):
 
 def test_a_hub_id_out_of_reach_names_both_readings(tmp_path):
     pytest.importorskip("datasets")
-    with pytest.raises(StorageError, match="somebody/prompts is no file or folder here, and as a data set of the hub"):
+    with pytest.raises(StorageError, match="somebody/prompts is not a file or folder here, and as a data set of"):
         read("somebody/prompts", Store(str(tmp_path)))
 
 

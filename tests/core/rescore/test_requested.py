@@ -79,7 +79,7 @@ def test_names_without_a_store_mean_the_public_checkpoint():
     ({"names": ["pickscore", "pickscore=/b"]}, "pickscore is named twice"),
     ({"preset": "sdxl"}, "no preset 'sdxl'"),
     ({"overrides": {"scorer.batch_size": 3}}, "name the preset"),
-    ({"preset": "figures", "overrides": {"scorer.size": 3}}, "names no setting"),
+    ({"preset": "figures", "overrides": {"scorer.size": 3}}, "is not a setting"),
 ])
 def test_mistakes_are_one_line(store, arguments, message):
     with pytest.raises(ConfigError, match=message) as error:

@@ -141,7 +141,7 @@ def test_shards_that_something_else_wrote_are_one_line(world, columns, expected)
     foreign = ShardFolder.create(store, f"scores/{plan.pool_id}/{len(columns)}", {"stage": "score", "fingerprint": "x"})
     for shard in plan.shards:
         foreign.commit(shard.index, pa.table(columns), inputs=(plan.folder.input_shard(shard.index),))
-    with pytest.raises(StorageError, match=f"has not the columns of its stage: .*{expected}.*use another root"):
+    with pytest.raises(StorageError, match=f"does not have the columns of its stage: .*{expected}.*use another root"):
         build((store, model, plan, foreign))
 
 

@@ -121,7 +121,7 @@ def test_a_folder_that_is_no_root_is_refused(tmp_path):
     for key in ("data/shard-00000-0123456789ab.parquet", "models/bert/config.json", "a/.tmp-1"):
         other.write_bytes(key, b"theirs")
     age(other, 25 * HOUR)
-    with pytest.raises(ConfigError, match="is no root of this project: .* nothing in it was touched"):
+    with pytest.raises(ConfigError, match="is not a root of this project: .* nothing in it was touched"):
         collect_garbage(other)
     assert len(list(other.walk())) == 3
 
