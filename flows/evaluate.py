@@ -13,7 +13,7 @@ from hgdpo_core.execution.runner import Runner
 from hgdpo_core.progress import StageProgress, StageTimes
 from tasks.evaluate import compare_models, compare_weight
 from tasks.generate import generate_evaluation
-from tasks.prepare import prepare_comparison, show_comparison_plan
+from tasks.prepare import prepare_comparison, show_comparison_plan, show_settings
 from tasks.report import conclude, publish_comparison
 from tasks.score import score_evaluation
 from tasks.ui import explain_own_errors, stage_progress
@@ -48,6 +48,7 @@ def hgdpo_evaluate(
     name_this_run(run.config.tuned, "against", run.config.target.source, run.run_id)
     if plan_only:
         return {"plan": show_comparison_plan(run)}
+    show_settings(run.config)
     return run_with(shard_runner, run.config.workers, run.store,
                     lambda runner: _compare(run, runner, times, times.watch(stage_progress)))
 

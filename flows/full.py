@@ -14,7 +14,7 @@ from hgdpo_core.progress import StageProgress, StageTimes
 from hgdpo_core.run import Run
 from tasks.evaluate import check_tuning, compare_models
 from tasks.generate import generate_evaluation, make_pool
-from tasks.prepare import prepare, show_plan
+from tasks.prepare import prepare, show_plan, show_settings
 from tasks.report import conclude, publish
 from tasks.score import score_evaluation, score_pool
 from tasks.training import train_lora, tune_target
@@ -44,6 +44,7 @@ def hgdpo(
     name_this_run(preset, target or run.config.target.source, run.run_id)
     if plan_only:
         return {"plan": show_plan(run, probe)}
+    show_settings(run.config)
     return run_with(shard_runner, run.config.workers, run.store,
                     lambda runner: _run(run, runner, times, times.watch(stage_progress)))
 

@@ -19,7 +19,7 @@ from hgdpo_core.errors import ConfigError
 from hgdpo_core.execution.jobs import ShardRequest, cut, run_name, write_recipe
 from hgdpo_core.execution.processes import local_runner
 from hgdpo_core.execution.runner import InProcess, Runner, make_here
-from hgdpo_core.progress import Progress, ShouldStop, StageProgress, silent_stages
+from hgdpo_core.progress import Progress, ShouldStop, StageProgress, count_of, silent_stages
 from hgdpo_core.stages import Stage
 from hgdpo_core.storage import Store
 from hgdpo_core.training.request import TrainRequest, find_result
@@ -70,8 +70,8 @@ class DeploymentRunner:
             write_recipe(stage, copy_to_store=self.copy_to_store)
             requests = self._cut(stage, missing)
             jobs += [_job(stage, request) for request in requests]
-            get_run_logger().info("%s: %d missing shards of %s in %d shard runs", stage.title, len(missing),
-                                  stage.folder.key, len(requests))
+            get_run_logger().info("%s: %s of %s, in %s", stage.title, count_of(len(missing), "missing shard"),
+                                  stage.folder.key, count_of(len(requests), "shard run"))
         folders = ", ".join(stage.folder.key for stage, _ in work)
         table = LiveTable(f"{work[0][0].name}-shard-runs", f"Shard runs of {folders}")
         with ExitStack() as stack:

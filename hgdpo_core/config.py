@@ -185,6 +185,9 @@ class RaceCut(StageConfig):
         after, _, keep = value.partition(":")
         return {"after": after.strip(), "keep": keep.strip()}
 
+    def __str__(self) -> str:
+        return f"{self.after}:{self.keep}"
+
 
 class PoolConfig(DrawingConfig):
     """The pool of N candidates per prompt (paper Eq. 4)."""
@@ -254,6 +257,9 @@ class ScorerConfig(StageConfig):
             return value
         name, _, source = value.partition("=")
         return {"name": name.strip(), "source": source.strip() or None}
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.source}" if self.source else self.name
 
 
 class TripletConfig(StageConfig):

@@ -5,13 +5,20 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from hgdpo_core.comparison_run import ComparisonRun, open_comparison, plan_comparison
+from hgdpo_core.config import StageConfig
 from hgdpo_core.plan import plan_run
 from hgdpo_core.plan.table import readable_bytes, readable_hours, readable_time
 from hgdpo_core.prompts.syntax import describe_unread
+from hgdpo_core.rendering.settings import settings_table
 from hgdpo_core.run import Run, open_run
 from tasks.handover import take_opened
 from tasks.options import stage_task
-from tasks.ui import show_table
+from tasks.ui import show_table, show_text
+
+
+def show_settings(config: StageConfig) -> None:
+    """Every setting as an artifact of the flow run, from its start: a run that fails has them too."""
+    show_text("settings", settings_table(value=config).markdown(), "Every setting of this run")
 
 
 @stage_task("prepare")

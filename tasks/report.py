@@ -13,7 +13,6 @@ from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.progress import StageTimes
 from hgdpo_core.rendering.grids import pair_grid, pool_grid
-from hgdpo_core.rendering.settings import settings_table
 from hgdpo_core.report import ReportData, headline
 from hgdpo_core.report.summary import Published, write_comparison_report
 from hgdpo_core.run import Run
@@ -41,14 +40,13 @@ def publish_comparison(run: ComparisonRun, images: Mapping[str, PoolPlan], compa
 
 
 def conclude(published: Published) -> State[dict[str, Any]]:
-    """The end of a flow run: result and settings as its own artifacts, the result in a sentence as its state."""
+    """The end of a flow run: its result as an artifact of its own, and in a sentence as its state."""
     data, sentence = published.data, headline(published.data)
     locations = "\n".join(f"- {name}: `{url}`" for name, url in data.artifacts.items())
     if data.root.startswith("file:"):  # other machines cannot open it
         locations = f"Files on the machine `{socket.gethostname()}`:\n\n{locations}"
     warnings = "".join(f"\n\n**{warning}**" for warning in data.warnings)
     show_text("result", f"## {sentence}{warnings}\n\n{locations}", "The result in a sentence; report and LoRA")
-    show_text("settings", settings_table(value=data.config).markdown(), "Every setting of this run")
     get_run_logger().info(sentence)
     return Completed(message=sentence, data=published.summary)
 

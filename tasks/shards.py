@@ -5,7 +5,7 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from hgdpo_core.execution.jobs import ShardRequest, run_shards
-from hgdpo_core.progress import ShouldStop
+from hgdpo_core.progress import ShouldStop, count_of
 from hgdpo_core.stages import STAGES
 from hgdpo_core.storage.shards import ShardManifest
 from tasks.options import stage_task
@@ -26,8 +26,8 @@ def make_shards(request: ShardRequest, should_stop: ShouldStop) -> list[dict[str
 
     with stage_progress(request.stage) as progress:
         done = run_shards(request, progress=progress, should_stop=should_stop, on_shard=add_row)
-    logger.info("%s %s of %s: %d of %d shards made now, %d %s", request.stage, request.shards, request.folder,
-                len(rows), len(request.indices), done, STAGES[request.stage].unit)
+    logger.info("%s %s of %s: %d of %s made now, %s", request.stage, request.shards, request.folder, len(rows),
+                count_of(len(request.indices), "shard"), count_of(done, STAGES[request.stage].unit.removesuffix("s")))
     if rows:
         show_table("shards", rows, f"{request.folder}: shards made by this run")
     return rows

@@ -64,7 +64,7 @@ def _config_of(preset: str) -> RunConfig:
 def _shown(value: Any) -> str:
     """The value as `--set` takes it."""
     if isinstance(value, tuple) and value and isinstance(value[0], StageConfig):
-        return ",".join(f"{scorer.name}={scorer.source}" if scorer.source else scorer.name for scorer in value)
+        return ",".join(map(str, value))
     return value or '""' if isinstance(value, str) else json.dumps(value)
 
 

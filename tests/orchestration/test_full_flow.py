@@ -55,6 +55,7 @@ def test_the_summary_keeps_its_contract(summary, parameters):
     assert not [key for key in shown if key.endswith("-progress")]  # of finished stages
     assert shown["result"].task_run_id is None and run.state.message in shown["result"].data
     assert "| dpo.max_steps | 2 | optimizer steps |" in shown["settings"].data
+    assert shown["settings"].created == min(artifact.created for artifact in artifacts)  # a run that fails has them too
     rate = summary["win_rate"]["pickscore"]
     assert set(rate) == {"rate", "ci_low", "ci_high", "wins", "losses", "ties", "n"}
     assert rate["n"] == 8 == rate["wins"] + rate["losses"] + rate["ties"]

@@ -47,3 +47,10 @@ def test_a_table_shows_values_as_set_takes_them():
     assert {*PRESETS} <= {*settings.preset_table(*PRESETS).columns}
     scorer = next(row for row in settings.preset_table("sd15").rows if row[0] == "scorer.name")
     assert all(name in scorer[-1] for name in SCORERS)
+
+
+def test_settings_of_several_parts_are_written_as_they_are_given():
+    given = {"pool.race": "4:10,7:4", "evaluation.scorers": "pickscore=a,clip"}
+    config = apply_overrides(build_config("figures"), given)
+    rows = {row[0]: row[1] for row in settings.settings_table(value=config).rows}
+    assert {name: rows[name] for name in given} == given

@@ -149,7 +149,8 @@ def test_triplets_name_the_candidates(tmp_path, model, scorer):
     assert len(rows) == 3 and {row["pool_size"] for row in rows} == {4}
     for row in rows:
         own = {index: pixels[..., 0].mean() for (prompt, index), pixels in raced.items() if prompt == row["caption"]}
-        assert (row["winner_index"], row["loser_index"]) == (max(own, key=own.__getitem__), min(own, key=own.__getitem__))
+        best, worst = (choose(own, key=own.__getitem__) for choose in (max, min))
+        assert (row["winner_index"], row["loser_index"]) == (best, worst)
         assert row["winner_seed"] == image_seed(0, row["caption"], row["winner_index"])
         assert (np.asarray(decode_image(row["jpg_1"])) == raced[row["caption"], row["loser_index"]]).all()
     assert DistanceStage.of(made, scores.folder, model).read().shape == (0, 6, 2)
