@@ -3,15 +3,18 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import cast_training_params
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from safetensors.torch import save_file
+from torch import nn
 
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.lora_files import read_notes
@@ -37,6 +40,28 @@ def add_lora(unet: UNet2DConditionModel, rank: int, seed: int,
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                     target_modules=list(targets)))
     cast_training_params(unet, dtype=torch.float32)
+
+
+class _CastLinear(nn.Linear):
+    """Its weight is cast to the precision of what it reads; the weight and its gradient stay float32."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+def cast_lora_weights(unet: UNet2DConditionModel) -> None:
+    """From here on a linear layer's LoRA computes in the precision of its inputs, whose weights are cast to it.
+
+    PEFT casts the inputs to float32 instead. They are far larger, and under autocast go back to half precision at
+    once: the same bits for more work (tests/core/training/test_dpo_precision.py). Without autocast the LoRA would
+    compute in float32, and each layer would keep a float32 copy of its inputs for the backward pass.
+    """
+    for layer in unet.modules():
+        if isinstance(layer, Linear):
+            layer.cast_input_dtype_enabled = False
+            linear: Any
+            for linear in (*layer.lora_A.values(), *layer.lora_B.values()):
+                linear.__class__ = _CastLinear  # in place: names, weights and PEFT's own references stay
 
 
 @contextmanager

@@ -13,7 +13,14 @@ from hgdpo_core.losses import denoising_error, diffusion_dpo_loss, preference_ma
 from hgdpo_core.models import Backbone, Model
 from hgdpo_core.models.backbone import Denoiser, NoiseSchedule
 from hgdpo_core.models.files import LORA_NAME
-from hgdpo_core.models.lora import add_lora, load_lora_state, lora_state, reference_mode, write_kohya_lora
+from hgdpo_core.models.lora import (
+    add_lora,
+    cast_lora_weights,
+    load_lora_state,
+    lora_state,
+    reference_mode,
+    write_kohya_lora,
+)
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.rendering.charts import ChartSpec
 from hgdpo_core.stages.triplets import model_fingerprint
@@ -49,6 +56,7 @@ def prepare_dpo(denoiser: Denoiser, schedule: NoiseSchedule, config: DpoConfig) 
     schedule.require_trainable()
     network = denoiser.network
     add_lora(network, config.lora_rank, config.seed, denoiser.lora_targets)
+    cast_lora_weights(network)
     cast_frozen(network, resolve_precision(config.mixed_precision))
     denoiser.eval()  # dropout, where a network has some, would part the policy from an equal reference
 
