@@ -340,6 +340,16 @@ class DpoConfig(TrainingConfig):
                            le=1024)
     share_noise: bool = Field(default=True, description="winner and loser of a pair share their noise")
     allow_foreign_triplets: bool = Field(default=False, description="train on triplets made by another model")
+    autocast: Annotated[bool, ADDED] = Field(
+        default=True, description="false, with mixed_precision bf16: the network computes in bf16 alone, norms too, "
+        "which autocast keeps in float32. LoRA weights, losses and optimizer stay float32")
+
+    @model_validator(mode="after")
+    def _only_bf16_without_autocast(self) -> Self:
+        if not self.autocast and self.mixed_precision != "bf16":
+            raise ValueError(f"autocast is false, which is bf16 alone, but mixed_precision is {self.mixed_precision}: "
+                             "set that to bf16, or autocast to true")
+        return self
 
 
 class EvaluationConfig(StageConfig):

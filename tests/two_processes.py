@@ -85,6 +85,7 @@ def main(folder: Path) -> None:
         "starved": result_of(train(config(batch_size=4), Starved(20))),
     }
     results["starved"]["warnings"] = [text for text in warnings if "ran out of memory" in text]
+    results["pure bf16"] = result_of(train(config(batch_size=4, mixed_precision="bf16", autocast=False), Starved(20)))
     try:
         train(config(batch_size=4), Empty(20))
     except ConfigError as error:

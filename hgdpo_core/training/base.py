@@ -73,6 +73,8 @@ class Objective:
     what_to_lower: str
     average: WeightAverage | None = None
     """Of the first process: the weights that are kept instead of the network's own, and used for validation."""
+    autocast: bool = True
+    """Whether mixed precision is torch's autocast; if not, `batch_loss` casts what the network reads."""
 
 
 class TrainingObjective(ABC):

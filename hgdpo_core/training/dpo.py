@@ -47,7 +47,8 @@ def prepare_dpo(denoiser: Denoiser, schedule: NoiseSchedule, config: DpoConfig) 
     """The loss of Eq. 9 for the loop, and a LoRA on the denoiser's network that it trains, in place.
 
     The network stays on the training device, and under mixed precision its frozen weights stay in that precision: load
-    the target again to sample from it. ModelError for a network or schedule that cannot be trained.
+    the target again to sample from it. Without `config.autocast` all that it computes is bf16; noise, its prediction
+    target and the losses are float32 in any case. ModelError for a network or schedule that cannot be trained.
 
     Log rows: `step`, `loss`, `dpo_loss`, `stat_loss` (unweighted), `margin` (negative is good), `implicit_accuracy`
     (fraction of pairs with a negative margin; zero counts half), `winner_error`, `loser_error`,
@@ -58,6 +59,7 @@ def prepare_dpo(denoiser: Denoiser, schedule: NoiseSchedule, config: DpoConfig) 
     add_lora(network, config.lora_rank, config.seed, denoiser.lora_targets)
     cast_lora_weights(network)
     cast_frozen(network, resolve_precision(config.mixed_precision))
+    read_dtype = torch.float32 if config.autocast else torch.bfloat16  # autocast itself casts what layers read
     denoiser.eval()  # dropout, where a network has some, would part the policy from an equal reference
 
     def batch_loss(trained: nn.Module, batch: PairBatch, generators: Generators) -> dict[str, torch.Tensor]:
@@ -74,9 +76,9 @@ def prepare_dpo(denoiser: Denoiser, schedule: NoiseSchedule, config: DpoConfig) 
         latents = torch.cat([winner, loser])
         noise = torch.cat([winner_noise, loser_noise])
         both_timesteps = torch.cat([timesteps, timesteps]).to(denoiser.device)
-        noisy = schedule.add_noise(latents, noise, both_timesteps)
+        noisy = schedule.add_noise(latents, noise, both_timesteps).to(read_dtype)
         target = schedule.prediction_target(latents, noise, both_timesteps)
-        conditioning = batch.conditioning.repeat(2).to(denoiser.device)
+        conditioning = batch.conditioning.repeat(2).to(denoiser.device, read_dtype)
         with reference_mode(network):
             reference = trained(noisy, both_timesteps, conditioning)
         policy = trained(noisy, both_timesteps, conditioning)
@@ -84,7 +86,8 @@ def prepare_dpo(denoiser: Denoiser, schedule: NoiseSchedule, config: DpoConfig) 
 
     return Objective("dpo", denoiser, batch_loss, weights=lambda: lora_state(network),
                      load_weights=lambda state: load_lora_state(network, state),
-                     what_to_lower=f"learning_rate (now {config.learning_rate:g}) or beta (now {config.beta:g})")
+                     what_to_lower=f"learning_rate (now {config.learning_rate:g}) or beta (now {config.beta:g})",
+                     autocast=config.autocast)
 
 
 def pair_losses(policy: torch.Tensor, reference: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor,

@@ -118,7 +118,8 @@ def _open(objective: Objective, source: SampleSource[Any], config: TrainingConfi
     # Accelerate keeps the precision of the process's first training and refuses another one.
     forget_launchers()
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=resolve_precision(config.mixed_precision), cpu=use_cpu(),
+    precision = resolve_precision(config.mixed_precision) if objective.autocast else "no"
+    accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu(),
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
     denoiser = objective.denoiser.to(accelerator.device)
     if config.gradient_checkpointing:

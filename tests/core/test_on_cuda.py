@@ -157,9 +157,11 @@ def of_package(places):
     return Counter({place: n for place, n in places.items() if place.startswith("hgdpo_core/")})
 
 
-@pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True), ("fp16", True)])
-def test_a_dpo_step_waits_once(cuda, precision, checkpointing):
-    settings = config(max_steps=1, mixed_precision=precision, gradient_checkpointing=checkpointing, flip=True)
+@pytest.mark.parametrize(("precision", "autocast", "checkpointing"), [
+    ("no", True, False), ("bf16", True, True), ("bf16", False, True), ("fp16", True, True)])
+def test_a_dpo_step_waits_once(cuda, precision, autocast, checkpointing):
+    settings = config(max_steps=1, mixed_precision=precision, autocast=autocast, flip=True,
+                      gradient_checkpointing=checkpointing)
     ours, result = train(settings)
     check_steps(cuda, result, fp16=precision == "fp16")
     assert weights(ours).isfinite().all()

@@ -207,7 +207,9 @@ def stop_after(steps: int):
 
 # rank 64 on 64-wide layers: tensors of 4096 elements, the least that bitsandbytes keeps in 8 bit
 @pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"optimizer": "adam8bit", "lora_rank": 64},
-                                      {"optimizer": "adam8bit", "lora_rank": 64, "mixed_precision": "bf16"}])
+                                      {"optimizer": "adam8bit", "lora_rank": 64, "mixed_precision": "bf16"},
+                                      {"optimizer": "adamw", "mixed_precision": "bf16", "autocast": False,
+                                       "gradient_checkpointing": True}])
 def test_a_resumed_training_is_bit_identical(settings, location):
     if settings["optimizer"] == "adam8bit":
         pytest.importorskip("bitsandbytes")

@@ -116,6 +116,15 @@ def test_a_process_out_of_memory_lowers_the_micro_batch_of_all(results):
     assert "out of memory at step 1 with one sample at a time" in results["empty"]
 
 
+def test_so_it_is_in_bf16_without_autocast(results):
+    """Up to its own rounding, which beta and the optimizer multiply from the second step on."""
+    _, one = alone(Pairs(20), batch_size=8, mixed_precision="bf16", autocast=False)
+    log = results["pure bf16"]["log"]
+    for name in ("winner_error", "grad_norm"):
+        assert log[0][name] == pytest.approx(one.log[0][name], rel=1e-3)
+    assert [row["winner_error"] for row in log] == pytest.approx([row["winner_error"] for row in one.log], rel=1e-2)
+
+
 def test_processes_wait_longer_than_torch_would_for_the_first_which_alone_uses_the_store(results):
     """Torch's default is 2 s here; the first process reads a checkpoint for 4 s, writes one and validates as long."""
     slow = results["slow"]
