@@ -201,7 +201,8 @@ def run_ours(model: Model, pairs: Pairs, config: DpoConfig, options: argparse.Na
 
 
 def _named(what: str, config: DpoConfig) -> str:
-    return f"{what}, gradient checkpointing" if config.gradient_checkpointing else what
+    return ", ".join([what, *["pure bf16"] * (not config.autocast),
+                      *["gradient checkpointing"] * config.gradient_checkpointing])
 
 
 def _step_seconds(marks: Sequence[float]) -> float:
@@ -249,7 +250,9 @@ def check_losses(model: Model, size: tuple[int, int], config: DpoConfig, options
 
 
 def compare(options: argparse.Namespace, folder: Path) -> tuple[float, list[Row]]:
-    """What `check_losses` finds; the example, ours without and with SML, ours with gradient checkpointing."""
+    """What `check_losses` finds; the example, ours without and with SML, in bf16 also with SML and no autocast, and
+    with SML and gradient checkpointing.
+    """
     now = clock_of(options)
     os.environ["HGDPO_DEVICE"] = "cuda" if options.device.startswith("cuda") else "cpu"
     model, preset = open_target(options.size, folder, options.dtype)
@@ -261,10 +264,11 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[float, list[Row]
     difference = check_losses(model, size, config, options, folder, now)
     pairs = make_pairs(model, size, 2 * batch, folder)
     with_sml = config.model_copy(update={"lambda_stat": preset.dpo.lambda_stat})
+    pure = [with_sml.model_copy(update={"autocast": False})] if options.dtype == "bfloat16" else []
     checkpointed = with_sml.model_copy(update={"gradient_checkpointing": True})
     rows = [run_example(model, pairs, config, options, now)]
     # Turn by turn, for the machine's mood changes more than SML costs.
-    turns = [[run_ours(model, pairs, settings, options, now) for settings in (config, with_sml)]
+    turns = [[run_ours(model, pairs, settings, options, now) for settings in (config, with_sml, *pure)]
              for _ in range(options.turns)]
     rows += [min(side, key=lambda row: row.seconds) for side in zip(*turns, strict=True)]
     return difference, [*rows, run_ours(model, pairs, checkpointed, options, now)]
@@ -276,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_device_options(parser)
     parser.add_argument("--batch", type=int, help="pairs; default: the preset's")
     parser.add_argument("--steps", type=int, default=8, help="measured ones, after the first two")
-    parser.add_argument("--turns", type=int, default=2, help="of ours without and with SML; the faster one counts")
+    parser.add_argument("--turns", type=int, default=2, help="of ours; of each the fastest counts")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         difference, rows = compare(options, Path(name))

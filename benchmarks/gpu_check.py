@@ -52,6 +52,7 @@ PARTS = (
     Part("latents", 45, parts.encode_latents),
     Part("DPO bf16, resumed", 60, partial(parts.train, kind="dpo", precision="bf16")),
     Part("SFT bf16, resumed", 90, partial(parts.train, kind="sft", precision="bf16")),
+    Part("DPO pure bf16, resumed", 60, partial(parts.train, kind="dpo", precision="bf16", autocast=False)),
     Part("DPO fp16, resumed", 60, partial(parts.train, kind="dpo", precision="fp16"), True),
     Part("SFT fp16, resumed", 90, partial(parts.train, kind="sft", precision="fp16"), True),
     Part("attention", 30, parts.time_attention),

@@ -203,12 +203,13 @@ class _Winners:
         return ImageBatch(batch.winner_latents, batch.prompt_embeds)
 
 
-def train(setting: Setting, kind: str, precision: str) -> list[Row]:
+def train(setting: Setting, kind: str, precision: str, **settings: Any) -> list[Row]:
     """Three steps by the preset, then the third once more from the checkpoint of the second: the losses agree."""
     samples: Any = setting.pairs.latents if kind == "dpo" else _Winners(setting.pairs.latents)
     config = getattr(setting.config, kind).model_copy(update={
         "max_steps": 3, "checkpoint_every": 2, "batch_size": setting.config.dpo.batch_size, "global_batch_size": None,
-        "warmup_steps": 1, "mixed_precision": precision, "optimizer": "adam8bit" if setting.on_gpu else "adamw"})
+        "warmup_steps": 1, "mixed_precision": precision, "optimizer": "adam8bit" if setting.on_gpu else "adamw",
+        **settings})
 
     def run(checkpoints: Checkpoints) -> TrainingResult:
         backbone = load_backbone(setting.model, dtype="float32")
@@ -323,12 +324,14 @@ def time_scoring(setting: Setting) -> list[Row]:
 
 
 def time_dpo_step(setting: Setting) -> list[Row]:
-    """The public example's step, and ours with the statistic matching loss."""
+    """The public example's step, and ours with the statistic matching loss, under autocast and in pure bf16."""
     preset = setting.config.dpo
     config = preset.model_copy(update={"max_steps": dpo_step.WARM_UP_STEPS + REPEATS, "mixed_precision": "bf16",
                                        "global_batch_size": None})
     plain = config.model_copy(update={"lambda_stat": 0.0})
+    pure = config.model_copy(update={"autocast": False})
     options, batch = setting.options(), config.batch_size
     rows = [dpo_step.run_example(setting.model, setting.pairs, plain, options, setting.now),
-            dpo_step.run_ours(setting.model, setting.pairs, config, options, setting.now)]
+            *(dpo_step.run_ours(setting.model, setting.pairs, settings, options, setting.now)
+              for settings in (config, pure))]
     return [Row(f"{row.what}, {batch} pairs", row.seconds, "s a step") for row in rows]

@@ -72,5 +72,5 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_one_line(monkeypatch, capsys):
 
 @pytest.mark.gpu
 def test_the_first_parts_hold_on_a_gpu(tmp_path):
-    report = check(Setting("cuda", "tiny", tmp_path), 300, gpu_check.PARTS[:8])
-    assert [result.status for result in report.results] == ["ok"] * 8, report.to_markdown()
+    report = check(Setting("cuda", "tiny", tmp_path), 300, gpu_check.PARTS[:9])
+    assert [result.status for result in report.results] == ["ok"] * 9, report.to_markdown()
