@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from hgdpo_core.config import RunConfig, StageConfig
+from hgdpo_core.config import RunConfig
+from hgdpo_core.config_base import StageConfig
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.presets import PRESETS, build_config
 from hgdpo_core.rendering.parts import NOTHING

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from hgdpo_core import __version__
-from hgdpo_core.config import UNKNOWN_LICENCE, content_hash
+from hgdpo_core.config import UNKNOWN_LICENCE
+from hgdpo_core.config_base import content_hash
 from hgdpo_core.rendering.tables import Table
 from hgdpo_core.statistics.distributions import summarise_scores, text_histogram
 from hgdpo_core.storage import PARALLEL_REQUESTS, Store

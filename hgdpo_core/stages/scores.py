@@ -7,7 +7,8 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from hgdpo_core.config import ScorerConfig, content_hash
+from hgdpo_core.config import ScorerConfig
+from hgdpo_core.config_base import content_hash
 from hgdpo_core.scorers import Scorer, find_scorer, load_configured_scorer, preparation
 from hgdpo_core.stages.base import (
     Advance,

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
-from hgdpo_core.config import TrainingConfig, content_hash
+from hgdpo_core.config import TrainingConfig
+from hgdpo_core.config_base import content_hash
 from hgdpo_core.devices import is_out_of_memory, use_cpu
 from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageError
 from hgdpo_core.parallel import Writer

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hgdpo_core.config import PromptSource, apply_overrides
+from hgdpo_core.config import PromptSource
+from hgdpo_core.config_base import apply_overrides
 from hgdpo_core.errors import ConfigError, InputError, StorageError
 from hgdpo_core.presets import build_config
 from hgdpo_core.prompts import read_prompts
