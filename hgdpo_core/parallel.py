@@ -85,14 +85,14 @@ def thread_map(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
 
 
 @contextmanager
-def ahead(items: Generator[T], mark: object = None) -> Iterator[Iterator[T]]:
-    """The items as they come, each made in a thread beside the caller's; one at most is made, or in the making, ahead.
+def ahead(items: Generator[T], mark: object = None, depth: int = 1) -> Iterator[Iterator[T]]:
+    """The items as they come, each made in a thread beside the caller's; at most `depth` are made, or in the making.
 
     An item that is `mark` does not count: the one after it is made too. `items` runs under the caller's context
     variables; its error is raised in place of the item. Leaving the block waits for the item in the making, if there is
     one, and closes `items`.
     """
-    left, room, made = Event(), Semaphore(1), SimpleQueue[Future[T] | None]()
+    left, room, made = Event(), Semaphore(depth), SimpleQueue[Future[T] | None]()
 
     def make() -> None:
         with closing(items):

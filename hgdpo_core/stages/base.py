@@ -35,6 +35,7 @@ Claim = Callable[[int], bool]
 """Asked before a shard of an index is read: False where another process of the same work makes it."""
 Advance = Callable[[int], None]
 """Called after every n units of a shard."""
+BATCHES_AHEAD = 2  # a shard's last batch, often a small one, is computed before one batch is decoded
 SHARDS_COMPARED, FOLDERS_COMPARED = 8, 20  # looked at for what past work took
 
 
@@ -250,8 +251,8 @@ def process_shards(stage: Stage, worker: Worker, indices: Iterable[int] | None =
     """Make what is missing of a stage, commit each shard as it finishes; returns the units made now.
 
     A shard is written, and the next ones are read, while one is computed. In memory are at most the rows of the shard
-    in work, of the next one, of a third that is being read, and what is written; one batch in work, one ahead, and two
-    decoded images for each thread. Stopping loses at most the shard in work, a crash also the one being written. Where
+    in work, of those of the two batches ahead, of one that is being read, and what is written; one batch in work, two
+    ahead, and two decoded images for each thread. Stopping loses at most the shard in work, a crash also the one being written. Where
     a batch does not fit into memory, its shard starts again with half of it. StoppedError after `worker.should_stop`;
     ConfigError when a single image does not fit.
     """
@@ -325,7 +326,7 @@ def _read_ahead(stage: Stage, computer: Computer, worker: Worker, indices: Seque
             yield shard, rest if first is _END else chain((first,), rest)
             deque(rest, maxlen=0)  # of a shard that was not made
 
-    with closing(stream()) if stage.is_costly else ahead(stream(), _END) as items:
+    with closing(stream()) if stage.is_costly else ahead(stream(), _END, BATCHES_AHEAD) as items:
         yield pairs(items)
 
 
