@@ -166,9 +166,9 @@ def _row(run: _Run, averages: Averages) -> LogRow:
     for name in ["loss"] if run.accelerator.scaler is not None else ["loss", "grad_norm"]:
         if not math.isfinite(row[name]):
             raise ConfigError(f"training stopped at step {row['step']}, before the weights changed: {name} is "
-                              f"{row[name]}, expected a finite number. Lower {run.objective.what_to_lower}, "
-                              "use mixed_precision no, or look for latents that are not finite; the last "
-                              "checkpoint is intact")
+                              f"{row[name]}, expected a finite number. Lower {run.objective.what_to_lower}, use "
+                              f"mixed_precision no{'' if run.objective.autocast else ' with autocast true'}, or look "
+                              "for latents that are not finite; the last checkpoint is intact")
     return row
 
 
