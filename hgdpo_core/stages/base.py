@@ -252,9 +252,9 @@ def process_shards(stage: Stage, worker: Worker, indices: Iterable[int] | None =
 
     A shard is written, and the next ones are read, while one is computed. In memory are at most the rows of the shard
     in work, of those of the two batches ahead, of one that is being read, and what is written; one batch in work, two
-    ahead, and two decoded images for each thread. Stopping loses at most the shard in work, a crash also the one being written. Where
-    a batch does not fit into memory, its shard starts again with half of it. StoppedError after `worker.should_stop`;
-    ConfigError when a single image does not fit.
+    ahead, and two decoded images for each thread. Stopping loses at most the shard in work, a crash also the one being
+    written. Where a batch does not fit into memory, its shard starts again with half of it. StoppedError after
+    `worker.should_stop`; ConfigError when a single image does not fit.
     """
     requested = stage.indices if indices is None else list(indices)
     existing, sources = stage.look(requested)
