@@ -15,7 +15,7 @@ from prefect.runtime import deployment, flow_run
 
 from flows.children import Job, run_jobs
 from hgdpo_core.config import WorkersConfig
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.execution.jobs import ShardRequest, cut, run_name, write_recipe
 from hgdpo_core.execution.processes import local_runner

@@ -11,7 +11,7 @@ from typing import Any
 
 from hgdpo_core import __version__
 from hgdpo_core.config import ComparisonConfig, DrawingConfig, RunConfig
-from hgdpo_core.config_base import apply_overrides, content_hash, validate
+from hgdpo_core.config.base import apply_overrides, content_hash, validate
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.models import Model, check_lora, find_model

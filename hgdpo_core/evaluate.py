@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hgdpo_core.config import DrawingConfig, EvaluationConfig, PoolConfig, SamplerConfig
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import ColourShift, WinRate, win_rate

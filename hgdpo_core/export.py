@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 
 from hgdpo_core.config import RunConfig, TargetConfig
-from hgdpo_core.config_base import validate
+from hgdpo_core.config.base import validate
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StorageError, first_line
 from hgdpo_core.models import Model, find_model, load_backbone
 from hgdpo_core.models.files import LORA_NAME

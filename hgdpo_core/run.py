@@ -10,7 +10,7 @@ from typing import Any
 from hgdpo_core import __version__
 from hgdpo_core.built_in import find_images, is_built_in
 from hgdpo_core.config import RunConfig
-from hgdpo_core.config_base import apply_overrides, content_hash
+from hgdpo_core.config.base import apply_overrides, content_hash
 from hgdpo_core.devices import default_device
 from hgdpo_core.evaluate import refuse_seen_prompts
 from hgdpo_core.image_sets import ImageSet, read_image_set

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from hgdpo_core.config_base import canonical_json
+from hgdpo_core.config.base import canonical_json
 
 T = TypeVar("T")
 _opened: dict[tuple[str, str], Any] = {}

@@ -5,7 +5,7 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from hgdpo_core.comparison_run import ComparisonRun, open_comparison, plan_comparison
-from hgdpo_core.config_base import StageConfig
+from hgdpo_core.config.base import StageConfig
 from hgdpo_core.plan import plan_run
 from hgdpo_core.plan.table import readable_bytes, readable_hours, readable_time
 from hgdpo_core.prompts.syntax import describe_unread

@@ -12,7 +12,7 @@ from hgdpo_core.ablate.arms import Arm, arm_config, evaluation_scorers
 from hgdpo_core.ablate.program import Shared
 from hgdpo_core.ablate.settings import World, feature_scorer
 from hgdpo_core.config import RunConfig
-from hgdpo_core.config_base import StageConfig, content_hash
+from hgdpo_core.config.base import StageConfig, content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.evaluate import image_scores, plan_evaluation
 from hgdpo_core.execution.runner import IN_PROCESS, Runner

@@ -9,7 +9,7 @@ from hgdpo_core.ablate.arms import Arm, PlannedTable, arm_labels, evaluation_sco
 from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check
 from hgdpo_core.built_in import is_built_in
 from hgdpo_core.config import ScorerConfig
-from hgdpo_core.config_base import apply_overrides, content_hash
+from hgdpo_core.config.base import apply_overrides, content_hash
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.presets import DEFAULT_PRESET, build_config

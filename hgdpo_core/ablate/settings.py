@@ -6,7 +6,7 @@ from pydantic import Field, ValidationError
 
 from hgdpo_core.built_in import DATA_SET, is_built_in
 from hgdpo_core.config import RunConfig, ScorerConfig
-from hgdpo_core.config_base import StageConfig, describe
+from hgdpo_core.config.base import StageConfig, describe
 from hgdpo_core.errors import ConfigError
 
 World = Literal["plain", "tinted"]

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ConfigError, InputError, StorageError
 from hgdpo_core.image_sets.folders import METADATA, FolderReader, batched, caption_file, read_captions, select_images
 from hgdpo_core.image_sets.tables import TableReader, index_tables

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 
 from hgdpo_core.built_in import find_target, is_built_in
 from hgdpo_core.config import TargetConfig
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models import weight_files
 from hgdpo_core.models.backbone import find_family

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ModelError
 from hgdpo_core.storage.local import write_atomically
 from hgdpo_core.storage.scratch import cache_folder

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from hgdpo_core.config import PromptSyntax, TargetConfig
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.devices import DTYPES, resolve_dtype
 from hgdpo_core.errors import HGDPOError, ModelError, first_line
 from hgdpo_core.models.files import SD15_CONFIGS, check_channels, check_files, check_vae, find_files, read_config

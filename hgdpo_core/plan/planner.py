@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hgdpo_core.config_base import canonical_json
+from hgdpo_core.config.base import canonical_json
 from hgdpo_core.devices import default_device, device_name
 from hgdpo_core.models import Lora, Model
 from hgdpo_core.models.published import fetch_model, find_record

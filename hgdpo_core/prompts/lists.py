@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from hgdpo_core import built_in
 from hgdpo_core.config import PromptSource
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.progress import count_of
 from hgdpo_core.prompts.sources import read_texts

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hgdpo_core.config import PromptSource
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ConfigError, InputError, StorageError, first_line
 from hgdpo_core.storage import MissingKeyError, Store
 from hgdpo_core.storage.local import open_file

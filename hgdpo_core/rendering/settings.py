@@ -11,7 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from hgdpo_core.config import RunConfig
-from hgdpo_core.config_base import StageConfig
+from hgdpo_core.config.base import StageConfig
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.presets import PRESETS, build_config
 from hgdpo_core.rendering.parts import NOTHING
@@ -20,7 +20,7 @@ from hgdpo_core.rendering.tables import Table
 PAGE = """# Settings
 
 Every setting of a run, as `--set NAME=VALUE` on the command line, as `{"NAME": VALUE}` in a flow's `overrides`, and its
-value in each preset. `null` is the default that the meaning names. Made from the definitions in `hgdpo_core/config.py`;
+value in each preset. `null` is the default that the meaning names. Made from the definitions in `hgdpo_core/config/`;
 `hgdpo settings --preset NAME` prints the same.
 
 """

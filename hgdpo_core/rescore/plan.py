@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hgdpo_core.config import TripletConfig
-from hgdpo_core.config_base import StageConfig
+from hgdpo_core.config.base import StageConfig
 from hgdpo_core.errors import ConfigError, CorruptShardError, ModelError
 from hgdpo_core.prompts import load_prompts, prompt_id
 from hgdpo_core.rescore.requested import RequestedScorer, requested_scorers

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from hgdpo_core.config import RunConfig, ScorerConfig, WorkersConfig
-from hgdpo_core.config_base import StageConfig, apply_overrides, describe
+from hgdpo_core.config.base import StageConfig, apply_overrides, describe
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.presets import build_config
 from hgdpo_core.storage import Store

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hgdpo_core import __version__
-from hgdpo_core.config_base import StageConfig
+from hgdpo_core.config.base import StageConfig
 from hgdpo_core.rescore.drift_measure import measure_evaluations, measure_pool, measure_ranking
 from hgdpo_core.rescore.drift_report import render_html, render_markdown
 from hgdpo_core.rescore.plan import RankJob, RescorePlan, ScoreJob, Skipped

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.devices import Float32
 from hgdpo_core.scorers import pickscore
 from hgdpo_core.scorers.pixels import Images

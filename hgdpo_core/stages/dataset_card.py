@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from hgdpo_core import __version__
 from hgdpo_core.config import UNKNOWN_LICENCE
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.rendering.tables import Table
 from hgdpo_core.statistics.distributions import summarise_scores, text_histogram
 from hgdpo_core.storage import PARALLEL_REQUESTS, Store

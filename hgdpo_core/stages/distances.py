@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import latent_distance
 from hgdpo_core.models import Model

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from hgdpo_core.config import ScorerConfig
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.metrics import mean_pairwise_distance
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.scorers import ImageEmbedder, find_scorer, load_embedder, preparation

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.image_sets import locate_images, open_located_images
 from hgdpo_core.image_sets.sets import CAPTIONING, ImageSet, Kind

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.images import decode_image, to_model_range
 from hgdpo_core.models import Backbone, Model

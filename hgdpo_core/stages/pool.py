@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ConfigError, StorageError
 from hgdpo_core.models import Model
 from hgdpo_core.models.image_generator import ImageGenerator, chunks

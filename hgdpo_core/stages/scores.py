@@ -8,7 +8,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from hgdpo_core.config import ScorerConfig
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.scorers import Scorer, find_scorer, load_configured_scorer, preparation
 from hgdpo_core.stages.base import (
     Advance,

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from hgdpo_core.config import UNKNOWN_LICENCE, TripletConfig
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.prompts import PromptList, load_prompts, prompt_id

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hgdpo_core import __version__
-from hgdpo_core.config_base import canonical_json, content_hash
+from hgdpo_core.config.base import canonical_json, content_hash
 from hgdpo_core.errors import ConfigError, CorruptShardError, InputError, StorageError
 from hgdpo_core.storage import PARALLEL_REQUESTS, MissingKeyError, Store
 

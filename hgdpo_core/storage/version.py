@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 from hgdpo_core import __version__
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.storage.shards import FORMAT_VERSION
 

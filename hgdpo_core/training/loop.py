@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from hgdpo_core.config import TrainingConfig
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.devices import is_out_of_memory, use_cpu
 from hgdpo_core.errors import ConfigError, InputError, StoppedError, StorageError
 from hgdpo_core.parallel import Writer

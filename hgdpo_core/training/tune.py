@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hgdpo_core.config import TrainingConfig
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.devices import default_device, device_name
 from hgdpo_core.models import Model, load_backbone
 from hgdpo_core.models.fingerprints import fingerprint_path

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from hgdpo_core.config import PromptSyntax, RunConfig, SamplerConfig, TrainingConfig
-from hgdpo_core.config_base import StageConfig
+from hgdpo_core.config.base import StageConfig
 from hgdpo_core.devices import free_memory, is_out_of_memory
 from hgdpo_core.errors import ModelError
 from hgdpo_core.images import decode_image, encode_image

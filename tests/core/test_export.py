@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 
 from flows.cli import main
 from hgdpo_core.config import TargetConfig
-from hgdpo_core.config_base import apply_overrides
+from hgdpo_core.config.base import apply_overrides
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StorageError
 from hgdpo_core.export import export_run, push_folder
 from hgdpo_core.models import Model, find_model, load_backbone, load_pipeline

@@ -33,7 +33,7 @@ from hgdpo_core.config import (
     TargetConfig,
     TripletConfig,
 )
-from hgdpo_core.config_base import apply_overrides
+from hgdpo_core.config.base import apply_overrides
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.image_sets import ImageSet, read_image_set
 from hgdpo_core.models import Lora, Model, find_model

@@ -14,7 +14,7 @@ import pytest
 from faulty_s3 import served_bucket
 from PIL import Image
 
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.image_sets import expand_braces, locate_images, open_located_images, read_image_set
 from hgdpo_core.image_sets import folders as image_folders

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hgdpo_core.config import TargetConfig
-from hgdpo_core.config_base import apply_overrides
+from hgdpo_core.config.base import apply_overrides
 from hgdpo_core.devices import default_device, resolve_dtype
 from hgdpo_core.errors import ConfigError, ModelError, StorageError
 from hgdpo_core.models import find_model, load_pipeline

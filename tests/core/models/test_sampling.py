@@ -11,7 +11,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, TripletConfig
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.images import decode_image

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hgdpo_core.config import PromptSource
-from hgdpo_core.config_base import apply_overrides
+from hgdpo_core.config.base import apply_overrides
 from hgdpo_core.errors import ConfigError, InputError, StorageError
 from hgdpo_core.presets import build_config
 from hgdpo_core.prompts import read_prompts

@@ -10,7 +10,7 @@ from tiny import TEXTS
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig, TargetConfig
-from hgdpo_core.config_base import validate
+from hgdpo_core.config.base import validate
 from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.models import find_model
 from hgdpo_core.scorers import (

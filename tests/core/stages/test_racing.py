@@ -9,7 +9,7 @@ import torch
 
 from hgdpo_core.ablate.settings import build_settings, check
 from hgdpo_core.config import PoolConfig, RaceCut, SamplerConfig, ScorerConfig, TargetConfig, TripletConfig
-from hgdpo_core.config_base import apply_overrides as override
+from hgdpo_core.config.base import apply_overrides as override
 from hgdpo_core.errors import ConfigError, ModelError, StoppedError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.images import decode_image

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
-from hgdpo_core.config_base import content_hash
+from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ConfigError, StoppedError
 from hgdpo_core.execution.jobs import ShardRequest, cut, run_name, run_shards, write_recipe
 from hgdpo_core.execution.runner import IN_PROCESS

@@ -16,7 +16,7 @@ from training_cases import Pairs, config, train
 
 from hgdpo_core.built_in import SOURCE
 from hgdpo_core.config import TargetConfig
-from hgdpo_core.config_base import apply_overrides
+from hgdpo_core.config.base import apply_overrides
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.figures import caption
 from hgdpo_core.figures.dataset import render_batch, sample_figures, to_model_range

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from hgdpo_core.built_in import DATA_SET, SPLITS, is_built_in
-from hgdpo_core.config_base import ADDED, NO_ID, OWN_TO_RUNS, InIds, StageConfig, number
+from hgdpo_core.config.base import ADDED, NO_ID, OWN_TO_RUNS, InIds, StageConfig, number
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
