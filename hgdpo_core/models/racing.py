@@ -35,13 +35,6 @@ class Ended(NamedTuple):
     """Of its predicted image."""
 
 
-class _Field(NamedTuple):
-    """Candidates that are equally far, in one batch. Compiled networks are given full ones: see `_filled`."""
-
-    candidates: Sequence[Candidate]
-    trajectory: Trajectory
-
-
 def race(generator: ImageGenerator, prompts: Sequence[str], score: Score,
          should_stop: ShouldStop = never_stop) -> Iterator[dict | Ended]:
     """Each candidate of the prompts, as a row of `ImageGenerator.generate` or as one that ended, in no fixed order.

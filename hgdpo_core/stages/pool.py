@@ -186,8 +186,9 @@ class _Generating(Computer):
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
         if not ended:
             return ShardRows(table, details=details)
-        reason = f"raced: neither among a prompt's best nor its worst of {self.generator.sampler.steps} steps"
-        unfinished = [{"prompt_id": prompt_id(each.prompt), "reason": reason, **each._asdict()} for each in ended]
+        unfinished = [{"prompt_id": prompt_id(each.prompt), **each._asdict(),
+                       "reason": f"raced: after step {each.step} neither among its prompt's best nor its worst"}
+                      for each in ended]
         return ShardRows(table, pa.Table.from_pylist(unfinished, schema=ENDED_SCHEMA),
                          details | {ENDED: len(unfinished)})
 
