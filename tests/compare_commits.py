@@ -43,8 +43,8 @@ UNREAD = {".html", ".md", ".pt"}
 ADDED = re.compile(r"only present: latents/images-\S+/means\.json"  # stages with a recipe now
                    r"|only present: triplets/\S+/means\.json"
                    r"|runs/\S+/summary\.json: lora_id is only in present"
-                   r"|\S+/(config|images)\.json: \S+\.(global_batch_size|attention|compile|steps|race|autocast) is only in "
-                   r"present")
+                   r"|\S+/(config|images)\.json: "
+                   r"\S+\.(global_batch_size|attention|compile|steps|race|autocast) is only in present")
 """What the present code writes beside all that the base wrote."""
 
 # -- the two roots
