@@ -1,7 +1,7 @@
 """The shard flow with faults, for workers of the tests: files in a folder say what happens to which shard, once.
 
 A file `<what>-<image>` holds the first prompt of a shard; when that image of the shard is drawn, the file is removed
-and `raise` raises, `kill` kills the process with SIGKILL. With `hold` the shard waits until somebody removes the file.
+and `raise` raises, `kill` kills the process with SIGKILL. With `hold` the shard waits until the file is removed.
 While `hold-import` is there no run gets past Pending. `painted.log` gets the time and the first prompt of every shard
 begun.
 """

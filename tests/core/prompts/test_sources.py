@@ -168,8 +168,8 @@ def test_a_folder_is_a_data_set(tmp_path):
 
 def test_a_hub_id_out_of_reach_names_both_readings(tmp_path):
     pytest.importorskip("datasets")
-    with pytest.raises(StorageError, match="somebody/prompts is not a file or folder here, and as a data set of"):
-        read("somebody/prompts", Store(str(tmp_path)))
+    with pytest.raises(StorageError, match="owner/prompts is not a file or folder here, and as a data set of"):
+        read("owner/prompts", Store(str(tmp_path)))
 
 
 def test_without_the_package_one_line_names_it(tmp_path, monkeypatch):
