@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from hgdpo_core.comparison_run import ComparisonRun
-from hgdpo_core.config import ScorerConfig, TrainingConfig
+from hgdpo_core.config import ScorerConfig
 from hgdpo_core.evaluate import Comparison, compare, plan_evaluation
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
@@ -66,18 +66,15 @@ class Result:
 
 
 def run_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages,
-            times: StageTimes | None = None, objective: str = "dpo") -> Result:
-    """The whole method; what exists is not made again. `times` keeps how long each step took, for `write_report`.
-
-    `objective`: see `train_lora`.
-    """
-    made = make_all(run, runner, on, times, objective)
+            times: StageTimes | None = None) -> Result:
+    """The whole method; what exists is not made again. `times` keeps how long each step took, for `write_report`."""
+    made = make_all(run, runner, on, times)
     comparison = compare_models(run, made.images, made.image_scores)
     return Result(made, comparison, check_tuning(run, made.lora, comparison))
 
 
 def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages,
-             times: StageTimes | None = None, objective: str = "dpo") -> Made:
+             times: StageTimes | None = None) -> Made:
     """All steps up to the scores of both models' images. A plan runs this too, with a runner that makes nothing."""
     times = times or StageTimes()
     on = times.watch(on)
@@ -92,7 +89,7 @@ def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_s
     with times.stage("latents"):
         latents = encode_triplets(run, triplets, target, runner, on)
     with times.stage("dpo"):
-        lora = train_lora(run, target, triplets, latents, runner, on, objective=objective)
+        lora = train_lora(run, target, triplets, latents, runner, on)
     with times.stage("distances"):
         distances = measure_distances(run, pool, scores, target, runner, on)
     models = {"target": target, "tuned": lora.applied_to(target, run.config.evaluation.lora_weight)}
@@ -116,7 +113,7 @@ def tune_target(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silen
         return run.target, []
     stage = _made(image_latent_stage(run), runner, on)
     stage.refuse_if_empty()
-    tuned = _train("sft", run, run.config.sft, run.target, stage, runner, on, on_training, validate)
+    tuned = _train("sft", run, run.target, stage, runner, on, on_training, validate)
     return tuned.as_target(run.target), tuned.log
 
 
@@ -160,12 +157,12 @@ def encode_triplets(run: Run, triplets: TripletStage, model: Model, runner: Runn
 
 def train_lora(run: Run, model: Model, triplets: TripletStage, latents: LatentStage, runner: Runner = IN_PROCESS,
                on: StageProgress = silent_stages, on_training: OnTraining | None = None, *,
-               validate: bool = True, objective: str = "dpo") -> Tuned:
-    """A LoRA of the target by Diffusion-DPO with the statistic matching loss (Eq. 9). `validate`: as `tune_target`.
+               validate: bool = True) -> Tuned:
+    """A LoRA of the target by the run's objective: Diffusion-DPO with the statistic matching loss (Eq. 9), or another.
 
-    `objective`: name in `OBJECTIVES` of another one that trains a LoRA on triplets, under the settings `dpo`.
+    `validate`: as `tune_target`.
     """
-    return _train(objective, run, run.config.dpo, model, latents, runner, on, on_training, validate, triplets.folder)
+    return _train(run.config.objective, run, model, latents, runner, on, on_training, validate, triplets.folder)
 
 
 def measure_distances(run: Run, pool: PoolPlan, scores: ShardFolder, model: Model, runner: Runner = IN_PROCESS,
@@ -225,9 +222,10 @@ def _made(stage: StageT, runner: Runner, on: StageProgress) -> StageT:
     return stage
 
 
-def _train(kind: str, run: Run, config: TrainingConfig, model: Model, latents: Stage, runner: Runner,
+def _train(kind: str, run: Run, model: Model, latents: Stage, runner: Runner,
            on: StageProgress, on_training: OnTraining | None, validate: bool,
            triplets: ShardFolder | None = None) -> Tuned:
+    config = find_objective(kind).settings(run.config)
     validation = Validation.of_run(run.config, config, run.evaluation_prompts.prompts) if validate else None
     request = TrainRequest.of(kind, model, latents.folder, latents.indices, config, triplets=triplets,
                               copy_to_store=runner.copy_to_store, validation=validation)

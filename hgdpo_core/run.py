@@ -20,6 +20,7 @@ from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.syntax import check_syntax
 from hgdpo_core.scorers import find_scorer, require_scorers
 from hgdpo_core.storage import DryStore, Store
+from hgdpo_core.training.objective import lora_objective
 from hgdpo_core.training.trackers import check_tracker
 
 
@@ -78,7 +79,7 @@ def resolve_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompt
     check_syntax([config.target.negative_prompt, *training.prompts], config.target.prompt_syntax)
     check_syntax(evaluation.prompts, config.evaluation.prompt_syntax)
     refuse_seen_prompts(evaluation.prompts, training.prompts)
-    check_tracker(config.dpo.tracker)
+    check_tracker(lora_objective(config.objective).settings(config).tracker)
     model = find_model(config.target)
     find_scorer(config.scorer.name, config.scorer.source)
     require_scorers(config.evaluation.scorers)

@@ -248,7 +248,30 @@ class SftConfig(TrainingConfig):
         "keep the average of the weights, as 0.9999; default: the last ones (ours)", "none", default=None, gt=0, lt=1)
 
 
-class DpoConfig(TrainingConfig):
+class LoraConfig(TrainingConfig):
+    """Training of a LoRA beside a frozen network."""
+
+    lora_rank: int = number("rank of the LoRA; lora_alpha equals it, so its scale is 1 (ours)", "none", default=8, ge=1,
+                           le=1024)
+    autocast: Annotated[bool, ADDED] = Field(
+        default=True, description="false, with mixed_precision bf16: the network computes in bf16 alone, norms too, "
+        "which autocast keeps in float32. LoRA weights, losses and optimizer stay float32")
+
+    @model_validator(mode="after")
+    def _only_bf16_without_autocast(self) -> Self:
+        if not self.autocast and self.mixed_precision != "bf16":
+            raise ValueError(f"autocast is false, which is bf16 alone, but mixed_precision is {self.mixed_precision}: "
+                             "set that to bf16, or autocast to true")
+        return self
+
+
+class WinnersConfig(LoraConfig):
+    """Training of a LoRA on triplets, by supervised fine-tuning on the winners alone (paper Table 1)."""
+
+    allow_foreign_triplets: bool = Field(default=False, description="train on triplets made by another model")
+
+
+class DpoConfig(WinnersConfig):
     """Diffusion-DPO with the statistic matching loss on a LoRA (paper Eq. 9, D.2).
 
     `beta` is the paper's, for a loss of per-sample MEAN errors without a factor 1/2. The same number is `beta_dpo=2500`
@@ -260,20 +283,7 @@ class DpoConfig(TrainingConfig):
         default=2500.0, gt=0, le=1e12)
     lambda_stat: float = number("weight of the statistic matching loss; 0 is off", "none", default=10_000.0, ge=0,
                                 le=1e18)
-    lora_rank: int = number("rank of the LoRA; lora_alpha equals it, so its scale is 1 (ours)", "none", default=8, ge=1,
-                           le=1024)
     share_noise: bool = Field(default=True, description="winner and loser of a pair share their noise")
-    allow_foreign_triplets: bool = Field(default=False, description="train on triplets made by another model")
-    autocast: Annotated[bool, ADDED] = Field(
-        default=True, description="false, with mixed_precision bf16: the network computes in bf16 alone, norms too, "
-        "which autocast keeps in float32. LoRA weights, losses and optimizer stay float32")
-
-    @model_validator(mode="after")
-    def _only_bf16_without_autocast(self) -> Self:
-        if not self.autocast and self.mixed_precision != "bf16":
-            raise ValueError(f"autocast is false, which is bf16 alone, but mixed_precision is {self.mixed_precision}: "
-                             "set that to bf16, or autocast to true")
-        return self
 
 
 class EvaluationConfig(StageConfig):
@@ -330,6 +340,9 @@ class RunConfig(StageConfig):
     pool: PoolConfig
     scorer: ScorerConfig
     triplets: TripletConfig
+    objective: Annotated[str, ADDED] = Field(
+        default="dpo", description="how the LoRA is trained: dpo, or a baseline of paper Table 1. sft_winners: on the "
+        "winners alone, two for each pair of a batch, with the settings of dpo that do not concern its loss")
     dpo: DpoConfig
     evaluation: EvaluationConfig
     workers: Annotated[WorkersConfig, NO_ID] = WorkersConfig()

@@ -4,12 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from hgdpo_core.config import TrainingConfig
+from hgdpo_core.config import RunConfig, TrainingConfig
 from hgdpo_core.models import Backbone, Conditioning, Model
 from hgdpo_core.models.averaging import WeightAverage
 from hgdpo_core.models.backbone import Denoiser
@@ -84,13 +84,20 @@ class TrainingObjective(ABC):
     """Its key in `OBJECTIVES`, the `kind` of its requests, and what the ids of its models begin with."""
     title: ClassVar[str]
     """What the report calls such a training."""
+    trains_on: ClassVar[Literal["images", "triplets"]]
+    """What its samples are made of, by stages before."""
     config: ClassVar[type[TrainingConfig]]
+    """Of its settings."""
     charts: ClassVar[Sequence[ChartSpec]]
     """What the report shows of the log's columns, those of `with_derived` among them."""
     checks: ClassVar[Sequence[LogCheck]] = ()
     """Warnings about a finished training, from its log and the evaluation behind it."""
     samples: Callable[[ShardFolder, Sequence[int]], SampleSource[Any]]
     """What the training reads, from shards of latents."""
+
+    @abstractmethod
+    def settings(self, config: RunConfig) -> TrainingConfig:
+        """Its settings, an instance of `config`, in those of a run."""
 
     def require_fit(self, store: Store, triplets: str | None, samples: SampleSource[Any],  # noqa: B027
                     indices: Sequence[int], model: Model, config: Any) -> None:

@@ -235,6 +235,20 @@ class LatentPairs(LatentRows):
             return PairBatch(winner, loser, embeds, mask, *mirrored)
 
 
+class Winners(LatentPairs):
+    """The winners of pairs, two for each sample: a pair's own, and that of the next one in its shard.
+
+    So an epoch, which has as many samples as there are pairs, has each winner twice.
+    """
+
+    def batch(self, indices: Sequence[int]) -> PairBatch:
+        return super().batch([row for index in indices for row in (index, self._next(index))])
+
+    def _next(self, row: int) -> int:
+        first, end = (int(self.starts[self._position_of(row) + i]) for i in range(2))
+        return first + (row + 1 - first) % (end - first)
+
+
 class LatentImages(LatentRows):
     """The images an SFT trainer reads."""
 

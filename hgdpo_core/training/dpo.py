@@ -2,34 +2,22 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from hgdpo_core.config import DpoConfig
+from hgdpo_core.config import DpoConfig, RunConfig
 from hgdpo_core.errors import InputError
 from hgdpo_core.losses import denoising_error, diffusion_dpo_loss, preference_margin
 from hgdpo_core.models import Backbone, Model
 from hgdpo_core.models.backbone import Denoiser, NoiseSchedule
-from hgdpo_core.models.files import LORA_NAME
-from hgdpo_core.models.lora import (
-    add_lora,
-    cast_lora_weights,
-    load_lora_state,
-    lora_state,
-    reference_mode,
-    write_kohya_lora,
-)
-from hgdpo_core.models.sizes import ModelSize
+from hgdpo_core.models.lora import reference_mode
 from hgdpo_core.rendering.charts import ChartSpec
-from hgdpo_core.stages.triplets import model_fingerprint
 from hgdpo_core.statistics.checks import PREFERENCE_CHECKS, CollapseWatch
-from hgdpo_core.storage import Store
-from hgdpo_core.storage.shards import ShardFolder
-from hgdpo_core.training.base import OPTIMIZER_CHARTS, Objective, OnLog, TrainingObjective
-from hgdpo_core.training.data import LatentPairs, PairBatch, SampleSource
-from hgdpo_core.training.parts import Generators, apply_flips, cast_frozen, draw_flips, draw_noise, resolve_precision
+from hgdpo_core.training.base import OPTIMIZER_CHARTS, Objective, OnLog
+from hgdpo_core.training.data import LatentPairs, PairBatch
+from hgdpo_core.training.lora import TripletObjective, put_lora
+from hgdpo_core.training.parts import Generators, apply_flips, draw_flips, draw_noise
 
 CHARTS = (
     ChartSpec("Loss", ("loss",), "all terms together, weighted"),
@@ -55,12 +43,7 @@ def prepare_dpo(denoiser: Denoiser, schedule: NoiseSchedule, config: DpoConfig) 
     `reference_winner_error`, `reference_loser_error`, `grad_norm` (before clipping) and `learning_rate`.
     """
     schedule.require_trainable()
-    network = denoiser.network
-    add_lora(network, config.lora_rank, config.seed, denoiser.lora_targets)
-    cast_lora_weights(network)
-    cast_frozen(network, resolve_precision(config.mixed_precision))
-    read_dtype = torch.float32 if config.autocast else torch.bfloat16  # autocast itself casts what layers read
-    denoiser.eval()  # dropout, where a network has some, would part the policy from an equal reference
+    lora, network = put_lora(denoiser, config), denoiser.network
 
     def batch_loss(trained: nn.Module, batch: PairBatch, generators: Generators) -> dict[str, torch.Tensor]:
         _check(batch, len(generators), config.flip)
@@ -76,18 +59,15 @@ def prepare_dpo(denoiser: Denoiser, schedule: NoiseSchedule, config: DpoConfig) 
         latents = torch.cat([winner, loser])
         noise = torch.cat([winner_noise, loser_noise])
         both_timesteps = torch.cat([timesteps, timesteps]).to(denoiser.device)
-        noisy = schedule.add_noise(latents, noise, both_timesteps).to(read_dtype)
+        noisy = schedule.add_noise(latents, noise, both_timesteps).to(lora.read_dtype)
         target = schedule.prediction_target(latents, noise, both_timesteps)
-        conditioning = batch.conditioning.repeat(2).to(denoiser.device, read_dtype)
+        conditioning = batch.conditioning.repeat(2).to(denoiser.device, lora.read_dtype)
         with reference_mode(network):
             reference = trained(noisy, both_timesteps, conditioning)
         policy = trained(noisy, both_timesteps, conditioning)
         return pair_losses(policy, reference, target, timesteps, schedule, config)
 
-    return Objective("dpo", denoiser, batch_loss, weights=lambda: lora_state(network),
-                     load_weights=lambda state: load_lora_state(network, state),
-                     what_to_lower=f"learning_rate (now {config.learning_rate:g}) or beta (now {config.beta:g})",
-                     autocast=config.autocast)
+    return lora.objective("dpo", batch_loss, f" or beta (now {config.beta:g})")
 
 
 def pair_losses(policy: torch.Tensor, reference: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor,
@@ -130,32 +110,18 @@ def _check(batch: PairBatch, pairs: int, flip: bool) -> None:
 # -- as an objective
 
 
-class Dpo(TrainingObjective):
-    """The entry in `OBJECTIVES`; its samples are triplets, whose latents a stage before has cached."""
+class Dpo(TripletObjective):
+    """The entry in `OBJECTIVES`."""
 
     name, title = "dpo", "DPO training"
     config, samples = DpoConfig, LatentPairs
     charts, checks = (*CHARTS, *OPTIMIZER_CHARTS), PREFERENCE_CHECKS
 
-    def require_fit(self, store: Store, triplets: str | None, samples: SampleSource[PairBatch], indices: Sequence[int],
-                    model: Model, config: DpoConfig) -> None:
-        assert triplets is not None
-        if not len(samples):
-            raise InputError(f"{triplets} holds no triplet to train on: every pool was rejected, see its rejected/")
-        if not config.allow_foreign_triplets:
-            _refuse_foreign(ShardFolder.open(store, triplets), indices, model)
-
-    def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> PairBatch:
-        winners, losers = (torch.randn(count, *latent_shape) for _ in range(2))
-        return PairBatch(winners, losers, torch.randn(count, *embeds_shape))
+    def settings(self, config: RunConfig) -> DpoConfig:
+        return config.dpo
 
     def prepare(self, backbone: Backbone, model: Model, config: DpoConfig) -> Objective:
         return prepare_dpo(backbone.denoiser, backbone.schedule, config)
-
-    def save(self, backbone: Backbone, folder: Path, model_id: str) -> str:
-        backbone.save_lora(folder)
-        write_kohya_lora(folder / LORA_NAME, folder / f"{model_id}-kohya.safetensors")
-        return "lora"
 
     def watch(self, warn: Callable[[str], object]) -> OnLog:
         return CollapseWatch(warn)
@@ -165,15 +131,3 @@ class Dpo(TrainingObjective):
         return [{**row, **{f"{side}_rise": row[f"{side}_error"] / row[f"reference_{side}_error"] - 1
                            for side in ("winner", "loser")
                            if row.get(f"reference_{side}_error") and f"{side}_error" in row}} for row in log]
-
-    def trained_numbers(self, size: ModelSize, config: DpoConfig) -> int:
-        return config.lora_rank * size.attention
-
-
-def _refuse_foreign(triplets: ShardFolder, indices: Sequence[int], model: Model) -> None:
-    own = model_fingerprint(model.identity())
-    for index in indices:
-        made_by = set(triplets.read_columns(index, ["model_fingerprint"])["model_fingerprint"].to_pylist())
-        if made_by - {own}:
-            raise InputError(f"{triplets.key} was made by model {sorted(made_by - {own})[0][:12]}, the target is "
-                             f"{own[:12]}: train the model that generated the pool, or set dpo.allow_foreign_triplets")

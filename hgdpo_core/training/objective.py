@@ -11,8 +11,9 @@ from hgdpo_core.training.base import TrainingObjective
 from hgdpo_core.training.data import epoch_order
 from hgdpo_core.training.dpo import Dpo
 from hgdpo_core.training.sft import Sft
+from hgdpo_core.training.sft_winners import SftWinners
 
-OBJECTIVES: dict[str, TrainingObjective] = {"sft": Sft(), "dpo": Dpo()}
+OBJECTIVES: dict[str, TrainingObjective] = {"sft": Sft(), "dpo": Dpo(), "sft_winners": SftWinners()}
 
 
 def find_objective(name: str) -> TrainingObjective:
@@ -20,6 +21,16 @@ def find_objective(name: str) -> TrainingObjective:
     if name not in OBJECTIVES:
         raise ConfigError(f"there is no training objective {name!r}: expected one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
+
+
+def lora_objective(name: str) -> TrainingObjective:
+    """The objective of that name, which trains the LoRA of a run; ConfigError for one that does not."""
+    objective = find_objective(name)
+    if objective.trains_on == "images":
+        choices = (other for other, each in OBJECTIVES.items() if each.trains_on != "images")
+        raise ConfigError(f"objective is {name!r}, which fine-tunes the target on images: expected how its LoRA is "
+                          f"trained, one of {', '.join(choices)}")
+    return objective
 
 
 class RandomSamples:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hgdpo_core.config import SftConfig
+from hgdpo_core.config import RunConfig, SftConfig
 from hgdpo_core.devices import default_device
 from hgdpo_core.errors import InputError
 from hgdpo_core.losses import denoising_error
@@ -41,13 +41,23 @@ def prepare_sft(denoiser: Denoiser, schedule: NoiseSchedule, config: SftConfig, 
         conditioning = drop_captions(batch.conditioning, empty, config.caption_dropout, generators)
         if batch.mirrored is not None and config.flip:  # drawn last: the others are those of a training without flips
             latents = apply_flips(latents, batch.mirrored, draw_flips(generators))
-        noisy = schedule.add_noise(latents, noise, timesteps)
-        target = schedule.prediction_target(latents, noise, timesteps)
-        return {"loss": denoising_error(trained(noisy, timesteps, conditioning.to(denoiser.device)), target)}
+        return {"loss": prediction_error(trained, schedule, latents, noise, timesteps,
+                                         conditioning.to(denoiser.device))}
 
     average = WeightAverage(network, config.ema_decay) if config.ema_decay and is_first_process() else None
     return Objective("sft", denoiser, batch_loss, network.state_dict, network.load_state_dict,
                      f"learning_rate (now {config.learning_rate:g})", average)
+
+
+def prediction_error(trained: nn.Module, schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor,
+                     timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    """Mean squared error to the schedule's own prediction target, float32 `[B]`, of latents and noise `[B,C,h,w]`.
+
+    The network reads noisy latents in the conditioning's precision.
+    """
+    noisy = schedule.add_noise(latents, noise, timesteps).to(conditioning.embeds.dtype)
+    target = schedule.prediction_target(latents, noise, timesteps)
+    return denoising_error(trained(noisy, timesteps, conditioning), target)
 
 
 def drop_captions(captions: Conditioning, empty: Conditioning, probability: float,
@@ -77,8 +87,11 @@ class Sft(TrainingObjective):
     """The entry in `OBJECTIVES`; its samples are captioned images, whose latents a stage before has cached."""
 
     name, title = "sft", "Supervised fine-tuning"
-    config, samples = SftConfig, LatentImages
+    trains_on, config, samples = "images", SftConfig, LatentImages
     charts = (ChartSpec("Loss", ("loss",), "denoising error of the target model"), *OPTIMIZER_CHARTS)
+
+    def settings(self, config: RunConfig) -> SftConfig:
+        return config.sft
 
     def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> ImageBatch:
         return ImageBatch(torch.randn(count, *latent_shape), torch.randn(count, *embeds_shape))

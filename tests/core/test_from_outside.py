@@ -55,9 +55,12 @@ class Winners(TrainingObjective):
     """Noise prediction on the winners of triplets, into a LoRA."""
 
     name, title = "winners", "Fine-tuning on winners"
-    config, samples = DpoConfig, LatentPairs
+    trains_on, config, samples = "triplets", DpoConfig, LatentPairs
     charts = (ChartSpec("Error on winners", ("loss",), "of each step"),)
     checks = (lambda log, _: RunWarning("winners", f"trained for {len(log)} steps"),)
+
+    def settings(self, config):
+        return config.dpo
 
     def require_fit(self, store, triplets, samples, indices, model, config):
         assert triplets is not None and triplets.startswith("triplets/")
@@ -176,10 +179,11 @@ def test_the_whole_pipeline_runs_with_them(registered, target_folder, judge_fold
     _rename(tmp_path / "flow")
     parameters = tiny_run.tiny_parameters(tmp_path, tmp_path / "flow", judge_folder)
     redness = {"name": "redness"}
-    parameters["overrides"] |= {"scorer": redness, "evaluation.scorers": [redness], "dpo.flip": False}
+    parameters["overrides"] |= {"scorer": redness, "evaluation.scorers": [redness], "dpo.flip": False,
+                                "objective": "winners"}
     run, times = open_run(root=str(tmp_path / "root"), **parameters), StageTimes()
 
-    result = run_all(run, times=times, objective="winners")
+    result = run_all(run, times=times)
     made = result.made
     assert registered.loaded > 0 and made.lora.model_id.startswith("winners-") and len(made.lora.log) == 2
     assert FAMILIES["flow"].recognises(made.target.path)  # the fine-tuned one
@@ -192,7 +196,6 @@ def test_the_whole_pipeline_runs_with_them(registered, target_folder, judge_fold
     assert summary["lora_id"] == made.lora.model_id and summary["win_rate"]["redness"]["n"] == 8
     assert "Fine-tuning on winners" in page and "Redness" in page and "DPO loss" not in page
 
-    again = run_all(open_run(root=str(tmp_path / "root"), **parameters), times=(found := StageTimes()),
-                    objective="winners")
+    again = run_all(open_run(root=str(tmp_path / "root"), **parameters), times=(found := StageTimes()))
     assert again.made.lora.existing and again.comparison.evaluation_id == result.comparison.evaluation_id
     assert "dpo" in found.cached and "pool" in found.cached

@@ -26,7 +26,7 @@ from hgdpo_core.models.ddpm import DdpmSchedule
 from hgdpo_core.models.lora import lora_state
 from hgdpo_core.models.sd15 import UnetDenoiser
 from hgdpo_core.presets import figures
-from hgdpo_core.training import dpo
+from hgdpo_core.training import dpo, lora
 from hgdpo_core.training.base import Hooks
 from hgdpo_core.training.loop import run_training
 
@@ -64,7 +64,7 @@ def test_pefts_input_cast_off_changes_no_bit(request, monkeypatch, device, setti
     settings = config(**settings, max_grad_norm=1e9)
     with kept_gradients() as ours:
         _, result = train(settings)
-    monkeypatch.setattr(dpo, "cast_lora_weights", lambda network: None)
+    monkeypatch.setattr(lora, "cast_lora_weights", lambda network: None)
     with kept_gradients() as pefts:
         _, expected = train(settings)
     assert len(ours) == len(pefts) == settings.max_steps and result.log == expected.log

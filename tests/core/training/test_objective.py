@@ -39,7 +39,7 @@ class Biases(TrainingObjective):
     """Trains the biases of a network on images, and nothing else."""
 
     name, title = "biases", "Training of biases"
-    config, samples = BiasConfig, LatentImages
+    trains_on, config, samples = "images", BiasConfig, LatentImages
     charts = (ChartSpec("Root of the loss", ("root",), "of each step"),)
     checks = (lambda log, _: RunWarning("biases", f"{len(log)} rows"),)
 
@@ -69,6 +69,9 @@ class Biases(TrainingObjective):
 
         return Objective(self.name, denoiser, batch_loss, lambda: {k: v.detach().clone() for k, v in biases.items()},
                          lambda state: denoiser.network.load_state_dict(dict(state), strict=False), "strength")
+
+    def settings(self, config):
+        return BiasConfig(batch_size=1, learning_rate=1e-3)
 
     def save(self, backbone, folder, model_id):
         backbone.save(folder)
@@ -171,5 +174,5 @@ def test_an_unknown_objective_is_refused_in_one_line(model, latents):
 
 
 def test_each_objective_is_listed_under_its_own_name():
-    assert list(OBJECTIVES) == ["sft", "dpo"]
-    assert {name: objective.name for name, objective in OBJECTIVES.items()} == {"sft": "sft", "dpo": "dpo"}
+    assert list(OBJECTIVES) == ["sft", "dpo", "sft_winners"]
+    assert [objective.name for objective in OBJECTIVES.values()] == list(OBJECTIVES)
