@@ -155,7 +155,8 @@ SEEDS = Parameter("seeds", "number of trainings per arm", 3, read=int, least=1)
 WORLDS = Parameter("worlds", "plain: the run's own scorer ranks the pools; tinted: the same scorer with a bonus for "
                    "warm tints; default: both for a built-in scorer, plain otherwise", kind="several", metavar="WORLD")
 COMPARISONS = Parameter("comparisons", "which tables and charts of the paper to measure: pool_size, loser_rank, "
-                        "dataset_size, statistics, beta, lora_weight; default: all", kind="several", metavar="NAME")
+                        "dataset_size, statistics, beta, lora_weight; default: these. Only by name: length "
+                        "(of training), baselines (Table 1)", kind="several", metavar="NAME")
 SPLIT = Parameter("split", "built-in prompts to measure on: test, or validation to choose settings by", "test")
 ABLATE = (*INPUTS, SEEDS, WORLDS, COMPARISONS, SPLIT, PLAN_ONLY, SHARD_RUNNER)
 

@@ -77,14 +77,16 @@ def plan_evaluation(store: Store, model: Model, sampler: SamplerConfig, pool: Dr
 
 
 def refuse_seen_prompts(evaluation: Sequence[str], training: Sequence[str]) -> None:
-    """InputError when a prompt of the evaluation is one of training to a text encoder, which reads neither case nor
-    the number of spaces.
-    """
-    trained = set(map(_as_read, training))
-    seen = sorted(prompt for prompt in set(evaluation) if _as_read(prompt) in trained)
-    if seen:
+    """InputError when a prompt of the evaluation is one of training to a text encoder."""
+    if seen := seen_prompts(evaluation, training):
         raise InputError(f"{len(seen)} of {len(evaluation)} evaluation prompts occur in training (case and "
                          f"spaces aside), the first is {seen[0]!r}: evaluate on prompts the model was not tuned on")
+
+
+def seen_prompts(prompts: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Which prompts are among others to a text encoder, which reads neither case nor the number of spaces; sorted."""
+    known = set(map(_as_read, others))
+    return sorted(prompt for prompt in set(prompts) if _as_read(prompt) in known)
 
 
 def _as_read(prompt: str) -> str:

@@ -1,14 +1,22 @@
 """Arms: what one row of the paper's tables trains and samples. Rows that coincide are one arm, trained once."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from hgdpo_core.ablate import paper
 from hgdpo_core.ablate.settings import AblationConfig, World
-from hgdpo_core.config import RunConfig, ScorerConfig, TripletConfig
+from hgdpo_core.config import RunConfig, ScorerConfig, TrainingConfig, TripletConfig
+from hgdpo_core.training.loop import step_batch
+from hgdpo_core.training.objective import find_objective
 
-TableName = Literal["3", "2", "5", "6", "8"]
+TableName = Literal["1", "3", "2", "5", "6", "8", "length"]
+
+
+WITH_DIVERSITY: tuple[TableName, ...] = ("1", "8", "length")
+ADDED_LATER = ("objective", "epochs", "learning_rate", "length", "chosen")
+OURS = "HG-DPO"
+"""The label of the method itself, the first row of Table 1."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,19 @@ class Arm:
     lambda_stat: float
     lora_weight: float
     latent_normalisation: bool = False
+    objective: str = "dpo"
+    epochs: int | None = None
+    """Passes over the data; None: the length in the run's settings."""
+    learning_rate: float = 1.0
+    length: float = 1.0
+    """Learning rate and steps, as factors of those in the run's settings."""
+    chosen: bool = False
+    """Whether these factors are the best of the ablation's trials, on validation prompts."""
+
+    def identity(self) -> dict[str, Any]:
+        """Plain data for ids; fields that were added later enter where they differ from their defaults."""
+        defaults = {field.name: field.default for field in fields(self) if field.name in ADDED_LATER}
+        return {name: value for name, value in asdict(self).items() if value != defaults.get(name, MISSING)}
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,12 @@ def _world_tables(base: Arm, config: RunConfig, settings: AblationConfig) -> Ite
         yield PlannedTable("6", world, tuple(
             _row(base, f"{name}-D-{count}", paper.TABLE_6_ROWS.get(part), prompts=count)
             for part, count in counts))
+    if plain and "length" in requested:
+        yield PlannedTable("length", world, tuple(
+            _row(base, f"{epochs} epoch{'s' if epochs > 1 else ''}", lambda_stat=config.dpo.lambda_stat, epochs=epochs)
+            for epochs in settings.epochs))
+    if plain and "baselines" in requested:
+        yield PlannedTable("1", world, tuple(_baseline_rows(base, config, settings)))
     if plain and "lora_weight" in requested:
         yield PlannedTable("8", world, tuple(
             _row(base, f"weight {weight:g}", lambda_stat=config.dpo.lambda_stat, lora_weight=weight)
@@ -86,6 +113,15 @@ def _statistic_rows(base: Arm, name: str, config: RunConfig, settings: AblationC
     return [_row(base, f"{name}-LAN", "N-20-LAN", latent_normalisation=True),
             *(_row(base, f"{name}-SML (lambda {format_lambda(weight)})", "N-20-SML" if weight == own else None,
                    lambda_stat=weight) for weight in dict.fromkeys([own, *settings.lambdas]))]
+
+
+def _baseline_rows(base: Arm, config: RunConfig, settings: AblationConfig) -> Iterator[TableRow]:
+    """HG-DPO, and what it is compared with. All are tuned alike: by as many trials."""
+    plain = replace(base, chosen=bool(settings.trials))
+    yield _row(plain, OURS, lambda_stat=config.dpo.lambda_stat)
+    yield _row(plain, "SFT on winners", "SFT on winners", objective="sft_winners")
+    for factor in settings.beta_factors:
+        yield _row(plain, f"DPO, beta x{factor:g}", f"beta x{factor:g}", beta=base.beta * factor)
 
 
 def _row(base: Arm, label: str, paper_row: str | None = None, **changes: Any) -> TableRow:
@@ -115,12 +151,27 @@ def arm_config(config: RunConfig, arm: Arm, seed: int) -> RunConfig:
     whole = config.pool.images_per_prompt
     triplets = TripletConfig(pool_size=None if arm.pool_size == whole else arm.pool_size,
                              loser_rank=None if arm.loser_rank == arm.pool_size else arm.loser_rank)
+    objective = find_objective(arm.objective)
+    training = getattr(config, objective.section)
+    update: dict[str, Any] = {"seed": seed, "learning_rate": training.learning_rate * arm.learning_rate,
+                              **_length(training, arm)}
+    if objective.section == "dpo":
+        update |= {"beta": arm.beta, "lambda_stat": arm.lambda_stat}
     return config.model_copy(update={
-        "triplets": triplets, "scorer": ranking_scorer(config, arm.world),
+        "triplets": triplets, "objective": arm.objective, "scorer": ranking_scorer(config, arm.world),
         "sampler": config.sampler.model_copy(update={"latent_normalisation": arm.latent_normalisation}),
-        "dpo": config.dpo.model_copy(update={"beta": arm.beta, "lambda_stat": arm.lambda_stat, "seed": seed}),
+        objective.section: training.model_copy(update=update),
         "evaluation": config.evaluation.model_copy(update={
             "lora_weight": arm.lora_weight, "scorers": evaluation_scorers(config, arm.world)})})
+
+
+def _length(training: TrainingConfig, arm: Arm) -> dict[str, int | None]:
+    if arm.epochs is not None:
+        return {"epochs": arm.epochs, "max_steps": None}
+    if arm.length == 1:
+        return {}
+    steps = training.max_steps or training.epochs * arm.prompts / step_batch(training)
+    return {"max_steps": max(1, round(arm.length * steps))}
 
 
 def ranking_scorer(config: RunConfig, world: World) -> ScorerConfig:

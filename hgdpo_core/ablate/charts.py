@@ -3,6 +3,7 @@
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,14 @@ def win_rate_chart(results: Results, planned: PlannedTable) -> bytes:
         dots = [[100 * rate for rate in row if rate is not None] for row in seeds]
         series[_short_title(scorer)] = list(zip(rates, dots, strict=True))
     return _row_chart(planned, series, 50, "prompts won against the target, % (small dots: single trainings)")
+
+
+def baseline_chart(results: Results, planned: PlannedTable) -> bytes:
+    """Table 1, one row per baseline: the win rate of HG-DPO against it by every scorer, with its interval."""
+    ours, *others = planned.rows
+    series = {_short_title(scorer): [(results.win_rate_against(ours.arm, row.arm, scorer).scaled(100), [])
+                                     for row in others] for scorer in results.scorers(planned)}
+    return _row_chart(replace(planned, rows=tuple(others)), series, 50, "prompts HG-DPO won against the baseline, %")
 
 
 def colour_chart(results: Results, planned: PlannedTable) -> bytes:
@@ -122,6 +131,14 @@ def weight_images(results: Results, planned: PlannedTable, prompt: str) -> Image
     """Figure 8: one prompt from several seeds, one row per LoRA weight, by the first training."""
     measured = [("LoRA weight 0 (target)", results.target_diversity),
                 *((f"LoRA {label}", results.diversity[arm][0]) for label, arm in _by_weight(planned))]
+    return row_grid(prompt, [(label, _images(item.pool, prompt)) for label, item in measured if item])
+
+
+def baseline_images(results: Results, planned: PlannedTable) -> Image.Image:
+    """Figure 17: one prompt from several seeds, one row per model, by the first training."""
+    prompt = results.ablation.run.evaluation_prompts.prompts[0]
+    measured = [("target", results.target_diversity), *((row.label, results.diversity[row.arm][0])
+                                                        for row in planned.rows)]
     return row_grid(prompt, [(label, _images(item.pool, prompt)) for label, item in measured if item])
 
 

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hgdpo_core.ablate.arms import Arm, TableName, base_arm, format_lambda
+from hgdpo_core.ablate.arms import Arm, PlannedTable, TableName, base_arm, format_lambda
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.statistics.intervals import Estimate
@@ -40,7 +40,19 @@ def evaluate_claims(results: Results) -> list[Claim]:
         arms: dict[TableName, list[Arm]] = {
             table.number: [row.arm for row in table.rows] for table in results.ablation.tables if table.world == world}
         claims += [*_data_claims(results, whole, arms), *_colour_claims(results, whole, arms.get("2", []))]
-    return claims
+    return [*claims, *(claim for table in results.ablation.tables if table.number == "1"
+                       for claim in _baseline_claims(results, table))]
+
+
+def _baseline_claims(results: Results, planned: PlannedTable) -> Iterator[Claim]:
+    """HG-DPO is better than each baseline: win rates against it, in percentage points above one half."""
+    ours, *others = planned.rows
+    for row in others:
+        for scorer in results.scorers(planned):
+            above = results.win_rate_against(ours.arm, row.arm, scorer).scaled(100).shifted(-50)
+            yield Claim(planned.world, f"HG-DPO is better than {row.label}",
+                        f"win rate of HG-DPO against it minus 50, by {scorer}", "percentage points", above, True)
+
 
 
 def _data_claims(results: Results, whole: Arm, arms: Mapping[TableName, list[Arm]]) -> Iterator[Claim]:

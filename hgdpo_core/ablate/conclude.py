@@ -12,7 +12,7 @@ from PIL import Image
 
 from hgdpo_core import __version__
 from hgdpo_core.ablate import charts
-from hgdpo_core.ablate.arms import Arm, arm_labels
+from hgdpo_core.ablate.arms import WITH_DIVERSITY, Arm, arm_labels
 from hgdpo_core.ablate.claims import Claim, evaluate_claims
 from hgdpo_core.ablate.measure import Diversity, measure_diversity, measure_rank_distances, prompt_colours, run_arm
 from hgdpo_core.ablate.program import Ablation, Shared, prepare_shared
@@ -24,6 +24,7 @@ from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.rendering.html import html_page
 
+CHARTS = {"1": charts.baseline_chart, "2": charts.colour_chart, "8": charts.weight_chart}
 WIDE = """
 .scroll table { min-width: max-content; }
 .plots { max-width: none; }
@@ -62,7 +63,7 @@ def gather(shared: Shared, stages: StageProgress, runner: Runner) -> Results:
     ablation = shared.ablation
     records = {arm: [run_arm(shared, arm, seed, stages, runner) for seed in ablation.seeds]
                for arm in ablation.arms}
-    sweep = [row.arm for table in ablation.tables if table.number == "8" for row in table.rows]
+    sweep = [row.arm for table in ablation.tables if table.number in WITH_DIVERSITY for row in table.rows]
     diversity: dict[Arm, list[Diversity]] = {
         arm: [measure_diversity(shared, arm, seed, stages, runner) for seed in ablation.seeds] for arm in sweep}
     target = measure_diversity(shared, None, 0, stages, runner) if sweep else None
@@ -77,12 +78,15 @@ def make_plots(results: Results, shared: Shared) -> dict[str, tuple[str, bytes]]
     """Name -> title and PNG. The plots of tables are named by their `plot`."""
     plots: dict[str, tuple[str, bytes]] = {}
     for table in results.ablation.tables:
-        chart = {"2": charts.colour_chart, "8": charts.weight_chart}.get(table.number, charts.win_rate_chart)
+        chart = CHARTS.get(table.number, charts.win_rate_chart)
         plots[plot_name(table.number, table.world)] = (TITLES[table.number], chart(results, table))
         if table.number == "8":
             prompt = results.ablation.run.evaluation_prompts.prompts[0]
             plots["figure-8-images"] = ("Figure 8: one prompt at several LoRA weights, seeds from left to right",
                                         _png(charts.weight_images(results, table, prompt)))
+        if table.number == "1":
+            plots["figure-17"] = ("Figure 17: one prompt by the target, HG-DPO and each baseline, seeds from left to "
+                                  "right", _png(charts.baseline_images(results, table)))
     worlds: tuple[World, ...] = results.ablation.settings.worlds
     for world in results.distances:
         plots[plot_name("5b", world)] = (f"Figure 5b, {WORLDS[world]}", charts.distance_chart(results, world))

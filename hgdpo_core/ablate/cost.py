@@ -1,13 +1,22 @@
 """The cost of an ablation, estimated before it runs."""
 
+from dataclasses import replace
 from typing import Any
 
-from hgdpo_core.ablate.arms import evaluation_scorers, training_of
+from hgdpo_core.ablate.arms import WITH_DIVERSITY, Arm, arm_config, evaluation_scorers, training_of
 from hgdpo_core.ablate.program import Ablation
 from hgdpo_core.built_in import is_built_in
+from hgdpo_core.config import RunConfig
+from hgdpo_core.training.loop import step_batch
+from hgdpo_core.training.objective import find_objective
 
 STEPS_PER_SECOND, IMAGES_PER_SECOND, SCORES_PER_SECOND = 3.5, 40.0, 100.0
 """The built-in models on 2 idle CPU cores; a busy machine is slower."""
+
+
+def _steps(config: RunConfig, arm: Arm) -> float:
+    training = find_objective(arm.objective).settings(arm_config(config, arm, 0))
+    return training.max_steps or training.epochs * arm.prompts / step_batch(training)
 
 
 def plan_ablation(ablation: Ablation) -> dict[str, Any]:
@@ -18,18 +27,25 @@ def plan_ablation(ablation: Ablation) -> dict[str, Any]:
     """
     run, settings, arms, seeds = ablation.run, ablation.settings, ablation.arms, ablation.settings.seeds
     config, prompts = run.config, len(run.evaluation_prompts.prompts)
-    trainings = len({training_of(arm) for arm in arms}) * seeds
+    trained = {training_of(arm) for arm in arms}
+    trials = [replace(arm, learning_rate=rate, length=length) for arm in arms if arm.chosen
+              for rate, length in settings.trials]
+    trainings = len(trained) * seeds + len(trials)
     pool = len(run.prompts.prompts) * config.pool.images_per_prompt
     one_evaluation = prompts * config.evaluation.images_per_prompt
     generated = one_evaluation * (1 + seeds * sum(1 + arm.latent_normalisation for arm in arms))
-    sweep = sum(len(table.rows) for table in ablation.tables if table.number == "8")
+    validated = len(ablation.trial_prompts.prompts) * config.evaluation.images_per_prompt * (
+        1 + len(trials)) if ablation.trial_prompts else 0
+    sweep = sum(len(table.rows) for table in ablation.tables if table.number in WITH_DIVERSITY)
     diversity = settings.diversity_prompts * settings.diversity_images * (1 + seeds * sweep) if sweep else 0
     scorers = {world: len(evaluation_scorers(config, world)) for world in settings.worlds}
     scores = pool * len(settings.worlds) + one_evaluation * (
-        max(scorers.values()) + seeds * sum(scorers[arm.world] for arm in arms))
-    steps = trainings * (config.dpo.max_steps or 0) + (config.sft.max_steps or 0 if config.images else 0)
-    images = pool + generated + diversity
+        max(scorers.values()) + seeds * sum(scorers[arm.world] for arm in arms)) + validated
+    steps = seeds * sum(_steps(config, arm) for arm in trained) + sum(_steps(config, arm) for arm in trials) + (
+        config.sft.max_steps or 0 if config.images else 0)
+    images = pool + generated + validated + diversity
     seconds = steps / STEPS_PER_SECOND + images / IMAGES_PER_SECOND + scores / SCORES_PER_SECOND
     return {"ablation_id": ablation.ablation_id, "arms": len(arms), "seeds": seeds, "trainings": trainings,
-            "pool_images": pool, "evaluation_images": generated, "diversity_images": diversity, "scores": scores,
+            "pool_images": pool, "evaluation_images": generated + validated, "diversity_images": diversity,
+            "scores": scores,
             "minutes": round(seconds / 60, 1) if is_built_in(config.target.source) else None}

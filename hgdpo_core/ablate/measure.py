@@ -1,7 +1,7 @@
 """One arm with one training seed: triplets, LoRA, images, scores, results. Finished steps are not repeated."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from hgdpo_core.evaluate import image_scores, plan_evaluation
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import channel_means
+from hgdpo_core.models.published import find_record
 from hgdpo_core.parallel import thread_map
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import PromptList, prompt_id, save_prompts
@@ -32,6 +33,15 @@ from hgdpo_core.training.tune import Tuned
 
 FORMAT_VERSION = 1  # raise when the same arm would be measured differently
 LAST_PART = 0.2  # of the training log, which `training` averages
+
+
+class TrialResult(StageConfig):
+    """What a trial of settings gave on validation prompts."""
+
+    learning_rate: float
+    length: float
+    win_rate: float
+    """Against the target, by the ranking scorer; prompts without a difference count half."""
 
 
 class ArmRecord(StageConfig):
@@ -51,7 +61,14 @@ class ArmRecord(StageConfig):
     """`channel_means` of each prompt's images, averaged."""
     colour_shift: dict[str, float | None]
     training: dict[str, float]
-    """Means over the last fifth of the training log: loss, dpo_loss, stat_loss (unweighted), implicit_accuracy."""
+    """Means over the last fifth of the training log: loss and, of DPO, dpo_loss, stat_loss (unweighted) and
+    implicit_accuracy."""
+    warnings: list[str] = []
+    """Names of the checks of a run that found something."""
+    seconds: float | None = None
+    """Of the training itself."""
+    trials: list[TrialResult] = []
+    """Of an arm whose settings are chosen; they are alike for all training seeds."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,7 @@ def run_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_
     cached = _read_record(run.store, key)
     if cached is not None:
         return cached
+    trials = run_trials(shared, arm, stages, runner) if arm.chosen else []
     tuned, triplets = train_arm(shared, arm, seed, stages, runner)
     prompts, model = run.evaluation_prompts.prompts, tuned.applied_to(shared.model, arm.lora_weight)
     images = pipeline.generate_evaluation(run, {"tuned": model}, runner, stages)["tuned"]
@@ -82,15 +100,42 @@ def run_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_
     result = pipeline.compare_models(run, {"target": shared.target_images, "tuned": images},
                                      {"target": target_scores, "tuned": scores})
     record = ArmRecord(
-        arm=asdict(arm), seed=seed, triplets=triplets, model_id=tuned.model_id, evaluation_id=result.evaluation_id,
+        arm=arm.identity(), seed=seed, triplets=triplets, model_id=tuned.model_id, evaluation_id=result.evaluation_id,
         win_rate={name: rate.as_dict() for name, rate in result.win_rates.items()},
         gains={name: np.subtract(result.tuned_scores[name], result.target_scores[name]).tolist() for name in scores},
         defects={name: _defect_difference(shared, name, images, scores[name], below) for name in scores
                  if (below := defect_limit(name)) is not None},
         colours=prompt_colours(images, prompts).round(6).tolist(), colour_shift=result.colour_shift.as_dict(),
-        training=_last_means(tuned))
+        training=_last_means(tuned), warnings=[found.guard for found in pipeline.check_tuning(run, tuned, result)],
+        seconds=_seconds(run.store, tuned), trials=trials)
     run.store.write_json(key, record.model_dump(mode="json"))
     return record
+
+
+def run_trials(shared: Shared, arm: Arm, stages: StageProgress = silent_stages,
+               runner: Runner = IN_PROCESS) -> list[TrialResult]:
+    """The arm's trials: one training each with the first seed, compared with the target on validation prompts."""
+    assert shared.validation is not None
+    scorer, results = shared.ablation.run.config.scorer.name, []
+    for learning_rate, length in shared.ablation.settings.trials:
+        tried = replace(arm, learning_rate=learning_rate, length=length, chosen=False)
+        gains = np.array(run_arm(shared.validation, tried, 0, stages, runner).gains[scorer])
+        results.append(TrialResult(learning_rate=learning_rate, length=length,
+                                   win_rate=float(np.mean((1 + np.sign(gains)) / 2))))
+    return results
+
+
+def chosen_arm(shared: Shared, arm: Arm, stages: StageProgress = silent_stages, runner: Runner = IN_PROCESS) -> Arm:
+    """The arm with the settings that won its trials, the earlier of equals; itself where nothing is chosen."""
+    if not arm.chosen:
+        return arm
+    best = max(run_trials(shared, arm, stages, runner), key=lambda trial: trial.win_rate)
+    return replace(arm, learning_rate=best.learning_rate, length=best.length, chosen=False)
+
+
+def _seconds(store: Store, tuned: Tuned) -> float | None:
+    record = find_record(store, tuned.model_id)
+    return record["seconds"] if record else None
 
 
 def _defect_difference(shared: Shared, scorer: str, images: PoolPlan, scores: ShardFolder,
@@ -110,7 +155,7 @@ def _arm_run(shared: Shared, arm: Arm, seed: int) -> Run:
 def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_stages,
               runner: Runner = IN_PROCESS) -> tuple[Tuned, int]:
     """The arm's LoRA, and the number of its training triplets."""
-    run = _arm_run(shared, arm, seed)
+    run = _arm_run(shared, chosen_arm(shared, arm, stages, runner), seed)
     save_prompts(run.store, run.prompts)
     pool = pipeline.plan_run_pool(run, shared.model)
     triplets = pipeline.make_triplets(run, pool, shared.scores[arm.world], runner, stages)
@@ -167,12 +212,16 @@ def prompt_colours(plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:
 
 def _arm_id(shared: Shared, config: RunConfig, arm: Arm) -> str:
     """A hash of all that determines an arm's results; batch sizes and the like may enter it too."""
-    run = shared.ablation.run
+    run, chosen = shared.ablation.run, {}
+    if arm.chosen and shared.validation is not None:
+        chosen = {"trials": [list(trial) for trial in shared.ablation.settings.trials],
+                  "validation": shared.validation.ablation.run.evaluation_prompts.id}
     return content_hash({
-        "format_version": FORMAT_VERSION, "arm": asdict(arm), "config": config.identity("run"),
+        "format_version": FORMAT_VERSION, "arm": arm.identity(), "config": config.identity("run"),
         "model": shared.model.identity(), "prompts": run.prompts.id, "evaluation_prompts": run.evaluation_prompts.id,
         "scores": shared.scores[arm.world].key,
-        "judges": [find_scorer(scorer.name, scorer.source) for scorer in evaluation_scorers(run.config, arm.world)]})
+        "judges": [find_scorer(scorer.name, scorer.source) for scorer in evaluation_scorers(run.config, arm.world)],
+        **chosen})
 
 
 def _read_record(store: Store, key: str) -> ArmRecord | None:
@@ -187,4 +236,4 @@ def _read_record(store: Store, key: str) -> ArmRecord | None:
 def _last_means(tuned: Tuned) -> dict[str, float]:
     rows = tuned.log[-max(1, round(LAST_PART * len(tuned.log))):]
     return {name: float(np.mean([row[name] for row in rows]))
-            for name in ("loss", "dpo_loss", "stat_loss", "implicit_accuracy")}
+            for name in ("loss", "dpo_loss", "stat_loss", "implicit_accuracy") if name in rows[0]}

@@ -1,20 +1,22 @@
 """An opened ablation, and what its arms have in common: the fine-tuned target, the pool, its scores, target images."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hgdpo_core import __version__, pipeline
 from hgdpo_core.ablate.arms import Arm, PlannedTable, arm_labels, evaluation_scorers, plan_tables, ranking_scorer
-from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check
+from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check, validation_prompts
 from hgdpo_core.built_in import is_built_in
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.config.base import apply_overrides, content_hash
+from hgdpo_core.errors import InputError
+from hgdpo_core.evaluate import seen_prompts
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.progress import StageProgress, silent_stages
-from hgdpo_core.prompts import save_prompts
+from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.run import Run, resolve_run, shell_command
 from hgdpo_core.scorers import find_scorer
 from hgdpo_core.stages.pool import PoolPlan
@@ -35,6 +37,8 @@ class Ablation:
     tables: tuple[PlannedTable, ...]
     command: str
     """Shell line that starts this ablation again."""
+    trial_prompts: PromptList | None = None
+    """What trials of settings are judged on; None without trials."""
 
     @property
     def arms(self) -> list[Arm]:
@@ -76,11 +80,24 @@ def open_ablation(preset: str = DEFAULT_PRESET, root: str | None = None, *, prom
     inputs = {"preset": preset, "root": run.store.root, "prompts": prompts, "target": target, "images": images}
     command = shell_command("ablate", inputs, {**(overrides or {}), **changed})
     ablation = Ablation(run, config, f"{preset}-{content_hash(identity)}",
-                        plan_tables(run.config, config, len(run.prompts.prompts)), command)
-    save_prompts(run.store, run.prompts)
-    save_prompts(run.store, run.evaluation_prompts)
+                        plan_tables(run.config, config, len(run.prompts.prompts)), command, _read_trials(run, config))
+    for prompt_list in (run.prompts, run.evaluation_prompts, ablation.trial_prompts):
+        if prompt_list is not None:
+            save_prompts(run.store, prompt_list)
     run.store.write_json(ablation.key("config.json"), {"code_version": __version__, **identity})
     return ablation
+
+
+def _read_trials(run: Run, settings: AblationConfig) -> PromptList | None:
+    source = validation_prompts(settings, run.config)
+    if source is None or "baselines" not in settings.comparisons or not settings.trials:
+        return None
+    prompts = read_prompts(source, run.store)
+    for others, what in ((run.prompts, "training"), (run.evaluation_prompts, "the evaluation")):
+        if seen := seen_prompts(prompts.prompts, others.prompts):
+            raise InputError(f"{len(seen)} of {len(prompts.prompts)} prompts for trials occur in {what} too, the first "
+                             f"is {seen[0]!r}: choose others in ablation.validation")
+    return prompts
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,8 @@ class Shared:
     target_images: PoolPlan
     target_scores: dict[str, ShardFolder]
     """Scores of the target's evaluation images by scorer name."""
+    validation: "Shared | None" = None
+    """The same on the prompts of trials, scored by the ranking scorer alone; None without trials."""
 
 
 def prepare_shared(ablation: Ablation, stages: StageProgress = silent_stages, runner: Runner = IN_PROCESS) -> Shared:
@@ -109,5 +128,18 @@ def prepare_shared(ablation: Ablation, stages: StageProgress = silent_stages, ru
     ranking: dict[World, ScorerConfig] = {world: ranking_scorer(config, world) for world in worlds}
     pool_scores = pipeline.score_images_by(list(ranking.values()), {"pool": pool}, runner, stages)["pool"]
     target_scores = pipeline.score_images_by(list(scorers.values()), images, runner, stages)["target"]
-    return Shared(ablation, model, pool, {world: pool_scores[scorer.name] for world, scorer in ranking.items()},
-                  images["target"], target_scores)
+    shared = Shared(ablation, model, pool, {world: pool_scores[scorer.name] for world, scorer in ranking.items()},
+                    images["target"], target_scores)
+    return replace(shared, validation=_for_trials(shared, stages, runner)) if ablation.trial_prompts else shared
+
+
+def _for_trials(shared: Shared, stages: StageProgress, runner: Runner) -> Shared:
+    ablation, prompts = shared.ablation, shared.ablation.trial_prompts
+    assert prompts is not None
+    config = ablation.run.config
+    run = replace(ablation.run, evaluation_prompts=prompts, config=config.model_copy(update={
+        "evaluation": config.evaluation.model_copy(update={"scorers": (config.scorer,)})}))
+    images = pipeline.generate_evaluation(run, {"target": shared.model}, runner, stages)
+    scores = pipeline.score_evaluation(run, images, runner, stages)["target"]
+    return replace(shared, ablation=replace(ablation, run=run, trial_prompts=None), target_images=images["target"],
+                   target_scores=scores)

@@ -56,6 +56,10 @@ class Results:
         """Win rate of `arm` minus that of `other`, in pairs of prompts and seeds."""
         return difference(outcomes(self.gains(arm, scorer)), outcomes(self.gains(other, scorer)), rate)
 
+    def win_rate_against(self, arm: Arm, other: Arm, scorer: str) -> Estimate:
+        """How often images of `arm` score above those of `other` for the same prompt and training seed, in 0..1."""
+        return win_rate_estimate(self.gains(arm, scorer) - self.gains(other, scorer))
+
     def score_change(self, arm: Arm, scorer: str) -> Estimate:
         """Mean score of the tuned model minus the target's, in the scorer's units."""
         return estimate(self.gains(arm, scorer)[..., None], first)

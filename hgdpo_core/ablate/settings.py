@@ -5,12 +5,14 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from hgdpo_core.built_in import DATA_SET, is_built_in
-from hgdpo_core.config import RunConfig, ScorerConfig
-from hgdpo_core.config.base import StageConfig, describe
+from hgdpo_core.config import PromptSource, RunConfig, ScorerConfig
+from hgdpo_core.config.base import ADDED, StageConfig, describe
 from hgdpo_core.errors import ConfigError
 
+TRIAL_PROMPTS = 128
 World = Literal["plain", "tinted"]
-Comparison = Literal["pool_size", "loser_rank", "dataset_size", "statistics", "beta", "lora_weight"]
+Comparison = Literal["pool_size", "loser_rank", "dataset_size", "statistics", "beta", "lora_weight", "length",
+                     "baselines"]
 Split = Literal["test", "validation"]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -26,7 +28,8 @@ class AblationConfig(StageConfig):
                     "(default for the preset figures alone)")
     comparisons: tuple[Comparison, ...] = Field(
         default=("pool_size", "loser_rank", "dataset_size", "statistics", "beta", "lora_weight"), min_length=1,
-        description="the tinted world is for statistics and beta alone")
+        description="the tinted world is for statistics and beta alone; not by default: length of training, and "
+                    "baselines, paper Table 1")
     split: Split = Field(default="test", description="figures prompts to measure on; choose settings on validation")
     pool_sizes: tuple[int, ...] = Field(default=(2, 5, 10, 20), description="N of Table 3")
     loser_ranks: tuple[int, ...] = Field(default=(2, 5, 10, 20), description="l of Table 5")
@@ -36,6 +39,14 @@ class AblationConfig(StageConfig):
     lambdas: tuple[Positive, ...] = Field(
         default=(1e4, 1e5), description="lambda_stat besides dpo.lambda_stat, above 0: N-20 is without; paper: 1e4")
     lora_weights: tuple[Positive, ...] = Field(default=(0.25, 0.5, 1.0, 1.5), description="LoRA weights of Figure 8")
+    epochs: Annotated[tuple[Annotated[int, Field(ge=1)], ...], ADDED] = Field(
+        default=(1, 4, 16), description="lengths of training, comparison length; the paper does not name its own")
+    trials: Annotated[tuple[tuple[Positive, Positive], ...], ADDED] = Field(
+        default=((1.0, 1.0), (0.3, 1.0), (3.0, 1.0), (1.0, 0.5)),
+        description="comparison baselines: learning rate and length of trainings, as factors of those in the settings. "
+                    "Each arm takes what is best by the ranking scorer on validation prompts, one training each")
+    validation: Annotated[PromptSource | None, ADDED] = Field(
+        default=None, description="prompts for trials; default: 128 of the built-in validation split")
     diversity_prompts: int = Field(default=32, ge=1, description="prompts that diversity is measured on")
     diversity_images: int = Field(default=8, ge=2, description="images per prompt for diversity")
     distance_pools: int = Field(default=128, ge=1, description="pools that Figure 5b is measured on, at least")
@@ -53,13 +64,21 @@ def build_settings(values: dict) -> AblationConfig:
         raise ConfigError(f"ablation: {describe(error)}") from None
 
 
-def feature_scorer(config: RunConfig) -> ScorerConfig:
+def validation_prompts(settings: AblationConfig, config: RunConfig) -> PromptSource | None:
+    """The prompts that trials are judged on; None where there are none."""
+    held_out = config.evaluation.prompts
+    if settings.validation is not None or not is_built_in(held_out.source):
+        return settings.validation
+    return held_out.model_copy(update={"split": "validation", "limit": TRIAL_PROMPTS})
+
+
+def feature_scorer(config: RunConfig, comparison: str = "lora_weight") -> ScorerConfig:
     """The scorer whose image tower measures how much images differ: PickScore, of the evaluation or of the pools."""
     for scorer in (*config.evaluation.scorers, config.scorer):
         if scorer.name == "pickscore":
             return scorer
-    raise ConfigError("diversity (comparison lora_weight) is measured with PickScore's image tower, but pickscore is "
-                      "not among evaluation.scorers: add it, or leave lora_weight out of ablation.comparisons")
+    raise ConfigError(f"diversity (comparison {comparison}) is measured with PickScore's image tower, but pickscore is "
+                      f"not among evaluation.scorers: add it, or leave {comparison} out of ablation.comparisons")
 
 
 def check(settings: AblationConfig, config: RunConfig) -> None:
@@ -71,10 +90,10 @@ def check(settings: AblationConfig, config: RunConfig) -> None:
                           f"{config.pool.images_kept} images of a prompt are finished, chosen by the run's own scorer: "
                           f"leave it out of ablation.{'comparisons' if whole else 'worlds'}, or set pool.race to []")
     images = config.pool.images_per_prompt
-    for name in ("pool_sizes", "loser_ranks"):
-        for value in getattr(settings, name):
+    for name in whole:
+        for value in getattr(settings, f"{name}s"):
             if not 2 <= value <= images:
-                raise ConfigError(f"ablation.{name} holds {value}, but a pool holds {images} images: choose from 2 to "
+                raise ConfigError(f"ablation.{name}s holds {value}, but a pool holds {images} images: choose from 2 to "
                                   f"{images}, or a larger pool.images_per_prompt")
     if config.dpo.lambda_stat == 0 and {"statistics", "lora_weight"} & set(settings.comparisons):
         raise ConfigError("dpo.lambda_stat is 0: the comparisons statistics and lora_weight need the weight of the "
@@ -82,8 +101,12 @@ def check(settings: AblationConfig, config: RunConfig) -> None:
     if settings.worlds == ("tinted",) and not {"statistics", "beta"} & set(settings.comparisons):
         raise ConfigError("the tinted world is for the comparisons statistics and beta: name one of them, or the plain "
                           "world")
-    if "lora_weight" in settings.comparisons:
-        feature_scorer(config)
+    for name in ("lora_weight", "length", "baselines"):
+        if name in settings.comparisons:
+            feature_scorer(config, name)
+    if "baselines" in settings.comparisons and settings.trials and validation_prompts(settings, config) is None:
+        raise ConfigError("trials need prompts apart from those of the evaluation: name them in ablation.validation, "
+                          "or set ablation.trials to []")
     if "tinted" in settings.worlds and config.scorer.name != "pickscore":
         raise ConfigError(f"the tinted world tints PickScore, but scorer.name is {config.scorer.name}: leave tinted "
                           "out of ablation.worlds, or rank by pickscore")

@@ -15,12 +15,13 @@ from hgdpo_core.rendering.tables import Table
 from hgdpo_core.scorers import defect_limit, scorer_title
 from hgdpo_core.statistics.intervals import Estimate
 
-TITLES = {"3": "Table 3: pool size, and what keeps the colours", "5": "Table 5: the loser's rank",
+TITLES = {"1": "Table 1: HG-DPO against the baselines", "length": "Length of training",
+          "3": "Table 3: pool size, and what keeps the colours", "5": "Table 5: the loser's rank",
           "6": "Table 6: size of the data set", "2": "Table 2: colour shift", "8": "Figure 8: LoRA weight"}
 WORLDS: dict[World, str] = {
     "plain": "plain world",
     "tinted": "TINTED WORLD: the scorer that ranks the pools is made to prefer warm tints"}
-PAPER_TABLES = {"3": paper.TABLE_3, "5": paper.TABLE_5, "6": paper.TABLE_6}
+PAPER_TABLES = {"1": paper.TABLE_1, "3": paper.TABLE_3, "5": paper.TABLE_5, "6": paper.TABLE_6}
 COLOUR_ROWS = (("Hue, %", "hue", 0), ("Saturation, %", "saturation", 1), ("Value, %", "value", 2),
                ("Hue, degrees", "hue_degrees", None), ("Red minus blue, levels of 255", "warmth", None),
                ("Distance in RGB, levels of 255", "distance", None))
@@ -46,7 +47,7 @@ def plot_name(number: str, world: World) -> str:
 
 def make_tables(results: Results, claims: Sequence[Claim]) -> list[AblationTable]:
     """All tables of an ablation, the verdicts on the paper's trends first."""
-    makers = {"2": _colour_table, "8": _weight_table}
+    makers = {"1": _baseline_table, "2": _colour_table, "8": _weight_table, "length": _length_table}
     return [*([_claims_table(claims)] if claims else ()),
             *(makers.get(planned.number, _win_rate_table)(results, planned) for planned in results.ablation.tables),
             *(_distance_table(results, world) for world in results.distances), _training_table(results)]
@@ -135,6 +136,75 @@ def _weight_table(results: Results, planned: PlannedTable) -> AblationTable:
                          plot=plot_name("8", planned.world))
 
 
+def _baseline_table(results: Results, planned: PlannedTable) -> AblationTable:
+    ours, scorers = planned.rows[0], results.scorers(planned)
+    rows = []
+    for row in planned.rows:
+        published = PAPER_TABLES["1"].get(row.paper_row or "")
+        against = [NOTHING if row is ours else
+                   _interval(results.win_rate_against(ours.arm, row.arm, scorer).scaled(100), 1) for scorer in scorers]
+        rows.append((row.label if row is ours else f"vs. {row.label}", *against,
+                     " / ".join(f"{value:.1f}" for value in published) if published else NOTHING,
+                     *(_interval(results.win_rate(row.arm, scorer).scaled(100), 1) for scorer in scorers),
+                     *_effects(results, row.arm, scorers), *_settings_cells(results, row.arm)))
+    columns = ("Baseline", *(f"HG-DPO wins by {scorer_title(scorer)}, %" for scorer in scorers),
+               "paper: PickScore / HPS / ImageReward / Aesthetic / CLIP",
+               *(f"wins against the target by {scorer_title(scorer)}, %" for scorer in scorers),
+               *_effect_columns(scorers), "learning rate, steps: factor chosen of", "training, s")
+    trials = len(results.ablation.settings.trials)
+    fair = (f"Every arm had {trials} trials of learning rate and steps on validation prompts, one training each, and "
+            "took the best by the ranking scorer." if trials else "All arms are trained by the settings as they are.")
+    notes = (_method(results, planned.world), f"{fair} All have the same LoRA layers and weight, and see as many "
+             "images in a step. The seconds are of one training, and hold none of its data.",
+             "The paper's numbers are of 177 prompts, one training each; 50 % is no difference.")
+    return AblationTable(columns, rows, _title(planned), notes, plot=plot_name("1", planned.world))
+
+
+def _length_table(results: Results, planned: PlannedTable) -> AblationTable:
+    scorers, rows = results.scorers(planned), []
+    for row in planned.rows:
+        cells = (cell for scorer in scorers
+                 for cell in (_interval(results.win_rate(row.arm, scorer).scaled(100), 1),
+                              _interval(results.score_change(row.arm, scorer), 3, signed=True)))
+        rows.append((row.label, *cells, *_effects(results, row.arm, scorers), _warnings(results, row.arm)))
+    columns = (column for name in scorers for column in (f"{scorer_title(name)}: wins, %", "mean score change"))
+    notes = (_method(results, planned.world), f"Diversity of the target: {_interval(results.diversity_of(None), 4)}. "
+             "Checks: those of a run, and in how many trainings they found something. "
+             "The paper does not name its length; version 3 trains this stage for 300 000 steps of 16 pairs, some 16 "
+             "epochs.")
+    return AblationTable(("N-20-SML trained for", *columns, *_effect_columns(scorers), "checks"), rows, _title(planned),
+                         notes, plot=plot_name("length", planned.world))
+
+
+def _effect_columns(scorers: Sequence[str]) -> tuple[str, ...]:
+    limited = [name for name in scorers if defect_limit(name) is not None]
+    defects = (f"defective images by {scorer_title(name)}, points" for name in limited)
+    return ("colour distance in RGB, levels of 255", "diversity", *defects)
+
+
+def _effects(results: Results, arm: Arm, scorers: Sequence[str]) -> list[str]:
+    """Colours, diversity and defects."""
+    defects = (results.defects(arm, name) for name in scorers if defect_limit(name) is not None)
+    return [_interval(results.colour(arm, "distance"), 2), _interval(results.diversity_of(arm), 4),
+            *(_interval(value.scaled(100) if value else None, 2, signed=True) for value in defects)]
+
+
+def _settings_cells(results: Results, arm: Arm) -> tuple[str, str]:
+    """The factors that an arm's trials chose, with how it did in each, and the seconds of a training."""
+    records = results.records[arm]
+    seconds = [record.seconds for record in records if record.seconds is not None]
+    best = max(records[0].trials, key=lambda trial: trial.win_rate, default=None)
+    tried = ", ".join(f"{trial.learning_rate:g} x {trial.length:g}: {100 * trial.win_rate:.1f} %"
+                      for trial in records[0].trials)
+    chosen = f"{best.learning_rate:g} x {best.length:g} ({tried})" if best else "as set"
+    return chosen, f"{sum(seconds) / len(seconds):.0f}" if seconds else NOTHING
+
+
+def _warnings(results: Results, arm: Arm) -> str:
+    names = [name for record in results.records[arm] for name in record.warnings]
+    return ", ".join(f"{name} ({names.count(name)})" for name in dict.fromkeys(names)) or "none"
+
+
 def _distance_table(results: Results, world: World) -> AblationTable:
     pools, ranks, _ = results.distances[world].shape
     means = results.distances[world].mean(axis=0)
@@ -153,6 +223,8 @@ def _training_table(results: Results) -> AblationTable:
     for arm, records in results.records.items():
         means = {name: sum(record.training[name] for record in records) / len(records)
                  for name in records[0].training}
+        if arm.objective != "dpo":
+            continue
         rows.append((f"{labels[arm]}, {_short(arm.world)}", str(records[0].triplets), f"{means['dpo_loss']:.4f}",
                      f"{arm.lambda_stat * means['stat_loss']:.4f}", f"{means['implicit_accuracy']:.3f}"))
     notes = ("Means over the last fifth of the log and over the seeds. Arms that differ only in sampling (LAN, LoRA "

@@ -44,6 +44,10 @@ class Estimate:
         """The same number in another unit."""
         return Estimate(*(None if part is None else factor * part for part in (self.value, self.ci_low, self.ci_high)))
 
+    def shifted(self, by: float) -> "Estimate":
+        """The same number, counted from another zero."""
+        return Estimate(*(None if part is None else part + by for part in (self.value, self.ci_low, self.ci_high)))
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values under the field names."""
         return asdict(self)

@@ -88,6 +88,8 @@ class TrainingObjective(ABC):
     """What its samples are made of, by stages before."""
     config: ClassVar[type[TrainingConfig]]
     """Of its settings."""
+    section: ClassVar[str]
+    """The part of a run's settings that its own are in."""
     charts: ClassVar[Sequence[ChartSpec]]
     """What the report shows of the log's columns, those of `with_derived` among them."""
     checks: ClassVar[Sequence[LogCheck]] = ()
@@ -95,9 +97,9 @@ class TrainingObjective(ABC):
     samples: Callable[[ShardFolder, Sequence[int]], SampleSource[Any]]
     """What the training reads, from shards of latents."""
 
-    @abstractmethod
     def settings(self, config: RunConfig) -> TrainingConfig:
         """Its settings, an instance of `config`, in those of a run."""
+        return getattr(config, self.section)
 
     def require_fit(self, store: Store, triplets: str | None, samples: SampleSource[Any],  # noqa: B027
                     indices: Sequence[int], model: Model, config: Any) -> None:

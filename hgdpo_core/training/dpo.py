@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from hgdpo_core.config import DpoConfig, RunConfig
+from hgdpo_core.config import DpoConfig
 from hgdpo_core.errors import InputError
 from hgdpo_core.losses import denoising_error, diffusion_dpo_loss, preference_margin
 from hgdpo_core.models import Backbone, Model
@@ -116,9 +116,6 @@ class Dpo(TripletObjective):
     name, title = "dpo", "DPO training"
     config, samples = DpoConfig, LatentPairs
     charts, checks = (*CHARTS, *OPTIMIZER_CHARTS), PREFERENCE_CHECKS
-
-    def settings(self, config: RunConfig) -> DpoConfig:
-        return config.dpo
 
     def prepare(self, backbone: Backbone, model: Model, config: DpoConfig) -> Objective:
         return prepare_dpo(backbone.denoiser, backbone.schedule, config)

@@ -71,7 +71,7 @@ class LoraObjective(TrainingObjective):
 class TripletObjective(LoraObjective):
     """A LoRA trained on triplets, whose latents a stage before has cached."""
 
-    trains_on = "triplets"
+    section, trains_on = "dpo", "triplets"
 
     def require_fit(self, store: Store, triplets: str | None, samples: SampleSource[Any], indices: Sequence[int],
                     model: Model, config: WinnersConfig) -> None:

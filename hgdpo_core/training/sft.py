@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hgdpo_core.config import RunConfig, SftConfig
+from hgdpo_core.config import SftConfig
 from hgdpo_core.devices import default_device
 from hgdpo_core.errors import InputError
 from hgdpo_core.losses import denoising_error
@@ -87,11 +87,8 @@ class Sft(TrainingObjective):
     """The entry in `OBJECTIVES`; its samples are captioned images, whose latents a stage before has cached."""
 
     name, title = "sft", "Supervised fine-tuning"
-    trains_on, config, samples = "images", SftConfig, LatentImages
+    section, trains_on, config, samples = "sft", "images", SftConfig, LatentImages
     charts = (ChartSpec("Loss", ("loss",), "denoising error of the target model"), *OPTIMIZER_CHARTS)
-
-    def settings(self, config: RunConfig) -> SftConfig:
-        return config.sft
 
     def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> ImageBatch:
         return ImageBatch(torch.randn(count, *latent_shape), torch.randn(count, *embeds_shape))

@@ -55,12 +55,9 @@ class Winners(TrainingObjective):
     """Noise prediction on the winners of triplets, into a LoRA."""
 
     name, title = "winners", "Fine-tuning on winners"
-    trains_on, config, samples = "triplets", DpoConfig, LatentPairs
+    section, trains_on, config, samples = "dpo", "triplets", DpoConfig, LatentPairs
     charts = (ChartSpec("Error on winners", ("loss",), "of each step"),)
     checks = (lambda log, _: RunWarning("winners", f"trained for {len(log)} steps"),)
-
-    def settings(self, config):
-        return config.dpo
 
     def require_fit(self, store, triplets, samples, indices, model, config):
         assert triplets is not None and triplets.startswith("triplets/")

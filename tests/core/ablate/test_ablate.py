@@ -280,6 +280,8 @@ def test_stopped_anywhere_it_continues_where_it_stopped(tmp_path, inputs):
             stops += 1
     assert stops >= 3
     differ = ("root", "command", "artifacts")
+    for training in (seed for one in (result, undisturbed) for arm in one["arms"] for seed in arm["seeds"]):
+        assert training.pop("seconds") > 0
     assert {k: v for k, v in result.items() if k not in differ} == {
         k: v for k, v in undisturbed.items() if k not in differ}
 

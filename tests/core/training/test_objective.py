@@ -39,7 +39,7 @@ class Biases(TrainingObjective):
     """Trains the biases of a network on images, and nothing else."""
 
     name, title = "biases", "Training of biases"
-    trains_on, config, samples = "images", BiasConfig, LatentImages
+    section, trains_on, config, samples = "biases", "images", BiasConfig, LatentImages
     charts = (ChartSpec("Root of the loss", ("root",), "of each step"),)
     checks = (lambda log, _: RunWarning("biases", f"{len(log)} rows"),)
 
@@ -69,9 +69,6 @@ class Biases(TrainingObjective):
 
         return Objective(self.name, denoiser, batch_loss, lambda: {k: v.detach().clone() for k, v in biases.items()},
                          lambda state: denoiser.network.load_state_dict(dict(state), strict=False), "strength")
-
-    def settings(self, config):
-        return BiasConfig(batch_size=1, learning_rate=1e-3)
 
     def save(self, backbone, folder, model_id):
         backbone.save(folder)

@@ -1,0 +1,142 @@
+"""Table 1 and the length of training: arms, trials on validation prompts, win rates of HG-DPO against each baseline."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hgdpo_core.ablate import measure, paper
+from hgdpo_core.ablate.arms import OURS, Arm, arm_config, base_arm, plan_tables
+from hgdpo_core.ablate.conclude import run_ablation
+from hgdpo_core.ablate.cost import plan_ablation
+from hgdpo_core.ablate.measure import run_trials
+from hgdpo_core.ablate.program import open_ablation, prepare_shared
+from hgdpo_core.ablate.settings import AblationConfig
+from hgdpo_core.errors import ConfigError, InputError
+from hgdpo_core.presets import figures, sd15
+
+TRIALS = [[1.0, 1.0], [3.0, 0.5]]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, target_folder, judge_folder):
+    location = tmp_path_factory.mktemp("user")
+    for name, text in (("prompts", "a woman in a red top"), ("held-out", "a man in a blue top"),
+                       ("trials", "a boy in a green top")):
+        (location / f"{name}.txt").write_text("".join(f"{text}, number {i}\n" for i in range(5)))
+    judge = {"name": "pickscore", "source": str(judge_folder)}
+    return {
+        "target": str(target_folder), "prompts": str(location / "prompts.txt"),
+        "settings": {"seeds": 2, "comparisons": ("baselines", "length"), "worlds": ("plain",)},
+        "overrides": {
+            "ablation.trials": TRIALS, "ablation.validation": {"source": str(location / "trials.txt")},
+            "ablation.epochs": [1, 2], "ablation.beta_factors": [4], "ablation.diversity_prompts": 2,
+            "ablation.diversity_images": 2, "ablation.distance_pools": 3, "target.dtype": "float32",
+            "scorer.source": str(judge_folder), "evaluation.scorers": [judge],
+            "evaluation.prompts": {"source": str(location / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
+            "sampler.steps": 1, "sampler.guidance_scale": 1.0, "pool.images_per_prompt": 4, "pool.prompts_per_shard": 2,
+            "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2, "dpo.mixed_precision": "no",
+            "dpo.optimizer": "adamw"}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, inputs):
+    ablation = open_ablation(root=str(tmp_path_factory.mktemp("root")), **inputs)
+    return ablation, run_ablation(ablation)
+
+
+def test_every_row_of_table_1_names_its_row_of_the_paper():
+    tables = {table.number: table for table in plan_tables(figures(), AblationConfig(comparisons=("baselines",)), 320)}
+    rows = tables["1"].rows
+    assert [row.label for row in rows][0] == OURS and rows[0].arm.lambda_stat == figures().dpo.lambda_stat
+    assert {row.paper_row for row in rows[1:]} <= set(paper.TABLE_1)
+    assert all(row.arm.chosen and row.arm.lambda_stat == 0 for row in rows[1:])
+
+
+def test_an_arms_id_is_that_of_an_earlier_version_where_nothing_new_is_used():
+    assert set(base_arm(figures(), 320, "plain").identity()) == {
+        "world", "pool_size", "loser_rank", "prompts", "beta", "lambda_stat", "lora_weight", "latent_normalisation"}
+    assert Arm("plain", 2, 2, 1, 1.0, 0.0, 1.0, length=0.5).identity()["length"] == 0.5
+
+
+def test_length_and_learning_rate_vary_the_objectives_own_settings():
+    config, arm = figures(), base_arm(figures(), 320, "plain")
+    own = config.dpo
+
+    def varied(**changes):
+        return arm_config(config, Arm(**{**arm.__dict__, **changes}), 3).dpo
+
+    assert (varied(epochs=16).max_steps, varied(epochs=16).epochs) == (None, 16)
+    assert varied(learning_rate=3.0, length=0.5).learning_rate == pytest.approx(3 * own.learning_rate)
+    assert varied(length=0.5).max_steps == own.max_steps // 2 and varied(length=0.5).seed == 3
+    paper_like = sd15("a/b", "p.txt")
+    assert arm_config(paper_like, Arm(**{**arm.__dict__, "prompts": 100_000, "length": 0.5}), 0).dpo.max_steps == 3125
+
+
+def test_each_arm_takes_the_best_of_its_trials(finished):
+    ablation, result = finished
+    shared = prepare_shared(ablation)
+    arms = {row.label: row.arm for table in ablation.tables if table.number == "1" for row in table.rows}
+    for label, arm in arms.items():
+        trials = run_trials(shared, arm)
+        assert [[trial.learning_rate, trial.length] for trial in trials] == TRIALS
+        best = max(trials, key=lambda trial: trial.win_rate)
+        for seed in range(2):
+            record = measure.run_arm(shared, arm, seed)
+            assert record.trials == trials and record.seconds > 0
+            made = ablation.run.store.read_json(f"models/{record.model_id}/config.json")["config"]
+            assert made["learning_rate"] == pytest.approx(5e-2 * best.learning_rate), label
+            assert made["max_steps"] == max(1, round(2 * best.length)) and made["seed"] == seed
+    judged = {prompt for shard in shared.validation.target_images.shards for prompt in shard.prompts}
+    assert judged == set(ablation.trial_prompts.prompts) and len(judged) == 5
+
+
+def test_table_1_holds_win_rates_of_ours_against_each(finished):
+    ablation, result = finished
+    table = next(table for table in result["tables"] if table["title"].startswith("Table 1"))
+    labels = [row[0] for row in table["rows"]]
+    assert labels == ["HG-DPO", "vs. SFT on winners", "vs. DPO, beta x4"]
+    shared = prepare_shared(ablation)
+    arms = [row.arm for t in ablation.tables if t.number == "1" for row in t.rows]
+    ours, other = (np.array([measure.run_arm(shared, arm, seed).gains["pickscore"] for seed in range(2)])
+                   for arm in arms[:2])
+    wins, losses = (ours > other).sum(), (ours < other).sum()
+    assert table["rows"][1][1].startswith(f"{100 * wins / (wins + losses):.1f} (")
+    assert table["rows"][1][2] == "74.6 / 78.2 / 70.1 / 50.9 / 67.2"
+    assert "2 trials of learning rate and steps" in " ".join(table["notes"])
+    claims = [claim for claim in result["claims"] if claim["text"].startswith("HG-DPO is better")]
+    assert [claim["text"] for claim in claims] == ["HG-DPO is better than SFT on winners",
+                                                   "HG-DPO is better than DPO, beta x4"]
+    assert claims[0]["estimate"]["value"] == pytest.approx(100 * wins / (wins + losses) - 50)
+    assert {"table-1-plain", "figure-17", "table-length-plain"} <= set(result["plots"])
+
+
+def test_the_table_of_lengths_has_colours_diversity_and_checks(finished):
+    _, result = finished
+    table = next(table for table in result["tables"] if table["title"] == "Length of training")
+    assert [row[0] for row in table["rows"]] == ["1 epoch", "2 epochs"]
+    assert list(table["columns"][-3:]) == ["colour distance in RGB, levels of 255", "diversity", "checks"]
+    assert all(cell for row in table["rows"] for cell in row)
+
+
+def test_nothing_is_trained_twice_and_the_plan_counts_the_trials(finished, inputs):
+    ablation, result = finished
+    root = Path(ablation.run.store.root.removeprefix("file://"))
+    models = {path.parent.name for path in root.glob("models/*/model.json")}
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
+    again = run_ablation(open_ablation(root=str(root), **inputs))
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")} == before
+    assert json.dumps(again["tables"]) == json.dumps(result["tables"])
+    plan = plan_ablation(ablation)
+    assert plan["arms"] == 5 and plan["trainings"] == 2 * 5 + 3 * 2
+    assert len(models) <= plan["trainings"]  # a trial may be the training itself
+
+
+def test_trials_need_prompts_of_their_own(inputs, tmp_path):
+    overrides = {name: value for name, value in inputs["overrides"].items() if name != "ablation.validation"}
+    with pytest.raises(ConfigError, match="trials need prompts apart from those of the evaluation: name them in "):
+        open_ablation(root=str(tmp_path), **{**inputs, "overrides": overrides})
+    overrides["ablation.validation"] = {"source": inputs["overrides"]["evaluation.prompts"]["source"]}
+    with pytest.raises(InputError, match="5 of 5 prompts for trials occur in the evaluation too, the first is 'a man"):
+        open_ablation(root=str(tmp_path), **{**inputs, "overrides": overrides})
