@@ -51,7 +51,7 @@ def plan_run(run: Run, *, with_probe: bool = False) -> RunPlan:
     if any(stage.seconds is None for stage in runner.stages):
         notes.append("a time is not known (?) if the root holds no such work yet: --probe (in a flow: probe) loads the "
                      "models and times a batch of each stage on this machine")
-    notes += runner.advice
+    notes += [*runner.lengths, *runner.advice]
     if runner.assumed_image_bytes:
         notes.append(f"bytes of images are assumed, {rates.BYTES_PER_PIXEL[run.config.pool.image_format]} per pixel in "
                      f"{run.config.pool.image_format}")
@@ -120,6 +120,8 @@ class PlanningRunner:
         self.size = (run.config.sampler.width, run.config.sampler.height)
         self.model = model_size(run.target.path)
         self.stages: list[StagePlan] = []
+        self.lengths: list[str] = []
+        """Of each DPO training, beside the length of the later paper."""
         self.assumed_image_bytes = False
         self._counted: dict[str, _Counted] = {}
         self._unknown: dict[str, str] = {}
@@ -140,6 +142,8 @@ class PlanningRunner:
         record = find_record(store, model_id) if model_id else None
         self.stages.append(training.row(store, model_id, latents.samples, record, lambda: (
             training.probed(self.device_name) if self.with_probe else training.past(store))))
+        if request.kind == "dpo":
+            self.lengths.append(training.describe_length(latents.samples, self.stages[-1]))
         if record is not None:
             return RecordedTuning(model_id=model_id, path=Path(), log=[], existing=True, store=store,
                                   fingerprint=record["fingerprint"])

@@ -14,7 +14,8 @@ from hgdpo_core.models import Model, load_backbone
 from hgdpo_core.models.published import find_record
 from hgdpo_core.models.sizes import FLOAT_BYTES, ModelSize
 from hgdpo_core.plan.rates import CHECKPOINTS, OPTIMIZER_FLOATS, Rate
-from hgdpo_core.plan.table import StagePlan
+from hgdpo_core.plan.table import StagePlan, readable_time
+from hgdpo_core.progress import count_of
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.base import Hooks
@@ -24,6 +25,7 @@ from hgdpo_core.training.objective import RandomSamples, TrainingObjective
 # what determines the time of a step
 SAME_STEP = ("batch_size", "gradient_accumulation_steps", "global_batch_size", "gradient_checkpointing")
 PROBE_STEPS = 3
+LATER_EPOCHS = 16  # of 295 000 pairs in 300 000 steps of 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,17 @@ class PlannedTraining:
     def steps(self, samples: int) -> int:
         """Optimizer steps, by one process where the config names no global batch."""
         return self.config.max_steps or math.ceil(self.config.epochs * samples / step_batch(self.config))
+
+    def describe_length(self, samples: int, planned: StagePlan) -> str:
+        """The length that is set, and that of the paper's version 3, each with its time where that is known."""
+        epochs = planned.total * step_batch(self.config) / max(1, samples)
+        long = math.ceil(LATER_EPOCHS * samples / step_batch(self.config))
+        time_of = (f", {readable_time(planned.seconds)} and {readable_time(planned.seconds * long / planned.total)}"
+                   if planned.seconds else "")
+        how = f"dpo.epochs={LATER_EPOCHS}{' and dpo.max_steps=null' if self.config.max_steps else ''}"
+        return (f"length of training: {count_of(planned.total, 'step')} of DPO are {epochs:.3g} epochs. The paper "
+                f"names no length; its version 3 trains some {LATER_EPOCHS} epochs, here {count_of(long, 'step')}{time_of}: "
+                f"to try that set {how}")
 
     def bytes(self) -> int:
         """Bytes of its output in the store: the model and its last checkpoints."""

@@ -72,6 +72,8 @@ def test_an_empty_root_is_planned_and_stays_empty(parameters, tmp_path):
     assert all(stage.bytes_missing > 0 for stage in made.stages)
     assert {name for name, stage in stages.items() if stage.seconds is None} == set(stages) - {"triplets"}
     assert made.hours is None and any("not known" in note for note in made.notes)
+    assert "length of training: 2 steps of DPO are 0.667 epochs. The paper names no length; its version 3 trains " \
+        "some 16 epochs, here 48 steps: to try that set dpo.epochs=16 and dpo.max_steps=null" in made.notes
     assert any("bytes of images are assumed, 1.6 per pixel in png" in note for note in made.notes)
 
 
@@ -140,6 +142,8 @@ def test_a_probe_times_every_kind_of_work_and_leaves_nothing(parameters, tmp_pat
     assert stages["pool"].seconds / 18 == pytest.approx(stages["evaluation images, tuned"].seconds / 8)
     assert made.hours == pytest.approx(sum(stage.seconds for stage in made.stages) / 3600)
     assert not any("assumed" in note for note in made.notes)
+    (length,) = (note for note in made.notes if note.startswith("length of training"))
+    assert f"{readable_time(stages['dpo'].seconds)} and {readable_time(stages['dpo'].seconds * 48 / 2)}" in length
     assert 18 * 57 < stages["pool"].bytes_missing - 2 * rates.SHARD_BYTES < 18 * 5000   # PNGs of 32x32
 
 
