@@ -9,7 +9,7 @@ from flows import parameters as p
 from flows.lifecycle import cancel_shard_runs, name_this_run, refuse_relative_paths, run_with
 from flows.runner import ShardRunnerName
 from hgdpo_core.execution.runner import Runner
-from hgdpo_core.pipeline import Made, Result
+from hgdpo_core.pipeline import Made, Ranked, Result
 from hgdpo_core.progress import StageProgress, StageTimes
 from hgdpo_core.run import Run
 from tasks.evaluate import check_tuning, compare_models
@@ -18,7 +18,7 @@ from tasks.prepare import prepare, show_plan, show_settings
 from tasks.report import conclude, publish
 from tasks.score import score_evaluation, score_pool
 from tasks.training import train_lora, tune_target
-from tasks.triplets import encode_triplets, make_triplets, measure_distances
+from tasks.triplets import embed_prompts, encode_triplets, make_triplets, measure_distances
 from tasks.ui import explain_own_errors, stage_progress
 
 
@@ -53,18 +53,25 @@ def _run(run: Run, runner: Runner, times: StageTimes, on: StageProgress) -> Stat
     """The steps of `hgdpo_core.pipeline.run_all`, one task each."""
     with times.stage("sft", makes=run.images is not None):
         target, sft_log = tune_target(run, runner, on)
-    with times.stage("pool"):
-        pool = make_pool(run, target, runner, on)
-    with times.stage("score"):
-        scores = score_pool(run, pool, runner, on)
-    with times.stage("triplets"):
-        triplets = make_triplets(run, pool, scores, runner, on)
-    with times.stage("latents"):
-        latents = encode_triplets(run, triplets, target, runner, on)
-    with times.stage("dpo"):
-        lora = train_lora(run, target, triplets, latents, runner, on)
-    with times.stage("distances"):
-        distances = measure_distances(run, pool, scores, target, runner, on)
+    ranked = None
+    if run.trains_on_prompts:
+        with times.stage("prompt_embeds"):
+            embeds = embed_prompts(run, target, runner, on)
+        with times.stage(run.config.objective):
+            lora = train_lora(run, target, embeds, runner, on)
+    else:
+        with times.stage("pool"):
+            pool = make_pool(run, target, runner, on)
+        with times.stage("score"):
+            scores = score_pool(run, pool, runner, on)
+        with times.stage("triplets"):
+            triplets = make_triplets(run, pool, scores, runner, on)
+        with times.stage("latents"):
+            latents = encode_triplets(run, triplets, target, runner, on)
+        with times.stage(run.config.objective):
+            lora = train_lora(run, target, latents, runner, on)
+        with times.stage("distances"):
+            ranked = Ranked(pool, scores, triplets, measure_distances(run, pool, scores, target, runner, on))
 
     models = {"target": target, "tuned": lora.applied_to(target, run.config.evaluation.lora_weight)}
     with times.stage("evaluation_images"):
@@ -73,5 +80,5 @@ def _run(run: Run, runner: Runner, times: StageTimes, on: StageProgress) -> Stat
         image_scores = score_evaluation(run, images, runner, on)
         comparison = compare_models(run, images, image_scores)
         warnings = check_tuning(run, lora, comparison)
-    made = Made(target, sft_log, pool, scores, triplets, lora, images, image_scores, distances)
+    made = Made(target, sft_log, ranked, lora, images, image_scores)
     return conclude(publish(run, Result(made, comparison, warnings), times))

@@ -15,13 +15,14 @@ from hgdpo_core.evaluate import Comparison, compare, plan_evaluation
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.progress import Progress, StageProgress, StageTimes, silent_stages
-from hgdpo_core.report.summary import Published, write_run_report
+from hgdpo_core.report.summary import Published, RankedData, write_run_report
 from hgdpo_core.run import Run
 from hgdpo_core.stages import Stage
 from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
 from hgdpo_core.stages.latents import LatentStage
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
+from hgdpo_core.stages.prompt_embeds import PromptEmbedStage
 from hgdpo_core.stages.scores import ScoreStage
 from hgdpo_core.stages.triplets import TripletStage, write_dataset_card
 from hgdpo_core.statistics.checks import RunWarning, check_run
@@ -46,13 +47,21 @@ class Made:
     target: Model
     """The target of all later steps: fine-tuned where there are images."""
     sft_log: list[LogRow]
-    pool: PoolPlan
-    scores: ShardFolder
-    triplets: TripletStage
+    ranked: "Ranked | None"
+    """The run's own pool; None for an objective that is trained on prompts alone."""
     lora: Tuned
     images: dict[str, PoolPlan]
     """Evaluation images of "target" and "tuned"."""
     image_scores: Scores
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A run's pool with its scores, best and worst, and the channel statistics by rank."""
+
+    pool: PoolPlan
+    scores: ShardFolder
+    triplets: TripletStage
     distances: DistanceStage
 
 
@@ -80,24 +89,31 @@ def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_s
     on = times.watch(on)
     with times.stage("sft", makes=run.images is not None):
         target, sft_log = tune_target(run, runner, on)
-    with times.stage("pool"):
-        pool = make_pool(run, target, runner, on)
-    with times.stage("score"):
-        scores = score_pool(run, pool, runner, on)
-    with times.stage("triplets"):
-        triplets = make_triplets(run, pool, scores, runner, on)
-    with times.stage("latents"):
-        latents = encode_triplets(run, triplets, target, runner, on)
-    with times.stage("dpo"):
-        lora = train_lora(run, target, triplets, latents, runner, on)
-    with times.stage("distances"):
-        distances = measure_distances(run, pool, scores, target, runner, on)
+    ranked = None
+    if run.trains_on_prompts:
+        with times.stage("prompt_embeds"):
+            embeds = embed_prompts(run, target, runner, on)
+        with times.stage(run.config.objective):
+            lora = train_lora(run, target, embeds, runner, on)
+    else:
+        with times.stage("pool"):
+            pool = make_pool(run, target, runner, on)
+        with times.stage("score"):
+            scores = score_pool(run, pool, runner, on)
+        with times.stage("triplets"):
+            triplets = make_triplets(run, pool, scores, runner, on)
+        with times.stage("latents"):
+            latents = encode_triplets(run, triplets, target, runner, on)
+        with times.stage(run.config.objective):
+            lora = train_lora(run, target, latents, runner, on)
+        with times.stage("distances"):
+            ranked = Ranked(pool, scores, triplets, measure_distances(run, pool, scores, target, runner, on))
     models = {"target": target, "tuned": lora.applied_to(target, run.config.evaluation.lora_weight)}
     with times.stage("evaluation_images"):
         images = generate_evaluation(run, models, runner, on)
     with times.stage("evaluation"):
         image_scores = score_evaluation(run, images, runner, on)
-    return Made(target, sft_log, pool, scores, triplets, lora, images, image_scores, distances)
+    return Made(target, sft_log, ranked, lora, images, image_scores)
 
 
 # -- the steps, in their order
@@ -155,14 +171,22 @@ def encode_triplets(run: Run, triplets: TripletStage, model: Model, runner: Runn
     return _made(LatentStage.of(triplets, model, flips=run.config.dpo.flip), runner, on)
 
 
-def train_lora(run: Run, model: Model, triplets: TripletStage, latents: LatentStage, runner: Runner = IN_PROCESS,
+def embed_prompts(run: Run, model: Model, runner: Runner = IN_PROCESS,
+                  on: StageProgress = silent_stages) -> PromptEmbedStage:
+    """Text embeddings of the training prompts, for an objective that is trained on prompts alone."""
+    size = (run.config.sampler.width, run.config.sampler.height)
+    return _made(PromptEmbedStage.of(run.store, run.prompts, model, size), runner, on)
+
+
+def train_lora(run: Run, model: Model, data: LatentStage | PromptEmbedStage, runner: Runner = IN_PROCESS,
                on: StageProgress = silent_stages, on_training: OnTraining | None = None, *,
                validate: bool = True) -> Tuned:
     """A LoRA of the target by the run's objective: Diffusion-DPO with the statistic matching loss (Eq. 9), or another.
 
-    `validate`: as `tune_target`.
+    `data`: of `encode_triplets`, or of `embed_prompts`. `validate`: as `tune_target`.
     """
-    return _train(run.config.objective, run, model, latents, runner, on, on_training, validate, triplets.folder)
+    triplets = data.triplets if isinstance(data, LatentStage) else None
+    return _train(run.config.objective, run, model, data, runner, on, on_training, validate, triplets)
 
 
 def measure_distances(run: Run, pool: PoolPlan, scores: ShardFolder, model: Model, runner: Runner = IN_PROCESS,
@@ -212,9 +236,12 @@ def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[RunWarni
 def write_report(run: Run, result: Result, times: StageTimes | None = None) -> Published:
     """`summary.json` and `report.html` in `runs/<run_id>/`."""
     made, times = result.made, times or StageTimes()
-    return write_run_report(
-        run, made.pool, made.scores, made.distances.read(), made.triplets.folder, made.triplets.counts(), made.lora,
-        made.sft_log, made.images, result.comparison, result.warnings, seconds=times.seconds, cached=times.cached)
+    data = None
+    if (ranked := made.ranked) is not None:
+        data = RankedData(ranked.pool, ranked.scores, ranked.distances.read(), ranked.triplets.folder,
+                          ranked.triplets.counts())
+    return write_run_report(run, data, made.lora, made.sft_log, made.images, result.comparison, result.warnings,
+                            seconds=times.seconds, cached=times.cached)
 
 
 def _made(stage: StageT, runner: Runner, on: StageProgress) -> StageT:

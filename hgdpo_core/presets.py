@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from hgdpo_core.config import (
+    AlignPropConfig,
     DpoConfig,
     EvaluationConfig,
     PoolConfig,
@@ -43,6 +44,8 @@ def figures(target: str | None = None, prompts: str | None = None) -> RunConfig:
         triplets=TripletConfig(),
         dpo=DpoConfig(max_steps=60, batch_size=16, learning_rate=6e-4, warmup_steps=10, optimizer="adam8bit",
                       beta=1000.0, lambda_stat=1e6, checkpoint_every=30),
+        alignprop=AlignPropConfig(max_steps=24, batch_size=16, global_batch_size=16, least_live_steps=2,
+                                  checkpoint_every=8),
         evaluation=EvaluationConfig(prompts=PromptSource(source="figures", split="test", limit=512), lora_weight=1.0,
                                     scorers=(scorer, inspector)),
     )

@@ -38,6 +38,11 @@ class Run:
     command: str
     """Shell line that starts this run again."""
 
+    @property
+    def trains_on_prompts(self) -> bool:
+        """Whether its objective needs no images to train on, and so no pool."""
+        return lora_objective(self.config.objective).trains_on == "prompts"
+
     def key(self, name: str) -> str:
         """Key of a file of this run, for example `runs/<run_id>/summary.json`."""
         return f"runs/{self.run_id}/{name}"
@@ -79,7 +84,9 @@ def resolve_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompt
     check_syntax([config.target.negative_prompt, *training.prompts], config.target.prompt_syntax)
     check_syntax(evaluation.prompts, config.evaluation.prompt_syntax)
     refuse_seen_prompts(evaluation.prompts, training.prompts)
-    check_tracker(lora_objective(config.objective).settings(config).tracker)
+    objective = lora_objective(config.objective)
+    objective.check(config)
+    check_tracker(objective.settings(config).tracker)
     model = find_model(config.target)
     find_scorer(config.scorer.name, config.scorer.source)
     require_scorers(config.evaluation.scorers)

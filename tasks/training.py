@@ -11,7 +11,7 @@ from hgdpo_core.progress import ShouldStop, StageProgress
 from hgdpo_core.run import Run
 from hgdpo_core.stages.image_latents import find_skipped
 from hgdpo_core.stages.latents import LatentStage
-from hgdpo_core.stages.triplets import TripletStage
+from hgdpo_core.stages.prompt_embeds import PromptEmbedStage
 from hgdpo_core.training.launch import run_train_everywhere
 from hgdpo_core.training.parts import LogRow
 from hgdpo_core.training.request import TrainRequest
@@ -39,13 +39,14 @@ def tune_target(run: Run, runner: Runner, on: StageProgress) -> tuple[Model, lis
     return model, log
 
 
-@stage_task("dpo")
-def train_lora(run: Run, model: Model, triplets: TripletStage, latents: LatentStage, runner: Runner,
+@stage_task("lora", "{run.config.objective}")
+def train_lora(run: Run, model: Model, data: LatentStage | PromptEmbedStage, runner: Runner,
                on: StageProgress) -> Tuned:
-    """A LoRA of the target by Diffusion-DPO with the statistic matching loss."""
-    lora = pipeline.train_lora(run, model, triplets, latents, runner, on, partial(training_progress, on=on))
+    """A LoRA of the target by the run's objective: Diffusion-DPO with the statistic matching loss, or another."""
+    lora = pipeline.train_lora(run, model, data, runner, on, partial(training_progress, on=on))
     get_run_logger().info("LoRA: %s %s", "existing" if lora.existing else "trained", lora.path)
-    show_table("dpo-log", lora.log[:: max(1, len(lora.log) // 50)], "Training of the LoRA, every few steps")
+    show_table(f"{run.config.objective.replace('_', '-')}-log", lora.log[:: max(1, len(lora.log) // 50)],
+               "Training of the LoRA, every few steps")
     return lora
 
 

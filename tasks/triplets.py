@@ -10,6 +10,7 @@ from hgdpo_core.run import Run
 from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.latents import LatentStage
 from hgdpo_core.stages.pool import PoolPlan
+from hgdpo_core.stages.prompt_embeds import PromptEmbedStage
 from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.storage.shards import ShardFolder
 from tasks.options import stage_task
@@ -33,6 +34,14 @@ def encode_triplets(run: Run, triplets: TripletStage, model: Model, runner: Runn
     latents = pipeline.encode_triplets(run, triplets, model, runner, on)
     get_run_logger().info("Latents: %s", latents.folder.key)
     return latents
+
+
+@stage_task("prompt embeddings")
+def embed_prompts(run: Run, model: Model, runner: Runner, on: StageProgress) -> PromptEmbedStage:
+    """Text embeddings of the training prompts, where the objective is trained on prompts alone."""
+    embeds = pipeline.embed_prompts(run, model, runner, on)
+    get_run_logger().info("Prompt embeddings: %s", embeds.folder.key)
+    return embeds
 
 
 @stage_task("latent distances")

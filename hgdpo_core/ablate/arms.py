@@ -120,6 +120,7 @@ def _baseline_rows(base: Arm, config: RunConfig, settings: AblationConfig) -> It
     plain = replace(base, chosen=bool(settings.trials))
     yield _row(plain, OURS, lambda_stat=config.dpo.lambda_stat)
     yield _row(plain, "SFT on winners", "SFT on winners", objective="sft_winners")
+    yield _row(plain, "AlignProp", "AlignProp", objective="alignprop")
     for factor in settings.beta_factors:
         yield _row(plain, f"DPO, beta x{factor:g}", f"beta x{factor:g}", beta=base.beta * factor)
 
@@ -155,8 +156,8 @@ def arm_config(config: RunConfig, arm: Arm, seed: int) -> RunConfig:
     training = getattr(config, objective.section)
     update: dict[str, Any] = {"seed": seed, "learning_rate": training.learning_rate * arm.learning_rate,
                               **_length(training, arm)}
-    if objective.section == "dpo":
-        update |= {"beta": arm.beta, "lambda_stat": arm.lambda_stat}
+    update |= {"beta": arm.beta, "lambda_stat": arm.lambda_stat} if objective.section == "dpo" else {
+        "lora_rank": config.dpo.lora_rank}
     return config.model_copy(update={
         "triplets": triplets, "objective": arm.objective, "scorer": ranking_scorer(config, arm.world),
         "sampler": config.sampler.model_copy(update={"latent_normalisation": arm.latent_normalisation}),

@@ -154,13 +154,16 @@ def _arm_run(shared: Shared, arm: Arm, seed: int) -> Run:
 
 def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_stages,
               runner: Runner = IN_PROCESS) -> tuple[Tuned, int]:
-    """The arm's LoRA, and the number of its training triplets."""
+    """The arm's LoRA, and the number of its training triplets; 0 for an objective that is trained on prompts."""
     run = _arm_run(shared, chosen_arm(shared, arm, stages, runner), seed)
     save_prompts(run.store, run.prompts)
+    if run.trains_on_prompts:
+        embeds = pipeline.embed_prompts(run, shared.model, runner, stages)
+        return pipeline.train_lora(run, shared.model, embeds, runner, stages, validate=False), 0
     pool = pipeline.plan_run_pool(run, shared.model)
     triplets = pipeline.make_triplets(run, pool, shared.scores[arm.world], runner, stages)
     latents = pipeline.encode_triplets(run, triplets, shared.model, runner, stages)
-    lora = pipeline.train_lora(run, shared.model, triplets, latents, runner, stages, validate=False)
+    lora = pipeline.train_lora(run, shared.model, latents, runner, stages, validate=False)
     return lora, triplets.counts().triplets
 
 

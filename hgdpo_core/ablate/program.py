@@ -76,6 +76,8 @@ def open_ablation(preset: str = DEFAULT_PRESET, root: str | None = None, *, prom
     scorer = ranking_scorer(run.config, config.worlds[-1])
     find_scorer(scorer.name, scorer.source)
     identity = {"run": run.config.identity("run"), "ablation": config.identity("run")}
+    if "baselines" in config.comparisons:
+        identity["alignprop"] = run.config.alignprop.identity("run")
     changed = {PREFIX + name: value for name, value in config.model_dump(mode="json", exclude_defaults=True).items()}
     inputs = {"preset": preset, "root": run.store.root, "prompts": prompts, "target": target, "images": images}
     command = shell_command("ablate", inputs, {**(overrides or {}), **changed})

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from hgdpo_core.built_in import DATA_SET, SPLITS, is_built_in
-from hgdpo_core.config.base import ADDED, NO_ID, OWN_TO_RUNS, InIds, StageConfig, number
+from hgdpo_core.config.base import ADDED, NO_ID, OWN_TO_RUNS, IdOf, InIds, StageConfig, number
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
@@ -286,6 +286,35 @@ class DpoConfig(WinnersConfig):
     share_noise: bool = Field(default=True, description="winner and loser of a pair share their noise")
 
 
+class AlignPropConfig(LoraConfig):
+    """AlignProp on a LoRA (arXiv:2310.03739): the reward's gradient through the sampler. Ours, as the paper is silent.
+
+    Images are sampled by DDIM in as many steps, and with the guidance and negative prompt, of the run's sampler.
+    """
+
+    epochs: int = number("passes over the prompts, unless max_steps is given", "epochs", default=1, ge=1)
+    batch_size: int = number("images of a process sampled together", "images", default=4, ge=1)
+    global_batch_size: int | None = number("images of an optimizer step, by all processes", "images", default=128, ge=1)
+    max_steps: int | None = number("length of the training; overrides epochs", "optimizer steps", default=100, ge=1)
+    learning_rate: float = number("step size of the optimizer, constant after the warm-up", "none", default=1e-3, gt=0,
+                                  le=1)
+    weight_decay: float = number("decoupled weight decay of AdamW", "none", default=1e-4, ge=0, le=1000)
+    checkpoint_every: Annotated[int, OWN_TO_RUNS] = number(
+        "distance of checkpoints", "optimizer steps", default=10, ge=1)
+    live_steps: int | None = number(
+        "last solver steps that the gradient goes through, K of DRaFT-K; default: drawn each optimizer step",
+        "solver steps", default=None, ge=1)
+    least_live_steps: int = number("where they are drawn: the least, uniform up to all", "solver steps", default=1, ge=1)
+    reward_deviation: float = number("standard deviation of the reward over a pool; the loss is -reward / this, which "
+                                     "max_grad_norm is meant for", "the reward's", default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _no_flips(self) -> Self:
+        if self.flip:
+            raise ValueError("flip mirrors training images, of which AlignProp has none: set it to false")
+        return self
+
+
 class EvaluationConfig(StageConfig):
     """Target against trained model on held-out prompts, same seeds (paper Table 1)."""
 
@@ -341,11 +370,19 @@ class RunConfig(StageConfig):
     scorer: ScorerConfig
     triplets: TripletConfig
     objective: Annotated[str, ADDED] = Field(
-        default="dpo", description="how the LoRA is trained: dpo, or a baseline of paper Table 1. sft_winners: on the "
-        "winners alone, two for each pair of a batch, with the settings of dpo that do not concern its loss")
+        default="dpo", description="how the LoRA is trained: dpo, or a baseline of paper Table 1. alignprop: without a "
+        "pool. sft_winners: on the winners alone, two for each pair of a batch, by what settings of dpo do not concern "
+        "its loss")
     dpo: DpoConfig
+    alignprop: AlignPropConfig = AlignPropConfig()
     evaluation: EvaluationConfig
     workers: Annotated[WorkersConfig, NO_ID] = WorkersConfig()
+
+    def identity(self, of: IdOf = "result") -> dict[str, Any]:
+        settings = super().identity(of)
+        if self.objective != "alignprop":
+            del settings["alignprop"]
+        return settings
 
     @property
     def training_scorer(self) -> str | None:
@@ -366,6 +403,14 @@ class RunConfig(StageConfig):
             larger = "pool.images_per_prompt" if ranked == pool else "triplets.pool_size"
             raise ValueError(f"triplets.loser_rank is {rank}, but only {ranked} images of a pool are ranked: "
                              f"choose a rank from 2 to {ranked} or a larger {larger}")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_are_sampled(self) -> Self:
+        for name in ("live_steps", "least_live_steps"):
+            if (getattr(self.alignprop, name) or 0) > self.sampler.steps:
+                raise ValueError(f"alignprop.{name} is {getattr(self.alignprop, name)}, but an image is sampled in "
+                                 f"{self.sampler.steps} steps: choose from 1 to {self.sampler.steps}")
         return self
 
     @model_validator(mode="after")

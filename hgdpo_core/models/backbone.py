@@ -163,6 +163,10 @@ class NoiseSchedule(Protocol):
         """A new solver for `sample_latents`: set_timesteps, scale_model_input, step, as diffusers' schedulers."""
         ...
 
+    def differentiable_solver(self) -> Any:
+        """A new solver for `sample_with_gradient`, whose step depends on its arguments alone."""
+        ...
+
 
 class Decoded(NamedTuple):
     """Decoded images: uint8 [B, H, W, 3], and the rows that only a codec in float32 could decode."""
@@ -172,7 +176,7 @@ class Decoded(NamedTuple):
 
 
 class LatentCodec(Protocol):
-    """Images to latents and back. A decoder through which gradients flow belongs here too, when one is needed."""
+    """Images to latents and back."""
 
     @property
     def channels(self) -> int: ...
@@ -190,6 +194,13 @@ class LatentCodec(Protocol):
         """The images of scaled latents [B, C, h, w]; ModelError where latents, or an image in float32, are not finite.
 
         An image that is not finite in half precision is decoded again in float32.
+        """
+        ...
+
+    def decode_with_gradient(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] of scaled latents [B, C, h, w], about -1 to 1, not clamped; its weights get no gradient.
+
+        Computed again in the backward pass; never in float16.
         """
         ...
 

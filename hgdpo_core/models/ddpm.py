@@ -5,11 +5,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from hgdpo_core import schedule
 from hgdpo_core.losses import statistic_matching_loss
-from hgdpo_core.models.sampling import make_scheduler
+from hgdpo_core.models.sampling import make_ddim, make_scheduler
 
 
 def draw_timesteps(generators: Sequence[torch.Generator], timesteps: int) -> torch.Tensor:
@@ -49,3 +49,6 @@ class DdpmSchedule:
     def solver(self) -> DPMSolverMultistepScheduler:
         """DPM-Solver++ (2M) over the same chain."""
         return make_scheduler(self.config)
+
+    def differentiable_solver(self) -> DDIMScheduler:
+        return make_ddim(self.config)

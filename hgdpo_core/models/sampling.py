@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from torch.utils.checkpoint import checkpoint
 
 from hgdpo_core.models.backbone import Conditioning
 
@@ -32,6 +33,12 @@ def make_scheduler(config: Mapping[str, Any]) -> DPMSolverMultistepScheduler:
     """
     scheduler = DPMSolverMultistepScheduler.from_config(dict(config), algorithm_type="dpmsolver++")
     return cast(DPMSolverMultistepScheduler, scheduler)
+
+
+def make_ddim(config: Mapping[str, Any]) -> DDIMScheduler:
+    """DDIM with eta 0 over the target's own noise schedule: a solver without memory, for gradients."""
+    # diffusers would clip samples where a config, such as SD 1.5's, does not name it
+    return cast(DDIMScheduler, DDIMScheduler.from_config(dict(config), clip_sample=False))
 
 
 def initial_noise(seeds: Sequence[int], channels: int, height: int, width: int) -> torch.Tensor:
@@ -138,8 +145,28 @@ def sample_latents(denoiser: Denoise, scheduler: DPMSolverMultistepScheduler, pr
     return own.latents
 
 
-def _step(denoiser: Denoise, scheduler: DPMSolverMultistepScheduler, latents: torch.Tensor, timestep: torch.Tensor,
-          conditioning: Conditioning, guidance_scale: float) -> torch.Tensor:
+def sample_with_gradient(denoiser: Denoise, solver: DDIMScheduler, prompts: Conditioning, negative: Conditioning,
+                         noise: torch.Tensor, *, steps: int, guidance_scale: float, live_steps: int) -> torch.Tensor:
+    """As `sample_latents`, with a gradient through the last `live_steps` steps, both branches of guidance included.
+
+    Each live step is computed again in the backward pass, so memory holds one step's activations (AlignProp,
+    arXiv:2310.03739; a fixed number of live steps is DRaFT-K, arXiv:2309.17400).
+    """
+    both = guide(prompts, negative, guidance_scale)
+    solver.set_timesteps(steps)
+    latents = noise * solver.init_noise_sigma
+    for number, timestep in enumerate(solver.timesteps):
+        if number < steps - live_steps:
+            with torch.no_grad():
+                latents = _step(denoiser, solver, latents, timestep, both, guidance_scale)
+        else:  # all that changes from step to step is an argument: what a closure reads is the last step's by then
+            latents = checkpoint(_step, denoiser, solver, latents, timestep, both, guidance_scale,
+                                 use_reentrant=False, preserve_rng_state=False)
+    return latents
+
+
+def _step(denoiser: Denoise, scheduler: DPMSolverMultistepScheduler | DDIMScheduler, latents: torch.Tensor,
+          timestep: torch.Tensor, conditioning: Conditioning, guidance_scale: float) -> torch.Tensor:
     """The latents one step on; with guidance, `conditioning` holds the negative prompts before the prompts."""
     guided = guidance_scale > 1
     inputs = torch.cat([latents, latents]) if guided else latents

@@ -14,6 +14,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hgdpo_core.config import PromptSyntax
 from hgdpo_core.errors import ModelError
@@ -88,6 +89,16 @@ class KlCodec:
                 raise ModelError(f"the VAE of {self.path} decodes images that are not finite, also in float32: check "
                                  "its weights, or give another one as target.vae")
         return Decoded(pixels.cpu().numpy(), again)  # transferred as bytes, not floats
+
+    def decode_with_gradient(self, latents: torch.Tensor) -> torch.Tensor:
+        if self.vae.dtype == torch.float16:
+            raise ModelError(f"gradients through the VAE of {self.path} need it in bfloat16 or float32, not float16")
+        self.vae.requires_grad_(False)
+        return checkpoint(self._decode_images, latents, use_reentrant=False, preserve_rng_state=False)
+
+    def _decode_images(self, latents: torch.Tensor) -> torch.Tensor:
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return self.vae.decode(scaled, return_dict=False)[0].float()
 
     def _decode(self, vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [B, H, W, 3], and bool [B]: whether the image is finite."""

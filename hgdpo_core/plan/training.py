@@ -50,8 +50,8 @@ class PlannedTraining:
                    if planned.seconds else "")
         how = f"dpo.epochs={LATER_EPOCHS}{' and dpo.max_steps=null' if self.config.max_steps else ''}"
         return (f"length of training: {count_of(planned.total, 'step')} of DPO are {epochs:.3g} epochs. The paper "
-                f"names no length; its version 3 trains some {LATER_EPOCHS} epochs, here {count_of(long, 'step')}{time_of}: "
-                f"to try that set {how}")
+                f"names no length; its version 3 trains some {LATER_EPOCHS} epochs, here "
+                f"{count_of(long, 'step')}{time_of}: to try that set {how}")
 
     def bytes(self) -> int:
         """Bytes of its output in the store: the model and its last checkpoints."""

@@ -36,28 +36,46 @@ class Published:
     summary: dict[str, Any]
 
 
-def write_run_report(run: Run, pool: PoolPlan, scores: ShardFolder, distances: np.ndarray, triplets: ShardFolder,
-                     counts: TripletCounts, lora: Tuned, sft_log: Sequence[Mapping[str, float]],
+@dataclass(frozen=True)
+class RankedData:
+    """A run's pool and its triplets, as a report shows them; `distances` are those of `read_distances`."""
+
+    pool: PoolPlan
+    scores: ShardFolder
+    distances: np.ndarray
+    triplets: ShardFolder
+    triplet_counts: TripletCounts
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images of the pool, and those that were finished where it was raced; triplets, and pools without one."""
+        pool = self.pool
+        finished = {"finished_images": sum(pool.expected_rows(pool.indices).values())} if pool.pool.race else {}
+        return {"pool_images": pool.images, **finished, "triplets": self.triplet_counts.triplets,
+                "rejected": self.triplet_counts.rejected}
+
+
+def write_run_report(run: Run, ranked: RankedData | None, lora: Tuned, sft_log: Sequence[Mapping[str, float]],
                      images: Mapping[str, PoolPlan], comparison: Comparison, warnings: Sequence[RunWarning], *,
                      seconds: Mapping[str, float], cached: Sequence[str]) -> Published:
-    """Summary and report of a whole run.
+    """Summary and report of a whole run; `ranked` is None for one without a pool.
 
-    `distances`: of `read_distances`; `images`: those of the evaluation, of "target" and "tuned"; `seconds` by stage, in
-    the order of the run; `cached` names the stages that had nothing to make. InputError for a page that grows too
-    large, StorageError if a file cannot be written.
+    `images`: those of the evaluation, of "target" and "tuned"; `seconds` by stage, in the order of the run; `cached`
+    names the stages that had nothing to make. InputError for a page that grows too large, StorageError if a file cannot
+    be written.
     """
-    finished = {"finished_images": sum(pool.expected_rows(pool.indices).values())} if pool.pool.race else {}
-    keys = {"lora": f"models/{lora.model_id}", "triplets": triplets.key, "pool": pool.folder.key}
-    summary = {"warnings": [warning.as_dict() for warning in warnings], "triplets": counts.triplets,
-               "rejected": counts.rejected, "pool_images": pool.images, **finished, "lora_id": lora.model_id}
+    keys, shown, counts = {"lora": f"models/{lora.model_id}"}, {}, {"pool_images": 0, "triplets": 0, "rejected": 0}
+    if ranked is not None:
+        keys |= {"triplets": ranked.triplets.key, "pool": ranked.pool.folder.key}
+        shown = {"rank_distances": ranked.distances,
+                 "pools": sample_pools(ranked.pool, ranked.scores, POOLS, run.config.triplets)}
+        counts = ranked.counts
+    summary = {"warnings": [warning.as_dict() for warning in warnings], **counts, "lora_id": lora.model_id}
     return _write(
         run, images, comparison, seconds, cached, keys, summary, title=f"HG-DPO on {run.config.target.source}",
-        training_scorer=run.config.training_scorer, rank_distances=distances, objective=lora.objective,
-        training_log=lora.log, sft_log=sft_log,
-        counts={"prompts": len(run.prompts.prompts), "pool_images": pool.images, **finished,
-                "triplets": counts.triplets, "rejected": counts.rejected,
-                "evaluation_prompts": len(comparison.prompts)},
-        pools=sample_pools(pool, scores, POOLS, run.config.triplets), warnings=[item.message for item in warnings])
+        training_scorer=run.config.training_scorer, objective=lora.objective, training_log=lora.log, sft_log=sft_log,
+        counts={"prompts": len(run.prompts.prompts), **(counts if ranked else {}),
+                "evaluation_prompts": len(comparison.prompts)}, warnings=[item.message for item in warnings], **shown)
 
 
 def write_comparison_report(run: ComparisonRun, images: Mapping[str, PoolPlan], comparison: Comparison,

@@ -36,7 +36,8 @@ class Scorer(Protocol):
 class ScorerSource(Protocol):
     """An entry of `SCORERS`: a module or an object that finds a scorer and loads it.
 
-    One that can recognise a defective image declares DEFECT_BELOW too: an image that scores below is defective.
+    One that can recognise a defective image declares DEFECT_BELOW too: an image that scores below is defective. One
+    that loads a `DifferentiableScorer` declares GIVES_GRADIENT.
     """
 
     @property
@@ -141,6 +142,18 @@ class ImageEmbedder(Protocol):
         ...
 
 
+class DifferentiableScorer(Protocol):
+    """A scorer whose score can be improved by its gradient."""
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """float32 [B] for pixels [B, 3, H, W], float32 in 0..1, with the gradient to them; none goes to the prompts."""
+        ...
+
+    def to(self, device: torch.device | str) -> Any:
+        """Move to a device, in place."""
+        ...
+
+
 @runtime_checkable
 class ImagePreparer(Protocol):
     """A scorer whose `score` and `embed_images` take also a list of what `prepare` gives, for equal results."""
@@ -162,6 +175,20 @@ def load_embedder(scorer: ScorerConfig, device: str) -> ImageEmbedder:
     loaded = load_configured_scorer(scorer, device)
     if not isinstance(loaded, ImageEmbedder):
         raise ConfigError(f"scorer {scorer.name} has no image features of its own: use pickscore or clip")
+    return loaded
+
+
+def require_gradient(name: str) -> None:
+    """ConfigError for a scorer that is no `DifferentiableScorer`; nothing is loaded."""
+    if not getattr(_module(name), "GIVES_GRADIENT", False):
+        able = ", ".join(other for other, source in SCORERS.items() if getattr(source, "GIVES_GRADIENT", False))
+        raise ConfigError(f"scorer {name} gives no gradient: set scorer.name to {able}")
+
+
+def load_differentiable(scorer: ScorerConfig, device: str) -> DifferentiableScorer:
+    """A scorer through which gradients flow; ConfigError for any other."""
+    require_gradient(scorer.name)
+    loaded: Any = load_configured_scorer(scorer, device)
     return loaded
 
 

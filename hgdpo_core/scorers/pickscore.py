@@ -18,11 +18,12 @@ from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.tokenizers import load_clip_tokenizer
-from hgdpo_core.scorers.pixels import Images, crop_pixels, floor_half
+from hgdpo_core.scorers.pixels import Images, crop_pixels, crop_tensor, floor_half, normalise_pixels
 from hgdpo_core.scorers.towers import ClipScorer, check_folder, check_texts, load_folder, normalise
 from hgdpo_core.scorers.weights import freeze
 
 NAME, TITLE = "pickscore", "PickScore"
+GIVES_GRADIENT = True
 MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 MAX_TOKENS = 77
@@ -41,6 +42,22 @@ class PickScore(ClipScorer):
     def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
         """Raw PickScore (not a probability), float32 [B] on the CPU. A prompt that repeats is embedded once."""
         return (self.model.logit_scale.float().exp() * self.cosines(images, prompts)).cpu()
+
+    @in_own_float32
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """float32 [B] on the model's device for pixels [B, 3, H, W] in 0..1, with the gradient to the pixels.
+
+        Resized as a tensor, not by PIL, so it differs a little from `score`.
+        """
+        cropped = crop_tensor(pixels, self.image_size, halve=floor_half)
+        values = normalise_pixels(cropped, self.model.dtype, mean=self.mean, deviation=self.deviation)
+        images = normalise(self.model.get_image_features(pixel_values=values).pooler_output)
+        return self.model.logit_scale.float().exp() * (self.texts(prompts) * images).sum(dim=-1)
+
+    def to(self, device: torch.device | str) -> "PickScore":
+        """Move to a device, in place."""
+        self.model.to(device)
+        return self
 
     @torch.no_grad()
     @in_own_float32

@@ -92,10 +92,24 @@ def normalise_pixels(pixels: torch.Tensor, dtype: torch.dtype, *, mean: Sequence
     return ((scaled - centre) / spread).to(dtype)
 
 
+def crop_tensor(pixels: torch.Tensor, size: int, *, halve: Callable[[int], int] = round_half) -> torch.Tensor:
+    """`crop_pixels` of a tensor [B, 3, H, W] in 0..1, with its gradient; within 5/255 of what PIL gives."""
+    height, width = pixels.shape[-2:]
+    new_height, new_width = _resized(height, width, size)
+    resized = torch.nn.functional.interpolate(pixels, size=(new_height, new_width), mode="bicubic", align_corners=False,
+                                              antialias=True).clamp(0, 1)
+    top, left = halve(new_height - size), halve(new_width - size)
+    return resized[..., top:top + size, left:left + size]
+
+
+def _resized(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width with the shorter side at `size`."""
+    other = int(size * max(height, width) / min(height, width))
+    return (size, other) if height < width else (other, size)
+
+
 def _resize_and_crop(image: Image.Image, size: int, halve: Callable[[int], int]) -> np.ndarray:
-    shorter, longer = sorted(image.size)
-    other = int(size * longer / shorter)
-    width, height = (size, other) if image.width <= image.height else (other, size)
+    height, width = _resized(image.height, image.width, size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = halve(width - size), halve(height - size)
     return np.asarray(resized.crop((left, top, left + size, top + size))).transpose(2, 0, 1)

@@ -73,6 +73,8 @@ class Objective:
     what_to_lower: str
     average: WeightAverage | None = None
     """Of the first process: the weights that are kept instead of the network's own, and used for validation."""
+    begin_step: Callable[[int], object] = lambda step: None
+    """Called before the samples of optimizer step `step`, from 0; more than once where memory ran out."""
     autocast: bool = True
     """Whether mixed precision is torch's autocast; if not, `batch_loss` casts what the network reads."""
 
@@ -84,7 +86,7 @@ class TrainingObjective(ABC):
     """Its key in `OBJECTIVES`, the `kind` of its requests, and what the ids of its models begin with."""
     title: ClassVar[str]
     """What the report calls such a training."""
-    trains_on: ClassVar[Literal["images", "triplets"]]
+    trains_on: ClassVar[Literal["images", "triplets", "prompts"]]
     """What its samples are made of, by stages before."""
     config: ClassVar[type[TrainingConfig]]
     """Of its settings."""
@@ -101,6 +103,9 @@ class TrainingObjective(ABC):
         """Its settings, an instance of `config`, in those of a run."""
         return getattr(config, self.section)
 
+    def check(self, config: RunConfig) -> None:  # noqa: B027
+        """ConfigError for settings of a run that it cannot train by; nothing is loaded yet."""
+
     def require_fit(self, store: Store, triplets: str | None, samples: SampleSource[Any],  # noqa: B027
                     indices: Sequence[int], model: Model, config: Any) -> None:
         """InputError for samples that this model should not be trained on; `triplets`: what they were made of."""
@@ -116,6 +121,10 @@ class TrainingObjective(ABC):
     @abstractmethod
     def save(self, backbone: Backbone, folder: Path, model_id: str) -> str:
         """Write what was trained into an empty folder; returns the kind of model it is, "lora" or "pipeline"."""
+
+    def identity(self, config: Any) -> dict[str, Any]:
+        """What of its settings, and of what they name, decides the model that is trained."""
+        return config.identity()
 
     def watch(self, warn: Callable[[str], object]) -> OnLog:
         """Called with each log row of a training under way, it warns when something goes wrong."""

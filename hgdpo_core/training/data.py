@@ -66,6 +66,14 @@ class ImageBatch:
         return Conditioning(self.prompt_embeds)
 
 
+@dataclass(frozen=True)
+class PromptBatch:
+    """B prompts with their text embeddings, float32, each [1, L, D] of its own length."""
+
+    prompts: Sequence[str]
+    conditionings: Sequence[Conditioning]
+
+
 class SampleSource(Protocol[BatchT_co]):
     """Random access to the samples of a training."""
 
@@ -85,20 +93,21 @@ class SampleSource(Protocol[BatchT_co]):
         ...
 
 
-def _hashed_seed(*parts: int | str) -> int:
+def hashed_seed(*parts: int | str) -> int:
+    """A seed below 2**63 that is decided by the parts alone."""
     text = "\0".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> list[int]:
     """A permutation of range(samples), decided by the arguments alone."""
-    generator = torch.Generator().manual_seed(_hashed_seed("order", seed, epoch))
+    generator = torch.Generator().manual_seed(hashed_seed("order", seed, epoch))
     return torch.randperm(samples, generator=generator).tolist()
 
 
 def sample_generator(seed: int, position: int) -> torch.Generator:
     """The randomness of the sample at global position `position`: a CPU generator seeded by sha256 of both."""
-    return torch.Generator().manual_seed(_hashed_seed(seed, position))
+    return torch.Generator().manual_seed(hashed_seed(seed, position))
 
 
 class DataOrder:
@@ -210,10 +219,12 @@ class LatentRows:
 
     def _value(self, row: int, column: str, shape: str) -> np.ndarray:
         """float32 [K, ...]: the K items of the manifest's shape that a row holds."""
+        details = self.manifests[self._shard_of(row)].details
+        return np.frombuffer(self._cell(row, column), dtype=np.float32).reshape(-1, *details[shape])
+
+    def _cell(self, row: int, column: str) -> Any:
         position = self._position_of(row)
-        shard = self.shards[position]
-        data = self.tables[shard][column][int(row - self.starts[position])].as_py()
-        return np.frombuffer(data, dtype=np.float32).reshape(-1, *self.manifests[shard].details[shape])
+        return self.tables[self.shards[position]][column][int(row - self.starts[position])].as_py()
 
     def _position_of(self, row: int) -> int:
         return int(np.searchsorted(self.starts, row, side="right")) - 1
@@ -247,6 +258,15 @@ class Winners(LatentPairs):
     def _next(self, row: int) -> int:
         first, end = (int(self.starts[self._position_of(row) + i]) for i in range(2))
         return first + (row + 1 - first) % (end - first)
+
+
+class EmbeddedPrompts(LatentRows):
+    """The prompts that a training samples images for."""
+
+    def batch(self, indices: Sequence[int]) -> PromptBatch:
+        with self.fetching(indices):
+            return PromptBatch([self._cell(row, "prompt") for row in indices],
+                               [Conditioning(self._embed(row)[None]) for row in indices])
 
 
 class LatentImages(LatentRows):

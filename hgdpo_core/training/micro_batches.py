@@ -71,6 +71,7 @@ class GradientMaker:
         batch = range(step * self.global_batch, (step + 1) * self.global_batch)
         own = part_of(batch, self.accelerator.num_processes, self.accelerator.process_index)
         try:
+            self.objective.begin_step(step)
             if not own:  # more processes than samples: what this one computes counts for nothing
                 return self._backward(batch[:1], weight=0.0)
             parts = [self._backward(part, weight=len(part) / len(batch))

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hgdpo_core.errors import ConfigError
+from hgdpo_core.training.alignprop import AlignProp
 from hgdpo_core.training.base import TrainingObjective
 from hgdpo_core.training.data import epoch_order
 from hgdpo_core.training.dpo import Dpo
 from hgdpo_core.training.sft import Sft
 from hgdpo_core.training.sft_winners import SftWinners
 
-OBJECTIVES: dict[str, TrainingObjective] = {"sft": Sft(), "dpo": Dpo(), "sft_winners": SftWinners()}
+OBJECTIVES: dict[str, TrainingObjective] = {"sft": Sft(), "dpo": Dpo(), "sft_winners": SftWinners(),
+                                            "alignprop": AlignProp()}
 
 
 def find_objective(name: str) -> TrainingObjective:

@@ -184,7 +184,7 @@ def test_the_whole_pipeline_runs_with_them(registered, target_folder, judge_fold
     made = result.made
     assert registered.loaded > 0 and made.lora.model_id.startswith("winners-") and len(made.lora.log) == 2
     assert FAMILIES["flow"].recognises(made.target.path)  # the fine-tuned one
-    assert made.scores.config["scorer"] == "redness"
+    assert made.ranked.scores.config["scorer"] == "redness"
     assert result.comparison.win_rates["redness"].n == 8
     assert [warning.message for warning in result.warnings if warning.guard == "winners"] == ["trained for 2 steps"]
 
@@ -195,4 +195,4 @@ def test_the_whole_pipeline_runs_with_them(registered, target_folder, judge_fold
 
     again = run_all(open_run(root=str(tmp_path / "root"), **parameters), times=(found := StageTimes()))
     assert again.made.lora.existing and again.comparison.evaluation_id == result.comparison.evaluation_id
-    assert "dpo" in found.cached and "pool" in found.cached
+    assert "winners" in found.cached and "pool" in found.cached

@@ -12,7 +12,7 @@ from hgdpo_core.config import ScorerConfig
 from hgdpo_core.evaluate import compare
 from hgdpo_core.presets import figures
 from hgdpo_core.prompts import prompt_id
-from hgdpo_core.report.summary import _notes, write_comparison_report, write_run_report
+from hgdpo_core.report.summary import RankedData, _notes, write_comparison_report, write_run_report
 from hgdpo_core.scorers.towers import OPENAI_CLIP
 from hgdpo_core.stages.scores import SCHEMA
 from hgdpo_core.stages.triplets import TripletCounts
@@ -67,7 +67,8 @@ def write_run(store, compared, seconds, cached):
     pool = make_plan(store, "pool", PROMPTS, 4)
     scores = make_scores(store, pool, PROMPTS, {prompt: [1, 2, 3, 4] for prompt in PROMPTS})
     return write_run_report(
-        open_run(store), pool, scores, np.zeros((4, 3, 2)), SimpleNamespace(key="triplets/1"), TripletCounts(4, 0),
+        open_run(store),
+        RankedData(pool, scores, np.zeros((4, 3, 2)), SimpleNamespace(key="triplets/1"), TripletCounts(4, 0)),
         SimpleNamespace(model_id="dpo-1", objective="dpo", log=LOG), LOG, images, comparison,
         [RunWarning("defects", "More defects.")], seconds=seconds, cached=cached)
 

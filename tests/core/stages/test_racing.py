@@ -252,7 +252,7 @@ def test_a_run_with_a_raced_pool(tmp_path, target_folder, judge_folder):
     planned = {stage.stage: stage for stage in plan_run(run).stages}
     assert planned["pool"].total == 30 and planned["score"].total == 12 and planned["triplets"].total == 6
     result = run_all(run)
-    pool = result.made.pool
+    pool = result.made.ranked.pool
     assert pool.folder.config["sampler"]["steps"] == 4 and result.made.images["target"].sampler.steps == 3
     manifests = pool.folder.manifests()
     seconds = sum(manifest.seconds for manifest in manifests.values())
