@@ -304,7 +304,8 @@ class AlignPropConfig(LoraConfig):
     live_steps: int | None = number(
         "last solver steps that the gradient goes through, K of DRaFT-K; default: drawn each optimizer step",
         "solver steps", default=None, ge=1)
-    least_live_steps: int = number("where they are drawn: the least, uniform up to all", "solver steps", default=1, ge=1)
+    least_live_steps: int = number("where they are drawn: the least of them, uniform up to all", "solver steps",
+                                   default=1, ge=1)
     reward_deviation: float = number("standard deviation of the reward over a pool; the loss is -reward / this, which "
                                      "max_grad_norm is meant for", "the reward's", default=1.0, gt=0)
 
