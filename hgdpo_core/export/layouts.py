@@ -30,8 +30,9 @@ class Layout:
 
 
 def _simpletuner_config(folder: Path, name: str, sizes: Sequence[Size]) -> str:
-    """`multidatabackend.json`; a target resolution of `pixel_area` is the side of a square as large as the images."""
-    common = {"type": "local", "resolution": _side(sizes), "resolution_type": "pixel_area", "crop": False,
+    """`multidatabackend.json`; a resolution of the type `area` is in megapixels: here the largest image's."""
+    megapixels = max(width * height for width, height in sizes) / 1e6
+    common = {"type": "local", "resolution": megapixels, "resolution_type": "area", "crop": False,
               "caption_strategy": "textfile"}
     winners, losers = f"{name}-winners", f"{name}-losers"
     return _json([
@@ -80,8 +81,8 @@ def _json(value: Any) -> str:
 LAYOUTS = {
     "simpletuner": Layout("SimpleTuner", "win", "lose", ".txt", "multidatabackend.json", _simpletuner_config, """\
 SimpleTuner reads these pairs for Flow-DPO: `--data_backend_config` is `multidatabackend.json`, with
-`--model_type=lora --distillation_method=flow_dpo`. It wants a flow-matching model, so not Stable Diffusion 1.5 or SDXL.
-Its caches go to `cache/` in the folder that it is started in.
+`--model_type=lora --distillation_method=flow_dpo`. It requires a flow-matching model: neither
+Stable Diffusion 1.5 nor SDXL. Its caches go to `cache/` in the folder that it is started in.
 
 Source: bghira/SimpleTuner, documentation/experimental/FLOW_DPO.md and simpletuner/helpers/multiaspect/sampler.py
 (`get_conditioning_sample`), commit bc8e6ab of 2026-08-22."""),

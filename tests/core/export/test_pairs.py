@@ -76,6 +76,7 @@ def read_simpletuner(folder):
     assert (winners["conditioning_data"], losers["source_dataset_id"]) == ([losers["id"]], winners["id"])
     assert (losers["dataset_type"], losers["conditioning_type"]) == ("conditioning", "reference_strict")
     assert text["dataset_type"] == "text_embeds" and text["default"]
+    assert {(part["resolution"], part["resolution_type"]) for part in (winners, losers)} == {(96 / 1e6, "area")}
     for path in sorted(Path(winners["instance_data_dir"]).glob("*.png")):
         captions = [line for line in path.with_suffix(".txt").read_text().split("\n") if line]
         yield path, Path(losers["instance_data_dir"]) / path.name, captions
