@@ -10,6 +10,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -49,7 +50,7 @@ def pair(number, caption=None, **changes):
             "caption": CAPTIONS[number % 6] if caption is None else caption, **changes}
 
 
-def make_triplets(store, rows, *, name="6-abc", per_shard=2, card=CARD):
+def make_triplets(store, rows, *, name="6-abc", per_shard=2, card: str | None = CARD):
     folder = ShardFolder.create(store, f"triplets/{name}", {"stage": "triplets"})
     for index in range(-(-len(rows) // per_shard)):
         part = rows[index * per_shard:(index + 1) * per_shard]
@@ -113,7 +114,7 @@ def read_back(folder, layout):
     rows = []
     for winner, loser, captions in READERS[layout](folder):
         [caption] = captions
-        good, bad = Image.open(winner).getpixel((0, 0)), Image.open(loser).getpixel((0, 0))
+        good, bad = (np.asarray(Image.open(path))[0, 0] for path in (winner, loser))
         assert (good[1], bad[1]) == (255, 0)
         rows.append((good[0], bad[0], caption))
     return rows
