@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.caption_command import caption
+from flows.pairs_command import pairs
 from flows.score_commands import rescore, score
 from flows.terminal import call_opened, open_store, plan_text
 from hgdpo_core import __version__
@@ -215,7 +216,7 @@ def _print_summary(summary: dict[str, Any], publish: str | None) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": run, "plan": plan, "ablate": ablate, "evaluate": evaluate, "rescore": rescore, "score": score,
-    "caption": caption, "export": export, "settings": settings, "gc": collect}
+    "caption": caption, "export": export, "pairs": pairs, "settings": settings, "gc": collect}
 
 
 class _Command(argparse.ArgumentParser):

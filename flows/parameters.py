@@ -199,12 +199,19 @@ EXPORT = (
     Parameter("push", "also upload to the Hugging Face Hub, privately; the token is the environment variable HF_TOKEN",
               metavar="OWNER/NAME"),
     Parameter("public", "with --push: visible to everyone", False, kind="flag"))
+PAIRS = (
+    Parameter("layout", "the trainer that reads the pairs", choices=("simpletuner", "onetrainer", "kohya"),
+              required=True),
+    Parameter("triplets", "key or id of the data set; default: the only finished one of the root"),
+    ROOT.changed(help="root of the data set"),
+    Parameter("to", "where to write: a new or empty folder, or one to continue", metavar="FOLDER", required=True),
+    Parameter("limit", "write at most this many pairs; default: all", read=read_positive, metavar="N"))
 COLLECT = (ROOT, Parameter("dry_run", "list what would be deleted, and delete nothing", False, kind="flag"))
 
 COMMAND_LINES: dict[str, tuple[Parameter, ...]] = {
     "run": (*RUN, PUBLISH, JSON), "plan": (*INPUTS, PROBE, JSON), "ablate": (*ABLATE, JSON),
     "evaluate": (*EVALUATE, PUBLISH, JSON), "rescore": (*RESCORE, JSON), "score": SCORE, "caption": CAPTION,
-    "export": EXPORT, "settings": (PRESET,), "gc": COLLECT}
+    "export": EXPORT, "pairs": PAIRS, "settings": (PRESET,), "gc": COLLECT}
 """Command -> its options: those of its flow, then those of the command line alone."""
 
 

@@ -124,7 +124,7 @@ def test_fusing_takes_the_fine_tuned_model_from_the_store(store, tmp_path, targe
         bases.append(model)
         return load_backbone(model)
 
-    monkeypatch.setattr("hgdpo_core.export.load_backbone", load)
+    monkeypatch.setattr("hgdpo_core.export.run.load_backbone", load)
     assert tmp_path / "out" / "base" in export_run(store, tmp_path / "out", fused=True)
     assert [base.path for base in bases] == [path] and bases[0].lora is not None and bases[0].lora.weight == 0.5
 
@@ -292,7 +292,7 @@ def test_the_command(store, tmp_path, monkeypatch, capsys):
     assert main(["export", "run-1", "--root", store.root, "--to", out, "--push", "me/model"]) == 2
     assert "HF_TOKEN" in capsys.readouterr().err
     hub = FakeHub()
-    monkeypatch.setattr("hgdpo_core.export.HfApi", lambda token: hub)
+    monkeypatch.setattr("hgdpo_core.export.run.HfApi", lambda token: hub)
     monkeypatch.setenv("HF_TOKEN", "hf_not_a_real_one")
     assert main(["export", "run-1", "--root", store.root, "--to", out, "--push", "me/model"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "https://huggingface.co/me/model" and hub.private
