@@ -8,7 +8,7 @@ from hgdpo_core.built_in import DATA_SET, is_built_in
 from hgdpo_core.config import PromptSource, RunConfig, ScorerConfig
 from hgdpo_core.config.base import ADDED, StageConfig, describe
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.scorers import require_gradient
+from hgdpo_core.training.objective import find_objective
 
 TRIAL_PROMPTS = 128
 World = Literal["plain", "tinted"]
@@ -106,7 +106,7 @@ def check(settings: AblationConfig, config: RunConfig) -> None:
         if name in settings.comparisons:
             feature_scorer(config, name)
     if "baselines" in settings.comparisons:
-        require_gradient(config.scorer.name)
+        find_objective("alignprop").check(config)
     if "baselines" in settings.comparisons and settings.trials and validation_prompts(settings, config) is None:
         raise ConfigError("trials need prompts apart from those of the evaluation: name them in ablation.validation, "
                           "or set ablation.trials to []")

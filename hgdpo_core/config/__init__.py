@@ -407,14 +407,6 @@ class RunConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
-    def _steps_are_sampled(self) -> Self:
-        for name in ("live_steps", "least_live_steps"):
-            if (getattr(self.alignprop, name) or 0) > self.sampler.steps:
-                raise ValueError(f"alignprop.{name} is {getattr(self.alignprop, name)}, but an image is sampled in "
-                                 f"{self.sampler.steps} steps: choose from 1 to {self.sampler.steps}")
-        return self
-
-    @model_validator(mode="after")
     def _race_ends(self) -> Self:
         if not self.pool.race:
             return self

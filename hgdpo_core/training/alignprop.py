@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hgdpo_core.config import AlignPropConfig, RunConfig, ScorerConfig
+from hgdpo_core.errors import ConfigError
 from hgdpo_core.models import Backbone, Conditioning, Model, load_backbone
 from hgdpo_core.models.sampling import Denoise, sample_with_gradient
 from hgdpo_core.rendering.charts import ChartSpec
@@ -140,6 +141,11 @@ class AlignProp(LoraObjective):
 
     def check(self, config: RunConfig) -> None:
         require_gradient(config.scorer.name)
+        for name in ("live_steps", "least_live_steps"):
+            steps, value = config.sampler.steps, getattr(config.alignprop, name)
+            if value is not None and value > steps:
+                raise ConfigError(f"alignprop.{name} is {value}, but an image is sampled in {steps} steps: choose "
+                                  f"from 1 to {steps}")
 
     def identity(self, config: AlignPropTraining) -> dict[str, Any]:
         return {**config.identity(), "reward": find_scorer(config.scorer.name, config.scorer.source)}

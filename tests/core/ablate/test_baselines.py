@@ -37,7 +37,8 @@ def inputs(tmp_path_factory, target_folder, judge_folder):
             "evaluation.prompts": {"source": str(location / "held-out.txt")}, "sampler.width": 32, "sampler.height": 32,
             "sampler.steps": 1, "sampler.guidance_scale": 1.0, "pool.images_per_prompt": 4, "pool.prompts_per_shard": 2,
             "dpo.max_steps": 2, "dpo.batch_size": 2, "dpo.learning_rate": 5e-2, "dpo.mixed_precision": "no",
-            "dpo.optimizer": "adamw"}}
+            "dpo.optimizer": "adamw", "alignprop.least_live_steps": 1, "alignprop.max_steps": 2,
+            "alignprop.batch_size": 2, "alignprop.global_batch_size": 2, "alignprop.mixed_precision": "no"}}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,8 @@ def test_each_arm_takes_the_best_of_its_trials(finished):
             record = measure.run_arm(shared, arm, seed)
             assert record.trials == trials and record.seconds > 0
             made = ablation.run.store.read_json(f"models/{record.model_id}/config.json")["config"]
-            assert made["learning_rate"] == pytest.approx(5e-2 * best.learning_rate), label
+            own = 1e-3 if label == "AlignProp" else 5e-2
+            assert made["learning_rate"] == pytest.approx(own * best.learning_rate), label
             assert made["max_steps"] == max(1, round(2 * best.length)) and made["seed"] == seed
     judged = {prompt for shard in shared.validation.target_images.shards for prompt in shard.prompts}
     assert judged == set(ablation.trial_prompts.prompts) and len(judged) == 5
@@ -96,7 +98,7 @@ def test_table_1_holds_win_rates_of_ours_against_each(finished):
     ablation, result = finished
     table = next(table for table in result["tables"] if table["title"].startswith("Table 1"))
     labels = [row[0] for row in table["rows"]]
-    assert labels == ["HG-DPO", "vs. SFT on winners", "vs. DPO, beta x4"]
+    assert labels == ["HG-DPO", "vs. SFT on winners", "vs. AlignProp", "vs. DPO, beta x4"]
     shared = prepare_shared(ablation)
     arms = [row.arm for t in ablation.tables if t.number == "1" for row in t.rows]
     ours, other = (np.array([measure.run_arm(shared, arm, seed).gains["pickscore"] for seed in range(2)])
@@ -106,8 +108,8 @@ def test_table_1_holds_win_rates_of_ours_against_each(finished):
     assert table["rows"][1][2] == "74.6 / 78.2 / 70.1 / 50.9 / 67.2"
     assert "2 trials of learning rate and steps" in " ".join(table["notes"])
     claims = [claim for claim in result["claims"] if claim["text"].startswith("HG-DPO is better")]
-    assert [claim["text"] for claim in claims] == ["HG-DPO is better than SFT on winners",
-                                                   "HG-DPO is better than DPO, beta x4"]
+    assert [claim["text"] for claim in claims] == [
+        f"HG-DPO is better than {name}" for name in ("SFT on winners", "AlignProp", "DPO, beta x4")]
     assert claims[0]["estimate"]["value"] == pytest.approx(100 * wins / (wins + losses) - 50)
     assert {"table-1-plain", "figure-17", "table-length-plain"} <= set(result["plots"])
 
@@ -129,7 +131,7 @@ def test_nothing_is_trained_twice_and_the_plan_counts_the_trials(finished, input
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")} == before
     assert json.dumps(again["tables"]) == json.dumps(result["tables"])
     plan = plan_ablation(ablation)
-    assert plan["arms"] == 5 and plan["trainings"] == 2 * 5 + 3 * 2
+    assert plan["arms"] == 6 and plan["trainings"] == 2 * 6 + 4 * 2
     assert len(models) <= plan["trainings"]  # a trial may be the training itself
 
 
