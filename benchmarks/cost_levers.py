@@ -55,6 +55,7 @@ def measure(name: str, settings: dict[str, Any], options: argparse.Namespace) ->
         changes = {**dict(item.split("=", 1) for item in options.set), **settings, "dpo.seed": seed}
         run = open_run("figures", options.root, overrides=changes)
         result = run_all(run)
+        assert result.made.ranked is not None  # every lever has a pool
         triplets, config = result.made.ranked.triplets, run.config
         for scorer, tuned in result.comparison.tuned_scores.items():
             gains.setdefault(scorer, []).append(np.subtract(tuned, result.comparison.target_scores[scorer]).tolist())
