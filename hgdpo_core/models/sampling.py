@@ -167,7 +167,7 @@ def sample_with_gradient(denoiser: Denoise, solver: DDIMScheduler, prompts: Cond
 
 def _step(denoiser: Denoise, scheduler: Any, latents: torch.Tensor, timestep: torch.Tensor,
           conditioning: Conditioning, guidance_scale: float) -> torch.Tensor:
-    """The latents one step of a diffusers scheduler on; with guidance, `conditioning` holds the negative prompts before the prompts."""
+    """The latents one step on; with guidance, `conditioning` holds the negative prompts before the prompts."""
     guided = guidance_scale > 1
     inputs = torch.cat([latents, latents]) if guided else latents
     prediction = denoiser(scheduler.scale_model_input(inputs, timestep), timestep, conditioning)
