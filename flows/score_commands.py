@@ -51,7 +51,7 @@ def _score_files(options: argparse.Namespace) -> int:
     from hgdpo_core.config import ScorerConfig
     from hgdpo_core.rescore.plan import find_versions
     from hgdpo_core.rescore.requested import RequestedScorer, requested_scorers
-    from hgdpo_core.score_images import images_to_score, score_images
+    from hgdpo_core.rescore.score_images import images_to_score, score_images
 
     images = images_to_score(options.images, options.prompt)
     store = open_store(options.root) if options.root else None

@@ -11,7 +11,7 @@ from tiny import TEXTS
 
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.errors import InputError, StoppedError
-from hgdpo_core.score_images import images_to_score, score_images
+from hgdpo_core.rescore.score_images import images_to_score, score_images
 from hgdpo_core.scorers import load_scorer
 
 
