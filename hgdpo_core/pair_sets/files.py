@@ -42,8 +42,11 @@ class Located(NamedTuple):
     licence: str | None = None
 
 
-def locate_pairs(source: PairSource) -> Located:
-    """The files of a source; InputError when it cannot be used, StorageError when the hub is out of reach."""
+def locate_pairs(source: PairSource, *, leave_out: Path | None = None) -> Located:
+    """The files of a source; InputError when it cannot be used, StorageError when the hub is out of reach.
+
+    `leave_out`: the root of the results, which may be below the pairs.
+    """
     address = source.source
     protocol, remote, _ = address.partition("://")
     if remote:
@@ -56,7 +59,7 @@ def locate_pairs(source: PairSource) -> Located:
     if remote and protocol.lower() in ("http", "https"):
         raise InputError(f"pairs: {address} cannot be listed over http: download it, or give a path, the URL of a "
                          "bucket or a hub id")
-    return _locate_below(address, is_local=not remote or protocol.lower() in LOCAL_PROTOCOLS)
+    return _locate_below(address, not remote or protocol.lower() in LOCAL_PROTOCOLS, leave_out)
 
 
 def _locate_on_hub(source: PairSource) -> Located:
@@ -85,7 +88,7 @@ def _locate_on_hub(source: PairSource) -> Located:
     return Located(name, base, files, info.sha, licence[0] if isinstance(licence, list) and licence else licence)
 
 
-def _locate_below(address: str, *, is_local: bool) -> Located:
+def _locate_below(address: str, is_local: bool, leave_out: Path | None) -> Located:
     """All files of a folder; one file and what lies beside it; those that match a pattern."""
     path = address.rstrip("/")
     if is_local:
@@ -109,7 +112,7 @@ def _locate_below(address: str, *, is_local: bool) -> Located:
     except ConfigError as error:
         raise InputError(f"pairs: {address} is not a usable address: {error}") from None
     folder = store.local_path("")
-    tree = store.walk() if folder is None else local_tree(folder)[0]
+    tree = store.walk() if folder is None else local_tree(folder, leave_out=leave_out)[0]
     files = [PairFile(*found) for found in tree if not is_temporary(found[0])]
     name = PurePosixPath(base).name if pattern == "*" else PurePosixPath(path).name
     return Located(name, store.root, _matching(files, pattern, address))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
 import numpy as np
@@ -133,12 +133,13 @@ class PairSet:
         return names
 
 
-def open_pair_set(source: PairSource) -> PairSet:
+def open_pair_set(source: PairSource, *, leave_out: Path | None = None) -> PairSet:
     """Find the pairs of a source. Read are footers of Parquet files or the texts of the others, and no image.
 
     InputError when there is no pair, or the files are not of a known form; StorageError when the hub is out of reach.
+    `leave_out`: the root of the results, which may be below the pairs.
     """
-    located = locate_pairs(source)
+    located = locate_pairs(source, leave_out=leave_out)
     form, files = _choose_files(source, located.files)
     store = Store(located.base)
     rows_of_files, index = list[int](), None

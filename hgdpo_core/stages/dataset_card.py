@@ -86,7 +86,7 @@ def render_pair_card(triplets: ShardFolder, manifests: Sequence[ShardManifest], 
     return f"""{_front_matter(manifests, rows, facts.licence, schema)}
 # Preference pairs of {facts.name} for Diffusion-DPO
 
-Triplets (prompt, winner, loser) that people labelled, of a data set that others made: read, filtered, scaled.
+Triplets (prompt, winner, loser) of a data set that others made and labelled: read, filtered, scaled.
 
 - source: {source}
 - revision: `{facts.revision}`
@@ -122,8 +122,8 @@ def _licence_warning(facts: PairFacts) -> str:
     if facts.licence != UNKNOWN_LICENCE:
         return ""
     return (f"\n**Warning: no licence of {facts.name} is known.** Without one nothing permits to pass on its images\n"
-            "and prompts, or what was made of them: ask its authors before you publish this folder or a model that was\n"
-            "trained on it.\n")
+            "and prompts, or what was made of them: ask its authors before you publish this folder or a model trained\n"
+            "on it.\n")
 
 
 def _sexual_note(config: Mapping[str, Any]) -> str:

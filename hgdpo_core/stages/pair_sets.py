@@ -84,7 +84,7 @@ class PairSetStage(Stage):
 
         InputError for a source that cannot be used, StorageError where it is out of reach.
         """
-        pairs = open_pair_set(source)
+        pairs = open_pair_set(source, leave_out=store.local_path(""))
         return cls(pairs, pair_set_folder(store, pairs, source.size or size))
 
     @property
@@ -112,7 +112,7 @@ class PairSetStage(Stage):
         source = PairSource.model_validate(recipe["pairs"])
         if "/" in folder.config["data_set"]:  # a branch of the hub may have moved on
             source = source.model_copy(update={"revision": folder.config["revision"]})
-        pairs = open_pair_set(source)
+        pairs = open_pair_set(source, leave_out=folder.store.local_path(""))
         if pairs.revision != folder.config["revision"]:
             raise InputError(f"pairs: {source.source} is of the revision {pairs.revision}, {folder.key} was planned "
                              f"with {folder.config['revision']}: start the run that planned it again")
