@@ -36,10 +36,10 @@ def _captions(table: pq.ParquetFile, column: str, url: str) -> Iterator[str | No
             yield from batch.column(0).to_pylist()
 
 
-def open_table(store: Store, key: str, what: str = "images") -> pq.ParquetFile:
-    """A Parquet file of the user's `what`, read page by page; InputError for one that is none."""
+def open_table(store: Store, key: str, what: str = "images", buffer_bytes: int = PAGE_BYTES) -> pq.ParquetFile:
+    """A Parquet file of the user's `what`, read so many bytes at a time; InputError for one that is none."""
     with refused(f"{what}: {store.url(key).removeprefix('file://')} is cut off or no Parquet file"):
-        return pq.ParquetFile(store.open(key), buffer_size=PAGE_BYTES, pre_buffer=False)
+        return pq.ParquetFile(store.open(key), buffer_size=buffer_bytes, pre_buffer=False)
 
 
 @contextmanager

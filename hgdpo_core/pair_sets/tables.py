@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from hgdpo_core.errors import InputError
 from hgdpo_core.image_sets.folders import batched
-from hgdpo_core.image_sets.tables import bytes_of, columns_of, holds_bytes, open_table, refused
+from hgdpo_core.image_sets.tables import PAGE_BYTES, bytes_of, columns_of, holds_bytes, open_table, refused
 from hgdpo_core.pair_sets.rows import PairText, read_pick_a_pic
 from hgdpo_core.storage import PARALLEL_REQUESTS, Store
 
@@ -21,6 +21,7 @@ IMAGES = ("jpg_0", "jpg_1")
 REQUIRED = ("caption", "label_0")
 OPTIONAL = ("label_1", "has_label", "are_different", "image_0_uid", "image_1_uid", "model_0", "model_1")
 TEXTS_AT_A_TIME, IMAGES_AT_A_TIME = 1024, 8
+REMOTE_BYTES = 2**23  # a request, where each costs a way through the network
 
 
 def count_rows(store: Store, keys: Sequence[str], enough: int | None = None) -> list[int]:
@@ -116,7 +117,8 @@ class _Cursor:
         """To the row group that holds a row, through which there is no way but from its beginning."""
         if file != self._file:
             self.close()
-            self._file, self._table = file, open_table(self._store, self._files[file], "pairs")
+            size = PAGE_BYTES if self._store.local_path("") is not None else REMOTE_BYTES
+            self._file, self._table = file, open_table(self._store, self._files[file], "pairs", size)
         table = self._table
         assert table is not None
         group, first = _find_group(table, row)

@@ -207,7 +207,8 @@ def test_own_parquet_with_structs_of_bytes_and_the_least_columns(tmp_path):
              "jpg_1": {"bytes": image(colours[1 - n % 2]), "path": "b.jpg"}} for n in range(4)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mine.parquet")
     for source in (tmp_path / "mine.parquet", tmp_path / "*.parquet", f"file://{tmp_path}/mine.parquet"):
-        stage = make(tmp_path, source)
+        stage = PairSetStage.of(Store(str(tmp_path / "root")), PairSource(source=str(source)), SIZE)
+        stage.make(Worker("cpu"))
         check_winners(stage)
         assert len(rows_of(stage)) == 4
     assert rows_of(stage)[0]["image_0_uid"] == "mine.parquet#0-1" and rows_of(stage)[0]["model_0"] is None
