@@ -22,7 +22,7 @@ PAGE_BYTES = 2**20
 def index_tables(store: Store, files: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A row of `sets.INDEX` for every row; InputError for a file without an image or a caption column."""
     for number, key in enumerate(files):
-        with _open(store, key) as table:
+        with open_table(store, key) as table:
             url = store.url(key).removeprefix("file://")
             _image_column(table.schema_arrow, url)
             column = _caption_column(table.schema_arrow, url)
@@ -31,38 +31,40 @@ def index_tables(store: Store, files: Sequence[str]) -> Iterator[dict[str, Any]]
 
 
 def _captions(table: pq.ParquetFile, column: str, url: str) -> Iterator[str | None]:
-    with _refused(f"the captions of {url} are damaged"):
+    with refused(f"images: the captions of {url} are damaged"):
         for batch in table.iter_batches(columns=[column]):
             yield from batch.column(0).to_pylist()
 
 
-def _open(store: Store, key: str) -> pq.ParquetFile:
-    with _refused(f"{store.url(key).removeprefix('file://')} is cut off or no Parquet file"):
-        return pq.ParquetFile(store.open(key), buffer_size=PAGE_BYTES, pre_buffer=False)
+def open_table(store: Store, key: str, what: str = "images", buffer_bytes: int = PAGE_BYTES) -> pq.ParquetFile:
+    """A Parquet file of the user's `what`, read so many bytes at a time; InputError for one that is none."""
+    with refused(f"{what}: {store.url(key).removeprefix('file://')} is cut off or no Parquet file"):
+        return pq.ParquetFile(store.open(key), buffer_size=buffer_bytes, pre_buffer=False)
 
 
 @contextmanager
-def _refused(what: str) -> Iterator[None]:
+def refused(what: str) -> Iterator[None]:
     """pyarrow's errors as an InputError that begins with `what`; the store's own are left."""
     try:
         yield
     except StorageError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"images: {what}: {str(error).splitlines()[0]}; get it again") from None
+        raise InputError(f"{what}: {str(error).splitlines()[0]}; get it again") from None
 
 
 def _image_column(schema: pa.Schema, url: str) -> str:
     for name in IMAGE_COLUMNS:
-        if name in schema.names and _holds_bytes(schema.field(name).type):
+        if name in schema.names and holds_bytes(schema.field(name).type):
             return name
     raise InputError(f"images: {url} has no column of images: expected {', '.join(IMAGE_COLUMNS[:-1])} or "
-                     f"{IMAGE_COLUMNS[-1]} with encoded bytes, got {_columns(schema)}")
+                     f"{IMAGE_COLUMNS[-1]} with encoded bytes, got {columns_of(schema)}")
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold encoded images: bytes, or a struct with bytes."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+        return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
     return kind in (pa.binary(), pa.large_binary())
 
 
@@ -71,10 +73,11 @@ def _caption_column(schema: pa.Schema, url: str) -> str:
         if name in schema.names and schema.field(name).type in (pa.string(), pa.large_string()):
             return name
     raise InputError(f"images: {url} has no column of captions: expected {' or '.join(CAPTION_COLUMNS)} as text, got "
-                     f"{_columns(schema)}; rename yours")
+                     f"{columns_of(schema)}; rename yours")
 
 
-def _columns(schema: pa.Schema) -> str:
+def columns_of(schema: pa.Schema) -> str:
+    """Names and types, for messages."""
     return ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
@@ -105,7 +108,7 @@ class TableReader:
     def _go_to(self, file: int, start: int) -> None:
         self.close()
         self._file, self._next = file, start
-        self._table = _open(self._store, self._files[file])
+        self._table = open_table(self._store, self._files[file])
         groups, first = [], 0
         for group in range(self._table.num_row_groups):
             rows = self._table.metadata.row_group(group).num_rows
@@ -119,12 +122,13 @@ class TableReader:
 
     def _values(self, table: pq.ParquetFile, groups: list[int]) -> Iterator[bytes | str]:
         column = _image_column(table.schema_arrow, self._files[self._file])
-        with _refused(f"{self._files[self._file]} is broken"):
+        with refused(f"images: {self._files[self._file]} is broken"):
             for batch in table.iter_batches(ROWS_AT_A_TIME, row_groups=groups, columns=[column]):
-                yield from map(_bytes, batch.column(0).to_pylist())
+                yield from map(bytes_of, batch.column(0).to_pylist())
 
 
-def _bytes(value: Any) -> bytes | str:
+def bytes_of(value: Any) -> bytes | str:
+    """The bytes of an image in a column, or why there are none."""
     if isinstance(value, dict):
         path, value = value.get("path"), value["bytes"]
         if value is None and path:

@@ -46,28 +46,41 @@ def _samples(store: Store, key: str) -> tuple[list[dict[str, Any]], Counter[str]
     texts: dict[str, dict[str, str]] = {}  # by the text's whole name, then by suffix
     skipped: Counter[str] = Counter()
     url = store.url(key).removeprefix("file://")
-    try:
-        with (io.BufferedReader(_raw(store.open(key)), HEADER_BYTES) as file,
-              tarfile.open(fileobj=file, mode="r:") as tar):
-            for member in tar:
-                setattr(tar, "members", [])  # noqa: B010 - tarfile would keep every member; its stub hides the list
-                name = PurePosixPath(member.name)
-                stem, suffix = str(name.with_suffix("")) if name.name else "", name.suffix.lower()
-                if not member.isfile() or name.name.startswith("."):
-                    skipped["hidden or special members of tars"] += not member.isdir()
-                elif suffix in IMAGE_SUFFIXES:
-                    images[str(name)] = {"name": f"{key}/{name}", "start": member.offset_data, "bytes": member.size}
-                elif suffix in TEXTS and member.size <= MAX_TEXT_BYTES:
-                    with contextlib.suppress(InputError):  # as if it were missing: the image counts as one without
-                        texts.setdefault(stem, {})[suffix] = decode_text(_content(tar, member), f"{name} in {url}")
-                else:
-                    skipped[f"members of tars of the kind {suffix or 'without a suffix'}"] += 1
-    except tarfile.TarError as error:
-        raise InputError(f"images: {url} is cut off or not a tar file: {error}; get it again (a compressed one has to "
-                         "be unpacked to .tar)") from None
+    with open_tar(store, key) as (tar, members):
+        for member in members:
+            name = PurePosixPath(member.name)
+            stem, suffix = str(name.with_suffix("")) if name.name else "", name.suffix.lower()
+            if not member.isfile() or name.name.startswith("."):
+                skipped["hidden or special members of tars"] += not member.isdir()
+            elif suffix in IMAGE_SUFFIXES:
+                images[str(name)] = {"name": f"{key}/{name}", "start": member.offset_data, "bytes": member.size}
+            elif suffix in TEXTS and member.size <= MAX_TEXT_BYTES:
+                with contextlib.suppress(InputError):  # as if it were missing: the image counts as one without
+                    texts.setdefault(stem, {})[suffix] = decode_text(member_bytes(tar, member), f"{name} in {url}")
+            else:
+                skipped[f"members of tars of the kind {suffix or 'without a suffix'}"] += 1
     chosen = _pair(images, texts)
     skipped["images of tars beside another of their sample"] += len(images) - len(chosen)
     return [{**images[name], "caption": caption} for name, caption in chosen.items()], +skipped
+
+
+@contextlib.contextmanager
+def open_tar(store: Store, key: str,
+             what: str = "images") -> Iterator[tuple[tarfile.TarFile, Iterator[tarfile.TarInfo]]]:
+    """A tar of the user's `what` and its members, of which none is kept; InputError for one that is cut off or none."""
+    try:
+        with (io.BufferedReader(unbuffered(store.open(key)), HEADER_BYTES) as file,
+              tarfile.open(fileobj=file, mode="r:") as tar):
+            yield tar, _members(tar)
+    except tarfile.TarError as error:
+        raise InputError(f"{what}: {store.url(key).removeprefix('file://')} is cut off or not a tar file: {error}; get "
+                         "it again (a compressed one has to be unpacked to .tar)") from None
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in tar:
+        setattr(tar, "members", [])  # noqa: B010 - tarfile would keep every member; its stub hides the list
+        yield member
 
 
 def _pair(images: Mapping[str, Any], texts: Mapping[str, dict[str, str]]) -> dict[str, str | None]:
@@ -98,12 +111,13 @@ def _sample(name: str) -> str:
     return str(path.parent / path.name.partition(".")[0])
 
 
-def _raw(file: BinaryIO) -> Any:
-    """Without the buffer of its own, which would cut reads into small ones."""
+def unbuffered(file: BinaryIO) -> Any:
+    """A file without the buffer of its own, which would cut reads into small ones."""
     return file.detach() if isinstance(file, io.BufferedReader) else file
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The content of a regular file in a tar."""
     content = tar.extractfile(member)
     assert content is not None  # a regular file
     return content.read()
@@ -145,6 +159,6 @@ class TarReader:
     def _file(self, number: int) -> BinaryIO:
         if self._open is None or self._open[0] != number:
             self.close()
-            file = io.BufferedReader(_raw(self._store.open(self._files[number])), SEQUENCE_BYTES)
+            file = io.BufferedReader(unbuffered(self._store.open(self._files[number])), SEQUENCE_BYTES)
             self._open = number, file
         return self._open[1]

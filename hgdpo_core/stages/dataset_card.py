@@ -2,8 +2,10 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,31 +33,8 @@ def render_card(triplets: ShardFolder, manifests: Sequence[ShardManifest], *, ro
     existing = _read_card(triplets.store, triplets.key)
     if stamp in existing:
         return existing
-    files = "\n".join(f"      - {manifest.file}" for manifest in manifests)
     megabytes = sum(manifest.bytes for manifest in manifests) / 1e6
-    return f"""---
-license: {licence}
-pretty_name: Preference triplets for Diffusion-DPO
-task_categories:
-  - text-to-image
-tags:
-  - preference
-  - dpo
-size_categories:
-  - {_size_category(rows)}
-configs:
-  - config_name: default
-    default: true
-    data_files:
-{files}
-  - config_name: images
-    data_files:
-{files}
-dataset_info:
-  - config_name: images
-    features:
-{_features(schema)}
----
+    return f"""{_front_matter(manifests, rows, licence, schema)}
 {stamp}
 # Preference triplets for Diffusion-DPO
 
@@ -81,6 +60,102 @@ model that generated them and on where the prompts come from.
 {_settings(triplets)}
 ```
 """
+
+
+@dataclass(frozen=True)
+class PairFacts:
+    """What the card of pairs that others labelled tells beside its folder's config."""
+
+    name: str
+    on_hub: bool
+    revision: str
+    licence: str
+    read: int
+    reasons: Mapping[str, int]
+    """Why pairs are not used."""
+
+
+def render_pair_card(triplets: ShardFolder, manifests: Sequence[ShardManifest], facts: PairFacts, *, rows: int,
+                     schema: pa.Schema) -> str:
+    """The card of pairs of a public or own data set: source, licence, what was dropped and why, config."""
+    config, megabytes = triplets.config, sum(manifest.bytes for manifest in manifests) / 1e6
+    source = f"[{facts.name}](https://huggingface.co/datasets/{facts.name})" if facts.on_hub else f"`{facts.name}`"
+    table = Table(("what became of the pairs", "pairs"), [
+        *((f"dropped: {reason}", f"{count:,}") for reason, count in facts.reasons.items()), ("used", f"{rows:,}"),
+        ("read", f"{facts.read:,}")])
+    return f"""{_front_matter(manifests, rows, facts.licence, schema)}
+# Preference pairs of {facts.name} for Diffusion-DPO
+
+Triplets (prompt, winner, loser) of a data set that others made and labelled: read, filtered, scaled.
+
+- source: {source}
+- revision: `{facts.revision}`
+- licence: {facts.licence}
+- triplets: {rows:,}
+- images: {config["width"]}x{config["height"]} pixels, scaled to cover that size, the middle cut out
+- files: {len(manifests):,}, {megabytes:,.1f} MB
+- prompts: {"about people only" if config["human_only"] else "about anything"}, by version {config["filter_version"]} \
+of the lists of words
+{_licence_warning(facts)}
+`jpg_0` is the winner and `jpg_1` the loser, as encoded bytes; `label_0` is 1.0 and `label_1` 0.0. These, `caption` and
+the columns up to `are_different` are named as in Pick-a-Pic v2; ours stand behind them. There are no scores and seeds.
+
+    datasets.load_dataset("path/or/hub-id/of/this/folder", split="train")              # images as bytes
+    datasets.load_dataset("path/or/hub-id/of/this/folder", "images", split="train")    # decoded, as the Hub shows them
+{_remote_line(triplets)}
+## What was used
+
+{table.markdown()}
+
+A pair counts under the first reason that is found; `rejected/` names each. Prompts that join a minor with a sexual word
+are always dropped, by no setting kept, and not copied.{_sexual_note(config)}
+
+## How they were made
+
+```json
+{json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False)}
+```
+"""
+
+
+def _licence_warning(facts: PairFacts) -> str:
+    if facts.licence != UNKNOWN_LICENCE:
+        return ""
+    return (f"\n**Warning: no licence of {facts.name} is known.** Without one nothing permits to pass on its images\n"
+            "and prompts, or what was made of them: ask its authors before you publish this folder or a model trained\n"
+            "on it.\n")
+
+
+def _sexual_note(config: Mapping[str, Any]) -> str:
+    return " Other sexual prompts were kept on request (`keep_sexual`)." if config["keep_sexual"] else ""
+
+
+def _front_matter(manifests: Sequence[ShardManifest], rows: int, licence: str, schema: pa.Schema) -> str:
+    """What the Hub reads: licence, size, files, columns."""
+    files = "\n".join(f"      - {manifest.file}" for manifest in manifests)
+    return f"""---
+license: {licence}
+pretty_name: Preference triplets for Diffusion-DPO
+task_categories:
+  - text-to-image
+tags:
+  - preference
+  - dpo
+size_categories:
+  - {_size_category(rows)}
+configs:
+  - config_name: default
+    default: true
+    data_files:
+{files}
+  - config_name: images
+    data_files:
+{files}
+dataset_info:
+  - config_name: images
+    features:
+{_features(schema)}
+---"""
 
 
 def _features(schema: pa.Schema) -> str:

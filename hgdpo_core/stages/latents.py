@@ -22,7 +22,7 @@ from hgdpo_core.models import Backbone, Model
 from hgdpo_core.models.locations import find_located_model
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker, prepare_batches
 from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes
-from hgdpo_core.stages.pool import image_size
+from hgdpo_core.stages.pair_sets import PairSetStage
 from hgdpo_core.stages.probes import ENCODE_BATCH
 from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.storage import Store
@@ -68,10 +68,11 @@ class LatentStage(EncodingStage):
     expected: Mapping[int, int] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, triplets: TripletStage, model: Model, *, flips: bool = False) -> Self:
-        """The latents of a planned data set, whose shards hold at most a pair per prompt."""
-        folder = latent_folder(triplets.folder.store, triplets.folder, model, image_size(triplets.pool), flips=flips)
-        return cls(triplets.folder, folder, model, triplets.requested, expected=triplets.units(triplets.indices, [{}]))
+    def of(cls, triplets: TripletStage | PairSetStage, model: Model, *, flips: bool = False) -> Self:
+        """The latents of a planned data set, whose shards hold at most a pair per prompt, or per row of its source."""
+        folder = latent_folder(triplets.folder.store, triplets.folder, model, triplets.image_size, flips=flips)
+        indices = triplets.indices
+        return cls(triplets.folder, folder, model, tuple(indices), expected=triplets.units(indices, [{}]))
 
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:

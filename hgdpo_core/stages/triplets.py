@@ -21,7 +21,7 @@ from hgdpo_core.selection import select_pair
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Stage, Worker, shards_like
 from hgdpo_core.stages.dataset_card import render_card
 from hgdpo_core.stages.pool import SCHEMA as POOL_SCHEMA
-from hgdpo_core.stages.pool import PoolPlan, images_kept
+from hgdpo_core.stages.pool import PoolPlan, image_size, images_kept
 from hgdpo_core.stages.scores import SCHEMA as SCORE_SCHEMA
 from hgdpo_core.stages.scores import read_scores
 from hgdpo_core.storage import Store
@@ -93,6 +93,11 @@ class TripletStage(Stage):
     def units(self, indices: Iterable[int], sources: Sequence[Mapping[int, ShardManifest]]) -> dict[int, int]:
         size = images_kept(self.pool)
         return {index: images // size for index, images in super().units(indices, sources).items()}
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(width, height) of all images in pixels."""
+        return image_size(self.pool)
 
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
         return {"triplets": self.config.model_dump(mode="json")}

@@ -13,6 +13,8 @@ from hgdpo_core.errors import ConfigError
 
 PARALLEL_REQUESTS = 32
 S3_PROTOCOLS = ("s3", "s3a")
+HUB_PROTOCOL = "hf"
+HUB_BLOCK_BYTES = 2**14
 CONNECT_TIMEOUT_SECONDS = 5.0
 READ_TIMEOUT_SECONDS = 30.0      # without a byte, from the moment all of the request is sent
 
@@ -58,7 +60,9 @@ def local_address(text: str) -> str:
 def connect(protocol: str) -> Any:
     """A new file system of this protocol that shares nothing with others and caches no listings."""
     if protocol not in S3_PROTOCOLS:
-        return _filesystem_class(protocol)(skip_instance_cache=True, use_listings_cache=False)
+        # the hub's would fetch 5 MB beyond each range that is asked for
+        options = {"block_size": HUB_BLOCK_BYTES} if protocol == HUB_PROTOCOL else {}
+        return _filesystem_class(protocol)(skip_instance_cache=True, use_listings_cache=False, **options)
     endpoint = _endpoint()
     config: dict[str, Any] = {
         "connect_timeout": CONNECT_TIMEOUT_SECONDS, "read_timeout": READ_TIMEOUT_SECONDS,

@@ -9,7 +9,7 @@ from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.storage.shards import FORMAT_VERSION
 
-DECIDES_NO_SHARD = ("ablate/", "comparison_run.py", "evaluate.py", "execution/imports.py", "export.py", "figures/make/",
+DECIDES_NO_SHARD = ("ablate/", "comparison_run.py", "evaluate.py", "execution/imports.py", "export/", "figures/make/",
                     "plan/", "presets.py", "rendering/", "report/", "rescore/", "run.py")
 """Files of the core that plan, compare and show what workers make: a worker may have others. New files count."""
 
