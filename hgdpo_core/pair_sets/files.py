@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -84,8 +84,9 @@ def _locate_on_hub(source: PairSource) -> Located:
     base = f"hf://datasets/{name}@{info.sha}"
     # of a commit: it never changes, and the hub states no times
     files = [PairFile(key, size, 0.0) for key, size, _ in Store(base).walk()]
-    licence = (info.card_data or {}).get("license")
-    return Located(name, base, files, info.sha, licence[0] if isinstance(licence, list) and licence else licence)
+    found: Any = (info.card_data or {}).get("license")
+    licences = found if isinstance(found, list) else [found]
+    return Located(name, base, files, info.sha, licences[0] if licences else None)
 
 
 def _locate_below(address: str, is_local: bool, leave_out: Path | None) -> Located:

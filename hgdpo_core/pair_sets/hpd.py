@@ -188,12 +188,13 @@ class _Buffered:
 def _with_places(index: pa.Table, places: pa.Table) -> pa.Table:
     """The index with the place of each image; an image without one has no name."""
     names = places["name"].combine_chunks()
+    compute: Any = pc  # its functions are made on import, where no checker of types sees them
     columns = {name: index[name] for name in index.schema.names}
     for side in (0, 1):
-        at = pc.index_in(index[f"image_{side}"].combine_chunks(), value_set=names)
+        at = compute.index_in(index[f"image_{side}"].combine_chunks(), value_set=names)
         for column in ("start", "bytes"):
             columns[f"{column}_{side}"] = places[column].combine_chunks().take(at)
         known = at.is_valid()
-        columns[f"image_{side}"] = pc.if_else(known, index[f"image_{side}"].combine_chunks(), None)
+        columns[f"image_{side}"] = compute.if_else(known, index[f"image_{side}"].combine_chunks(), None)
     columns["file"] = pa.array([0] * index.num_rows, pa.int32())
     return pa.table(columns, schema=index.schema)

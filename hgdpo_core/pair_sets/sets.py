@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -183,7 +183,7 @@ def _choose_files(source: PairSource, files: Sequence[PairFile]) -> tuple[Format
 
 def _format_of(source: PairSource, files: Sequence[PairFile]) -> Format:
     if source.format != "auto":
-        return source.format
+        return cast(Format, source.format)
     names = {PurePosixPath(file.key).name for file in files}
     if f"{source.split}.json" in names:
         return "hpd"
