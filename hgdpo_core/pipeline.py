@@ -89,12 +89,10 @@ def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_s
     on = times.watch(on)
     with times.stage("sft", makes=run.images is not None):
         target, sft_log = tune_target(run, runner, on)
-    ranked = None
+    pool = scores = triplets = ranked = None
     if run.trains_on_prompts:
         with times.stage("prompt_embeds"):
-            embeds = embed_prompts(run, target, runner, on)
-        with times.stage(run.config.objective):
-            lora = train_lora(run, target, embeds, runner, on)
+            data = embed_prompts(run, target, runner, on)
     else:
         with times.stage("pool"):
             pool = make_pool(run, target, runner, on)
@@ -103,9 +101,10 @@ def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_s
         with times.stage("triplets"):
             triplets = make_triplets(run, pool, scores, runner, on)
         with times.stage("latents"):
-            latents = encode_triplets(run, triplets, target, runner, on)
-        with times.stage(run.config.objective):
-            lora = train_lora(run, target, latents, runner, on)
+            data = encode_triplets(run, triplets, target, runner, on)
+    with times.stage(run.config.objective):
+        lora = train_lora(run, target, data, runner, on)
+    if pool and scores and triplets:
         with times.stage("distances"):
             ranked = Ranked(pool, scores, triplets, measure_distances(run, pool, scores, target, runner, on))
     models = {"target": target, "tuned": lora.applied_to(target, run.config.evaluation.lora_weight)}

@@ -91,7 +91,10 @@ def check(settings: AblationConfig, config: RunConfig) -> None:
                           f"{config.pool.images_kept} images of a prompt are finished, chosen by the run's own scorer: "
                           f"leave it out of ablation.{'comparisons' if whole else 'worlds'}, or set pool.race to []")
     images = config.pool.images_per_prompt
-    for name in whole:
+    for name in ("pool_size", "loser_rank"):
+        given = getattr(settings, f"{name}s") != AblationConfig.model_fields[f"{name}s"].default
+        if not given and name not in whole:
+            continue  # nothing asks for it
         for value in getattr(settings, f"{name}s"):
             if not 2 <= value <= images:
                 raise ConfigError(f"ablation.{name}s holds {value}, but a pool holds {images} images: choose from 2 to "
