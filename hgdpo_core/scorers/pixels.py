@@ -93,13 +93,18 @@ def normalise_pixels(pixels: torch.Tensor, dtype: torch.dtype, *, mean: Sequence
 
 
 def crop_tensor(pixels: torch.Tensor, size: int, *, halve: Callable[[int], int] = round_half) -> torch.Tensor:
-    """`crop_pixels` of a tensor [B, 3, H, W] in 0..1, with its gradient; within 5/255 of what PIL gives."""
-    height, width = pixels.shape[-2:]
-    new_height, new_width = _resized(height, width, size)
-    resized = torch.nn.functional.interpolate(pixels, size=(new_height, new_width), mode="bicubic", align_corners=False,
-                                              antialias=True).clamp(0, 1)
-    top, left = halve(new_height - size), halve(new_width - size)
-    return resized[..., top:top + size, left:left + size]
+    """`crop_pixels` of a tensor [B, 3, H, W] in 0..1, with its gradient; within 2/255 of what PIL gives.
+
+    Columns, then rows, and clipped after each, as PIL does: bicubic overshoots. PIL also rounds to 8 bits after each,
+    which has no gradient. Without antialias the difference would be up to 94/255.
+    """
+    height, width = _resized(pixels.shape[2], pixels.shape[3], size)
+    for side in ((pixels.shape[2], width), (height, width)):
+        if pixels.shape[2:] != side:
+            pixels = torch.nn.functional.interpolate(pixels, size=side, mode="bicubic", align_corners=False,
+                                                     antialias=True).clamp(0, 1)
+    top, left = halve(height - size), halve(width - size)
+    return pixels[..., top:top + size, left:left + size]
 
 
 def _resized(height: int, width: int, size: int) -> tuple[int, int]:
