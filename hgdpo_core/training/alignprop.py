@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hgdpo_core.config import AlignPropConfig, RunConfig, ScorerConfig
+from hgdpo_core.config import AlignPropConfig, PromptSyntax, RunConfig, ScorerConfig
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.models import Backbone, Conditioning, Model, load_backbone
 from hgdpo_core.models.sampling import Denoise, sample_with_gradient
+from hgdpo_core.prompts.syntax import strip_syntax
 from hgdpo_core.rendering.charts import ChartSpec
 from hgdpo_core.scorers import DifferentiableScorer, find_scorer, load_differentiable, require_gradient
 from hgdpo_core.training.base import OPTIMIZER_CHARTS, Objective
@@ -40,6 +41,8 @@ class Reward:
 
     backbone: Backbone
     scorer: DifferentiableScorer
+    prompt_syntax: PromptSyntax = "plain"
+    """How prompts are written; a scorer reads them without weights, as it does for stored scores."""
     _device: torch.device = field(default=torch.device("cpu"), init=False)
 
     def __call__(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -49,7 +52,8 @@ class Reward:
             self.backbone.codec.to(self._device)
             self.scorer.to(self._device)
         images = self.backbone.codec.decode_with_gradient(latents)
-        return self.scorer.score_pixels((images / 2 + 0.5).clamp(0, 1), prompts)
+        texts = [strip_syntax(prompt, self.prompt_syntax) for prompt in prompts]
+        return self.scorer.score_pixels((images / 2 + 0.5).clamp(0, 1), texts)
 
 
 @dataclass
@@ -83,7 +87,7 @@ class NegativeTexts:
 
 
 def prepare_alignprop(backbone: Backbone, negative: Callable[[int], Conditioning], scorer: DifferentiableScorer,
-                      config: AlignPropTraining) -> Objective:
+                      config: AlignPropTraining, prompt_syntax: PromptSyntax = "plain") -> Objective:
     """The loss -reward / `reward_deviation` for the loop, and a LoRA on the denoiser's network that it trains.
 
     Each image begins from noise of its own generator. `negative(length)`: conditioning of one text. Log rows: `step`,
@@ -91,7 +95,7 @@ def prepare_alignprop(backbone: Backbone, negative: Callable[[int], Conditioning
     (before clipping) and `learning_rate`. ModelError for a network that cannot be trained.
     """
     denoiser = backbone.denoiser
-    lora, reward, live = put_lora(denoiser, config), Reward(backbone, scorer), LiveSteps(config)
+    lora, reward, live = put_lora(denoiser, config), Reward(backbone, scorer, prompt_syntax), LiveSteps(config)
     shape = backbone.latent_shape((config.width, config.height))
 
     def batch_loss(trained: nn.Module, batch: PromptBatch, generators: Generators) -> dict[str, torch.Tensor]:
@@ -141,6 +145,9 @@ class AlignProp(LoraObjective):
 
     def check(self, config: RunConfig) -> None:
         require_gradient(config.scorer.name)
+        if config.scorer.dtype == "float16":
+            raise ConfigError("scorer.dtype is float16, in which the gradient of a reward underflows: set it to "
+                              "float32 or bfloat16")
         for name in ("live_steps", "least_live_steps"):
             steps, value = config.sampler.steps, getattr(config.alignprop, name)
             if value is not None and value > steps:
@@ -156,4 +163,4 @@ class AlignProp(LoraObjective):
 
     def prepare(self, backbone: Backbone, model: Model, config: AlignPropTraining) -> Objective:
         scorer = load_differentiable(config.scorer, "cpu")  # each process moves it to its own GPU, later
-        return prepare_alignprop(backbone, NegativeTexts(model), scorer, config)
+        return prepare_alignprop(backbone, NegativeTexts(model), scorer, config, model.prompt_syntax)

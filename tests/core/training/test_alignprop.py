@@ -21,7 +21,7 @@ from hgdpo_core.pipeline import embed_prompts, run_all, train_lora, write_report
 from hgdpo_core.presets import figures
 from hgdpo_core.run import open_run
 from hgdpo_core.storage import Store
-from hgdpo_core.training.alignprop import AlignPropTraining, LiveSteps, prepare_alignprop
+from hgdpo_core.training.alignprop import AlignPropTraining, LiveSteps, Reward, prepare_alignprop
 from hgdpo_core.training.base import Hooks
 from hgdpo_core.training.checkpoints import Checkpoints
 from hgdpo_core.training.data import PromptBatch, epoch_order, sample_generator
@@ -208,6 +208,19 @@ def test_rewards_and_lora_equal_a_plain_training(changes):
         assert (tensor - state[name]).abs().mean() < 1e-4, name
 
 
+def test_the_reward_reads_prompts_without_weights_as_stored_scores_do():
+    seen = []
+
+    class Reader(Brightness):
+        def score_pixels(self, pixels, prompts):
+            seen.extend(prompts)
+            return super().score_pixels(pixels, prompts)
+
+    reward = Reward(backbone(tiny_unet()), Reader(), "a1111")
+    reward(torch.zeros(1, *SHAPE), ["a (red:1.3) [wet] top"])
+    assert seen == ["a red wet top"]
+
+
 def test_live_steps_are_drawn_once_a_step_from_the_seed_between_the_least_and_all():
     live, drawn = LiveSteps(settings(least_live_steps=2)), []
     for step in range(200):
@@ -314,6 +327,7 @@ def test_the_reward_enters_the_id_and_its_settings_only_the_ids_of_its_own_runs(
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"alignprop.live_steps": 99}, "alignprop.live_steps is 99, but an image is sampled in . steps: choose from 1 to"),
+    ({"scorer.dtype": "float16"}, "scorer.dtype is float16, in which the gradient of a reward underflows"),
     ({"alignprop.flip": True}, "flip mirrors training images, of which AlignProp has none"),
 ])
 def test_settings_that_contradict_are_one_line(parameters, tmp_path, changes, message):
