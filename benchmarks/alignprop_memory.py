@@ -34,9 +34,11 @@ from hgdpo_core.scorers.pixels import crop_tensor, floor_half, normalise_pixels
 from hgdpo_core.training.lora import put_lora
 
 GIB = 2**30
-VIT_H = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-         "patch_size": 14, "image_size": 224, "projection_dim": 1024}
-NARROW_VIT = {**VIT_H, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+VIT_H: dict[str, Any] = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+    "patch_size": 14, "image_size": 224, "projection_dim": 1024}
+NARROW_VIT: dict[str, Any] = {
+    **VIT_H, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT_TOWER_BYTES = 4 * 354_000_000  # of PickScore, in float32: its weights stay loaded
 TOKENS = 77
 CHECKPOINTS = {"steps": False, "steps and blocks": True}
