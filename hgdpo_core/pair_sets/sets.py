@@ -190,7 +190,7 @@ def _format_of(source: PairSource, files: Sequence[PairFile]) -> Format:
     found = {SUFFIXES[suffix] for name in names if (suffix := PurePosixPath(name).suffix.lower()) in SUFFIXES}
     kinds = found - {"hpd"} or found  # other .json files describe a data set
     if len(kinds) == 1:
-        return kinds.pop()
+        return cast(Format, kinds.pop())
     if kinds:
         raise InputError(f"pairs: {source.source} holds files of several forms, {', '.join(sorted(kinds))}: name one "
                          "in format")
