@@ -32,7 +32,7 @@ def hgdpo_ablate(
     plan_only: bool = p.PLAN_ONLY.field(),
     shard_runner: ShardRunnerName = p.SHARD_RUNNER.field(),
 ) -> dict[str, Any] | State[Any]:
-    """Measure the paper's ablations (arXiv:2405.20216v1, Tables 2, 3, 5, 6, Figures 5b, 6, 8); returns all numbers."""
+    """Measure the paper's comparisons (arXiv:2405.20216v1, Tables 1-3, 5, 6, Figures 5-8, 17); all numbers."""
     explain_own_errors()
     refuse_relative_paths(root=root, prompts=prompts, target=target, images=images)
     settings = {"seeds": seeds, "worlds": worlds, "comparisons": comparisons, "split": split}

@@ -53,7 +53,7 @@ def _run(run: Run, runner: Runner, times: StageTimes, on: StageProgress) -> Stat
     """The steps of `hgdpo_core.pipeline.run_all`, one task each."""
     with times.stage("sft", makes=run.images is not None):
         target, sft_log = tune_target(run, runner, on)
-    pool = scores = triplets = ranked = None
+    ranked = None
     if run.trains_on_prompts:
         with times.stage("prompt_embeds"):
             data = embed_prompts(run, target, runner, on)
@@ -66,11 +66,10 @@ def _run(run: Run, runner: Runner, times: StageTimes, on: StageProgress) -> Stat
             triplets = make_triplets(run, pool, scores, runner, on)
         with times.stage("latents"):
             data = encode_triplets(run, triplets, target, runner, on)
-    with times.stage(run.config.objective):
-        lora = train_lora(run, target, data, runner, on)
-    if pool and scores and triplets:
         with times.stage("distances"):
             ranked = Ranked(pool, scores, triplets, measure_distances(run, pool, scores, target, runner, on))
+    with times.stage(run.config.objective):
+        lora = train_lora(run, target, data, runner, on)
 
     models = {"target": target, "tuned": lora.applied_to(target, run.config.evaluation.lora_weight)}
     with times.stage("evaluation_images"):

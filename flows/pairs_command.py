@@ -17,5 +17,7 @@ def pairs(options: argparse.Namespace) -> int:
           f"{result.read:,} read")
     for reason, number in sorted(result.refused.items()):
         print(f"Refused: {number:,}: {reason}")
+    if result.joined:
+        print(f"Captions of several lines, made one: {result.joined:,}")
     print(result.config)
     return 0

@@ -89,7 +89,7 @@ def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_s
     on = times.watch(on)
     with times.stage("sft", makes=run.images is not None):
         target, sft_log = tune_target(run, runner, on)
-    pool = scores = triplets = ranked = None
+    ranked = None
     if run.trains_on_prompts:
         with times.stage("prompt_embeds"):
             data = embed_prompts(run, target, runner, on)
@@ -102,11 +102,10 @@ def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_s
             triplets = make_triplets(run, pool, scores, runner, on)
         with times.stage("latents"):
             data = encode_triplets(run, triplets, target, runner, on)
-    with times.stage(run.config.objective):
-        lora = train_lora(run, target, data, runner, on)
-    if pool and scores and triplets:
         with times.stage("distances"):
             ranked = Ranked(pool, scores, triplets, measure_distances(run, pool, scores, target, runner, on))
+    with times.stage(run.config.objective):
+        lora = train_lora(run, target, data, runner, on)
     models = {"target": target, "tuned": lora.applied_to(target, run.config.evaluation.lora_weight)}
     with times.stage("evaluation_images"):
         images = generate_evaluation(run, models, runner, on)

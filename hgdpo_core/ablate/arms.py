@@ -14,7 +14,7 @@ TableName = Literal["1", "3", "2", "5", "6", "8", "length"]
 
 
 WITH_DIVERSITY: tuple[TableName, ...] = ("1", "8", "length")
-ADDED_LATER = ("objective", "epochs", "learning_rate", "length", "chosen")
+ADDED_LATER = ("objective", "epochs", "rate_factor", "length_factor", "chosen")
 OURS = "HG-DPO"
 """The label of the method itself, the first row of Table 1."""
 
@@ -34,8 +34,8 @@ class Arm:
     objective: str = "dpo"
     epochs: int | None = None
     """Passes over the data; None: the length in the run's settings."""
-    learning_rate: float = 1.0
-    length: float = 1.0
+    rate_factor: float = 1.0
+    length_factor: float = 1.0
     """Learning rate and steps, as factors of those in the run's settings."""
     chosen: bool = False
     """Whether these factors are the best of the ablation's trials, on validation prompts."""
@@ -154,7 +154,7 @@ def arm_config(config: RunConfig, arm: Arm, seed: int) -> RunConfig:
                              loser_rank=None if arm.loser_rank == arm.pool_size else arm.loser_rank)
     objective = find_objective(arm.objective)
     training = getattr(config, objective.section)
-    update: dict[str, Any] = {"seed": seed, "learning_rate": training.learning_rate * arm.learning_rate,
+    update: dict[str, Any] = {"seed": seed, "learning_rate": training.learning_rate * arm.rate_factor,
                               **_length(training, arm)}
     update |= {"beta": arm.beta, "lambda_stat": arm.lambda_stat} if objective.section == "dpo" else {
         "lora_rank": config.dpo.lora_rank}
@@ -169,10 +169,10 @@ def arm_config(config: RunConfig, arm: Arm, seed: int) -> RunConfig:
 def _length(training: TrainingConfig, arm: Arm) -> dict[str, int | None]:
     if arm.epochs is not None:
         return {"epochs": arm.epochs, "max_steps": None}
-    if arm.length == 1:
+    if arm.length_factor == 1:
         return {}
     steps = training.max_steps or training.epochs * arm.prompts / step_batch(training)
-    return {"max_steps": max(1, round(arm.length * steps))}
+    return {"max_steps": max(1, round(arm.length_factor * steps))}
 
 
 def ranking_scorer(config: RunConfig, world: World) -> ScorerConfig:

@@ -28,7 +28,7 @@ def plan_ablation(ablation: Ablation) -> dict[str, Any]:
     run, settings, arms, seeds = ablation.run, ablation.settings, ablation.arms, ablation.settings.seeds
     config, prompts = run.config, len(run.evaluation_prompts.prompts)
     trained = {training_of(arm) for arm in arms}
-    trials = [replace(arm, learning_rate=rate, length=length) for arm in arms if arm.chosen
+    trials = [replace(arm, rate_factor=rate, length_factor=length) for arm in arms if arm.chosen
               for rate, length in settings.trials]
     trainings = len(trained) * seeds + len(trials)
     pool = len(run.prompts.prompts) * config.pool.images_per_prompt

@@ -38,8 +38,8 @@ LAST_PART = 0.2  # of the training log, which `training` averages
 class TrialResult(StageConfig):
     """What a trial of settings gave on validation prompts."""
 
-    learning_rate: float
-    length: float
+    rate_factor: float
+    length_factor: float
     win_rate: float
     """Against the target, by the ranking scorer; prompts without a difference count half."""
 
@@ -117,10 +117,10 @@ def run_trials(shared: Shared, arm: Arm, stages: StageProgress = silent_stages,
     """The arm's trials: one training each with the first seed, compared with the target on validation prompts."""
     assert shared.validation is not None
     scorer, results = shared.ablation.run.config.scorer.name, []
-    for learning_rate, length in shared.ablation.settings.trials:
-        tried = replace(arm, learning_rate=learning_rate, length=length, chosen=False)
+    for rate, length in shared.ablation.settings.trials:
+        tried = replace(arm, rate_factor=rate, length_factor=length, chosen=False)
         gains = np.array(run_arm(shared.validation, tried, 0, stages, runner).gains[scorer])
-        results.append(TrialResult(learning_rate=learning_rate, length=length,
+        results.append(TrialResult(rate_factor=rate, length_factor=length,
                                    win_rate=float(np.mean((1 + np.sign(gains)) / 2))))
     return results
 
@@ -130,7 +130,7 @@ def chosen_arm(shared: Shared, arm: Arm, stages: StageProgress = silent_stages, 
     if not arm.chosen:
         return arm
     best = max(run_trials(shared, arm, stages, runner), key=lambda trial: trial.win_rate)
-    return replace(arm, learning_rate=best.learning_rate, length=best.length, chosen=False)
+    return replace(arm, rate_factor=best.rate_factor, length_factor=best.length_factor, chosen=False)
 
 
 def _seconds(store: Store, tuned: Tuned) -> float | None:

@@ -154,8 +154,9 @@ def _baseline_table(results: Results, planned: PlannedTable) -> AblationTable:
     trials = len(results.ablation.settings.trials)
     fair = (f"Every arm had {trials} trials of learning rate and steps on validation prompts, one training each, and "
             "took the best by the ranking scorer." if trials else "All arms are trained by the settings as they are.")
-    notes = (_method(results, planned.world), f"{fair} All have the same LoRA layers and weight, and see as many "
-             "images in a step. The seconds are of one training, and hold none of its data.",
+    notes = (_method(results, planned.world), f"{fair} All have the same LoRA layers and weight. Those trained on "
+             "triplets see as many images in a step; AlignProp samples its own. The seconds are of one training, and "
+             "hold none of its data.",
              "The paper's numbers are of 177 prompts, one training each; 50 % is no difference.")
     return AblationTable(columns, rows, _title(planned), notes, plot=plot_name("1", planned.world))
 
@@ -194,9 +195,9 @@ def _settings_cells(results: Results, arm: Arm) -> tuple[str, str]:
     records = results.records[arm]
     seconds = [record.seconds for record in records if record.seconds is not None]
     best = max(records[0].trials, key=lambda trial: trial.win_rate, default=None)
-    tried = ", ".join(f"{trial.learning_rate:g} x {trial.length:g}: {100 * trial.win_rate:.1f} %"
+    tried = ", ".join(f"{trial.rate_factor:g} x {trial.length_factor:g}: {100 * trial.win_rate:.1f} %"
                       for trial in records[0].trials)
-    chosen = f"{best.learning_rate:g} x {best.length:g} ({tried})" if best else "as set"
+    chosen = f"{best.rate_factor:g} x {best.length_factor:g} ({tried})" if best else "as set"
     return chosen, f"{sum(seconds) / len(seconds):.0f}" if seconds else NOTHING
 
 

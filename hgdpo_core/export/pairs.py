@@ -152,7 +152,7 @@ def find_triplets(store: Store, name: str | None) -> str:
                          f"where none is named: {there}")
     key = finished[0] if name is None else f"triplets/{name.strip('/').removeprefix('triplets/')}"
     if key not in finished:
-        raise InputError(f"{name} is no finished data set of triplets in {store.root}: {there}")
+        raise InputError(f"{name} is not a finished data set of triplets in {store.root}: {there}")
     return key
 
 

@@ -1,7 +1,7 @@
 """Preference pairs that others labelled, for training: found, filtered, read a few at a time.
 
 `sets.py` is any such data set; `files.py` finds its files; `tables.py` reads Parquet, `indexed.py` JSON Lines and tars,
-`hpd.py` HPD v2; `rows.py` is one row and why it is not used; `words.py` tells prompts about people, and unsafe ones.
+`hpd.py` HPD v2; `rows.py` is one row and why it is not used; `words.py` finds prompts about people, and unsafe ones.
 """
 
 from hgdpo_core.pair_sets.sets import PairSet, open_pair_set

@@ -54,8 +54,8 @@ def locate_pairs(source: PairSource, *, leave_out: Path | None = None) -> Locate
     elif HUB_ID.fullmatch(address) and not Path(address).exists() and not address.lower().endswith(DATA_SUFFIXES):
         return _locate_on_hub(source)
     if source.revision is not None:
-        raise InputError(f"pairs: revision {source.revision} is of a data set on the hub, but {address} is none: drop "
-                         "it; what is at an address has the revision of its bytes")
+        raise InputError(f"pairs: revision {source.revision} names a commit of the hub, but {address} is not on the "
+                         "hub: drop revision, files are identified by their bytes")
     if remote and protocol.lower() in ("http", "https"):
         raise InputError(f"pairs: {address} cannot be listed over http: download it, or give a path, the URL of a "
                          "bucket or a hub id")

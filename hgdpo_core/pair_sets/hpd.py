@@ -169,7 +169,7 @@ def _copy(store: Store, tar: PairFile, used: Collection[str], places: dict[str, 
     except (tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, StorageError):
             raise
-        raise InputError(f"pairs: {url} is cut off or no tar file: {error}; get it again") from None
+        raise InputError(f"pairs: {url} is cut off or not a tar file: {error}; get it again") from None
 
 
 class _Buffered:

@@ -167,4 +167,4 @@ def _add_row(sample: dict[str, Any], data: bytes) -> None:
     if isinstance(row, dict):
         sample["row"] = row
     else:
-        sample["problem"] = "its .json is no object"
+        sample["problem"] = "its .json is not an object"

@@ -114,7 +114,7 @@ class _Cursor:
         self._file, self._table, self._batches, self._rows = -1, None, iter(()), []
 
     def _go_to(self, file: int, row: int) -> None:
-        """To the row group that holds a row, through which there is no way but from its beginning."""
+        """To the row group that holds a row; a group can only be read from its beginning."""
         if file != self._file:
             self.close()
             size = PAGE_BYTES if self._store.local_path("") is not None else REMOTE_BYTES

@@ -78,7 +78,8 @@ class PlannedTraining:
         free_memory()
         backbone = load_backbone(self.model, default_device(), dtype="float32")
         moments: list[float] = []
-        config = self.config.model_copy(update={"max_steps": PROBE_STEPS, "flip": False})  # flips are made with latents
+        config = self.objective.average_step(self.config).model_copy(
+            update={"max_steps": PROBE_STEPS, "flip": False})  # flips are made with latents
         samples = RandomSamples(self.objective, backbone.shapes(self.size))
         run_training(self.objective.prepare(backbone, self.model, config), samples, config, None,
                      Hooks(lambda done, total, unit: moments.append(time.monotonic())))

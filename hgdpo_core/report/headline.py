@@ -8,6 +8,7 @@ from hgdpo_core.progress import count_of
 from hgdpo_core.rendering.parts import percent, percent_interval
 from hgdpo_core.report.data import ReportData
 from hgdpo_core.scorers import scorer_title
+from hgdpo_core.training.objective import find_objective
 
 READINGS = {"better": "The whole interval lies above 50 %: by this scorer the tuned model is better.",
             "worse": "The whole interval lies below 50 %: by this scorer the tuned model is worse.",
@@ -61,8 +62,9 @@ def read_interval(data: ReportData) -> str:
     undecided = rate.ci_low is None
     reading = "Without a single win or loss there is no win rate." if undecided else READINGS[_verdict(rate)]
     if name == data.training_scorer:
-        reading += (" The same scorer chose the training pairs, so this measures whether training reached its aim, "
-                    "not what people prefer.")
+        on_prompts = find_objective(data.objective).trains_on == "prompts"
+        reading += (f" The same scorer {'was the reward of the training' if on_prompts else 'chose the training pairs'}"
+                    ", so this measures whether training reached its aim, not what people prefer.")
     return reading + _other_scorers(data.comparison.win_rates)
 
 

@@ -14,6 +14,7 @@ from hgdpo_core.config import RunConfig
 from hgdpo_core.models.files import looks_like_hub_id
 from hgdpo_core.rendering.parts import describe_rate, signed, signed_interval
 from hgdpo_core.scorers import scorer_title
+from hgdpo_core.training.objective import find_objective
 
 EXAMPLE_PROMPT = "a woman with brown hair in a white top, smiling, in a park"
 TO_FILL_IN = "TO FILL IN"
@@ -42,10 +43,9 @@ and mark its images as generated.
 
 - Better images cost diversity: the higher the LoRA weight, the more alike the images of different seeds become, and
   the blurrier their backgrounds (section B.1; the paper uses weight 0.5).
-- Fingers and other fine anatomy improve little: the scorer that ranked the training pools hardly sees them (B.2).
-- The statistic matching loss keeps the colours and costs a little of the improvement (B.3).
+- Fingers and other fine anatomy improve little: the scorer that the training follows hardly sees them (B.2).
 - The preferences of the target model and of the scorer become stronger in this model, their biases included. A win rate
-  by the scorer that ranked the training pools shows that tuning reached its aim, not that people agree.
+  by the scorer that the training follows shows that tuning reached its aim, not that people agree.
 """
 
 
@@ -53,12 +53,12 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
     """The card as Markdown with the Hub's front matter. Local paths are named by their last part only."""
     target = public_name(config.target.source)
     weight = summary["lora_weight"]
-    tuned = config.images is not None
+    tuned, objective = config.images is not None, find_objective(config.objective)
     parts = [
         _front_matter(config, fine_tuned=tuned),
-        f"# {target}, tuned for better people (HG-DPO)\n",
+        f"# {target}, tuned for better people ({objective.method or objective.title})\n",
         f"A LoRA for {f'a fine-tuned {target}, which lies in `base/`' if tuned else target}, made without human labels "
-        "by Direct Preference Optimization on the model's own images, as in [HG-DPO, arXiv:2405.20216v1](https://arxiv.org/abs/2405.20216v1).\n",
+        f"{objective.made_by or f'by {objective.title}'}.\n",
         "## Files\n",
         "- `pytorch_lora_weights.safetensors`: for diffusers, `pipeline.load_lora_weights(folder)`",
         f"- `{kohya_name}`: the same for AUTOMATIC1111 and ComfyUI (put it among their LoRAs)",
@@ -68,7 +68,7 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
         f"\nUse it at weight {weight:g}: all results below are at this weight.\n",
         _code("base" if tuned else "path/to/the/target" if target != config.target.source else target, weight),
         "## To be filled in before publishing\n", _fields(tuned),
-        "## Data\n", _data(config, summary), "## Results\n", _results(summary), USE,
+        "## Data\n", _data(config, summary), "## Results\n", _results(summary), USE, *_colour_limit(config),
         "## Settings\n", f"```json\n{json.dumps(_settings(config), indent=1)}\n```",
     ]
     return "\n".join(parts) + "\n"
@@ -87,9 +87,10 @@ def public_name(source: str) -> str:
 
 
 def _front_matter(config: RunConfig, *, fine_tuned: bool) -> str:
+    method = ("hg-dpo", "dpo") if config.objective == "dpo" else (config.objective.replace("_", "-"),)
     lines = ["license: unknown", "library_name: diffusers", "pipeline_tag: text-to-image", "widget:",
              f"- text: {EXAMPLE_PROMPT}", "tags:",
-             *(f"- {tag}" for tag in ("lora", "stable-diffusion", "text-to-image", "diffusers", "hg-dpo", "dpo"))]
+             *(f"- {tag}" for tag in ("lora", "stable-diffusion", "text-to-image", "diffusers", *method))]
     source, name = config.target.source, public_name(config.target.source)
     if name == source and looks_like_hub_id(source) and not fine_tuned:  # else the LoRA's base is the one in base/
         lines.insert(0, f"base_model: {name}")
@@ -119,6 +120,8 @@ def _data(config: RunConfig, summary: Mapping[str, Any]) -> str:
     raced = (f" (raced: only {config.pool.images_kept} of them were finished, the best and the worst by {scorer} part "
              "of the way)" if config.pool.race else "")
     lines = [
+        f"- No preference data: images were sampled during the training, and {scorer} was its reward."
+        if find_objective(config.objective).trains_on == "prompts" else
         f"- Preference data: {summary['pool_images']:,} images drawn by the model itself, "
         f"{config.pool.images_per_prompt} a prompt{raced}, ranked by {scorer}; best against worst: "
         f"{summary['triplets']:,} pairs ({summary['rejected']:,} pools without one).",
@@ -127,12 +130,18 @@ def _data(config: RunConfig, summary: Mapping[str, Any]) -> str:
         "the result lies in `base/`, and it is the target in everything below."
         if config.images is not None else "- The target was not fine-tuned on images first.",
     ]
-    if not config.dpo.allow_foreign_triplets:
+    if summary["triplets"] and not config.dpo.allow_foreign_triplets:
         lines.append("- No photograph was used as a preference: winners and losers are the model's own images.")
     if is_built_in(config.scorer.source):
         lines.append(f"- {scorer} is here the figures setting's own judge, a small model trained on drawings: the "
                      "results on this card do not apply to photographs.")
     return "\n".join(lines) + "\n"
+
+
+def _colour_limit(config: RunConfig) -> list[str]:
+    if config.objective != "dpo" or not config.dpo.lambda_stat:
+        return []
+    return ["- The statistic matching loss keeps the colours and costs a little of the improvement (B.3).\n"]
 
 
 def _results(summary: Mapping[str, Any]) -> str:
@@ -160,6 +169,11 @@ def _estimate(estimate: Mapping[str, float | None], unit: str) -> str:
 def _settings(config: RunConfig) -> dict[str, Any]:
     """The settings that made the model, without any path."""
     settings = config.model_dump(mode="json", include={"preset", "sampler", "pool", "triplets", "dpo"})
+    if config.objective != "dpo":
+        settings["objective"] = config.objective
+        settings[config.objective] = find_objective(config.objective).settings(config).model_dump(
+            mode="json", exclude={"scorer"})
+        del settings["dpo"]
     settings["target"] = config.target.model_dump(mode="json", include={"negative_prompt", "clip_skip", "dtype"})
     if config.target.vae is not None:
         settings["target"]["vae"] = public_name(config.target.vae)

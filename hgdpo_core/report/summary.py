@@ -23,6 +23,7 @@ from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.stages.triplets import TripletCounts
 from hgdpo_core.statistics.checks import RunWarning
 from hgdpo_core.storage.shards import ShardFolder
+from hgdpo_core.training.objective import find_objective
 from hgdpo_core.training.tune import Tuned
 
 PAIRS, EXTREMES, POOLS = 24, 6, 4
@@ -64,7 +65,9 @@ def write_run_report(run: Run, ranked: RankedData | None, lora: Tuned, sft_log: 
     names the stages that had nothing to make. InputError for a page that grows too large, StorageError if a file cannot
     be written.
     """
-    keys, shown, counts = {"lora": f"models/{lora.model_id}"}, {}, {"pool_images": 0, "triplets": 0, "rejected": 0}
+    objective = find_objective(lora.objective)
+    keys, shown = {"lora": f"models/{lora.model_id}"}, {}
+    counts = {"pool_images": 0, "triplets": 0, "rejected": 0}
     if ranked is not None:
         keys |= {"triplets": ranked.triplets.key, "pool": ranked.pool.folder.key}
         shown = {"rank_distances": ranked.distances,
@@ -72,7 +75,8 @@ def write_run_report(run: Run, ranked: RankedData | None, lora: Tuned, sft_log: 
         counts = ranked.counts
     summary = {"warnings": [warning.as_dict() for warning in warnings], **counts, "lora_id": lora.model_id}
     return _write(
-        run, images, comparison, seconds, cached, keys, summary, title=f"HG-DPO on {run.config.target.source}",
+        run, images, comparison, seconds, cached, keys, summary,
+        title=f"{objective.method or objective.title} on {run.config.target.source}",
         training_scorer=run.config.training_scorer, objective=lora.objective, training_log=lora.log, sft_log=sft_log,
         counts={"prompts": len(run.prompts.prompts), **(counts if ranked else {}),
                 "evaluation_prompts": len(comparison.prompts)}, warnings=[item.message for item in warnings], **shown)

@@ -64,7 +64,7 @@ model that generated them and on where the prompts come from.
 
 @dataclass(frozen=True)
 class PairFacts:
-    """What the card of pairs that others labelled tells beside its folder's config."""
+    """What the card of pairs that others labelled shows beside its folder's config."""
 
     name: str
     on_hub: bool

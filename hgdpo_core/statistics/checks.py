@@ -125,10 +125,10 @@ def check_scorers(win_rates: Mapping[str, WinRate], training_scorer: str) -> Run
         return None
     word = "a loss" if any(rate.ci_high is not None and rate.ci_high < 0.5 for rate in apart.values()) else "no gain"
     return RunWarning(
-        "parted_judges", f"The scorers disagree: the one that ranked the training pools prefers the tuned "
+        "parted_judges", f"The scorers disagree: the one that the training follows prefers the tuned "
         f"model ({_describe({training_scorer: trained})}), but an independent scorer sees "
         f"{word} ({_describe(apart)}). The LoRA may satisfy its scorer instead of people: "
-        "look at the images, lower dpo.max_steps or evaluation.lora_weight, or rank by "
+        "look at the images, train for fewer steps, lower evaluation.lora_weight, or rank by "
         "another scorer.")
 
 
@@ -142,9 +142,9 @@ def check_defects(win_rates: Mapping[str, WinRate], defects: Mapping[str, Defect
     rises = "; ".join(f"{name}: {100 * change.target:.1f} % before, {100 * change.tuned:.1f} % after"
                       for name, change in risen.items())
     return RunWarning(
-        "more_defects", f"More defects: {training_scorer}, which ranked the training pools, prefers the tuned "
-        f"model, but more of its images are defective ({rises}). Look at the images, lower "
-        "dpo.max_steps or evaluation.lora_weight.")
+        "more_defects", f"More defects: {training_scorer}, which the training follows, prefers the tuned "
+        f"model, but more of its images are defective ({rises}). Look at the images, train "
+        "for fewer steps, or lower evaluation.lora_weight.")
 
 
 def check_variety(win_rates: Mapping[str, WinRate], change: Estimate) -> RunWarning | None:
@@ -156,10 +156,9 @@ def check_variety(win_rates: Mapping[str, WinRate], change: Estimate) -> RunWarn
     if not gains or change.value is None or change.ci_high is None or change.ci_high > LOST_VARIETY_PERCENT:
         return None
     return RunWarning(
-        "lost_variety", f"Lost variety: {' and '.join(gains)} prefer the tuned model, but its images differ "
-        f"{-change.value:.0f} % less from each other than the target's. The gain may be one "
-        "look for everything: look at the images, lower dpo.max_steps or "
-        "evaluation.lora_weight.")
+        "lost_variety", f"Lost variety: {' and '.join(gains)} {'prefers' if len(gains) == 1 else 'prefer'} the "
+        f"tuned model, but its images differ {-change.value:.0f} % less from each other than the target's. The gain "
+        "may be one look for everything: look at the images, train for fewer steps, or lower evaluation.lora_weight.")
 
 
 def _is_gain(rate: WinRate) -> bool:

@@ -5,7 +5,7 @@ both branches of guidance, and one number of live steps (those the gradient goes
 same for all its images.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from hgdpo_core.models.sampling import Denoise, sample_with_gradient
 from hgdpo_core.prompts.syntax import strip_syntax
 from hgdpo_core.rendering.charts import ChartSpec
 from hgdpo_core.scorers import DifferentiableScorer, find_scorer, load_differentiable, require_gradient
+from hgdpo_core.stages.located_scorer import find_located_scorer, locate_scorer
+from hgdpo_core.storage import Store
 from hgdpo_core.training.base import OPTIMIZER_CHARTS, Objective
 from hgdpo_core.training.data import EmbeddedPrompts, PromptBatch, hashed_seed
 from hgdpo_core.training.lora import LoraObjective, put_lora
@@ -33,6 +35,7 @@ class AlignPropTraining(AlignPropConfig):
     steps: int
     guidance_scale: float
     scorer: ScorerConfig
+    scorer_fingerprint: str
 
 
 @dataclass
@@ -133,6 +136,8 @@ class AlignProp(LoraObjective):
     """The entry in `OBJECTIVES`."""
 
     name, title = "alignprop", "AlignProp"
+    made_by = ("by [AlignProp, arXiv:2310.03739](https://arxiv.org/abs/2310.03739): a scorer's gradient, back through "
+               "the sampler")
     section, trains_on, config, samples = "alignprop", "prompts", AlignPropTraining, EmbeddedPrompts
     charts = (ChartSpec("Reward", ("reward",), "of images sampled in training"),
               ChartSpec("Live steps", ("live_steps",), "solver steps that the gradient goes through"),
@@ -141,7 +146,8 @@ class AlignProp(LoraObjective):
     def settings(self, config: RunConfig) -> AlignPropTraining:
         sampler = config.sampler
         return AlignPropTraining(**config.alignprop.model_dump(), width=sampler.width, height=sampler.height,
-                                 steps=sampler.steps, guidance_scale=sampler.guidance_scale, scorer=config.scorer)
+                                 steps=sampler.steps, guidance_scale=sampler.guidance_scale, scorer=config.scorer,
+                                 scorer_fingerprint=find_scorer(config.scorer.name, config.scorer.source))
 
     def check(self, config: RunConfig) -> None:
         require_gradient(config.scorer.name)
@@ -154,8 +160,16 @@ class AlignProp(LoraObjective):
                 raise ConfigError(f"alignprop.{name} is {value}, but an image is sampled in {steps} steps: choose "
                                   f"from 1 to {steps}")
 
-    def identity(self, config: AlignPropTraining) -> dict[str, Any]:
-        return {**config.identity(), "reward": find_scorer(config.scorer.name, config.scorer.source)}
+    def locate(self, store: Store, config: AlignPropTraining, *, copy_to_store: bool) -> dict[str, Any]:
+        return {"reward": locate_scorer(store, config.scorer, copy_to_store=copy_to_store)}
+
+    def find_located(self, store: Store, config: AlignPropTraining, locations: Mapping[str, Any]) -> AlignPropTraining:
+        found = find_located_scorer(store, locations["reward"], config.scorer_fingerprint)
+        return config.model_copy(update={"scorer": found})
+
+    def average_step(self, config: AlignPropTraining) -> AlignPropTraining:
+        mean = round((config.least_live_steps + config.steps) / 2)
+        return config.model_copy(update={"live_steps": config.live_steps or mean})
 
     def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> PromptBatch:
         return PromptBatch([f"prompt {number}" for number in range(count)],

@@ -86,6 +86,10 @@ class TrainingObjective(ABC):
     """Its key in `OBJECTIVES`, the `kind` of its requests, and what the ids of its models begin with."""
     title: ClassVar[str]
     """What the report calls such a training."""
+    method: ClassVar[str] = ""
+    """The name of the whole method that it is the end of, for titles; by default its own title."""
+    made_by: ClassVar[str] = ""
+    """How it makes a model, for a model card, after "made without human labels"; Markdown. Default: by its title."""
     trains_on: ClassVar[Literal["images", "triplets", "prompts"]]
     """What its samples are made of, by stages before."""
     config: ClassVar[type[TrainingConfig]]
@@ -122,9 +126,17 @@ class TrainingObjective(ABC):
     def save(self, backbone: Backbone, folder: Path, model_id: str) -> str:
         """Write what was trained into an empty folder; returns the kind of model it is, "lora" or "pipeline"."""
 
-    def identity(self, config: Any) -> dict[str, Any]:
-        """What of its settings, and of what they name, decides the model that is trained."""
-        return config.identity()
+    def locate(self, store: Store, config: Any, *, copy_to_store: bool) -> dict[str, Any]:
+        """Where what its settings name is, for `find_located` on another machine."""
+        return {}
+
+    def find_located(self, store: Store, config: Any, locations: Mapping[str, Any]) -> Any:
+        """The settings with what they name as this machine finds it; ModelError where that is another version."""
+        return config
+
+    def average_step(self, config: Any) -> Any:
+        """The settings for a probe, whose few steps should take as long as those of a training on average."""
+        return config
 
     def watch(self, warn: Callable[[str], object]) -> OnLog:
         """Called with each log row of a training under way, it warns when something goes wrong."""

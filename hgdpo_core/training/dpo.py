@@ -113,7 +113,9 @@ def _check(batch: PairBatch, pairs: int, flip: bool) -> None:
 class Dpo(TripletObjective):
     """The entry in `OBJECTIVES`."""
 
-    name, title = "dpo", "DPO training"
+    name, title, method = "dpo", "DPO training", "HG-DPO"
+    made_by = ("by Direct Preference Optimization on the model's own images, as in "
+               "[HG-DPO, arXiv:2405.20216v1](https://arxiv.org/abs/2405.20216v1)")
     config, samples = DpoConfig, LatentPairs
     charts, checks = (*CHARTS, *OPTIMIZER_CHARTS), PREFERENCE_CHECKS
 

@@ -24,12 +24,12 @@ class TrainRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     root: str = Field(description="the object store, as an absolute URL")
-    kind: str = Field(description="name of the objective: sft, dpo")
+    kind: str = Field(description="name of the objective, as dpo")
     latents: str = Field(description="key of the folder of latents to train on")
     shards: str = Field(description="which shards of it")
     triplets: str | None = Field(default=None, description="dpo: key of the triplets that the latents were made of")
     model: dict[str, Any] = Field(description="the identity of the model to train")
-    locations: dict[str, Any] = Field(description="where that model is")
+    locations: dict[str, Any] = Field(description="where that model is, and what the settings name")
     config: dict[str, Any] = Field(description="the settings of the training")
     validation: Validation | None = Field(default=None, description="images to generate during training")
     code_version: str
@@ -51,9 +51,11 @@ class TrainRequest(BaseModel):
         With `copy_to_store`, a model that is only on this machine is copied into the store for the worker.
         """
         store = latents.store
+        locations = model_locations(store, model, copy_to_store=copy_to_store)
+        locations |= find_objective(kind).locate(store, config, copy_to_store=copy_to_store)
         return cls(root=store.root, kind=kind, latents=latents.key, shards=format_range(indices),
                    triplets=triplets and triplets.key, model=model.identity(),
-                   locations=model_locations(store, model, copy_to_store=copy_to_store),
+                   locations=locations,
                    config=config.model_dump(mode="json"), validation=validation, code_version=code_version(),
                    format_version=FORMAT_VERSION)
 
@@ -94,5 +96,6 @@ def run_train(request: TrainRequest, *, progress: Progress = silent, should_stop
         raise InputError(f"{latents.store.url(latents.key)} lacks {len(missing)} of the {len(indices)} shards to train "
                          "on: run the pipeline again, which makes what is missing")
     model = find_located_model(latents.store, request.model, request.locations)
-    return tune(request.kind, model, latents, indices, request.settings, request.triplets,
+    settings = find_objective(request.kind).find_located(latents.store, request.settings, request.locations)
+    return tune(request.kind, model, latents, indices, settings, request.triplets,
                 validation=request.validation, progress=progress, should_stop=should_stop)

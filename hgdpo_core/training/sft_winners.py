@@ -51,6 +51,8 @@ class SftWinners(TripletObjective):
     """The entry in `OBJECTIVES`."""
 
     name, title = "sft_winners", "Fine-tuning on winners"
+    made_by = ("by supervised fine-tuning on the best of the model's own images, a baseline in "
+               "[HG-DPO, arXiv:2405.20216v1](https://arxiv.org/abs/2405.20216v1)")
     config, samples = WinnersConfig, Winners
     charts = (ChartSpec("Loss", ("loss",), "denoising error of winners"), *OPTIMIZER_CHARTS)
 

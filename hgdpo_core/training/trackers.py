@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from hgdpo_core.config import TrackerName
+from hgdpo_core.config.training import TrackerName
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.storage import Store, scratch_folder
 from hgdpo_core.training.base import OnLog

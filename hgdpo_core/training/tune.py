@@ -92,7 +92,7 @@ def tuned_id(kind: str, identity: Mapping[str, Any], latents: ShardFolder, indic
     """The id a tuned model will have: another model, other settings or other bytes to train on make another one."""
     manifests = latents.manifests() if manifests is None else manifests
     settings = {"model": identity, "latents": [manifests[index].sha256 for index in indices],
-                "config": find_objective(kind).identity(config)}
+                "config": config.identity()}
     return f"{kind}-{content_hash(settings)}"
 
 

@@ -58,7 +58,7 @@ def test_every_row_of_table_1_names_its_row_of_the_paper():
 def test_an_arms_id_is_that_of_an_earlier_version_where_nothing_new_is_used():
     assert set(base_arm(figures(), 320, "plain").identity()) == {
         "world", "pool_size", "loser_rank", "prompts", "beta", "lambda_stat", "lora_weight", "latent_normalisation"}
-    assert Arm("plain", 2, 2, 1, 1.0, 0.0, 1.0, length=0.5).identity()["length"] == 0.5
+    assert Arm("plain", 2, 2, 1, 1.0, 0.0, 1.0, length_factor=0.5).identity()["length_factor"] == 0.5
 
 
 def test_length_and_learning_rate_vary_the_objectives_own_settings():
@@ -69,10 +69,12 @@ def test_length_and_learning_rate_vary_the_objectives_own_settings():
         return arm_config(config, Arm(**{**arm.__dict__, **changes}), 3).dpo
 
     assert (varied(epochs=16).max_steps, varied(epochs=16).epochs) == (None, 16)
-    assert varied(learning_rate=3.0, length=0.5).learning_rate == pytest.approx(3 * own.learning_rate)
-    assert varied(length=0.5).max_steps == own.max_steps // 2 and varied(length=0.5).seed == 3
+    assert varied(rate_factor=3.0, length_factor=0.5).learning_rate == pytest.approx(3 * own.learning_rate)
+    shorter = varied(length_factor=0.5)
+    assert (shorter.max_steps, shorter.seed) == (own.max_steps // 2, 3)
     paper_like = sd15("a/b", "p.txt")
-    assert arm_config(paper_like, Arm(**{**arm.__dict__, "prompts": 100_000, "length": 0.5}), 0).dpo.max_steps == 3125
+    half = Arm(**{**arm.__dict__, "prompts": 100_000, "length_factor": 0.5})
+    assert arm_config(paper_like, half, 0).dpo.max_steps == 3125
 
 
 def test_each_arm_takes_the_best_of_its_trials(finished):
@@ -81,15 +83,15 @@ def test_each_arm_takes_the_best_of_its_trials(finished):
     arms = {row.label: row.arm for table in ablation.tables if table.number == "1" for row in table.rows}
     for label, arm in arms.items():
         trials = run_trials(shared, arm)
-        assert [[trial.learning_rate, trial.length] for trial in trials] == TRIALS
+        assert [[trial.rate_factor, trial.length_factor] for trial in trials] == TRIALS
         best = max(trials, key=lambda trial: trial.win_rate)
         for seed in range(2):
             record = measure.run_arm(shared, arm, seed)
             assert record.trials == trials and record.seconds > 0
             made = ablation.run.store.read_json(f"models/{record.model_id}/config.json")["config"]
             own = 1e-3 if label == "AlignProp" else 5e-2
-            assert made["learning_rate"] == pytest.approx(own * best.learning_rate), label
-            assert made["max_steps"] == max(1, round(2 * best.length)) and made["seed"] == seed
+            assert made["learning_rate"] == pytest.approx(own * best.rate_factor), label
+            assert made["max_steps"] == max(1, round(2 * best.length_factor)) and made["seed"] == seed
     judged = {prompt for shard in shared.validation.target_images.shards for prompt in shard.prompts}
     assert judged == set(ablation.trial_prompts.prompts) and len(judged) == 5
 

@@ -253,7 +253,7 @@ def test_the_data_set_is_found_by_key_or_id_or_as_the_only_one(store):
         "triplets/6-abc"}
     make_triplets(store, [pair(0)], name="1-new", card=None)
     assert find_triplets(store, None) == "triplets/6-abc"
-    with pytest.raises(InputError, match="1-new is no finished data set .* it has triplets/6-abc; .* README"):
+    with pytest.raises(InputError, match="1-new is not a finished data set .* it has triplets/6-abc; .* README"):
         find_triplets(store, "1-new")
     make_triplets(store, [pair(0)], name="1-other")
     with pytest.raises(InputError, match="holds 2 finished data sets of triplets, expected one where none is named"):
@@ -277,7 +277,8 @@ def test_the_command(store, tmp_path, capsys):
     assert main([*command, "--limit", "4"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed == ["Pairs of triplets/6-abc: 4 written (there before: 0) of 4 read",
+                       "Captions of several lines, made one: 1",
                        str(tmp_path / "out" / "dataset_config.toml")]
     assert main([*command, "--triplets", "none"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("hgdpo: error: none is no finished data set") and error.count("\n") == 1
+    assert error.startswith("hgdpo: error: none is not a finished data set") and error.count("\n") == 1

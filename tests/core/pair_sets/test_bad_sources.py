@@ -69,7 +69,7 @@ def test_addresses_that_cannot_be_listed_or_hold_secrets(tmp_path):
     assert "cannot be listed over http" in refusal("https://example.com/pairs.parquet")
     secret = refusal("s3://key:word@bucket/pairs")
     assert "password" in secret and "word@" not in secret
-    assert "revision main is of a data set on the hub" in refusal(tmp_path, revision="main")
+    assert "revision main names a commit of the hub" in refusal(tmp_path, revision="main")
 
 
 def test_lists_that_are_none(tmp_path):
@@ -100,7 +100,7 @@ def test_a_cut_archive_and_a_small_disk_are_refused(tmp_path, monkeypatch):
             stage.make(Worker("cpu"))
     archive = (folder / "train.tar.gz").read_bytes()
     (folder / "train.tar.gz").write_bytes(archive[:len(archive) // 2])
-    with pytest.raises(InputError, match="cut off or no tar file"):
+    with pytest.raises(InputError, match="cut off or not a tar file"):
         stage.make(Worker("cpu"))
     (folder / "train.tar.gz").write_bytes(archive)
     assert stage.make(Worker("cpu")) == 1 and stage.counts().triplets == 1

@@ -1,24 +1,28 @@
 """AlignProp: its gradient against a plain implementation and differences, its sampler against diffusers, whole runs."""
 
 import copy
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import tiny_run
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from tiny import SD15, tiny_unet
 from torch import nn
 
 from hgdpo_core.config import ScorerConfig, TargetConfig
-from hgdpo_core.errors import ConfigError, StoppedError
+from hgdpo_core.errors import ConfigError, ModelError, StoppedError
 from hgdpo_core.models import Conditioning, find_model, load_backbone
 from hgdpo_core.models.ddpm import DdpmSchedule
 from hgdpo_core.models.lora import lora_state
 from hgdpo_core.models.sampling import make_ddim, sample_with_gradient
 from hgdpo_core.models.sd15 import UnetDenoiser
 from hgdpo_core.pipeline import embed_prompts, run_all, train_lora, write_report
+from hgdpo_core.plan import plan_run
 from hgdpo_core.presets import figures
+from hgdpo_core.report.model_card import render_card
 from hgdpo_core.run import open_run
 from hgdpo_core.storage import Store
 from hgdpo_core.training.alignprop import AlignPropTraining, LiveSteps, Reward, prepare_alignprop
@@ -26,6 +30,8 @@ from hgdpo_core.training.base import Hooks
 from hgdpo_core.training.checkpoints import Checkpoints
 from hgdpo_core.training.data import PromptBatch, epoch_order, sample_generator
 from hgdpo_core.training.loop import run_training
+from hgdpo_core.training.objective import find_objective
+from hgdpo_core.training.request import TrainRequest, result_id, run_train
 
 STEPS, GUIDANCE = 5, 2.0
 SHAPE = (4, 8, 8)
@@ -35,7 +41,7 @@ def settings(**changes) -> AlignPropTraining:
     return AlignPropTraining(**{
         "batch_size": 2, "global_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2, "lora_rank": 4,
         "mixed_precision": "no", "seed": 11, "width": 16, "height": 16, "steps": STEPS, "guidance_scale": GUIDANCE,
-        "scorer": ScorerConfig(), **changes})
+        "scorer": ScorerConfig(), "scorer_fingerprint": "", **changes})
 
 
 class Codec:
@@ -303,6 +309,13 @@ def test_a_run_needs_no_pool_and_gives_a_lora_and_a_report(parameters, tmp_path)
     page = run.store.read_bytes(run.key("report.html")).decode()
     assert "AlignProp" in page and "Reward" in page and "DPO loss" not in page
     assert (summary["pool_images"], summary["triplets"]) == (0, 0)
+    assert "AlignProp on" in page and "was the reward of the training" in page
+    assert "chose the training pairs" not in page
+    card = render_card(run.config, summary, kohya_name="x.safetensors", fused=False)
+    assert "(AlignProp)" in card and "arXiv:2310.03739" in card and "PickScore was its reward" in card
+    for false in ("Direct Preference Optimization", "best against worst", "winners and losers", "matching loss",
+                  "- dpo", '"dpo"'):
+        assert false not in card, false
     again = run_all(open_run(root=str(tmp_path / "root"), **parameters))
     assert again.made.lora.existing
 
@@ -323,6 +336,36 @@ def test_the_reward_enters_the_id_and_its_settings_only_the_ids_of_its_own_runs(
     assert config.identity("run") == changed.identity("run")
     assert config.model_copy(update={"objective": "alignprop"}).identity("run") != changed.model_copy(
         update={"objective": "alignprop"}).identity("run")
+
+
+def test_a_worker_takes_the_reward_that_was_planned_and_refuses_another(parameters, tmp_path, judge_folder):
+    own = tmp_path / "judge"
+    shutil.copytree(judge_folder, own)
+    parameters["overrides"] |= {"scorer.source": str(own)}
+    run = open_run(root=str(tmp_path / "root"), **parameters)
+    stage = embed_prompts(run, run.target)
+    config = find_objective("alignprop").settings(run.config)
+    copied, here = (TrainRequest.of("alignprop", run.target, stage.folder, stage.indices, config, copy_to_store=copy)
+                    for copy in (True, False))
+    weights = load_file(own / "model.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in weights.items()}, own / "model.safetensors")
+    with pytest.raises(ModelError, match="scorer pickscore"):
+        run_train(here)
+    shutil.rmtree(own)
+    assert run_train(copied).model_id == result_id(here)
+
+
+def test_a_plan_knows_its_stages_and_a_probe_takes_the_average_step(parameters, tmp_path):
+    run = open_run(root=str(tmp_path / "root"), dry=True, **parameters | {"images": None})
+    plan = plan_run(run, with_probe=True)
+    names = [stage.stage for stage in plan.stages]
+    assert names[:2] == ["prompt embeddings", "alignprop"] and "pool" not in names
+    training = plan.stages[1]
+    assert (training.missing, training.unit) == (2, "steps") and training.seconds > 0
+    assert not any("length of training" in note for note in plan.notes)
+    alignprop = find_objective("alignprop")
+    assert alignprop.average_step(settings()).live_steps == 3
+    assert alignprop.average_step(settings(live_steps=2)).live_steps == 2
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -166,8 +166,11 @@ def test_an_unfit_source_is_refused_before_a_model_loads(biases, model, latents,
 def test_an_unknown_objective_is_refused_in_one_line(model, latents):
     with pytest.raises(ConfigError, match="no training objective 'kto': expected one of sft, dpo"):
         find_objective("kto")
-    with pytest.raises(ValidationError, match="expected one of sft, dpo"):
+    with pytest.raises(ConfigError, match="no training objective 'kto': expected one of sft, dpo"):
         TrainRequest.of("kto", model, latents, [0], settings())
+    request = TrainRequest.of("sft", model, latents, [0], settings()).model_dump(mode="json")
+    with pytest.raises(ValidationError, match="expected one of sft, dpo"):
+        TrainRequest.model_validate(request | {"kind": "kto"})
 
 
 def test_each_objective_is_listed_under_its_own_name():

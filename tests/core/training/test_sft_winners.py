@@ -16,6 +16,7 @@ from hgdpo_core.models.ddpm import draw_timesteps
 from hgdpo_core.models.lora import add_lora, lora_state
 from hgdpo_core.pipeline import run_all, write_report
 from hgdpo_core.presets import build_config
+from hgdpo_core.report.model_card import render_card
 from hgdpo_core.run import open_run
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
@@ -145,6 +146,9 @@ def test_a_run_by_that_objective_gives_a_lora_that_plain_diffusers_loads(target_
     write_report(run, result)
     page = run.store.read_bytes(run.key("report.html")).decode()
     assert "Fine-tuning on winners" in page and "DPO loss" not in page
+    card = render_card(run.config, write_report(run, result).summary, kohya_name="x.safetensors", fused=False)
+    assert "(Fine-tuning on winners)" in card and "best against worst" in card and "Preference Optim" not in card
+    assert "- sft-winners" in card and "matching loss" not in card
 
 
 @pytest.mark.parametrize(("name", "message"), [
