@@ -43,9 +43,9 @@ and mark its images as generated.
 
 - Better images cost diversity: the higher the LoRA weight, the more alike the images of different seeds become, and
   the blurrier their backgrounds (section B.1; the paper uses weight 0.5).
-- Fingers and other fine anatomy improve little: the scorer that the training follows hardly sees them (B.2).
+- Fingers and other fine anatomy improve little: the scorer used in training hardly sees them (B.2).
 - The preferences of the target model and of the scorer become stronger in this model, their biases included. A win rate
-  by the scorer that the training follows shows that tuning reached its aim, not that people agree.
+  by the scorer used in training shows that tuning reached its aim, not that people agree.
 """
 
 

@@ -20,7 +20,7 @@ UNDEFINED = "not defined"
 
 def win_rates(data: ReportData) -> str:
     """Bars with error bars, the table in the form of the paper's Table 1, counts, and mean scores."""
-    comparison, origin = data.comparison, "<small>the training follows it</small>"
+    comparison, origin = data.comparison, "<small>used in training</small>"
     bars = "".join(f"<li><span>{escape(scorer_title(name))}</span><b>{percent(rate.rate)}</b>"
                    f"{origin if name == data.training_scorer else ''}{rate_bar(rate)}</li>"
                    for name, rate in comparison.win_rates.items())

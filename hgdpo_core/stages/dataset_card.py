@@ -86,13 +86,13 @@ def render_pair_card(triplets: ShardFolder, manifests: Sequence[ShardManifest], 
     return f"""{_front_matter(manifests, rows, facts.licence, schema)}
 # Preference pairs of {facts.name} for Diffusion-DPO
 
-Triplets (prompt, winner, loser) of a data set that others made and labelled: read, filtered, scaled.
+Triplets (prompt, winner, loser) from a data set that others made and labelled, filtered and scaled.
 
 - source: {source}
 - revision: `{facts.revision}`
 - licence: {facts.licence}
 - triplets: {rows:,}
-- images: {config["width"]}x{config["height"]} pixels, scaled to cover that size, the middle cut out
+- images: {config["width"]}x{config["height"]} pixels, scaled to cover that size and cropped at the centre
 - files: {len(manifests):,}, {megabytes:,.1f} MB
 - prompts: {"about people only" if config["human_only"] else "about anything"}, by version {config["filter_version"]} \
 of the lists of words
@@ -108,7 +108,7 @@ the columns up to `are_different` are named as in Pick-a-Pic v2; ours stand behi
 {table.markdown()}
 
 A pair counts under the first reason that is found; `rejected/` names each. Prompts that join a minor with a sexual word
-are always dropped, by no setting kept, and not copied.{_sexual_note(config)}
+are always dropped, whatever the settings, and are not copied.{_sexual_note(config)}
 
 ## How they were made
 
@@ -121,9 +121,9 @@ are always dropped, by no setting kept, and not copied.{_sexual_note(config)}
 def _licence_warning(facts: PairFacts) -> str:
     if facts.licence != UNKNOWN_LICENCE:
         return ""
-    return (f"\n**Warning: no licence of {facts.name} is known.** Without one nothing permits to pass on its images\n"
-            "and prompts, or what was made of them: ask its authors before you publish this folder or a model trained\n"
-            "on it.\n")
+    return (f"\n**Warning: no licence of {facts.name} is known.** Without one, its images and prompts, and what was\n"
+            "made of them, may not be passed on: ask its authors before you publish this folder or a model trained on\n"
+            "it.\n")
 
 
 def _sexual_note(config: Mapping[str, Any]) -> str:

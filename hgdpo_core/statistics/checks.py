@@ -125,7 +125,7 @@ def check_scorers(win_rates: Mapping[str, WinRate], training_scorer: str) -> Run
         return None
     word = "a loss" if any(rate.ci_high is not None and rate.ci_high < 0.5 for rate in apart.values()) else "no gain"
     return RunWarning(
-        "parted_judges", f"The scorers disagree: the one that the training follows prefers the tuned "
+        "parted_judges", f"The scorers disagree: the one used in training prefers the tuned "
         f"model ({_describe({training_scorer: trained})}), but an independent scorer sees "
         f"{word} ({_describe(apart)}). The LoRA may satisfy its scorer instead of people: "
         "look at the images, train for fewer steps, lower evaluation.lora_weight, or rank by "
@@ -142,7 +142,7 @@ def check_defects(win_rates: Mapping[str, WinRate], defects: Mapping[str, Defect
     rises = "; ".join(f"{name}: {100 * change.target:.1f} % before, {100 * change.tuned:.1f} % after"
                       for name, change in risen.items())
     return RunWarning(
-        "more_defects", f"More defects: {training_scorer}, which the training follows, prefers the tuned "
+        "more_defects", f"More defects: {training_scorer}, which was used in training, prefers the tuned "
         f"model, but more of its images are defective ({rises}). Look at the images, train "
         "for fewer steps, or lower evaluation.lora_weight.")
 

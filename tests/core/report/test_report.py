@@ -195,7 +195,7 @@ def test_numbers_and_sections_are_on_the_page():
 def test_intervals_defects_and_warnings_are_on_the_page():
     text = Page(render_report(FULL)).text
     for words in ("−90.0° to +60.0°", "+0.667", "Defective images", "100.0 %", "−50.0 points", "+0.50 % to +2.00 %",
-                  "nearly cancel out", "0.02 and 0.03", "the training follows it", "sign test",
+                  "nearly cancel out", "0.02 and 0.03", "used in training", "sign test",
                   "changed by −12.3\u00a0%", "Collapse: a man", "Rise of the error", "its score by PickScore"):
         assert words in text, words
     # a warning is the first thing under the headline, the rate in the paper's shape before its counts
