@@ -1,6 +1,7 @@
-"""What comes with the package under one source name: a target, two scorers, prompts and captioned images.
+"""What comes with the package under one source name: a target, two scorers, prompts and captioned images; and under
+another a second target, whose images stand in for those of public preference data sets.
 
-The only file outside `figures/` and the preset that resolves the name.
+The only file outside `figures/` and the preset that resolves the names.
 """
 
 from pathlib import Path
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from hgdpo_core.storage import Store
 
 SOURCE = "figures"
+FOREIGN_SOURCE = "figures-foreign"
+"""A target that shares the built-in one's VAE: a stand-in for the generators of public preference data sets."""
 SPLITS = ("train", "validation", "test")
 SFT_IMAGES = 512
 DATA_SET = "figures setting"
@@ -24,11 +27,26 @@ def is_built_in(source: str | None) -> bool:
     return source == SOURCE
 
 
-def find_target() -> Path:
-    """The diffusers folder of the target."""
+def is_built_in_target(source: str | None) -> bool:
+    """Whether a target's source names one of those that come with the package."""
+    return source in (SOURCE, FOREIGN_SOURCE)
+
+
+def find_target(source: str) -> Path:
+    """The diffusers folder of a built-in target."""
     from hgdpo_core import figures
 
-    return figures.target_path()
+    return {SOURCE: figures.target_path, FOREIGN_SOURCE: figures.foreign_path}[source]()
+
+
+def shared_vae(source: str) -> str | None:
+    """The source whose VAE a built-in target is completed by; None for a target that holds its own."""
+    return SOURCE if source == FOREIGN_SOURCE else None
+
+
+def find_vae() -> Path:
+    """The diffusers folder of the built-in target's VAE."""
+    return find_target(SOURCE) / "vae"
 
 
 def find_scorer_weights(name: str) -> Path:
@@ -38,12 +56,14 @@ def find_scorer_weights(name: str) -> Path:
     return {"pickscore": figures.judge_path, "inspector": figures.inspector_path}[name]()
 
 
-def holds(path: Path) -> bool:
-    """Whether a folder is one of the package's own models."""
+def source_of(path: Path) -> str | None:
+    """The source under which a folder of the package's own models is found; None for any other folder."""
     from hgdpo_core import figures
 
-    own = (figures.target_path, figures.judge_path, figures.inspector_path)
-    return path.resolve() in {folder().resolve() for folder in own}
+    if path.resolve() == figures.foreign_path().resolve():
+        return FOREIGN_SOURCE
+    own = (figures.target_path, figures.judge_path, figures.inspector_path, find_vae)
+    return SOURCE if path.resolve() in {folder().resolve() for folder in own} else None
 
 
 def read_prompts(split: str, limit: int | None) -> tuple[str, ...]:

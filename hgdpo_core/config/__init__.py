@@ -44,7 +44,8 @@ class TargetConfig(StageConfig):
     Captions of SFT images are plain, whatever the syntax of prompts: in descriptions brackets are text.
     """
 
-    source: str = Field(description='hub id, diffusers folder, .safetensors or .ckpt file; "figures" is built in')
+    source: str = Field(description='hub id, diffusers folder, .safetensors or .ckpt file; "figures" is built in, and '
+                        '"figures-foreign", a stand-in for the generators of public preference data')
     revision: str | None = Field(default=None, description="commit, branch or tag of a hub id")
     vae: str | None = Field(default=None, description="replaces the target's: diffusers folder, single file or hub id")
     component_configs: str | None = Field(

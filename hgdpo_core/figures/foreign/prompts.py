@@ -14,10 +14,10 @@ import numpy as np
 
 from ..people import PLACES, SPLITS, TOPS, Figure, caption, figures_of, parse_caption, prompts, split_of
 
-PARTS = {"house": "roof", "tree": "trunk", "ball": "stripe", "boat": "sail", "cat": "collar", "car": "top",
-         "mushroom": "stem", "flower": "middle"}
+PARTS = {"house": "roof", "tree": "trunk", "ball": "band", "boat": "sail", "cat": "bow", "car": "top",
+         "mushroom": "stem", "rose": "heart"}
 """The things, and the part of each that has a colour of its own."""
-VOCABULARIES = {"size": ("big", "small"), "colour": TOPS, "thing": tuple(PARTS), "part_colour": TOPS, "place": PLACES}
+VOCABULARIES = {"size": ("big", "tiny"), "colour": TOPS, "thing": tuple(PARTS), "part_colour": TOPS, "place": PLACES}
 WITHOUT_PEOPLE = 0.3
 """The fraction of foreign prompts that are still lives."""
 
@@ -47,7 +47,7 @@ Scene = Figure | StillLife
 
 
 def still_life_caption(still: StillLife) -> str:
-    """The caption of a still life, such as "a small green cat with an orange collar, at the beach"."""
+    """The caption of a still life, such as "a tiny green cat with an orange bow, at the beach"."""
     article = "an" if still.part_colour[0] in "aeiou" else "a"
     return (f"a {still.size} {still.colour} {still.thing} with {article} {still.part_colour} {PARTS[still.thing]}, "
             f"{still.place}")

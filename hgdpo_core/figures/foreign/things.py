@@ -26,8 +26,8 @@ def tree(colour: Colour, trunk: Colour) -> list[Shape]:
             Shape(((0, -84),), 58, colour)]
 
 
-def ball(colour: Colour, stripe: Colour) -> list[Shape]:
-    return [Shape(((0, -48),), 96, colour), Shape(((-34, -48), (34, -48)), 26, stripe, outlined=False)]
+def ball(colour: Colour, band: Colour) -> list[Shape]:
+    return [Shape(((0, -48),), 96, colour), Shape(((-34, -48), (34, -48)), 26, band, outlined=False)]
 
 
 def boat(colour: Colour, sail: Colour) -> list[Shape]:
@@ -35,12 +35,12 @@ def boat(colour: Colour, sail: Colour) -> list[Shape]:
             Shape(((6, -108), (6, -44), (52, -44)), 0, sail)]
 
 
-def cat(colour: Colour, collar: Colour) -> list[Shape]:
+def cat(colour: Colour, bow: Colour) -> list[Shape]:
     eyes = [Shape(((x, -80),), 8, DARK, outlined=False) for x in (-10, 10)]
     ears = [Shape(((s * 25, -84), (s * 22, -114), (s * 4, -98)), 0, colour) for s in (-1, 1)]
     tail = Shape(((20, -12), (46, -16), (50, -50)), 14, colour)
     return [tail, Shape(((0, -24), (0, -36)), 50, colour), *ears, Shape(((0, -80),), 50, colour), *eyes,
-            Shape(((-15, -53), (15, -53)), 14, collar, outlined=False)]
+            Shape(((-15, -53), (15, -53)), 14, bow, outlined=False)]
 
 
 def car(colour: Colour, top: Colour) -> list[Shape]:
@@ -55,16 +55,16 @@ def mushroom(colour: Colour, stem: Colour) -> list[Shape]:
     return [Shape(((0, -16), (0, -46)), 34, stem), Shape(cap, 0, colour)]
 
 
-def flower(colour: Colour, middle: Colour) -> list[Shape]:
+def rose(colour: Colour, heart: Colour) -> list[Shape]:
     around = [math.radians(angle) for angle in range(-90, 270, 72)]
     petals = [Shape(((26 * math.cos(a), -76 + 26 * math.sin(a)),), 38, colour) for a in around]
-    return [Shape(((0, -4), (0, -60)), 14, LEAF), *petals, Shape(((0, -76),), 28, middle, outlined=False)]
+    return [Shape(((0, -4), (0, -60)), 14, LEAF), *petals, Shape(((0, -76),), 28, heart, outlined=False)]
 
 
 MAKERS: dict[str, Callable[[Colour, Colour], list[Shape]]] = {
     "house": house, "tree": tree, "ball": ball, "boat": boat, "cat": cat, "car": car, "mushroom": mushroom,
-    "flower": flower}
-SCALES = {"small": (1.1, 1.25), "big": (1.6, 1.8)}
+    "rose": rose}
+SCALES = {"tiny": (1.1, 1.25), "big": (1.6, 1.8)}
 
 
 def tear(shapes: list[Shape], rng: np.random.Generator) -> list[Shape]:
