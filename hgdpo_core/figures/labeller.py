@@ -68,8 +68,8 @@ class Labeller(nn.Module):
         pairs = torch.full((len(captions), LENGTH, 2), PADDING)
         for row, caption in zip(pairs, captions, strict=True):
             ids = [self.ids.get(word, UNKNOWN_WORD) for word in WORD.findall(caption.lower())]
-            found = torch.tensor(list(zip(ids, [*ids[1:], UNKNOWN_WORD], strict=True))[:LENGTH]).reshape(-1, 2)
-            row[:len(found)] = found
+            neighbours = list(zip(ids, [*ids, UNKNOWN_WORD][1:], strict=True))[:LENGTH]
+            row[:len(neighbours)] = torch.tensor(neighbours, dtype=torch.long).reshape(-1, 2)
         return pairs
 
     def describe(self, pairs: Tensor, images: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def test_the_labels_are_the_labellers_and_the_counts_add_up(written, labeller):
     folder, counts = written
     rows, network = read(folder), load_labeller(labeller)
     for row in rows:
-        sides = [np.asarray(Image.open(io.BytesIO(row[name])))[None] for name in ("jpg_0", "jpg_1")]
+        sides = [np.array(Image.open(io.BytesIO(row[name])))[None] for name in ("jpg_0", "jpg_1")]
         p = float(prefer_first(network, [row["caption"]], *sides))
         expected = 0.5 if abs(p - 0.5) < TIE_BAND else float(p > 0.5)
         assert row["label_0"] == expected or abs(abs(p - 0.5) - TIE_BAND) < 1e-3  # a batch rounds in another way
