@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 SOURCE = "figures"
 FOREIGN_SOURCE = "figures-foreign"
-"""A target that shares the built-in one's VAE: a stand-in for the generators of public preference data sets."""
+"""A target that shares the built-in one's VAE, and its prompts, of which some name no person: stand-ins for the
+generators and prompts of public preference data sets."""
 SPLITS = ("train", "validation", "test")
 SFT_IMAGES = 512
 DATA_SET = "figures setting"
@@ -27,8 +28,8 @@ def is_built_in(source: str | None) -> bool:
     return source == SOURCE
 
 
-def is_built_in_target(source: str | None) -> bool:
-    """Whether a target's source names one of those that come with the package."""
+def is_any_built_in(source: str | None) -> bool:
+    """Whether the source of a target or of prompts is one of the two that come with the package."""
     return source in (SOURCE, FOREIGN_SOURCE)
 
 
@@ -66,13 +67,14 @@ def source_of(path: Path) -> str | None:
     return SOURCE if path.resolve() in {folder().resolve() for folder in own} else None
 
 
-def read_prompts(split: str, limit: int | None) -> tuple[str, ...]:
-    """The first prompts of a split; InputError without a limit."""
-    from hgdpo_core import figures
+def read_prompts(source: str, split: str, limit: int | None) -> tuple[str, ...]:
+    """The first prompts of a split of a built-in source; InputError without a limit."""
+    from hgdpo_core.figures import prompts
+    from hgdpo_core.figures.foreign import foreign_prompts
 
     if limit is None:
-        raise InputError(f'prompts from "{SOURCE}" need a limit: there are far more of them than a run can use')
-    return tuple(figures.prompts(split, limit, seed=0))
+        raise InputError(f'prompts from "{source}" need a limit: there are far more of them than a run can use')
+    return tuple({SOURCE: prompts, FOREIGN_SOURCE: foreign_prompts}[source](split, limit, seed=0))
 
 
 def find_images(store: "Store") -> Path:

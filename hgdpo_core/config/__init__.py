@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from hgdpo_core.built_in import DATA_SET, SPLITS, is_built_in
+from hgdpo_core.built_in import DATA_SET, SPLITS, is_any_built_in
 from hgdpo_core.config.base import ADDED, NO_ID, OWN_TO_RUNS, InIds, StageConfig, number
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -24,7 +24,7 @@ class PromptSource(StageConfig):
     """Where prompts come from: a file at a path or fsspec URL, a data set of the hub or a folder, built in."""
 
     source: str = Field(description='txt, csv, tsv, jsonl or parquet at a path or URL; hub id or folder of a data set; '
-                                    '"figures" is built in')
+                                    '"figures" is built in, and "figures-foreign", of which some name no person')
     split: str = Field(default="train", description='of a data set; of built-in prompts train, validation or test')
     subset: str | None = Field(default=None, description="configuration of a data set that has several")
     column: str | None = Field(default=None, description="column of a table; default: prompt, Prompt, caption or text")
@@ -33,7 +33,7 @@ class PromptSource(StageConfig):
 
     @model_validator(mode="after")
     def _split_exists(self) -> Self:
-        if is_built_in(self.source) and self.split not in SPLITS:
+        if is_any_built_in(self.source) and self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}, but the {DATA_SET} has {', '.join(SPLITS)}")
         return self
 

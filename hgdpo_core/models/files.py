@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import snapshot_download
 
-from hgdpo_core.built_in import find_target, find_vae, is_built_in, is_built_in_target, shared_vae
+from hgdpo_core.built_in import find_target, find_vae, is_any_built_in, is_built_in, shared_vae
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ModelError, first_line
@@ -72,7 +72,7 @@ def find_files(config: TargetConfig) -> TargetFiles:
 
 
 def _locate(config: TargetConfig) -> tuple[Path, str | None]:
-    if is_built_in_target(config.source):
+    if is_any_built_in(config.source):
         return find_target(config.source), None
     download = partial(StableDiffusionPipeline.download, config.source, revision=config.revision, use_safetensors=True)
     path = find_or_download("model", config.source, download, "a diffusers folder, a single file "

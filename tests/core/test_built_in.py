@@ -36,6 +36,8 @@ def test_every_kind_of_input_has_a_built_in_one():
     assert find_scorer("inspector", None) == find_scorer("inspector", built_in.SOURCE)
     prompts = [read_prompts(PromptSource(source=built_in.SOURCE, split=split, limit=3)) for split in built_in.SPLITS]
     assert len({prompt for known in prompts for prompt in known.prompts}) == 9
+    foreign = read_prompts(PromptSource(source=built_in.FOREIGN_SOURCE, limit=20)).prompts
+    assert sum(prompt.startswith(("a big", "a tiny")) for prompt in foreign) == 6
     with pytest.raises(InputError, match="need a limit"):
         read_prompts(PromptSource(source=built_in.SOURCE))
 

@@ -20,7 +20,7 @@ from .target import TextToNoise, fit_to_latents, save_pipeline
 from .tokenizer import TARGET_TOKENS, load_tokenizer, text_settings
 from .vae import LATENT_CHANNELS, encode
 
-PLAN = Plan(steps=2400, batch=32, learning_rate=1.2e-3, warm_up=100)
+PLAN = Plan(steps=1400, batch=32, learning_rate=1.5e-3, warm_up=100)
 IMAGES = 10000
 SEED = 2000  # apart from those of all other networks
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"

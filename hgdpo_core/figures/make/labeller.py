@@ -15,7 +15,7 @@ from .judge_data import augment
 from .labeller_data import KINDS, TRAINING_KINDS, LabelledPairs, cached_pairs, make_labelled_pairs
 from .loop import Plan, train
 
-PLAN = Plan(steps=1600, batch=32, learning_rate=2e-3, weight_decay=0.02)
+PLAN = Plan(steps=1000, batch=32, learning_rate=2e-3, weight_decay=0.02)
 PAIRS = 5000
 VALIDATION_PAIRS = 400
 SEED = 3000  # apart from those of all other networks

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -10,19 +11,22 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from hgdpo_core.built_in import FOREIGN_SOURCE, SOURCE
-from hgdpo_core.config import TargetConfig
+from hgdpo_core.config import PoolConfig, PromptSource, SamplerConfig, TargetConfig
 from hgdpo_core.errors import InputError
 from hgdpo_core.figures import DEFECTS, judge_path, labeller_path, parse_caption, prompts, render, target_path
 from hgdpo_core.figures.dataset import render_batch, to_model_range
 from hgdpo_core.figures.foreign import defects_of, scene_caption
+from hgdpo_core.figures.foreign_pairs import first_two_of, write_foreign_pairs
 from hgdpo_core.figures.labeller import load_labeller, prefer_first
 from hgdpo_core.figures.make.card import write_card
 from hgdpo_core.figures.make.evaluation import Judge
 from hgdpo_core.figures.make.labeller_data import render_view, sample_views
 from hgdpo_core.figures.make.stages import STAGES
 from hgdpo_core.models import find_model
+from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.models.model import load_pipeline
+from hgdpo_core.prompts import read_prompts
 from hgdpo_core.scorers import load_scorer
 from hgdpo_core.scorers.inspector import DEFECT_BELOW
 from hgdpo_core.storage import Store
@@ -192,6 +196,20 @@ def test_a_worker_finds_the_foreign_generator_under_its_name(tmp_path):
     recipe = model_locations(store, model, copy_to_store=True)
     assert recipe["model"]["source"] == FOREIGN_SOURCE and recipe["vae"]["source"] == SOURCE
     assert find_located_model(store, model.identity(), recipe) == model
+
+
+def test_stand_in_pairs_by_the_shipped_networks(tmp_path):
+    """As a run would make them: two images of a pool for each foreign prompt, labelled, with people and without."""
+    sampler = SamplerConfig(width=64, height=64, steps=6, guidance_scale=3.0)
+    model = find_model(TargetConfig(source=FOREIGN_SOURCE))
+    generator = ImageGenerator(model, sampler, PoolConfig(images_per_prompt=2, batch_size=10), "cpu")
+    texts = read_prompts(PromptSource(source=FOREIGN_SOURCE, limit=10)).prompts
+    counts = write_foreign_pairs(tmp_path / "pairs", texts, first_two_of(generator), labeller=labeller_path(),
+                                 model=FOREIGN_SOURCE, fingerprint=model.fingerprint)
+    assert counts.pairs == 10 == counts.first_preferred + counts.second_preferred + counts.ties
+    table = pq.read_table(tmp_path / "pairs" / "data")
+    assert table["caption"].to_pylist() == list(texts)
+    assert set(table["model_0"].to_pylist()) == {"figures-foreign (stand-in)"}
 
 
 def test_the_card_is_what_the_metrics_say(tmp_path):
