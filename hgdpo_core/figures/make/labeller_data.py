@@ -55,9 +55,9 @@ def sample_views(split: str, count: int, rng: np.random.Generator) -> list[tuple
 
 def render_view(view: int, scene: Scene, seed: int, defect: str | None) -> np.ndarray:
     """uint8 `[64,64,3]`."""
-    own = view == 0 and isinstance(scene, Figure)
-    image = render(scene, seed, defect=defect) if own else render_foreign(scene, seed, defect=defect)
-    return np.asarray(image)
+    if view == 0 and isinstance(scene, Figure):
+        return np.asarray(render(scene, seed, defect=defect))
+    return np.asarray(render_foreign(scene, seed, defect=defect))
 
 
 def make_labelled_pairs(vae: AutoencoderKL, count: int, *, split: str, seed: int,
