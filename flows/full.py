@@ -18,7 +18,7 @@ from tasks.prepare import prepare, show_plan, show_settings
 from tasks.report import conclude, publish
 from tasks.score import score_evaluation, score_pool
 from tasks.training import train_lora, tune_target
-from tasks.triplets import embed_prompts, encode_triplets, make_triplets, measure_distances
+from tasks.triplets import embed_prompts, encode_triplets, make_triplets, measure_distances, read_pairs
 from tasks.ui import explain_own_errors, stage_progress
 
 
@@ -53,21 +53,25 @@ def _run(run: Run, runner: Runner, times: StageTimes, on: StageProgress) -> Stat
     """The steps of `hgdpo_core.pipeline.run_all`, one task each."""
     with times.stage("sft", makes=run.images is not None):
         target, sft_log = tune_target(run, runner, on)
-    ranked = None
-    if run.trains_on_prompts:
+    ranked = pairs = None
+    if run.trains_on == "prompts":
         with times.stage("prompt_embeds"):
             data = embed_prompts(run, target, runner, on)
     else:
-        with times.stage("pool"):
-            pool = make_pool(run, target, runner, on)
-        with times.stage("score"):
-            scores = score_pool(run, pool, runner, on)
-        with times.stage("triplets"):
-            triplets = make_triplets(run, pool, scores, runner, on)
+        if run.trains_on == "pairs":
+            with times.stage("pairs"):
+                triplets = pairs = read_pairs(run, runner, on)
+        else:
+            with times.stage("pool"):
+                pool = make_pool(run, target, runner, on)
+            with times.stage("score"):
+                scores = score_pool(run, pool, runner, on)
+            with times.stage("triplets"):
+                triplets = make_triplets(run, pool, scores, runner, on)
+            with times.stage("distances"):
+                ranked = Ranked(pool, scores, triplets, measure_distances(run, pool, scores, target, runner, on))
         with times.stage("latents"):
             data = encode_triplets(run, triplets, target, runner, on)
-        with times.stage("distances"):
-            ranked = Ranked(pool, scores, triplets, measure_distances(run, pool, scores, target, runner, on))
     with times.stage(run.config.objective):
         lora = train_lora(run, target, data, runner, on)
 
@@ -78,5 +82,5 @@ def _run(run: Run, runner: Runner, times: StageTimes, on: StageProgress) -> Stat
         image_scores = score_evaluation(run, images, runner, on)
         comparison = compare_models(run, images, image_scores)
         warnings = check_tuning(run, lora, comparison)
-    made = Made(target, sft_log, ranked, lora, images, image_scores)
+    made = Made(target, sft_log, ranked, pairs, lora, images, image_scores)
     return conclude(publish(run, Result(made, comparison, warnings), times))

@@ -15,7 +15,7 @@ from prefect.states import State
 from flows.children import cancel_children
 from flows.runner import ShardRunnerName, choose_runner
 from flows.watch import answer_stop, watch_this_run
-from hgdpo_core.built_in import is_built_in
+from hgdpo_core.built_in import is_any_built_in
 from hgdpo_core.config import WorkersConfig
 from hgdpo_core.errors import ConfigError, StoppedError
 from hgdpo_core.execution.runner import Runner
@@ -51,7 +51,7 @@ def refuse_relative_paths(**given: str | None) -> None:
     if deployment.id is None:
         return
     for name, value in given.items():
-        if value and not is_built_in(value) and _is_relative(value, is_root=name == "root"):
+        if value and not is_any_built_in(value) and _is_relative(value, is_root=name == "root"):
             raise ConfigError(f"{name} is the relative path {value!r}, which a worker would look up in its own folder "
                               f"({Path.cwd()}): give the absolute path, or a URL that all workers reach")
 

@@ -1,6 +1,7 @@
-"""What comes with the package under one source name: a target, two scorers, prompts and captioned images.
+"""What comes with the package under one source name: a target, two scorers, prompts and captioned images; and under
+another a second target, whose images stand in for those of public preference data sets.
 
-The only file outside `figures/` and the preset that resolves the name.
+The only file outside `figures/` and the preset that resolves the names.
 """
 
 from pathlib import Path
@@ -9,11 +10,20 @@ from typing import TYPE_CHECKING
 from hgdpo_core.errors import InputError
 
 if TYPE_CHECKING:
+    from hgdpo_core.config import RunConfig
+    from hgdpo_core.models import Model
+    from hgdpo_core.prompts import PromptList
     from hgdpo_core.storage import Store
 
 SOURCE = "figures"
+FOREIGN_SOURCE = "figures-foreign"
+"""A target that shares the built-in one's VAE, and its prompts, of which some name no person: stand-ins for the
+generators and prompts of public preference data sets."""
 SPLITS = ("train", "validation", "test")
 SFT_IMAGES = 512
+STAND_IN_PAIRS = 640
+FOREIGN_GUIDANCE = 3.0
+"""What the foreign generator is sampled with: it was evaluated so (weights/README.md)."""
 DATA_SET = "figures setting"
 SCORER_NOTE = ("the judge is the figures setting's own: a small model of PickScore's shape, trained on drawings. "
                "Nothing here says anything about photographs")
@@ -24,11 +34,26 @@ def is_built_in(source: str | None) -> bool:
     return source == SOURCE
 
 
-def find_target() -> Path:
-    """The diffusers folder of the target."""
+def is_any_built_in(source: str | None) -> bool:
+    """Whether the source of a target or of prompts is one of the two that come with the package."""
+    return source in (SOURCE, FOREIGN_SOURCE)
+
+
+def find_target(source: str) -> Path:
+    """The diffusers folder of a built-in target."""
     from hgdpo_core import figures
 
-    return figures.target_path()
+    return {SOURCE: figures.target_path, FOREIGN_SOURCE: figures.foreign_path}[source]()
+
+
+def shared_vae(source: str) -> str | None:
+    """The source whose VAE a built-in target is completed by; None for a target that holds its own."""
+    return SOURCE if source == FOREIGN_SOURCE else None
+
+
+def find_vae() -> Path:
+    """The diffusers folder of the built-in target's VAE."""
+    return find_target(SOURCE) / "vae"
 
 
 def find_scorer_weights(name: str) -> Path:
@@ -38,21 +63,24 @@ def find_scorer_weights(name: str) -> Path:
     return {"pickscore": figures.judge_path, "inspector": figures.inspector_path}[name]()
 
 
-def holds(path: Path) -> bool:
-    """Whether a folder is one of the package's own models."""
+def source_of(path: Path) -> str | None:
+    """The source under which a folder of the package's own models is found; None for any other folder."""
     from hgdpo_core import figures
 
-    own = (figures.target_path, figures.judge_path, figures.inspector_path)
-    return path.resolve() in {folder().resolve() for folder in own}
+    if path.resolve() == figures.foreign_path().resolve():
+        return FOREIGN_SOURCE
+    own = (figures.target_path, figures.judge_path, figures.inspector_path, find_vae)
+    return SOURCE if path.resolve() in {folder().resolve() for folder in own} else None
 
 
-def read_prompts(split: str, limit: int | None) -> tuple[str, ...]:
-    """The first prompts of a split; InputError without a limit."""
-    from hgdpo_core import figures
+def read_prompts(source: str, split: str, limit: int | None) -> tuple[str, ...]:
+    """The first prompts of a split of a built-in source; InputError without a limit."""
+    from hgdpo_core.figures import prompts
+    from hgdpo_core.figures.foreign import foreign_prompts
 
     if limit is None:
-        raise InputError(f'prompts from "{SOURCE}" need a limit: there are far more of them than a run can use')
-    return tuple(figures.prompts(split, limit, seed=0))
+        raise InputError(f'prompts from "{source}" need a limit: there are far more of them than a run can use')
+    return tuple({SOURCE: prompts, FOREIGN_SOURCE: foreign_prompts}[source](split, limit, seed=0))
 
 
 def find_images(store: "Store") -> Path:
@@ -71,6 +99,30 @@ def find_images(store: "Store") -> Path:
     if not _is_complete(folder):
         write_image_folder(folder, SFT_IMAGES, seed=0)
     return folder
+
+
+def find_pairs(store: "Store") -> Path:
+    """The folder of the stand-in pairs, generated and labelled once, in a minute or two; where `find_images` is."""
+    from hgdpo_core.figures.stand_ins import write_foreign
+
+    return write_foreign(_pairs_folder(store, f"{FOREIGN_SOURCE}-{STAND_IN_PAIRS}"), STAND_IN_PAIRS)
+
+
+def label_pairs(store: "Store", model: "Model", config: "RunConfig", prompts: "PromptList") -> Path:
+    """The folder of a built-in model's own first two images of each prompt, labelled as the stand-in pairs are."""
+    from hgdpo_core.config.base import content_hash
+    from hgdpo_core.figures.stand_ins import write_labelled
+
+    name = content_hash([model.identity(), config.sampler.identity(), config.pool.seed, prompts.id])
+    return write_labelled(_pairs_folder(store, f"{SOURCE}-labelled-{name}"), model, config, prompts.prompts)
+
+
+def _pairs_folder(store: "Store", name: str) -> Path:
+    from hgdpo_core.storage import DryStore
+    from hgdpo_core.storage.scratch import cache_folder
+
+    folder = (store.local_path("images") or cache_folder()) / name
+    return cache_folder(name) if isinstance(store, DryStore) and not folder.exists() else folder
 
 
 def _is_complete(folder: Path) -> bool:

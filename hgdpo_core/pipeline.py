@@ -21,6 +21,7 @@ from hgdpo_core.stages import Stage
 from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
 from hgdpo_core.stages.latents import LatentStage
+from hgdpo_core.stages.pair_sets import PairSetStage, write_pair_card
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
 from hgdpo_core.stages.prompt_embeds import PromptEmbedStage
 from hgdpo_core.stages.scores import ScoreStage
@@ -48,7 +49,9 @@ class Made:
     """The target of all later steps: fine-tuned where there are images."""
     sft_log: list[LogRow]
     ranked: "Ranked | None"
-    """The run's own pool; None for an objective that is trained on prompts alone."""
+    """The run's own pool; None for one that is trained on prompts alone, or on pairs of others."""
+    pairs: PairSetStage | None
+    """Pairs that others labelled, where the run is trained on them."""
     lora: Tuned
     images: dict[str, PoolPlan]
     """Evaluation images of "target" and "tuned"."""
@@ -89,21 +92,25 @@ def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_s
     on = times.watch(on)
     with times.stage("sft", makes=run.images is not None):
         target, sft_log = tune_target(run, runner, on)
-    ranked = None
-    if run.trains_on_prompts:
+    ranked = pairs = None
+    if run.trains_on == "prompts":
         with times.stage("prompt_embeds"):
             data = embed_prompts(run, target, runner, on)
     else:
-        with times.stage("pool"):
-            pool = make_pool(run, target, runner, on)
-        with times.stage("score"):
-            scores = score_pool(run, pool, runner, on)
-        with times.stage("triplets"):
-            triplets = make_triplets(run, pool, scores, runner, on)
+        if run.trains_on == "pairs":
+            with times.stage("pairs"):
+                triplets = pairs = read_pairs(run, runner, on)
+        else:
+            with times.stage("pool"):
+                pool = make_pool(run, target, runner, on)
+            with times.stage("score"):
+                scores = score_pool(run, pool, runner, on)
+            with times.stage("triplets"):
+                triplets = make_triplets(run, pool, scores, runner, on)
+            with times.stage("distances"):
+                ranked = Ranked(pool, scores, triplets, measure_distances(run, pool, scores, target, runner, on))
         with times.stage("latents"):
             data = encode_triplets(run, triplets, target, runner, on)
-        with times.stage("distances"):
-            ranked = Ranked(pool, scores, triplets, measure_distances(run, pool, scores, target, runner, on))
     with times.stage(run.config.objective):
         lora = train_lora(run, target, data, runner, on)
     models = {"target": target, "tuned": lora.applied_to(target, run.config.evaluation.lora_weight)}
@@ -111,7 +118,7 @@ def make_all(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_s
         images = generate_evaluation(run, models, runner, on)
     with times.stage("evaluation"):
         image_scores = score_evaluation(run, images, runner, on)
-    return Made(target, sft_log, ranked, lora, images, image_scores)
+    return Made(target, sft_log, ranked, pairs, lora, images, image_scores)
 
 
 # -- the steps, in their order
@@ -139,6 +146,16 @@ def image_latent_stage(run: Run) -> ImageLatentStage:
     return ImageLatentStage(run.images, folder, run.target)
 
 
+def read_pairs(run: Run, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages) -> PairSetStage:
+    """Pairs that others labelled as triplets (Table 1), with the card of the data set; InputError if none is usable."""
+    assert run.pairs is not None
+    size = (run.config.sampler.width, run.config.sampler.height)
+    stage = _made(PairSetStage.of(run.store, run.pairs, size), runner, on)
+    stage.refuse_if_empty()
+    write_pair_card(stage)
+    return stage
+
+
 def make_pool(run: Run, model: Model, runner: Runner = IN_PROCESS, on: StageProgress = silent_stages) -> PoolPlan:
     """N candidates for every training prompt (arXiv:2405.20216v1, Eq. 4)."""
     return _made(plan_run_pool(run, model), runner, on)
@@ -163,7 +180,13 @@ def make_triplets(run: Run, pool: PoolPlan, scores: ShardFolder, runner: Runner 
     return stage
 
 
-def encode_triplets(run: Run, triplets: TripletStage, model: Model, runner: Runner = IN_PROCESS,
+def measure_distances(run: Run, pool: PoolPlan, scores: ShardFolder, model: Model, runner: Runner = IN_PROCESS,
+                      on: StageProgress = silent_stages) -> DistanceStage:
+    """How far the channel statistics of worse images are from the best one's, in some pools (Figure 5b)."""
+    return _made(DistanceStage.of(pool, scores, model), runner, on)
+
+
+def encode_triplets(run: Run, triplets: TripletStage | PairSetStage, model: Model, runner: Runner = IN_PROCESS,
                     on: StageProgress = silent_stages) -> LatentStage:
     """Latents of the triplets' images and the prompts' text embeddings, for training."""
     return _made(LatentStage.of(triplets, model, flips=run.config.dpo.flip), runner, on)
@@ -185,12 +208,6 @@ def train_lora(run: Run, model: Model, data: LatentStage | PromptEmbedStage, run
     """
     triplets = data.triplets if isinstance(data, LatentStage) else None
     return _train(run.config.objective, run, model, data, runner, on, on_training, validate, triplets)
-
-
-def measure_distances(run: Run, pool: PoolPlan, scores: ShardFolder, model: Model, runner: Runner = IN_PROCESS,
-                      on: StageProgress = silent_stages) -> DistanceStage:
-    """How far the channel statistics of worse images are from the best one's, in some pools (Figure 5b)."""
-    return _made(DistanceStage.of(pool, scores, model), runner, on)
 
 
 def generate_evaluation(run: Run | ComparisonRun, models: Mapping[str, Model], runner: Runner = IN_PROCESS,

@@ -5,16 +5,19 @@ import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hgdpo_core import __version__
-from hgdpo_core.built_in import find_images, is_built_in
+from hgdpo_core.built_in import FOREIGN_SOURCE, find_images, find_pairs, is_built_in
 from hgdpo_core.config import RunConfig
 from hgdpo_core.config.base import apply_overrides, content_hash
+from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.devices import default_device
+from hgdpo_core.errors import ConfigError
 from hgdpo_core.evaluate import refuse_seen_prompts
 from hgdpo_core.image_sets import ImageSet, read_image_set
 from hgdpo_core.models import Model, find_model
+from hgdpo_core.pair_sets import PairSet, open_pair_set
 from hgdpo_core.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.syntax import check_syntax
@@ -37,11 +40,15 @@ class Run:
     images: ImageSet | None
     command: str
     """Shell line that starts this run again."""
+    pairs: PairSet | None = None
+    """What its LoRA is trained on where others labelled it; None for a pool of its own."""
 
     @property
-    def trains_on_prompts(self) -> bool:
-        """Whether its objective needs no images to train on, and so no pool."""
-        return lora_objective(self.config.objective).trains_on == "prompts"
+    def trains_on(self) -> Literal["pool", "pairs", "prompts"]:
+        """A ranked pool of its own, pairs that others labelled, or prompts alone."""
+        if lora_objective(self.config.objective).trains_on == "prompts":
+            return "prompts"
+        return "pool" if self.pairs is None else "pairs"
 
     def key(self, name: str) -> str:
         """Key of a file of this run, for example `runs/<run_id>/summary.json`."""
@@ -86,18 +93,29 @@ def resolve_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompt
     refuse_seen_prompts(evaluation.prompts, training.prompts)
     objective = lora_objective(config.objective)
     objective.check(config)
+    if config.pairs is not None and objective.trains_on == "prompts":
+        raise ConfigError(f"objective is {config.objective}, which is trained on prompts, but pairs are given: drop "
+                          "one of them")
     check_tracker(objective.settings(config).tracker)
     model = find_model(config.target)
     find_scorer(config.scorer.name, config.scorer.source)
     require_scorers(config.evaluation.scorers)
     store.check_writable()
     image_set = _read_images(config.images, store)
+    pairs = open_pairs(config.pairs, store) if config.pairs is not None else None
     if image_set is not None:
         check_tracker(config.sft.tracker)
     options = {"preset": preset, "root": store.root, "prompts": prompts, "target": target, "images": images}
     command = shell_command("run", options, overrides or {})
     run_id = f"{preset}-{content_hash(config.identity('run'))}"
-    return Run(config, store, run_id, model, training, evaluation, image_set, command)
+    return Run(config, store, run_id, model, training, evaluation, image_set, command, pairs)
+
+
+def open_pairs(source: PairSource, store: Store) -> PairSet:
+    """The pairs of a source, which may be the built-in stand-ins; errors as `open_pair_set`."""
+    if source.source == FOREIGN_SOURCE:
+        source = source.model_copy(update={"source": str(find_pairs(store))})
+    return open_pair_set(source, leave_out=store.local_path(""))
 
 
 def shell_command(verb: str, options: Mapping[str, object], overrides: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Rank the pools, keep best and worst as triplets, cache the latents that training reads."""
+"""Rank the pools, keep best and worst as triplets, or read others' pairs; cache the latents that training reads."""
 
 from prefect.logging import get_run_logger
 
@@ -9,6 +9,7 @@ from hgdpo_core.progress import StageProgress
 from hgdpo_core.run import Run
 from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.latents import LatentStage
+from hgdpo_core.stages.pair_sets import PairSetStage
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.stages.prompt_embeds import PromptEmbedStage
 from hgdpo_core.stages.triplets import TripletStage
@@ -28,8 +29,22 @@ def make_triplets(run: Run, pool: PoolPlan, scores: ShardFolder, runner: Runner,
     return triplets
 
 
+@stage_task("pairs")
+def read_pairs(run: Run, runner: Runner, on: StageProgress) -> PairSetStage:
+    """Pairs that others labelled as triplets, with a data set card."""
+    pairs = pipeline.read_pairs(run, runner, on)
+    counts, folder = pairs.counts(), pairs.folder.key
+    get_run_logger().info("Foreign pairs of %s: %d read, %d used, %d not; in %s", pairs.pairs.name, counts.read,
+                          counts.triplets, counts.rejected, folder)
+    rows = [{"pairs": "used", "number": counts.triplets},
+            *({"pairs": reason, "number": number} for reason, number in counts.reasons.items())]
+    show_table("pairs", rows, f"Foreign pairs of {pairs.pairs.name}: {counts.read} read")
+    return pairs
+
+
 @stage_task("latents")
-def encode_triplets(run: Run, triplets: TripletStage, model: Model, runner: Runner, on: StageProgress) -> LatentStage:
+def encode_triplets(run: Run, triplets: TripletStage | PairSetStage, model: Model, runner: Runner,
+                    on: StageProgress) -> LatentStage:
     """Latents of the triplets' images and the prompts' text embeddings."""
     latents = pipeline.encode_triplets(run, triplets, model, runner, on)
     get_run_logger().info("Latents: %s", latents.folder.key)

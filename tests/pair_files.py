@@ -12,6 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from hgdpo_core.config.pair_source import PairSource
+from hgdpo_core.pair_sets import open_pair_set
+from hgdpo_core.stages.pair_sets import PairSetStage
+from hgdpo_core.storage import Store
+
 PICK_A_PIC = pa.schema([
     ("are_different", pa.bool_()), ("best_image_uid", pa.string()), ("caption", pa.string()),
     ("created_at", pa.timestamp("ns")), ("has_label", pa.bool_()), ("image_0_uid", pa.string()),
@@ -83,3 +88,8 @@ def write_hpd(folder: Path, entries: Sequence[Mapping[str, Any]], images: Mappin
     (folder / "train.json").write_text(json.dumps(list(entries)))
     write_tar(folder / "train.tar.gz", {f"train/{name}": data for name, data in images.items()}, "w:gz")
     return folder
+
+
+def pair_stage(store: Store, source: PairSource, size: tuple[int, int]) -> PairSetStage:
+    """The stage of a source's pairs."""
+    return PairSetStage.of(store, open_pair_set(source, leave_out=store.local_path("")), size)

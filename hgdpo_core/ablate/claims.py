@@ -48,6 +48,8 @@ def _baseline_claims(results: Results, planned: PlannedTable) -> Iterator[Claim]
     """HG-DPO is better than each baseline: win rates against it, in percentage points above one half."""
     ours, *others = planned.rows
     for row in others:
+        if row.arm.data in ("foreign_pool", "labelled"):
+            continue  # a control is no claim
         for scorer in results.scorers(planned):
             above = results.win_rate_against(ours.arm, row.arm, scorer).scaled(100).shifted(-50)
             yield Claim(planned.world, f"HG-DPO is better than {row.label}",

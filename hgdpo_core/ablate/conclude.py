@@ -24,7 +24,8 @@ from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.rendering.html import html_page
 
-CHARTS = {"1": charts.baseline_chart, "2": charts.colour_chart, "8": charts.weight_chart}
+CHARTS = {"1": charts.baseline_chart, "1-weights": charts.baseline_chart, "2": charts.colour_chart,
+          "8": charts.weight_chart}
 WIDE = """
 .scroll table { min-width: max-content; }
 .plots { max-width: none; }

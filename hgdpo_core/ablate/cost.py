@@ -3,11 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from hgdpo_core.ablate.arms import WITH_DIVERSITY, Arm, arm_config, evaluation_scorers, training_of
+from hgdpo_core.ablate.arms import WITH_DIVERSITY, Arm, arm_config, evaluation_scorers, steps_of, training_of
 from hgdpo_core.ablate.program import Ablation
 from hgdpo_core.built_in import is_built_in
 from hgdpo_core.config import RunConfig
-from hgdpo_core.training.loop import step_batch
 from hgdpo_core.training.objective import find_objective
 
 STEPS_PER_SECOND, IMAGES_PER_SECOND, SCORES_PER_SECOND = 3.5, 40.0, 100.0
@@ -15,8 +14,7 @@ STEPS_PER_SECOND, IMAGES_PER_SECOND, SCORES_PER_SECOND = 3.5, 40.0, 100.0
 
 
 def _steps(config: RunConfig, arm: Arm) -> float:
-    training = find_objective(arm.objective).settings(arm_config(config, arm, 0))
-    return training.max_steps or training.epochs * arm.prompts / step_batch(training)
+    return steps_of(find_objective(arm.objective).settings(arm_config(config, arm, 0)), arm)
 
 
 def plan_ablation(ablation: Ablation) -> dict[str, Any]:
@@ -28,14 +26,17 @@ def plan_ablation(ablation: Ablation) -> dict[str, Any]:
     run, settings, arms, seeds = ablation.run, ablation.settings, ablation.arms, ablation.settings.seeds
     config, prompts = run.config, len(run.evaluation_prompts.prompts)
     trained = {training_of(arm) for arm in arms}
-    trials = [replace(arm, rate_factor=rate, length_factor=length) for arm in arms if arm.chosen
-              for rate, length in settings.trials]
+    tuned = [arm for arm in arms if arm.chosen and not arm.chosen_weight]
+    trials = [replace(arm, rate_factor=rate, length_factor=length) for arm in tuned for rate, length in settings.trials]
     trainings = len(trained) * seeds + len(trials)
-    pool = len(run.prompts.prompts) * config.pool.images_per_prompt
+    foreign = any(arm.data == "foreign_pool" for arm in arms)
+    pool = len(run.prompts.prompts) * config.pool.images_per_prompt * (1 + foreign)
     one_evaluation = prompts * config.evaluation.images_per_prompt
     generated = one_evaluation * (1 + seeds * sum(1 + arm.latent_normalisation for arm in arms))
+    weights = [arm for arm in arms if arm.chosen_weight for weight in settings.lora_weights
+               if weight != arm.lora_weight]  # at its own weight it is a trial already
     validated = len(ablation.trial_prompts.prompts) * config.evaluation.images_per_prompt * (
-        1 + len(trials)) if ablation.trial_prompts else 0
+        1 + len(trials) + len(weights)) if ablation.trial_prompts else 0
     sweep = sum(len(table.rows) for table in ablation.tables if table.number in WITH_DIVERSITY)
     diversity = settings.diversity_prompts * settings.diversity_images * (1 + seeds * sweep) if sweep else 0
     scorers = {world: len(evaluation_scorers(config, world)) for world in settings.worlds}

@@ -11,22 +11,27 @@ from hgdpo_core import pipeline
 from hgdpo_core.ablate.arms import Arm, arm_config, evaluation_scorers
 from hgdpo_core.ablate.program import Shared
 from hgdpo_core.ablate.settings import World, feature_scorer
-from hgdpo_core.config import RunConfig
+from hgdpo_core.built_in import FOREIGN_GUIDANCE, FOREIGN_SOURCE, label_pairs
+from hgdpo_core.config import TargetConfig
 from hgdpo_core.config.base import StageConfig, content_hash
+from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.evaluate import image_scores, plan_evaluation
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import channel_means
+from hgdpo_core.models import find_model
 from hgdpo_core.models.published import find_record
 from hgdpo_core.parallel import thread_map
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import PromptList, prompt_id, save_prompts
-from hgdpo_core.run import Run
+from hgdpo_core.run import Run, open_pairs
 from hgdpo_core.scorers import defect_limit, find_scorer
 from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.features import FeatureStage, measure_spread
+from hgdpo_core.stages.pair_sets import PairSetStage
 from hgdpo_core.stages.pool import PoolPlan
+from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.tune import Tuned
@@ -42,6 +47,14 @@ class TrialResult(StageConfig):
     length_factor: float
     win_rate: float
     """Against the target, by the ranking scorer; prompts without a difference count half."""
+
+
+class WeightResult(StageConfig):
+    """What a LoRA weight gave on validation prompts."""
+
+    weight: float
+    win_rate: float
+    """As of a trial."""
 
 
 class ArmRecord(StageConfig):
@@ -69,6 +82,8 @@ class ArmRecord(StageConfig):
     """Of the training itself."""
     trials: list[TrialResult] = []
     """Of an arm whose settings are chosen; they are alike for all training seeds."""
+    weights: list[WeightResult] = []
+    """Of an arm whose LoRA weight is chosen."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +102,18 @@ def run_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_
     so a stopped arm continues where it stopped.
     """
     run = _arm_run(shared, arm, seed)
-    key = f"ablations/arms/{_arm_id(shared, run.config, arm)}.json"
+    key = f"ablations/arms/{_arm_id(shared, run, arm)}.json"
     cached = _read_record(run.store, key)
     if cached is not None:
         return cached
     trials = run_trials(shared, arm, stages, runner) if arm.chosen else []
+    weights = try_weights(shared, arm, stages, runner) if arm.chosen_weight else []
+    if weights:
+        weight = max(weights, key=lambda tried: tried.win_rate).weight
+        same = run_arm(shared, replace(arm, lora_weight=weight, chosen_weight=False), seed, stages, runner)
+        record = same.model_copy(update={"arm": arm.identity(), "weights": weights})
+        run.store.write_json(key, record.model_dump(mode="json"))
+        return record
     tuned, triplets = train_arm(shared, arm, seed, stages, runner)
     prompts, model = run.evaluation_prompts.prompts, tuned.applied_to(shared.model, arm.lora_weight)
     images = pipeline.generate_evaluation(run, {"tuned": model}, runner, stages)["tuned"]
@@ -118,11 +140,26 @@ def run_trials(shared: Shared, arm: Arm, stages: StageProgress = silent_stages,
     assert shared.validation is not None
     scorer, results = shared.ablation.run.config.scorer.name, []
     for rate, length in shared.ablation.settings.trials:
-        tried = replace(arm, rate_factor=rate, length_factor=length, chosen=False)
+        tried = replace(arm, rate_factor=rate, length_factor=length, chosen=False, chosen_weight=False)
         gains = np.array(run_arm(shared.validation, tried, 0, stages, runner).gains[scorer])
-        results.append(TrialResult(rate_factor=rate, length_factor=length,
-                                   win_rate=float(np.mean((1 + np.sign(gains)) / 2))))
+        results.append(TrialResult(rate_factor=rate, length_factor=length, win_rate=_won(gains)))
     return results
+
+
+def try_weights(shared: Shared, arm: Arm, stages: StageProgress = silent_stages,
+                runner: Runner = IN_PROCESS) -> list[WeightResult]:
+    """The arm's LoRA of the first seed at each weight, compared with the target on validation prompts."""
+    assert shared.validation is not None
+    scorer, plain, results = shared.ablation.run.config.scorer.name, chosen_arm(shared, arm, stages, runner), []
+    for weight in dict.fromkeys([arm.lora_weight, *shared.ablation.settings.lora_weights]):
+        tried = replace(plain, lora_weight=weight, chosen_weight=False)
+        gains = np.array(run_arm(shared.validation, tried, 0, stages, runner).gains[scorer])
+        results.append(WeightResult(weight=weight, win_rate=_won(gains)))
+    return results
+
+
+def _won(gains: np.ndarray) -> float:
+    return float(np.mean((1 + np.sign(gains)) / 2))
 
 
 def chosen_arm(shared: Shared, arm: Arm, stages: StageProgress = silent_stages, runner: Runner = IN_PROCESS) -> Arm:
@@ -149,7 +186,9 @@ def _defect_difference(shared: Shared, scorer: str, images: PoolPlan, scores: Sh
 def _arm_run(shared: Shared, arm: Arm, seed: int) -> Run:
     """The ablation's run with the arm's settings and prompts."""
     run = shared.ablation.run
-    return replace(run, config=arm_config(run.config, arm, seed), prompts=PromptList(run.prompts.prompts[:arm.prompts]))
+    config = arm_config(run.config, arm, seed)
+    pairs = open_pairs(config.pairs, run.store) if config.pairs is not None else None
+    return replace(run, config=config, prompts=PromptList(run.prompts.prompts[:arm.prompts]), pairs=pairs)
 
 
 def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_stages,
@@ -157,14 +196,30 @@ def train_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silen
     """The arm's LoRA, and the number of its training triplets; 0 for an objective that is trained on prompts."""
     run = _arm_run(shared, chosen_arm(shared, arm, stages, runner), seed)
     save_prompts(run.store, run.prompts)
-    if run.trains_on_prompts:
+    if run.trains_on == "prompts":
         embeds = pipeline.embed_prompts(run, shared.model, runner, stages)
         return pipeline.train_lora(run, shared.model, embeds, runner, stages, validate=False), 0
-    pool = pipeline.plan_run_pool(run, shared.model)
-    triplets = pipeline.make_triplets(run, pool, shared.scores[arm.world], runner, stages)
+    triplets = _triplets(shared, arm, run, stages, runner)
     latents = pipeline.encode_triplets(run, triplets, shared.model, runner, stages)
     lora = pipeline.train_lora(run, shared.model, latents, runner, stages, validate=False)
     return lora, triplets.counts().triplets
+
+
+def _triplets(shared: Shared, arm: Arm, run: Run, stages: StageProgress,
+              runner: Runner) -> TripletStage | PairSetStage:
+    if arm.data == "own":
+        pool = pipeline.plan_run_pool(run, shared.model)
+        return pipeline.make_triplets(run, pool, shared.scores[arm.world], runner, stages)
+    if arm.data == "foreign_pool":
+        model = find_model(TargetConfig(source=FOREIGN_SOURCE, dtype=run.config.target.dtype))
+        sampler = run.config.sampler.model_copy(update={"guidance_scale": FOREIGN_GUIDANCE})
+        foreign = replace(run, config=run.config.model_copy(update={"sampler": sampler}))
+        pool = pipeline.make_pool(foreign, model, runner, stages)
+        return pipeline.make_triplets(run, pool, pipeline.score_pool(run, pool, runner, stages), runner, stages)
+    if arm.data == "labelled":
+        folder = label_pairs(run.store, shared.model, run.config, run.prompts)
+        run = replace(run, pairs=open_pairs(PairSource(source=str(folder)), run.store))
+    return pipeline.read_pairs(run, runner, stages)
 
 
 def measure_diversity(shared: Shared, arm: Arm | None, seed: int, stages: StageProgress = silent_stages,
@@ -213,14 +268,18 @@ def prompt_colours(plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:
     return sums / plan.pool.images_per_prompt
 
 
-def _arm_id(shared: Shared, config: RunConfig, arm: Arm) -> str:
+def _arm_id(shared: Shared, arm_run: Run, arm: Arm) -> str:
     """A hash of all that determines an arm's results; batch sizes and the like may enter it too."""
-    run, chosen = shared.ablation.run, {}
+    run, chosen = shared.ablation.run, dict[str, Any]()
+    if arm_run.pairs is not None:
+        chosen["pairs"] = [arm_run.pairs.name, arm_run.pairs.revision]
     if arm.chosen and shared.validation is not None:
         chosen = {"trials": [list(trial) for trial in shared.ablation.settings.trials],
                   "validation": shared.validation.ablation.run.evaluation_prompts.id}
+    if arm.chosen_weight:
+        chosen["weights"] = list(shared.ablation.settings.lora_weights)
     return content_hash({
-        "format_version": FORMAT_VERSION, "arm": arm.identity(), "config": config.identity("run"),
+        "format_version": FORMAT_VERSION, "arm": arm.identity(), "config": arm_run.config.identity("run"),
         "model": shared.model.identity(), "prompts": run.prompts.id, "evaluation_prompts": run.evaluation_prompts.id,
         "scores": shared.scores[arm.world].key,
         "judges": [find_scorer(scorer.name, scorer.source) for scorer in evaluation_scorers(run.config, arm.world)],

@@ -7,7 +7,7 @@ from typing import Any
 from hgdpo_core import __version__, pipeline
 from hgdpo_core.ablate.arms import Arm, PlannedTable, arm_labels, evaluation_scorers, plan_tables, ranking_scorer
 from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check, validation_prompts
-from hgdpo_core.built_in import is_built_in
+from hgdpo_core.built_in import is_any_built_in, is_built_in
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.config.base import apply_overrides, content_hash
 from hgdpo_core.errors import InputError
@@ -17,7 +17,7 @@ from hgdpo_core.models import Model
 from hgdpo_core.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
-from hgdpo_core.run import Run, resolve_run, shell_command
+from hgdpo_core.run import Run, open_pairs, resolve_run, shell_command
 from hgdpo_core.scorers import find_scorer
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.storage.shards import ShardFolder
@@ -81,8 +81,12 @@ def open_ablation(preset: str = DEFAULT_PRESET, root: str | None = None, *, prom
     changed = {PREFIX + name: value for name, value in config.model_dump(mode="json", exclude_defaults=True).items()}
     inputs = {"preset": preset, "root": run.store.root, "prompts": prompts, "target": target, "images": images}
     command = shell_command("ablate", inputs, {**(overrides or {}), **changed})
+    tables = plan_tables(run.config, config, len(run.prompts.prompts))
+    for source in dict.fromkeys(arm.pair_source for arm in arm_labels(tables)):
+        if source is not None and not is_any_built_in(source.source):  # the built-in pairs are made when needed
+            open_pairs(source, run.store)
     ablation = Ablation(run, config, f"{preset}-{content_hash(identity)}",
-                        plan_tables(run.config, config, len(run.prompts.prompts)), command, _read_trials(run, config))
+                        tables, command, _read_trials(run, config))
     for prompt_list in (run.prompts, run.evaluation_prompts, ablation.trial_prompts):
         if prompt_list is not None:
             save_prompts(run.store, prompt_list)

@@ -7,6 +7,7 @@ from pydantic import Field, ValidationError
 from hgdpo_core.built_in import DATA_SET, is_built_in
 from hgdpo_core.config import PromptSource, RunConfig, ScorerConfig
 from hgdpo_core.config.base import ADDED, StageConfig, describe
+from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.training.objective import find_objective
 
@@ -48,6 +49,9 @@ class AblationConfig(StageConfig):
                     "Each arm takes what is best by the ranking scorer on validation prompts, one training each")
     validation: Annotated[PromptSource | None, ADDED] = Field(
         default=None, description="prompts for trials; default: 128 of the built-in validation split")
+    pairs: Annotated[tuple[PairSource, ...] | None, ADDED] = Field(
+        default=None, description="comparison baselines: pairs that others labelled, each as it is and its human "
+        "images alone; default: of the built-in target its stand-ins, else none")
     diversity_prompts: int = Field(default=32, ge=1, description="prompts that diversity is measured on")
     diversity_images: int = Field(default=8, ge=2, description="images per prompt for diversity")
     distance_pools: int = Field(default=128, ge=1, description="pools that Figure 5b is measured on, at least")

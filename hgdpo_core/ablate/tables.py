@@ -15,13 +15,19 @@ from hgdpo_core.rendering.tables import Table
 from hgdpo_core.scorers import defect_limit, scorer_title
 from hgdpo_core.statistics.intervals import Estimate
 
-TITLES = {"1": "Table 1: HG-DPO against the baselines", "length": "Length of training",
+TITLES = {"1": "Table 1: HG-DPO against the baselines",
+          "1-weights": "Table 1, each arm at a LoRA weight of its own", "length": "Length of training",
           "3": "Table 3: pool size, and what keeps the colours", "5": "Table 5: the loser's rank",
           "6": "Table 6: size of the data set", "2": "Table 2: colour shift", "8": "Figure 8: LoRA weight"}
 WORLDS: dict[World, str] = {
     "plain": "plain world",
     "tinted": "TINTED WORLD: the scorer that ranks the pools is made to prefer warm tints"}
 PAPER_TABLES = {"1": paper.TABLE_1, "3": paper.TABLE_3, "5": paper.TABLE_5, "6": paper.TABLE_6}
+STAND_IN_NOTE = (
+    "Stand-in: no public data set is used here. Its images are stood in for by those of another small generator, of "
+    "another style, three in ten without people; its people by a third network, the labeller, which sees two images of "
+    "a prompt and is wrong in some pairs (figures/weights/README.md). (H): the pairs whose prompt names a person. The "
+    "controls part what differs between those pairs and ours: the images, N and who ranks them.")
 COLOUR_ROWS = (("Hue, %", "hue", 0), ("Saturation, %", "saturation", 1), ("Value, %", "value", 2),
                ("Hue, degrees", "hue_degrees", None), ("Red minus blue, levels of 255", "warmth", None),
                ("Distance in RGB, levels of 255", "distance", None))
@@ -47,7 +53,8 @@ def plot_name(number: str, world: World) -> str:
 
 def make_tables(results: Results, claims: Sequence[Claim]) -> list[AblationTable]:
     """All tables of an ablation, the verdicts on the paper's trends first."""
-    makers = {"1": _baseline_table, "2": _colour_table, "8": _weight_table, "length": _length_table}
+    makers = {"1": _baseline_table, "1-weights": _baseline_table, "2": _colour_table, "8": _weight_table,
+              "length": _length_table}
     return [*([_claims_table(claims)] if claims else ()),
             *(makers.get(planned.number, _win_rate_table)(results, planned) for planned in results.ablation.tables),
             *(_distance_table(results, world) for world in results.distances), _training_table(results)]
@@ -137,7 +144,7 @@ def _weight_table(results: Results, planned: PlannedTable) -> AblationTable:
 
 
 def _baseline_table(results: Results, planned: PlannedTable) -> AblationTable:
-    ours, scorers = planned.rows[0], results.scorers(planned)
+    ours, scorers, own_weights = planned.rows[0], results.scorers(planned), planned.number == "1-weights"
     rows = []
     for row in planned.rows:
         published = PAPER_TABLES["1"].get(row.paper_row or "")
@@ -146,19 +153,34 @@ def _baseline_table(results: Results, planned: PlannedTable) -> AblationTable:
         rows.append((row.label if row is ours else f"vs. {row.label}", *against,
                      " / ".join(f"{value:.1f}" for value in published) if published else NOTHING,
                      *(_interval(results.win_rate(row.arm, scorer).scaled(100), 1) for scorer in scorers),
-                     *_effects(results, row.arm, scorers), *_settings_cells(results, row.arm)))
+                     *_effects(results, row.arm, scorers, diversity=not own_weights),
+                     *((_weight_cell(results, row.arm),) if own_weights else _settings_cells(results, row.arm))))
     columns = ("Baseline", *(f"HG-DPO wins by {scorer_title(scorer)}, %" for scorer in scorers),
                "paper: PickScore / HPS / ImageReward / Aesthetic / CLIP",
                *(f"wins against the target by {scorer_title(scorer)}, %" for scorer in scorers),
-               *_effect_columns(scorers), "learning rate, steps: factor chosen of", "training, s")
+               *_effect_columns(scorers, diversity=not own_weights),
+               *(("LoRA weight chosen of",) if own_weights else
+                 ("learning rate, steps: factor chosen of", "pairs", "training, s")))
+    notes = [_method(results, planned.world), *(_weight_notes() if own_weights else _baseline_notes(results, planned)),
+             "The paper's numbers are of 177 prompts, one training each; 50 % is no difference."]
+    return AblationTable(columns, rows, _title(planned), notes, plot=plot_name(planned.number, planned.world))
+
+
+def _weight_notes() -> list[str]:
+    return ["The same trainings. Each arm's LoRA is at the weight that was best by the ranking scorer on validation "
+            "prompts, of its first training; the table before has all at one weight."]
+
+
+def _baseline_notes(results: Results, planned: PlannedTable) -> list[str]:
     trials = len(results.ablation.settings.trials)
     fair = (f"Every arm had {trials} trials of learning rate and steps on validation prompts, one training each, and "
             "took the best by the ranking scorer." if trials else "All arms are trained by the settings as they are.")
-    notes = (_method(results, planned.world), f"{fair} All have the same LoRA layers and weight. Those trained on "
-             "triplets see as many images in a step; AlignProp samples its own. The seconds are of one training, and "
-             "hold none of its data.",
-             "The paper's numbers are of 177 prompts, one training each; 50 % is no difference.")
-    return AblationTable(columns, rows, _title(planned), notes, plot=plot_name("1", planned.world))
+    notes = [f"{fair} All have the same LoRA layers and weight. Those trained on triplets see as many images in a "
+             "step; AlignProp samples its own. Pairs: how many different ones. The seconds are of one training, and "
+             "hold none of its data."]
+    if any(row.arm.data in ("foreign_pool", "labelled") for row in planned.rows):
+        notes.append(STAND_IN_NOTE)
+    return notes
 
 
 def _length_table(results: Results, planned: PlannedTable) -> AblationTable:
@@ -177,28 +199,37 @@ def _length_table(results: Results, planned: PlannedTable) -> AblationTable:
                          notes, plot=plot_name("length", planned.world))
 
 
-def _effect_columns(scorers: Sequence[str]) -> tuple[str, ...]:
+def _effect_columns(scorers: Sequence[str], *, diversity: bool = True) -> tuple[str, ...]:
     limited = [name for name in scorers if defect_limit(name) is not None]
     defects = (f"defective images by {scorer_title(name)}, points" for name in limited)
-    return ("colour distance in RGB, levels of 255", "diversity", *defects)
+    return ("colour distance in RGB, levels of 255", *(("diversity",) if diversity else ()), *defects)
 
 
-def _effects(results: Results, arm: Arm, scorers: Sequence[str]) -> list[str]:
+def _effects(results: Results, arm: Arm, scorers: Sequence[str], *, diversity: bool = True) -> list[str]:
     """Colours, diversity and defects."""
     defects = (results.defects(arm, name) for name in scorers if defect_limit(name) is not None)
-    return [_interval(results.colour(arm, "distance"), 2), _interval(results.diversity_of(arm), 4),
+    spread = [_interval(results.diversity_of(arm), 4)] if diversity else []
+    return [_interval(results.colour(arm, "distance"), 2), *spread,
             *(_interval(value.scaled(100) if value else None, 2, signed=True) for value in defects)]
 
 
-def _settings_cells(results: Results, arm: Arm) -> tuple[str, str]:
-    """The factors that an arm's trials chose, with how it did in each, and the seconds of a training."""
+def _weight_cell(results: Results, arm: Arm) -> str:
+    """The weight that an arm's LoRA is best at, with how it did at each."""
+    tried = results.records[arm][0].weights
+    best = max(tried, key=lambda one: one.win_rate)
+    return f"{best.weight:g} ({', '.join(f'{one.weight:g}: {100 * one.win_rate:.1f} %' for one in tried)})"
+
+
+def _settings_cells(results: Results, arm: Arm) -> tuple[str, str, str]:
+    """The factors that an arm's trials chose, with how it did in each; its pairs, and the seconds of a training."""
     records = results.records[arm]
     seconds = [record.seconds for record in records if record.seconds is not None]
     best = max(records[0].trials, key=lambda trial: trial.win_rate, default=None)
     tried = ", ".join(f"{trial.rate_factor:g} x {trial.length_factor:g}: {100 * trial.win_rate:.1f} %"
                       for trial in records[0].trials)
     chosen = f"{best.rate_factor:g} x {best.length_factor:g} ({tried})" if best else "as set"
-    return chosen, f"{sum(seconds) / len(seconds):.0f}" if seconds else NOTHING
+    pairs = str(records[0].triplets) if records[0].triplets else NOTHING
+    return chosen, pairs, f"{sum(seconds) / len(seconds):.0f}" if seconds else NOTHING
 
 
 def _warnings(results: Results, arm: Arm) -> str:

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from hgdpo_core.built_in import DATA_SET, SPLITS, is_built_in
+from hgdpo_core.built_in import DATA_SET, SPLITS, is_any_built_in
 from hgdpo_core.config.base import ADDED, NO_ID, OWN_TO_RUNS, IdOf, InIds, StageConfig, number
+from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.config.training import AlignPropConfig, DpoConfig, SftConfig
 from hgdpo_core.config.training import LoraConfig as LoraConfig
 from hgdpo_core.config.training import TrainingConfig as TrainingConfig
@@ -25,7 +26,7 @@ class PromptSource(StageConfig):
     """Where prompts come from: a file at a path or fsspec URL, a data set of the hub or a folder, built in."""
 
     source: str = Field(description='txt, csv, tsv, jsonl or parquet at a path or URL; hub id or folder of a data set; '
-                                    '"figures" is built in')
+                                    '"figures" is built in, and "figures-foreign", of which some name no person')
     split: str = Field(default="train", description='of a data set; of built-in prompts train, validation or test')
     subset: str | None = Field(default=None, description="configuration of a data set that has several")
     column: str | None = Field(default=None, description="column of a table; default: prompt, Prompt, caption or text")
@@ -34,7 +35,7 @@ class PromptSource(StageConfig):
 
     @model_validator(mode="after")
     def _split_exists(self) -> Self:
-        if is_built_in(self.source) and self.split not in SPLITS:
+        if is_any_built_in(self.source) and self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}, but the {DATA_SET} has {', '.join(SPLITS)}")
         return self
 
@@ -45,7 +46,8 @@ class TargetConfig(StageConfig):
     Captions of SFT images are plain, whatever the syntax of prompts: in descriptions brackets are text.
     """
 
-    source: str = Field(description='hub id, diffusers folder, .safetensors or .ckpt file; "figures" is built in')
+    source: str = Field(description='hub id, diffusers folder, .safetensors or .ckpt file; "figures" is built in, and '
+                        '"figures-foreign", a stand-in for the generators of public preference data')
     revision: str | None = Field(default=None, description="commit, branch or tag of a hub id")
     vae: str | None = Field(default=None, description="replaces the target's: diffusers folder, single file or hub id")
     component_configs: str | None = Field(
@@ -244,6 +246,9 @@ class RunConfig(StageConfig):
     prompts: PromptSource
     images: str | None = Field(default=None, description='captioned images for SFT: folder, .tar or .parquet files at '
                                'a path, URL or pattern; "figures" is built in')
+    pairs: Annotated[PairSource | None, ADDED] = Field(
+        default=None, description="train on pairs that others labelled (paper Table 1) instead of a pool of the "
+        "target's own: hub id, folder, file or pattern")
     target: TargetConfig
     sampler: SamplerConfig
     sft: SftConfig

@@ -1,5 +1,6 @@
 """The figures setting, built in: drawn people, a miniature Stable Diffusion that generates them, a scorer shaped like
 PickScore (the judge), and a classifier that counts limbs (the inspector).
+Stand-ins for public preference pairs are made by a second generator and labelled by a third network (`foreign_pairs`).
 
 Everything is 64 x 64 pixels and runs on a laptop's CPU without a download. The weights are in `weights/` inside the
 package; `weights/README.md` describes how they were trained and how good they are. To train them again:
@@ -12,8 +13,8 @@ from pathlib import Path
 from .people import Figure, caption, parse_caption, prompts, sample_figure
 from .renderer import DEFECTS, render
 
-__all__ = ["DEFECTS", "Figure", "caption", "inspector_path", "judge_path", "parse_caption", "prompts", "render",
-           "sample_figure", "target_path"]
+__all__ = ["DEFECTS", "Figure", "caption", "foreign_path", "inspector_path", "judge_path", "labeller_path",
+           "parse_caption", "prompts", "render", "sample_figure", "target_path"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -31,3 +32,14 @@ def judge_path() -> Path:
 def inspector_path() -> Path:
     """The folder of the shipped inspector, an independent scorer for evaluation."""
     return _WEIGHTS / "inspector"
+
+
+def foreign_path() -> Path:
+    """The folder of the foreign generator, a stand-in for those of public data sets. It holds no weights of a VAE: the
+    target's completes it."""
+    return _WEIGHTS / "foreign"
+
+
+def labeller_path() -> Path:
+    """The folder of the labeller of the stand-in pairs; no scorer of runs."""
+    return _WEIGHTS / "labeller"

@@ -90,9 +90,12 @@ def bend(root: Point, angles: tuple[float, float], lengths: tuple[float, float],
     return root, middle, bone(middle, angles[1], lengths[1], side)
 
 
-def build_skeleton(person: str, pose: str, rng: np.random.Generator) -> Skeleton:
-    """The joints of a person in a pose, with a few degrees of jitter; the origin lies between the hips."""
-    build, plan = BUILDS[person], POSES[pose]
+def build_skeleton(person: str, pose: str, rng: np.random.Generator, build: Build | None = None) -> Skeleton:
+    """The joints of a person in a pose, with a few degrees of jitter; the origin lies between the hips.
+
+    `build`: other proportions than the person's in BUILDS.
+    """
+    build, plan = build or BUILDS[person], POSES[pose]
 
     def jitter(angles: tuple[float, float]) -> tuple[float, float]:
         return angles[0] + float(rng.normal(0, 3)), angles[1] + float(rng.normal(0, 4))

@@ -271,8 +271,11 @@ class Family(Protocol):
         """Whether a model's folder is of this family, by its configs."""
         ...
 
-    def check_folder(self, path: Path) -> None:
-        """Refuse, before anything loads, a folder that is not a whole model of the family; ModelError, in one line."""
+    def check_folder(self, path: Path, *, own_vae: bool) -> None:
+        """Refuse, before anything loads, a folder that is not a whole model of the family; ModelError, in one line.
+
+        `own_vae`: the folder's own VAE will be used, so it must be whole too.
+        """
         ...
 
     def load(self, model: "Model", device: str, *, dtype: str | None, codec_dtype: str | None) -> Backbone:

@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import snapshot_download
 
-from hgdpo_core.built_in import find_target, is_built_in
+from hgdpo_core.built_in import find_target, find_vae, is_any_built_in, is_built_in, shared_vae
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ModelError, first_line
@@ -57,7 +57,7 @@ def find_files(config: TargetConfig) -> TargetFiles:
     refuse_special_files(path)
     if is_lora(path):
         raise ModelError(f"{path} is a LoRA: expected a whole model (diffusers folder, single file or hub id)")
-    configs = None
+    configs, vae = None, config.vae or shared_vae(config.source)
     if path.is_file():
         configs = Path(config.component_configs).expanduser() if config.component_configs else SD15_CONFIGS
         refuse_special_files(configs)
@@ -65,15 +65,15 @@ def find_files(config: TargetConfig) -> TargetFiles:
         raise ModelError(f"target.component_configs is for a single file, and {path} is a folder with its own: "
                          "leave it out")
     if configs is not None:
-        check_files(path, configs, own_vae=config.vae is None)
+        check_files(path, configs, own_vae=vae is None)
     else:
-        find_family(path).check_folder(path)
-    return TargetFiles(path, _find_vae(config.vae) if config.vae else None, configs, commit)
+        find_family(path).check_folder(path, own_vae=vae is None)
+    return TargetFiles(path, _find_vae(vae) if vae else None, configs, commit)
 
 
 def _locate(config: TargetConfig) -> tuple[Path, str | None]:
-    if is_built_in(config.source):
-        return find_target(), None
+    if is_any_built_in(config.source):
+        return find_target(config.source), None
     download = partial(StableDiffusionPipeline.download, config.source, revision=config.revision, use_safetensors=True)
     path = find_or_download("model", config.source, download, "a diffusers folder, a single file "
                             f"({', '.join(WEIGHT_SUFFIXES)}) or a hub id like "
@@ -82,6 +82,8 @@ def _locate(config: TargetConfig) -> tuple[Path, str | None]:
 
 
 def _find_vae(source: str) -> Path:
+    if is_built_in(source):
+        return find_vae()
     download = partial(snapshot_download, source, allow_patterns=["config.json", "*.safetensors"])
     path = find_or_download("target.vae", source, download, "a diffusers folder, a single file or a hub id like "
                             "stabilityai/sd-vae-ft-mse")

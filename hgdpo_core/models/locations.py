@@ -32,8 +32,8 @@ class Location(BaseModel):
     @classmethod
     def of(cls, store: Store, path: Path, *, copy_to_store: bool) -> Self:
         """The location of a local file or folder; `copy_to_store` first copies one from outside the store into it."""
-        if built_in.holds(path):
-            return cls(source=built_in.SOURCE)
+        if (known := built_in.source_of(path)) is not None:
+            return cls(source=known)
         if (inside := stored_id(store, path)) is not None:
             return cls(model_id=inside)
         if not copy_to_store:

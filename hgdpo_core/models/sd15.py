@@ -163,8 +163,8 @@ class Sd15:
         index = path / "model_index.json"
         return index.is_file() and read_config(index).get("_class_name") == PIPELINE
 
-    def check_folder(self, path: Path) -> None:
-        check_files(path, None, own_vae=True)
+    def check_folder(self, path: Path, *, own_vae: bool) -> None:
+        check_files(path, None, own_vae=own_vae)
 
     def load(self, model: Model, device: str, *, dtype: str | None, codec_dtype: str | None) -> Backbone:
         return make_backbone(load_pipeline(model, device, dtype=dtype, vae_dtype=codec_dtype), model)

@@ -66,8 +66,8 @@ def read_prompts(source: PromptSource, store: Store | None = None) -> PromptList
 
     InputError if there is none, or the source cannot be used; StorageError for a remote one out of reach.
     """
-    if built_in.is_built_in(source.source):
-        return PromptList(built_in.read_prompts(source.split, source.limit))
+    if built_in.is_any_built_in(source.source):
+        return PromptList(built_in.read_prompts(source.source, source.split, source.limit))
     found = read_texts(source, store)
     result = replace(clean_prompts(found.texts), remark=found.remark, other_category=found.other_category)
     if source.limit is not None:

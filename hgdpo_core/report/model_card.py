@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hgdpo_core.built_in import DATA_SET, is_built_in
+from hgdpo_core.built_in import DATA_SET, FOREIGN_SOURCE, is_built_in
 from hgdpo_core.config import RunConfig
 from hgdpo_core.models.files import looks_like_hub_id
 from hgdpo_core.rendering.parts import describe_rate, signed, signed_interval
@@ -78,6 +78,8 @@ def public_name(source: str) -> str:
     """A source as it may be printed: a hub id, a web address without its query, or the last part of a path."""
     if is_built_in(source):
         return "the built-in figures model"
+    if source == FOREIGN_SOURCE:
+        return "the built-in stand-in for a foreign model"
     address = urlsplit(source)
     if address.scheme in ("http", "https"):
         return f"{address.scheme}://{address.hostname}{address.path}"

@@ -79,13 +79,9 @@ class PairSetStage(Stage):
     """None for all shards that the rows fill."""
 
     @classmethod
-    def of(cls, store: Store, source: PairSource, size: tuple[int, int]) -> Self:
-        """The triplets of a source's pairs; `size`, (width, height), where the source names none.
-
-        InputError for a source that cannot be used, StorageError where it is out of reach.
-        """
-        pairs = open_pair_set(source, leave_out=store.local_path(""))
-        return cls(pairs, pair_set_folder(store, pairs, source.size or size))
+    def of(cls, store: Store, pairs: PairSet, size: tuple[int, int]) -> Self:
+        """The triplets of an opened data set; `size`, (width, height), where its source names none."""
+        return cls(pairs, pair_set_folder(store, pairs, pairs.source.size or size))
 
     @property
     def indices(self) -> list[int]:

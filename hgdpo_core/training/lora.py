@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hgdpo_core.config import LoraConfig, WinnersConfig
+from hgdpo_core.config import LoraConfig, RunConfig, WinnersConfig
 from hgdpo_core.errors import InputError
 from hgdpo_core.models import Backbone, Model
 from hgdpo_core.models.backbone import Denoiser
@@ -72,6 +72,12 @@ class TripletObjective(LoraObjective):
     """A LoRA trained on triplets, whose latents a stage before has cached."""
 
     section, trains_on = "dpo", "triplets"
+
+    def settings(self, config: RunConfig) -> WinnersConfig:
+        """Its settings; pairs that a run names are another model's by the user's wish."""
+        own = super().settings(config)
+        assert isinstance(own, WinnersConfig)
+        return own if config.pairs is None else own.model_copy(update={"allow_foreign_triplets": True})
 
     def require_fit(self, store: Store, triplets: str | None, samples: SampleSource[Any], indices: Sequence[int],
                     model: Model, config: WinnersConfig) -> None:

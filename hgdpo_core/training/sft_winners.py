@@ -57,7 +57,7 @@ class SftWinners(TripletObjective):
     charts = (ChartSpec("Loss", ("loss",), "denoising error of winners"), *OPTIMIZER_CHARTS)
 
     def settings(self, config: RunConfig) -> WinnersConfig:
-        own = config.dpo.model_dump(include=set(WinnersConfig.model_fields))
+        own = super().settings(config).model_dump(include=set(WinnersConfig.model_fields))
         return WinnersConfig.model_validate(own)
 
     def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> PairBatch:

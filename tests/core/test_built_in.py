@@ -28,11 +28,16 @@ def test_few_files_name_the_built_in_source():
 
 def test_every_kind_of_input_has_a_built_in_one():
     target = find_model(TargetConfig(source=built_in.SOURCE))
-    assert built_in.holds(target.path) and not built_in.holds(ROOT)
+    assert built_in.source_of(target.path) == built_in.SOURCE and built_in.source_of(ROOT) is None
+    foreign = find_model(TargetConfig(source=built_in.FOREIGN_SOURCE))
+    assert built_in.source_of(foreign.path) == built_in.FOREIGN_SOURCE
+    assert foreign.vae is not None and built_in.source_of(foreign.vae) == built_in.SOURCE
     assert len({find_scorer(name, built_in.SOURCE) for name in ("pickscore", "inspector", "tinted")}) == 3
     assert find_scorer("inspector", None) == find_scorer("inspector", built_in.SOURCE)
     prompts = [read_prompts(PromptSource(source=built_in.SOURCE, split=split, limit=3)) for split in built_in.SPLITS]
     assert len({prompt for known in prompts for prompt in known.prompts}) == 9
+    foreign = read_prompts(PromptSource(source=built_in.FOREIGN_SOURCE, limit=20)).prompts
+    assert sum(prompt.startswith(("a big", "a tiny")) for prompt in foreign) == 6
     with pytest.raises(InputError, match="need a limit"):
         read_prompts(PromptSource(source=built_in.SOURCE))
 

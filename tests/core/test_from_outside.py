@@ -137,7 +137,7 @@ class FlowFamily:
         index = path / "model_index.json"
         return index.is_file() and read_config(index)["_class_name"] == "FlowPipeline"
 
-    def check_folder(self, path):
+    def check_folder(self, path, *, own_vae):
         assert (path / "unet").is_dir()
 
     def load(self, model, device, *, dtype, codec_dtype):

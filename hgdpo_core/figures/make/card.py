@@ -11,13 +11,18 @@ scorer of another architecture (the inspector, `inspector/`), for drawings of pe
 the whole method can be seen at work on a CPU without a download. They know nothing about photographs: no result of
 theirs says anything about a real model.
 
-All of it was trained from scratch on images that `hgdpo_core/figures/renderer.py` renders, with one command:
+Stand-ins for the public preference data sets come from a second, smaller generator (`foreign/`) that draws another
+style, and often no person, with the target's VAE; a third network (the labeller, `labeller/`) labels its pairs and is
+used for nothing else.
+
+All of it was trained from scratch on images that `hgdpo_core/figures/` renders, with one command:
 
     python -m hgdpo_core.figures --output hgdpo_core/figures/weights
 
 This card is written by that command from `metrics.json`. Captions of the `train` split were used for training and of
-the `test` split, with seeds of their own, for the numbers of VAE, judge and inspector. The `validation` split chose the
-inspector's threshold and measures the target, so that the test prompts of a report were not used here."""
+the `test` split, with seeds of their own, for the numbers of VAE, judge, inspector and labeller. The `validation` split
+chose the inspector's threshold and the labeller's temperature and measures both generators, so that the test prompts of
+a report were not used here."""
 
 _LIMITS = """## Limits
 
@@ -33,7 +38,7 @@ _VIEWS = {"clean": "as rendered", "decoded": "through the VAE", "generated": "ge
 
 def describe_training(metrics: dict) -> str:
     rows = []
-    for stage in ("vae", "drawn_judge", "target", "inspector", "judge"):
+    for stage in ("vae", "drawn_judge", "target", "inspector", "judge", "labeller", "foreign"):
         if stage in metrics:
             made = metrics[stage]["training"]
             plan = [str(made[name]) for name in ("steps", "batch", "learning_rate", "threads", "machine")]
@@ -83,6 +88,31 @@ def describe_target(made: dict) -> str:
     return Table(["attribute", "target", "correct drawings"], rows, "Target", [text]).markdown()
 
 
+def describe_labeller(made: dict) -> str:
+    errors, kinds = made["errors"], made["errors_by_kind"]
+    overall = [[name, *(f"{errors[view][name]:.1%}" for view in errors)] for name in errors["clean"]
+               if name not in ("near_half", "wrong_elsewhere")]
+    rows = overall + [[kind, *(f"{kinds[view][kind]:.1%}" for view in kinds)] for kind in kinds["clean"]
+                      if kind != "all"]
+    decoded = errors["decoded"]
+    text = (f"**Its error rate is {decoded['all']:.1%}**: so often it prefers the image with a defect, over "
+            f"{made['pairs']} held-out pairs through the VAE. It calls a pair a tie where its probability is within "
+            f"{made['tie_band']} of one half: {decoded['near_half']:.1%} of these pairs; of the others it gets "
+            f"{decoded['wrong_elsewhere']:.1%} wrong. What generators really drew has no ground truth, so its rate of "
+            "errors on generated images is not known. Errors by what the pairs show, then by defect:")
+    return Table(["pairs", *(_VIEWS[view] for view in errors)], rows, "Labeller", [text]).markdown()
+
+
+def describe_foreign(made: dict) -> str:
+    won = made["preferred_to_right_picture"]
+    return (f"## Foreign generator\n\nA **stand-in** for the generators of a public data set. The target's VAE, which "
+            f"was trained on the target's style, draws {made['images']} held-out foreign images with PSNR "
+            f"{made['psnr_db']} dB: rougher than its own. Over {made['prompts']} validation prompts "
+            f"({made['without_people']:.0%} without people), DPM-Solver++ {made['steps']} steps, guidance "
+            f"{made['guidance']}, the labeller prefers the generated image to a correct drawing of the caption through "
+            f"the VAE for {won['people']:.1%} of the people and {won['still lives']:.1%} of the still lives.")
+
+
 def write_card(path: Path, metrics: dict) -> None:
     """Write the card from the stages that `metrics` holds."""
     parts = [_INTRODUCTION, describe_training(metrics)]
@@ -91,4 +121,7 @@ def write_card(path: Path, metrics: dict) -> None:
             parts.append(describe(metrics[stage]["metrics"]))
     if "judge" in metrics:
         parts.append(describe_target(metrics["judge"]["metrics"]["target"]))
+    for stage, describe in (("labeller", describe_labeller), ("foreign", describe_foreign)):
+        if stage in metrics:
+            parts.append(describe(metrics[stage]["metrics"]))
     path.write_text("\n\n".join([*parts, _LIMITS]))

@@ -5,15 +5,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from .loop import in_batches
 
 BATCH = 32
 
 
-def load_pipeline(folder: Path) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+def load_pipeline(folder: Path, vae: AutoencoderKL | None = None) -> StableDiffusionPipeline:
+    """The pipeline in `folder`, with `vae` where the folder holds none."""
+    given = {} if vae is None else {"vae": vae}
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, **given)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

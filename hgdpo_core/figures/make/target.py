@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..dataset import render_batch, sample_figures
 from ..people import caption
@@ -76,11 +76,19 @@ def train_target(folder: Path, vae: AutoencoderKL, plan: Plan, *, images: int, s
     StableDiffusionPipeline in fp16."""
     tokenizer = load_tokenizer(folder / "tokenizer")
     latents, captions = render_latents(vae, images, seed=seed, path=work / "target-latents.safetensors")
-    ids, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
-    scheduler = new_scheduler()
     torch.manual_seed(seed)
     text_encoder = CLIPTextModel(CLIPTextConfig(**text_settings(tokenizer, TARGET_TOKENS)))
     model = TextToNoise(text_encoder, new_unet())
+    average = fit_to_latents(model, tokenizer, latents, captions, plan, name="target", seed=seed,
+                             checkpoint=work / "checkpoint.pt")
+    save_pipeline(folder, average, vae, folder / "tokenizer")
+
+
+def fit_to_latents(model: TextToNoise, tokenizer: CLIPTokenizer, latents: Tensor, captions: list[str], plan: Plan, *,
+                   name: str, seed: int, checkpoint: Path) -> TextToNoise:
+    """Train to predict the noise on scaled latents `[N,8,8,8]` from their captions; returns the moving average."""
+    ids, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+    scheduler = new_scheduler()
     # On a CPU the backward pass of torch's fused attention takes longer than all the rest together.
     model.text_encoder.set_attn_implementation("eager")
     model.unet.set_attn_processor(AttnProcessor())
@@ -94,13 +102,13 @@ def train_target(folder: Path, vae: AutoencoderKL, plan: Plan, *, images: int, s
         noisy = scheduler.add_noise(clean, noise, timesteps)  # type: ignore[arg-type]
         return F.mse_loss(model(noisy, timesteps, torch.where(dropped, empty, ids[chosen])), noise)
 
-    average = train(model, loss_of, plan, name="target", seed=seed, checkpoint=work / "checkpoint.pt")
-    save_pipeline(folder, average, vae)
+    return train(model, loss_of, plan, name=name, seed=seed, checkpoint=checkpoint)
 
 
-def save_pipeline(folder: Path, model: TextToNoise, vae: AutoencoderKL) -> None:
+def save_pipeline(folder: Path, model: TextToNoise, vae: AutoencoderKL, tokenizer_folder: Path) -> None:
+    """Write a whole StableDiffusionPipeline in fp16, with a VAE and a tokenizer made before."""
     parts: dict[str, Any] = dict(vae=vae, text_encoder=model.text_encoder, unet=model.unet, scheduler=new_scheduler(),
-                                 tokenizer=load_tokenizer(folder / "tokenizer"), safety_checker=None,
+                                 tokenizer=load_tokenizer(tokenizer_folder), safety_checker=None,
                                  feature_extractor=None)
     pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):

@@ -1,10 +1,12 @@
 """Table 1 and the length of training: arms, trials on validation prompts, win rates of HG-DPO against each baseline."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pair_files import pair, write_parquet
 
 from hgdpo_core.ablate import measure, paper
 from hgdpo_core.ablate.arms import OURS, Arm, arm_config, base_arm, plan_tables
@@ -13,10 +15,12 @@ from hgdpo_core.ablate.cost import plan_ablation
 from hgdpo_core.ablate.measure import run_trials
 from hgdpo_core.ablate.program import open_ablation, prepare_shared
 from hgdpo_core.ablate.settings import AblationConfig
+from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.presets import figures, sd15
 
 TRIALS = [[1.0, 1.0], [3.0, 0.5]]
+OTHERS = ("our-pickapic", "our-pickapic (H)", "SFT on winners", "AlignProp", "DPO, beta x4")
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +29,15 @@ def inputs(tmp_path_factory, target_folder, judge_folder):
     for name, text in (("prompts", "a woman in a red top"), ("held-out", "a man in a blue top"),
                        ("trials", "a boy in a green top")):
         (location / f"{name}.txt").write_text("".join(f"{text}, number {i}\n" for i in range(5)))
+    rows = [pair(i, i % 2, caption=text) for i, text in enumerate(["a red car", "a woman", "a dog", "two men"] * 2)]
+    write_parquet(location / "our-pickapic", rows)
     judge = {"name": "pickscore", "source": str(judge_folder)}
     return {
         "target": str(target_folder), "prompts": str(location / "prompts.txt"),
         "settings": {"seeds": 2, "comparisons": ("baselines", "length"), "worlds": ("plain",)},
         "overrides": {
             "ablation.trials": TRIALS, "ablation.validation": {"source": str(location / "trials.txt")},
+            "ablation.pairs": [{"source": str(location / "our-pickapic")}], "ablation.lora_weights": [0.25],
             "ablation.epochs": [1, 2], "ablation.beta_factors": [4], "ablation.diversity_prompts": 2,
             "ablation.diversity_images": 2, "ablation.distance_pools": 3, "target.dtype": "float32",
             "scorer.source": str(judge_folder), "evaluation.scorers": [judge],
@@ -51,8 +58,30 @@ def test_every_row_of_table_1_names_its_row_of_the_paper():
     tables = {table.number: table for table in plan_tables(figures(), AblationConfig(comparisons=("baselines",)), 320)}
     rows = tables["1"].rows
     assert [row.label for row in rows][0] == OURS and rows[0].arm.lambda_stat == figures().dpo.lambda_stat
-    assert {row.paper_row for row in rows[1:]} <= set(paper.TABLE_1)
+    assert {row.paper_row for row in rows[1:]} - {None} <= set(paper.TABLE_1)
     assert all(row.arm.chosen and row.arm.lambda_stat == 0 for row in rows[1:])
+    assert [row.label for row in rows if row.paper_row is None] == [OURS, *(row.label for row in rows if "control" in
+                                                                             row.label)]
+    foreign = [row for row in rows if row.arm.data != "own"]
+    assert [row.arm.data for row in foreign] == ["pairs", "pairs", "foreign_pool", "labelled"]
+    assert all("stand-in" in row.label for row in foreign)
+    assert [row.arm.pair_source.human_only for row in foreign[:2]] == [False, True]
+    assert [row.arm for row in tables["1-weights"].rows] == [replace(row.arm, chosen_weight=True) for row in rows]
+
+
+def test_pairs_of_others_are_arms_of_any_preset():
+    settings = AblationConfig(comparisons=("baselines",), trials=(), pairs=(
+        PairSource(source="yuvalkirstain/pickapic_v2", limit=100_000), PairSource(source="ymhao/HPDv2/"),
+        PairSource(source="/data/ours", human_only=True)))
+    (table,) = plan_tables(sd15("a/b", "p.txt"), settings, 100_000)
+    labels = {row.label: row for row in table.rows if row.arm.data == "pairs"}
+    assert {label: row.paper_row for label, row in labels.items()} == {
+        "pickapic_v2": "Pick-a-Pic v2", "pickapic_v2 (H)": "Pick-a-Pic v2 (H)", "HPDv2": "HPD v2",
+        "HPDv2 (H)": "HPD v2 (H)", "ours (H)": None}
+    config = arm_config(sd15("a/b", "p.txt"), labels["pickapic_v2 (H)"].arm, 0)
+    assert config.pairs == PairSource(source="yuvalkirstain/pickapic_v2", limit=100_000, human_only=True)
+    assert config.dpo.max_steps == 6250  # as the own pool's one epoch, whatever number of pairs is used
+    assert not any(row.arm.data in ("foreign_pool", "labelled") for row in table.rows)
 
 
 def test_an_arms_id_is_that_of_an_earlier_version_where_nothing_new_is_used():
@@ -100,20 +129,49 @@ def test_table_1_holds_win_rates_of_ours_against_each(finished):
     ablation, result = finished
     table = next(table for table in result["tables"] if table["title"].startswith("Table 1"))
     labels = [row[0] for row in table["rows"]]
-    assert labels == ["HG-DPO", "vs. SFT on winners", "vs. AlignProp", "vs. DPO, beta x4"]
+    assert labels == ["HG-DPO", *(f"vs. {name}" for name in OTHERS)]
     shared = prepare_shared(ablation)
     arms = [row.arm for t in ablation.tables if t.number == "1" for row in t.rows]
     ours, other = (np.array([measure.run_arm(shared, arm, seed).gains["pickscore"] for seed in range(2)])
-                   for arm in arms[:2])
+                   for arm in (arms[0], arms[3]))
     wins, losses = (ours > other).sum(), (ours < other).sum()
-    assert table["rows"][1][1].startswith(f"{100 * wins / (wins + losses):.1f} (")
-    assert table["rows"][1][2] == "74.6 / 78.2 / 70.1 / 50.9 / 67.2"
+    assert table["rows"][3][1].startswith(f"{100 * wins / (wins + losses):.1f} (")
+    assert table["rows"][1][2] == "83.0 / 80.7 / 75.7 / 62.7 / 68.9"
+    assert table["rows"][3][2] == "74.6 / 78.2 / 70.1 / 50.9 / 67.2"
     assert "2 trials of learning rate and steps" in " ".join(table["notes"])
     claims = [claim for claim in result["claims"] if claim["text"].startswith("HG-DPO is better")]
-    assert [claim["text"] for claim in claims] == [
-        f"HG-DPO is better than {name}" for name in ("SFT on winners", "AlignProp", "DPO, beta x4")]
-    assert claims[0]["estimate"]["value"] == pytest.approx(100 * wins / (wins + losses) - 50)
-    assert {"table-1-plain", "figure-17", "table-length-plain"} <= set(result["plots"])
+    assert [claim["text"] for claim in claims] == [f"HG-DPO is better than {name}" for name in OTHERS]
+    assert claims[2]["estimate"]["value"] == pytest.approx(100 * wins / (wins + losses) - 50)
+    assert {"table-1-plain", "table-1-weights-plain", "figure-17", "table-length-plain"} <= set(result["plots"])
+
+
+def test_arms_of_others_pairs_are_trained_on_what_they_use(finished):
+    ablation, result = finished
+    table = next(table for table in result["tables"] if table["title"] == "Table 1: HG-DPO against the baselines")
+    pairs = dict(zip([row[0] for row in table["rows"]], [row[-2] for row in table["rows"]], strict=True))
+    assert pairs["HG-DPO"] == "5" and pairs["vs. our-pickapic"] == "8" and pairs["vs. our-pickapic (H)"] == "4"
+    records = [arm for arm in result["arms"] if arm["pairs"] and not arm["chosen_weight"]]
+    for record in records:
+        model = ablation.run.store.read_json(f"models/{record['seeds'][0]['model_id']}/config.json")
+        assert model["config"]["allow_foreign_triplets"] and not model["config"]["lambda_stat"]
+
+
+def test_an_arm_at_a_weight_of_its_own_takes_the_best_of_those_tried(finished):
+    ablation, result = finished
+    shared = prepare_shared(ablation)
+    rows = {table.number: table.rows for table in ablation.tables}
+    for plain, row in zip(rows["1"], rows["1-weights"], strict=True):
+        tried = measure.try_weights(shared, row.arm)
+        assert [one.weight for one in tried] == [1.0, 0.25]
+        weight = max(tried, key=lambda one: one.win_rate).weight
+        record = measure.run_arm(shared, row.arm, 1)
+        same = measure.run_arm(shared, replace(plain.arm, lora_weight=weight), 1)
+        assert record.weights == tried and record.gains == same.gains and record.model_id == same.model_id
+        at_one = measure.run_arm(shared.validation, replace(measure.chosen_arm(shared, plain.arm), lora_weight=0.25), 0)
+        won = np.mean((1 + np.sign(at_one.gains["pickscore"])) / 2)
+        assert tried[1].win_rate == pytest.approx(won)
+    table = next(table for table in result["tables"] if table["title"].startswith("Table 1, each arm at a LoRA"))
+    assert table["columns"][-1] == "LoRA weight chosen of" and "diversity" not in table["columns"]
 
 
 def test_the_table_of_lengths_has_colours_diversity_and_checks(finished):
@@ -133,7 +191,7 @@ def test_nothing_is_trained_twice_and_the_plan_counts_the_trials(finished, input
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")} == before
     assert json.dumps(again["tables"]) == json.dumps(result["tables"])
     plan = plan_ablation(ablation)
-    assert plan["arms"] == 6 and plan["trainings"] == 2 * 6 + 4 * 2
+    assert plan["arms"] == 14 and plan["trainings"] == 2 * 8 + 6 * 2  # six rows twice, at two weights; two lengths
     assert len(models) <= plan["trainings"]  # a trial may be the training itself
 
 

@@ -32,8 +32,10 @@ def test_the_command_trains_everything_and_then_has_nothing_to_do(trained):
     assert pipeline.unet.config["cross_attention_dim"] == 128
     card = (weights / "README.md").read_text()
     assert "PSNR" in card and "two_heads" in card and "validation prompts" in card and "Inspector" in card
+    assert "## Labeller" in card and "**stand-in**" in card
     assert (weights / "judge" / "preprocessor_config.json").exists()
     assert not list(weights.rglob("checkpoint*"))
+    assert not list((weights / "foreign" / "vae").glob("*.safetensors"))  # the target's is shared
 
 
 def test_another_seed_is_another_training(trained):

@@ -3,19 +3,33 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from hgdpo_core.built_in import FOREIGN_SOURCE, SOURCE
+from hgdpo_core.config import PoolConfig, PromptSource, SamplerConfig, TargetConfig
 from hgdpo_core.errors import InputError
-from hgdpo_core.figures import DEFECTS, judge_path, parse_caption, prompts, render, target_path
+from hgdpo_core.figures import DEFECTS, judge_path, labeller_path, parse_caption, prompts, render, target_path
 from hgdpo_core.figures.dataset import render_batch, to_model_range
+from hgdpo_core.figures.foreign import defects_of, scene_caption
+from hgdpo_core.figures.foreign_pairs import first_two_of, write_foreign_pairs
+from hgdpo_core.figures.labeller import load_labeller, prefer_first
 from hgdpo_core.figures.make.card import write_card
 from hgdpo_core.figures.make.evaluation import Judge
+from hgdpo_core.figures.make.labeller_data import render_view, sample_views
 from hgdpo_core.figures.make.stages import STAGES
+from hgdpo_core.models import find_model
+from hgdpo_core.models.image_generator import ImageGenerator
+from hgdpo_core.models.locations import find_located_model, model_locations
+from hgdpo_core.models.model import load_pipeline
+from hgdpo_core.prompts import read_prompts
 from hgdpo_core.scorers import load_scorer
 from hgdpo_core.scorers.inspector import DEFECT_BELOW
+from hgdpo_core.storage import Store
 
 WEIGHTS = target_path().parent
 
@@ -30,8 +44,11 @@ def judge():
     return Judge(judge_path())
 
 
-def test_the_weights_are_fp16_and_at_most_20_mb():
-    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 20e6
+def test_the_weights_are_fp16_and_at_most_40_mb():
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 40e6
+    assert sum(path.stat().st_size for path in (WEIGHTS / "foreign").rglob("*") if path.is_file()) <= 6e6
+    for path in WEIGHTS.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values() if tensor.is_floating_point()} == {torch.float16}
     assert not [path for path in WEIGHTS.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt")]
 
 
@@ -144,6 +161,55 @@ def test_the_quality_that_the_card_states_is_the_one_asked_for():
         accuracy = metrics["judge"]["accuracy"][view]
         assert min(accuracy["wrong_colour"], accuracy["wrong_caption"]) >= 0.95
         assert min(accuracy[kind] for kind in DEFECTS) >= 0.9
+
+
+def test_the_labeller_has_the_error_rate_that_the_card_states():
+    """On a few pairs as rendered, with seeds of their own; the card's rate is over many more."""
+    made = json.loads((WEIGHTS / "metrics.json").read_text())["labeller"]["metrics"]
+    assert f"error rate is {made['errors']['decoded']['all']:.1%}" in (WEIGHTS / "README.md").read_text()
+    assert made["errors"]["decoded"]["all"] <= 0.2
+    labeller, wrong = load_labeller(labeller_path()), []
+    for i, (view, scene) in enumerate(sample_views("test", 80, np.random.default_rng(5))):
+        defects = defects_of(scene)
+        pair = [render_view(view, scene, 2**49 + i, defect)[None] for defect in (None, defects[i // 5 % len(defects)])]
+        wrong.append(float(prefer_first(labeller, [scene_caption(scene)], *pair)) < 0.5)
+    assert np.mean(wrong) <= made["errors"]["clean"]["all"] + 0.15  # three standard deviations of so few
+
+
+def test_the_foreign_generator_is_a_target_with_the_targets_vae():
+    model = find_model(TargetConfig(source=FOREIGN_SOURCE))
+    assert not list((model.path / "vae").glob("*.safetensors")) and model.vae == target_path() / "vae"
+    assert model.fingerprint != find_model(TargetConfig(source=SOURCE)).fingerprint
+    pipeline = load_pipeline(model)
+    own = StableDiffusionPipeline.from_pretrained(target_path())
+    for one, other in zip(pipeline.vae.parameters(), own.vae.parameters(), strict=True):
+        assert torch.equal(one, other)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    texts = ["a big red house with a blue roof, in a park", "a big blue house with a red roof, at night"]
+    day, night = (np.asarray(image) for image in pipeline(texts, num_inference_steps=8, generator=generator).images)
+    assert day.std() > 20 and day[:16].mean() > night[:16].mean() + 50
+
+
+def test_a_worker_finds_the_foreign_generator_under_its_name(tmp_path):
+    store, model = Store(str(tmp_path)), find_model(TargetConfig(source=FOREIGN_SOURCE))
+    recipe = model_locations(store, model, copy_to_store=True)
+    assert recipe["model"]["source"] == FOREIGN_SOURCE and recipe["vae"]["source"] == SOURCE
+    assert find_located_model(store, model.identity(), recipe) == model
+
+
+def test_stand_in_pairs_by_the_shipped_networks(tmp_path):
+    """As a run would make them: two images of a pool for each foreign prompt, labelled, with people and without."""
+    sampler = SamplerConfig(width=64, height=64, steps=6, guidance_scale=3.0)
+    model = find_model(TargetConfig(source=FOREIGN_SOURCE))
+    generator = ImageGenerator(model, sampler, PoolConfig(images_per_prompt=2, batch_size=10), "cpu")
+    texts = read_prompts(PromptSource(source=FOREIGN_SOURCE, limit=10)).prompts
+    counts = write_foreign_pairs(tmp_path / "pairs", texts, first_two_of(generator), labeller=labeller_path(),
+                                 model=FOREIGN_SOURCE, fingerprint=model.fingerprint)
+    assert counts.pairs == 10 == counts.first_preferred + counts.second_preferred + counts.ties
+    table = pq.read_table(tmp_path / "pairs" / "data")
+    assert table["caption"].to_pylist() == list(texts)
+    assert set(table["model_0"].to_pylist()) == {"figures-foreign (stand-in)"}
 
 
 def test_the_card_is_what_the_metrics_say(tmp_path):

@@ -30,7 +30,7 @@ class Other:
         index = path / "model_index.json"
         return index.is_file() and read_config(index)["_class_name"] == "OtherPipeline"
 
-    def check_folder(self, path):
+    def check_folder(self, path, *, own_vae):
         if not (path / "unet").is_dir():
             raise ModelError(f"{path} has no network")
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
-from pair_files import LOSER, WINNER, image, pair, write_hpd, write_parquet, write_tar
+from pair_files import LOSER, WINNER, image, pair, pair_stage, write_hpd, write_parquet, write_tar
 
 from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.errors import HGDPOError, InputError, StorageError
@@ -93,7 +93,7 @@ def test_lists_that_are_none(tmp_path):
 def test_a_cut_archive_and_a_small_disk_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = write_hpd(tmp_path / "hpd", [ENTRY], {"0.jpg": image(WINNER), "1.jpg": image(LOSER)})
-    stage = PairSetStage.of(Store(str(tmp_path / "root")), PairSource(source=str(folder)), (16, 16))
+    stage = pair_stage(Store(str(tmp_path / "root")), PairSource(source=str(folder)), (16, 16))
     with monkeypatch.context() as patch:
         patch.setattr("hgdpo_core.pair_sets.hpd.MARGIN_BYTES", 1 << 60)
         with pytest.raises(StorageError, match="GB of images are unpacked into .* free some space"):
@@ -109,11 +109,11 @@ def test_a_cut_archive_and_a_small_disk_are_refused(tmp_path, monkeypatch):
 def test_one_class_of_labels_is_fine_and_ties_alone_are_no_data_set(tmp_path):
     store = Store(str(tmp_path / "root"))
     one_class = write_parquet(tmp_path / "sorted", [pair(number, 0) for number in range(3)])
-    stage = PairSetStage.of(store, PairSource(source=str(one_class)), (16, 16))
+    stage = pair_stage(store, PairSource(source=str(one_class)), (16, 16))
     stage.make(Worker("cpu"))
     stage.refuse_if_empty()
     ties = write_parquet(tmp_path / "ties", [pair(number, None) for number in range(3)])
-    stage = PairSetStage.of(store, PairSource(source=str(ties)), (16, 16))
+    stage = pair_stage(store, PairSource(source=str(ties)), (16, 16))
     stage.refuse_if_empty()  # nothing is made yet
     stage.make(Worker("cpu"))
     with pytest.raises(InputError, match=r"none of the 3 pairs of ties can be used \(it is a tie: 3\)"):
@@ -194,7 +194,7 @@ def test_a_data_set_of_the_hub_is_read_at_its_commit(hub, monkeypatch, tmp_path)
 
     fsspec.register_implementation("hf", HubFiles, clobber=True)
     try:
-        stage = PairSetStage.of(Store(str(tmp_path / "root")), PairSource(source="owner/pairs"), (16, 16))
+        stage = pair_stage(Store(str(tmp_path / "root")), PairSource(source="owner/pairs"), (16, 16))
         assert stage.make(Worker("cpu")) == 5 and stage.pairs.licence == "apache-2.0"
         assert stage.folder.read(0)["model_fingerprint"][0].as_py() == "foreign:owner/pairs@c0ffee"
         assert stage.folder.key.startswith("triplets/pairs-")

@@ -8,11 +8,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
-from pair_files import pair, write_parquet
+from pair_files import pair, pair_stage, write_parquet
 
 from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.stages.base import Worker
-from hgdpo_core.stages.pair_sets import PairSetStage
 from hgdpo_core.storage import Store
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -86,7 +85,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_pairs_stream_from_the_hub_by_ranges_at_one_commit(hub, tmp_path):
-    stage = PairSetStage.of(Store(str(tmp_path / "root")), PairSource(source="owner/pairs", rows_per_shard=8), (16, 16))
+    stage = pair_stage(Store(str(tmp_path / "root")), PairSource(source="owner/pairs", rows_per_shard=8), (16, 16))
     assert (stage.pairs.revision, stage.pairs.licence, len(stage.pairs)) == (SHA, "apache-2.0", 20)
     assert stage.make(Worker("cpu")) == 20 and stage.counts().triplets == 20
     captions = [caption for index in stage.indices for caption in stage.folder.read(index)["caption"].to_pylist()]

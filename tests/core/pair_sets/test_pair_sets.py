@@ -14,6 +14,7 @@ from pair_files import (
     WINNER,
     image,
     pair,
+    pair_stage,
     striped,
     write_hpd,
     write_parquet,
@@ -38,7 +39,7 @@ SIZE = (24, 16)
 
 
 def make(tmp_path, source, size=SIZE, **settings) -> PairSetStage:
-    stage = PairSetStage.of(Store(str(tmp_path / "root")), PairSource(source=str(source), **settings), size)
+    stage = pair_stage(Store(str(tmp_path / "root")), PairSource(source=str(source), **settings), size)
     assert stage.make(Worker("cpu")) == len(stage.pairs)
     return stage
 
@@ -140,20 +141,20 @@ def test_a_size_of_its_own_other_settings_and_other_rows_are_other_data_sets(tmp
     store, key = Store(str(tmp_path / "root")), {}
     for settings in ({}, {"size": "16x8"}, {"limit": 4}, {"limit": 4, "sample_seed": 0}, {"limit": 4, "sample_seed": 1},
                      {"human_only": True}, {"keep_sexual": True}, {"rows_per_shard": 3}, {"image_format": "jpeg"}):
-        stage = PairSetStage.of(store, PairSource(source=str(source), **settings), SIZE)
+        stage = pair_stage(store, PairSource(source=str(source), **settings), SIZE)
         assert stage.make(Worker("cpu")) == settings.get("limit", 10) == len(rows_of(stage))
         key[json.dumps(settings)] = stage.folder.key
         assert stage.image_size == ((16, 8) if "size" in settings else SIZE)
     assert len(set(key.values())) == len(key) == 9
-    same = PairSetStage.of(store, PairSource(source=str(source), licence="mit", format="parquet", size=SIZE), (8, 8))
+    same = pair_stage(store, PairSource(source=str(source), licence="mit", format="parquet", size=SIZE), (8, 8))
     assert same.folder.key == key["{}"]
     source.rename(tmp_path / "moved")
     (tmp_path / "moved" / "README.md").write_text("pairs")  # beside the data
     (tmp_path / "elsewhere").mkdir()
     moved = (tmp_path / "moved").rename(tmp_path / "elsewhere" / "pickapic")
-    assert PairSetStage.of(store, PairSource(source=str(moved)), SIZE).folder.key == key["{}"]
+    assert pair_stage(store, PairSource(source=str(moved)), SIZE).folder.key == key["{}"]
     write_parquet(moved, [pair(number, 1) for number in range(10)], files=2)
-    assert PairSetStage.of(store, PairSource(source=str(moved)), SIZE).folder.key != key["{}"]
+    assert pair_stage(store, PairSource(source=str(moved)), SIZE).folder.key != key["{}"]
 
 
 def test_the_first_rows_need_the_first_files_and_a_sample_is_drawn_from_all(tmp_path):
@@ -207,7 +208,7 @@ def test_own_parquet_with_structs_of_bytes_and_the_least_columns(tmp_path):
              "jpg_1": {"bytes": image(colours[1 - n % 2]), "path": "b.jpg"}} for n in range(4)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mine.parquet")
     for source in (tmp_path / "mine.parquet", tmp_path / "*.parquet", f"file://{tmp_path}/mine.parquet"):
-        stage = PairSetStage.of(Store(str(tmp_path / "root")), PairSource(source=str(source)), SIZE)
+        stage = pair_stage(Store(str(tmp_path / "root")), PairSource(source=str(source)), SIZE)
         stage.make(Worker("cpu"))
         check_winners(stage)
         assert len(rows_of(stage)) == 4
@@ -327,7 +328,7 @@ def test_the_card_states_source_licence_and_a_sum_and_the_hub_reads_it(tmp_path)
     assert loaded.num_rows == 2 and loaded[0]["jpg_0"].size == SIZE
 
     source = PairSource(source=str(tmp_path / "mine"), licence="cc-by-4.0", rows_per_shard=2)
-    licensed = PairSetStage.of(store, source, SIZE)  # only its card differs
+    licensed = pair_stage(store, source, SIZE)  # only its card differs
     assert licensed.folder.key == key
     write_pair_card(licensed)
     assert card_licence(store, key) == "cc-by-4.0" and b"Warning" not in store.read_bytes(f"{key}/README.md")

@@ -12,12 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from faulty_s3 import served_bucket
-from pair_files import PICK_A_PIC, pair, write_parquet
+from pair_files import PICK_A_PIC, pair, pair_stage, write_parquet
 
 from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.errors import StoppedError
 from hgdpo_core.stages.base import Worker
-from hgdpo_core.stages.pair_sets import PairSetStage
 from hgdpo_core.storage import Store
 
 ROOT = Path(__file__).parents[3]
@@ -42,7 +41,7 @@ def write_many(folder: Path) -> Path:
 
 def test_a_hundred_thousand_pairs_in_flat_memory_resumed_after_a_stop(tmp_path):
     source = PairSource(source=str(write_many(tmp_path / "many")), rows_per_shard=2048)
-    stage = PairSetStage.of(Store(str(tmp_path / "root")), source, (16, 16))
+    stage = pair_stage(Store(str(tmp_path / "root")), source, (16, 16))
     assert len(stage.indices) == 49
     made = []
     with pytest.raises(StoppedError):
@@ -64,6 +63,7 @@ def test_a_killed_process_leaves_whole_shards_and_the_rest_is_made_as_without_it
     program = textwrap.dedent("""
         import os, signal, sys
         from hgdpo_core.config.pair_source import PairSource
+        from hgdpo_core.pair_sets import open_pair_set
         from hgdpo_core.stages.base import Worker
         from hgdpo_core.stages.pair_sets import PairSetStage
         from hgdpo_core.storage import Store
@@ -72,17 +72,18 @@ def test_a_killed_process_leaves_whole_shards_and_the_rest_is_made_as_without_it
             made.append(manifest)
             if len(made) == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
-        stage = PairSetStage.of(Store(sys.argv[1]), PairSource(source=sys.argv[2], rows_per_shard=5), (16, 16))
+        stage = PairSetStage.of(Store(sys.argv[1]), open_pair_set(PairSource(source=sys.argv[2], rows_per_shard=5)),
+                                (16, 16))
         stage.make(Worker("cpu", on_shard=kill))
     """)
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "root"), str(source)], cwd=ROOT,
                             env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     settings = PairSource(source=str(source), rows_per_shard=5)
-    stage = PairSetStage.of(Store(str(tmp_path / "root")), settings, (16, 16))
+    stage = pair_stage(Store(str(tmp_path / "root")), settings, (16, 16))
     kept = stage.existing()
     assert len(kept) == 4 and stage.make(Worker("cpu")) == 60 - 4 * 5
-    whole = PairSetStage.of(Store(str(tmp_path / "other")), settings, (16, 16))
+    whole = pair_stage(Store(str(tmp_path / "other")), settings, (16, 16))
     whole.make(Worker("cpu"))
     assert stage.folder.key == whole.folder.key
     for index in whole.indices:
@@ -96,12 +97,12 @@ def test_pairs_in_a_bucket_become_triplets_in_a_bucket(tmp_path):
         Store("s3://bucket/data").put_folder(tmp_path / "pairs", "pairs")
         source = PairSource(source="s3://bucket/data/pairs", rows_per_shard=5)
         server.misbehave(0.02, seed=1, kinds=("500", "close", "cut"))
-        stage = PairSetStage.of(Store("s3://bucket/root"), source, (16, 16))
+        stage = pair_stage(Store("s3://bucket/root"), source, (16, 16))
         assert stage.make(Worker("cpu")) == 12 and stage.counts().triplets == 12
         captions = [caption for index in stage.indices for caption in stage.folder.read(index)["caption"].to_pylist()]
         assert captions == [f"a woman, number {number}" for number in range(12)]
         server.behave()
-        again = PairSetStage.of(Store("s3://bucket/root"), source, (16, 16))
+        again = pair_stage(Store("s3://bucket/root"), source, (16, 16))
         assert again.folder.key == stage.folder.key and again.find_missing() == []
         pattern = PairSource(source="s3://bucket/data/pairs/data/train-00001*")
-        assert len(PairSetStage.of(Store("s3://bucket/root"), pattern, (16, 16)).pairs) == 6
+        assert len(pair_stage(Store("s3://bucket/root"), pattern, (16, 16)).pairs) == 6

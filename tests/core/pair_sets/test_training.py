@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from pair_files import pair, write_parquet
+from pair_files import pair, pair_stage, write_parquet
 
 from hgdpo_core.config import DpoConfig, TargetConfig
 from hgdpo_core.config.pair_source import PairSource
@@ -13,7 +13,6 @@ from hgdpo_core.figures.dataset import sample_figures
 from hgdpo_core.images import decode_image, encode_image
 from hgdpo_core.models import find_model
 from hgdpo_core.stages.latents import LatentStage
-from hgdpo_core.stages.pair_sets import PairSetStage
 from hgdpo_core.storage import DryStore, Store
 from hgdpo_core.training.tune import tune
 
@@ -36,7 +35,7 @@ def source(tmp_path_factory):
 def test_two_steps_of_dpo_where_foreign_triplets_are_allowed(source, tmp_path):
     store = Store(str(tmp_path))
     model = find_model(TargetConfig(source="figures", dtype="float32"))
-    pairs = PairSetStage.of(store, source, SIZE)
+    pairs = pair_stage(store, source, SIZE)
     latents = LatentStage.of(pairs, model, flips=True)
     assert IN_PROCESS.make([pairs, latents]) == [3, 3]
     assert (latents.folder.config["width"], latents.folder.config["height"]) == SIZE
@@ -50,7 +49,7 @@ def test_two_steps_of_dpo_where_foreign_triplets_are_allowed(source, tmp_path):
 
 
 def test_a_winner_is_the_drawing_without_a_defect(source, tmp_path):
-    stage = PairSetStage.of(Store(str(tmp_path)), source, SIZE)
+    stage = pair_stage(Store(str(tmp_path)), source, SIZE)
     IN_PROCESS.make([stage])
     figures = sample_figures("train", 6, np.random.default_rng(0))
     for index in (0, 1):
@@ -59,6 +58,6 @@ def test_a_winner_is_the_drawing_without_a_defect(source, tmp_path):
 
 
 def test_a_plan_counts_them_and_writes_nothing(source, tmp_path):
-    stage = PairSetStage.of(DryStore(str(tmp_path / "root")), source, SIZE)
+    stage = pair_stage(DryStore(str(tmp_path / "root")), source, SIZE)
     assert stage.units(stage.indices, []) == {0: 2, 1: 2, 2: 2}
     assert not (tmp_path / "root").exists() and stage.find_missing() == [0, 1, 2]
