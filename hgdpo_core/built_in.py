@@ -105,7 +105,7 @@ def find_pairs(store: "Store") -> Path:
     """The folder of the stand-in pairs, generated and labelled once, in a minute or two; where `find_images` is."""
     from hgdpo_core.figures.stand_ins import write_foreign
 
-    return write_foreign(_pairs_folder(store, f"{FOREIGN_SOURCE}-{STAND_IN_PAIRS}"), STAND_IN_PAIRS)
+    return write_foreign(_pairs_folder(store, f"{FOREIGN_SOURCE}-stand-in-{STAND_IN_PAIRS}"), STAND_IN_PAIRS)
 
 
 def label_pairs(store: "Store", model: "Model", config: "RunConfig", prompts: "PromptList") -> Path:

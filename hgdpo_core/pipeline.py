@@ -15,7 +15,7 @@ from hgdpo_core.evaluate import Comparison, compare, plan_evaluation
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.progress import Progress, StageProgress, StageTimes, silent_stages
-from hgdpo_core.report.summary import Published, RankedData, write_run_report
+from hgdpo_core.report.summary import ForeignData, Published, RankedData, write_run_report
 from hgdpo_core.run import Run
 from hgdpo_core.stages import Stage
 from hgdpo_core.stages.distances import DistanceStage
@@ -251,7 +251,7 @@ def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[RunWarni
 def write_report(run: Run, result: Result, times: StageTimes | None = None) -> Published:
     """`summary.json` and `report.html` in `runs/<run_id>/`."""
     made, times = result.made, times or StageTimes()
-    data = None
+    data = None if made.pairs is None else ForeignData(made.pairs)
     if (ranked := made.ranked) is not None:
         data = RankedData(ranked.pool, ranked.scores, ranked.distances.read(), ranked.triplets.folder,
                           ranked.triplets.counts())

@@ -5,6 +5,7 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from hgdpo_core.comparison_run import ComparisonRun, open_comparison, plan_comparison
+from hgdpo_core.config import UNKNOWN_LICENCE
 from hgdpo_core.config.base import StageConfig
 from hgdpo_core.plan import plan_run
 from hgdpo_core.plan.table import readable_bytes, readable_hours, readable_time
@@ -34,6 +35,11 @@ def prepare(**parameters: Any) -> Run:
     logger.info("Target: %s (%s, %s)", run.target.path.name, run.target.fingerprint[:12], run.target.dtype)
     if run.images is not None:
         logger.info("Images for SFT: %s", run.images.describe())
+    if run.pairs is not None:
+        logger.info("Trained on foreign pairs, not on a pool: %s", run.pairs.describe())
+        if run.pairs.licence == UNKNOWN_LICENCE:
+            logger.warning("No licence of %s is known: without one, what is made of its images may not be passed on",
+                           run.pairs.name)
     return run
 
 

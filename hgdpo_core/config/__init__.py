@@ -272,7 +272,12 @@ class RunConfig(StageConfig):
 
     @property
     def training_scorer(self) -> str | None:
-        """Name of the evaluation scorer that also ranks the training pools; None when the evaluation leaves it out."""
+        """Name of the evaluation scorer that the training follows too; None when the evaluation leaves it out.
+
+        It ranks the pools, or is the reward; pairs that others labelled follow none.
+        """
+        if self.pairs is not None:
+            return None
         training = (self.scorer.name, self.scorer.source)
         return next((s.name for s in self.evaluation.scorers if (s.name, s.source) == training), None)
 

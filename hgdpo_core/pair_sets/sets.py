@@ -83,6 +83,15 @@ class PairSet:
         return len(self.rows)
 
     @property
+    def on_hub(self) -> bool:
+        return self.base.startswith("hf://")
+
+    def describe(self) -> str:
+        """For people: which pairs, and how many are read."""
+        kept = ", prompts about people only" if self.source.human_only else ""
+        return f"{len(self):,} pairs of {self.name} (revision {self.revision[:12]}, licence {self.licence}{kept})"
+
+    @property
     def total(self) -> int:
         """Rows of the files, which are no more than `limit` needs."""
         return sum(self.rows_of_files) if self.index is None else self.index.num_rows

@@ -42,6 +42,8 @@ def plan_run(run: Run, *, with_probe: bool = False) -> RunPlan:
     notes = [f"prompts: {run.prompts.describe()}; evaluation: {run.evaluation_prompts.describe()}"]
     if run.images is not None:
         notes.append(f"images for SFT: {run.images.describe()}")
+    if run.pairs is not None:
+        notes.append(f"trained on {run.pairs.describe()}, not on a pool: how many of them can be used, the run finds")
     if run.target.auto_dtype and run.target.dtype == "float32":
         notes.append("target.dtype is auto, which is float32 on this machine; workers with a GPU refuse that: for them "
                      "set target.dtype, to bfloat16 (before Ampere: float16)")

@@ -5,10 +5,23 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 import numpy as np
+from PIL import Image
 
 from hgdpo_core.config import ComparisonConfig, RunConfig
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.rendering.grids import PairSample, PoolSample
+
+
+@dataclass(frozen=True)
+class ForeignPairs:
+    """Pairs that others labelled, which a LoRA was trained on."""
+
+    source: str
+    """Which, in a sentence."""
+    samples: Sequence[tuple[str, Image.Image, Image.Image]]
+    """Prompt, winner and loser of the first few."""
+    reasons: Mapping[str, int]
+    """Why pairs were not used."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class ReportData:
     best_wins: Sequence[PairSample] = ()
     worst_losses: Sequence[PairSample] = ()
     pools: Sequence[PoolSample] = ()
+    foreign: ForeignPairs | None = None
     rank_distances: np.ndarray | None = None
     """Of pools' latents, as `read_distances` reads them: [pools, N - 1, 2]."""
     objective: str = "dpo"

@@ -1,4 +1,4 @@
-"""Sections of images: both models side by side, and ranked pools (arXiv:2405.20216v1, Figure 6)."""
+"""Sections of images: both models side by side, foreign pairs, and ranked pools (arXiv:2405.20216v1, Figure 6)."""
 
 from collections.abc import Sequence
 from html import escape
@@ -6,6 +6,7 @@ from html import escape
 from hgdpo_core.progress import count_of
 from hgdpo_core.rendering.grids import PairSample, PoolSample, format_score, rank_pool
 from hgdpo_core.rendering.parts import ImageEncoder, image_tag, section
+from hgdpo_core.report.data import ForeignPairs
 
 OPEN_PAIRS = 12
 """The page opens with so many; the others unfold."""
@@ -53,3 +54,19 @@ def pools(samples: Sequence[PoolSample], encode: ImageEncoder) -> str:
         blocks.append(f'{heading}<ol class="pool">{"".join(tiles)}</ol>')
     intro = "All images of a prompt, best first. Winner and loser, outlined, form a training triplet."
     return section("Ranked pools", intro, "".join(blocks)) if samples else ""
+
+
+def foreign_pairs(data: ForeignPairs | None, encode: ImageEncoder) -> str:
+    """The first few pairs that others labelled, and what became of all."""
+    if data is None:
+        return ""
+    cards = []
+    for prompt, winner, loser in data.samples:
+        sides = "".join(f"<figure{style}>{image_tag(image, f'{name}: {prompt}', encode)}"
+                        f"<figcaption>{name}</figcaption></figure>"
+                        for name, image, style in (("winner", winner, ' class="higher"'), ("loser", loser, "")))
+        cards.append(f'<li><div class="pair">{sides}</div><p class="prompt">{escape(prompt)}</p></li>')
+    dropped = "; ".join(f"{reason}: {count:,}" for reason, count in data.reasons.items())
+    intro = (f"The LoRA was trained on pairs that others made and labelled, not on images of its own target: "
+             f"{data.source}. {f'Not used: {dropped}.' if dropped else 'All that were read are used.'}")
+    return section("Foreign pairs", intro, f'<ul class="cards">{"".join(cards)}</ul>')

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hgdpo_core.built_in import DATA_SET, FOREIGN_SOURCE, is_built_in
-from hgdpo_core.config import RunConfig
+from hgdpo_core.config import UNKNOWN_LICENCE, RunConfig
 from hgdpo_core.models.files import looks_like_hub_id
 from hgdpo_core.rendering.parts import describe_rate, signed, signed_interval
 from hgdpo_core.scorers import scorer_title
@@ -24,6 +24,7 @@ FIELDS = {
     "Source of the images the target was trained on": "",
     "Source of the images it was fine-tuned on (SFT)": "",
     "Consent of the people in those images, and rights to use them": "",
+    "Rights to the foreign pairs, and who labelled them": "",
     "Known gaps of those images (ages, skin tones, body types, places)": "",
 }
 USE = """## Intended use
@@ -53,12 +54,12 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
     """The card as Markdown with the Hub's front matter. Local paths are named by their last part only."""
     target = public_name(config.target.source)
     weight = summary["lora_weight"]
-    tuned, objective = config.images is not None, find_objective(config.objective)
+    tuned = config.images is not None
     parts = [
-        _front_matter(config, fine_tuned=tuned),
-        f"# {target}, tuned for better people ({objective.method or objective.title})\n",
-        f"A LoRA for {f'a fine-tuned {target}, which lies in `base/`' if tuned else target}, made without human labels "
-        f"{objective.made_by or f'by {objective.title}'}.\n",
+        _front_matter(config, summary, fine_tuned=tuned),
+        f"# {target}, {_how(config, summary)}\n",
+        f"A LoRA for {f'a fine-tuned {target}, which lies in `base/`' if tuned else target}, "
+        f"{_made_by(config, summary)}.\n",
         "## Files\n",
         "- `pytorch_lora_weights.safetensors`: for diffusers, `pipeline.load_lora_weights(folder)`",
         f"- `{kohya_name}`: the same for AUTOMATIC1111 and ComfyUI (put it among their LoRAs)",
@@ -67,11 +68,30 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
         *([f"- `pipeline/`: a whole diffusers pipeline with the LoRA merged in at weight {weight:g}"] if fused else []),
         f"\nUse it at weight {weight:g}: all results below are at this weight.\n",
         _code("base" if tuned else "path/to/the/target" if target != config.target.source else target, weight),
-        "## To be filled in before publishing\n", _fields(tuned),
+        "## To be filled in before publishing\n", _fields(config),
         "## Data\n", _data(config, summary), "## Results\n", _results(summary), USE, *_colour_limit(config),
         "## Settings\n", f"```json\n{json.dumps(_settings(config), indent=1)}\n```",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _how(config: RunConfig, summary: Mapping[str, Any]) -> str:
+    objective = find_objective(config.objective)
+    if config.pairs is not None:
+        return f"tuned on pairs of {summary['foreign_pairs']['data_set']} ({objective.title})"
+    return f"tuned for better people ({objective.method or objective.title})"
+
+
+def _made_by(config: RunConfig, summary: Mapping[str, Any]) -> str:
+    objective = find_objective(config.objective)
+    if config.pairs is not None:
+        return f"made from preference pairs that others made and labelled, {_data_set(summary)}, by {objective.title}"
+    return f"made without human labels {objective.made_by or f'by {objective.title}'}"
+
+
+def _data_set(summary: Mapping[str, Any]) -> str:
+    name = summary["foreign_pairs"]["data_set"]
+    return f"[{name}](https://huggingface.co/datasets/{name})" if summary["foreign_pairs"]["on_hub"] else f"`{name}`"
 
 
 def public_name(source: str) -> str:
@@ -88,11 +108,14 @@ def public_name(source: str) -> str:
     return Path(address.path).name or "a local model"
 
 
-def _front_matter(config: RunConfig, *, fine_tuned: bool) -> str:
-    method = ("hg-dpo", "dpo") if config.objective == "dpo" else (config.objective.replace("_", "-"),)
+def _front_matter(config: RunConfig, summary: Mapping[str, Any], *, fine_tuned: bool) -> str:
+    name = config.objective.replace("_", "-")
+    method = (name, "foreign-pairs") if config.pairs is not None else ("hg-dpo", name) if name == "dpo" else (name,)
     lines = ["license: unknown", "library_name: diffusers", "pipeline_tag: text-to-image", "widget:",
              f"- text: {EXAMPLE_PROMPT}", "tags:",
              *(f"- {tag}" for tag in ("lora", "stable-diffusion", "text-to-image", "diffusers", *method))]
+    if config.pairs is not None and summary["foreign_pairs"]["on_hub"]:
+        lines += ["datasets:", f"- {summary['foreign_pairs']['data_set']}"]
     source, name = config.target.source, public_name(config.target.source)
     if name == source and looks_like_hub_id(source) and not fine_tuned:  # else the LoRA's base is the one in base/
         lines.insert(0, f"base_model: {name}")
@@ -111,9 +134,9 @@ image = pipeline("{EXAMPLE_PROMPT}").images[0]
 """
 
 
-def _fields(fine_tuned: bool) -> str:
+def _fields(config: RunConfig) -> str:
     rows = [f"- **{name}**: {TO_FILL_IN}{f' ({hint})' if hint else ''}" for name, hint in FIELDS.items()
-            if fine_tuned or "SFT" not in name]
+            if (config.images is not None or "SFT" not in name) and (config.pairs is not None or "pairs" not in name)]
     return "\n".join(rows) + "\n"
 
 
@@ -121,23 +144,43 @@ def _data(config: RunConfig, summary: Mapping[str, Any]) -> str:
     scorer, prompts = scorer_title(config.scorer.name), config.prompts.source
     raced = (f" (raced: only {config.pool.images_kept} of them were finished, the best and the worst by {scorer} part "
              "of the way)" if config.pool.race else "")
+    if find_objective(config.objective).trains_on == "prompts":
+        data = f"- No preference data: images were sampled during the training, and {scorer} was its reward."
+    elif config.pairs is not None:
+        data = _foreign_data(summary)
+    else:
+        data = (f"- Preference data: {summary['pool_images']:,} images drawn by the model itself, "
+                f"{config.pool.images_per_prompt} a prompt{raced}, ranked by {scorer}; best against worst: "
+                f"{summary['triplets']:,} pairs ({summary['rejected']:,} pools without one).")
+    source = ("those of the pairs" if config.pairs is not None else
+              f"the {DATA_SET}" if is_built_in(prompts) else public_name(prompts))
     lines = [
-        f"- No preference data: images were sampled during the training, and {scorer} was its reward."
-        if find_objective(config.objective).trains_on == "prompts" else
-        f"- Preference data: {summary['pool_images']:,} images drawn by the model itself, "
-        f"{config.pool.images_per_prompt} a prompt{raced}, ranked by {scorer}; best against worst: "
-        f"{summary['triplets']:,} pairs ({summary['rejected']:,} pools without one).",
-        f"- Prompts: {f'the {DATA_SET}' if is_built_in(prompts) else public_name(prompts)}.",
+        data, f"- Prompts: {source}.",
         f"- {public_name(config.target.source)} was first fine-tuned on captioned images (see above for their source); "
         "the result lies in `base/`, and it is the target in everything below."
         if config.images is not None else "- The target was not fine-tuned on images first.",
     ]
-    if summary["triplets"] and not config.dpo.allow_foreign_triplets:
+    if summary["triplets"] and config.pairs is None and not config.dpo.allow_foreign_triplets:
         lines.append("- No photograph was used as a preference: winners and losers are the model's own images.")
     if is_built_in(config.scorer.source):
         lines.append(f"- {scorer} is here the figures setting's own judge, a small model trained on drawings: the "
                      "results on this card do not apply to photographs.")
     return "\n".join(lines) + "\n"
+
+
+def _foreign_data(summary: Mapping[str, Any]) -> str:
+    """Of the pairs: source, licence, what was used, what not and why."""
+    facts = summary["foreign_pairs"]
+    width, height = facts["image_size"]
+    dropped = "; ".join(f"{count:,}: {reason}" for reason, count in facts["dropped"].items())
+    people = ", prompts about people only (by a list of words)" if facts["human_only"] else ""
+    text = (f"- Preference data: foreign pairs of {_data_set(summary)}, revision `{facts['revision']}`{people}: "
+            f"{facts['used']:,} of {facts['read']:,} used{f' ({dropped})' if dropped else ''}; images scaled and "
+            f"cropped to {width}x{height} pixels. Licence: {facts['licence']}.")
+    if facts["licence"] == UNKNOWN_LICENCE:
+        text += (" **Warning: no licence of these pairs is known.** Ask their authors before you publish this model: "
+                 "without one, what was made of their images may not be passed on.")
+    return text
 
 
 def _colour_limit(config: RunConfig) -> list[str]:
@@ -170,7 +213,10 @@ def _estimate(estimate: Mapping[str, float | None], unit: str) -> str:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """The settings that made the model, without any path."""
-    settings = config.model_dump(mode="json", include={"preset", "sampler", "pool", "triplets", "dpo"})
+    data = {"pool", "triplets"} if config.pairs is None else {"pairs"}
+    settings = config.model_dump(mode="json", include={"preset", "sampler", "dpo", *data})
+    if config.pairs is not None:
+        settings["pairs"]["source"] = public_name(config.pairs.source)
     if config.objective != "dpo":
         settings["objective"] = config.objective
         settings[config.objective] = find_objective(config.objective).settings(config).model_dump(

@@ -10,7 +10,7 @@ from hgdpo_core.rendering.parts import ImageEncoder, columns, encode_data_uri, l
 from hgdpo_core.report import numbers
 from hgdpo_core.report.data import ReportData
 from hgdpo_core.report.headline import headline, read_interval
-from hgdpo_core.report.images import first_pair, pairs, pools
+from hgdpo_core.report.images import first_pair, foreign_pairs, pairs, pools
 from hgdpo_core.report.training import latent_statistics, training_charts
 from hgdpo_core.scorers import scorer_title
 
@@ -51,6 +51,7 @@ def _page(data: ReportData, encode: ImageEncoder) -> str:
         numbers.colours(comparison),
         numbers.lora_weights(data.sweep),
         pools(data.pools, encode),
+        foreign_pairs(data.foreign, encode),
         training_charts(data.objective, data.training_log),
         split(training_charts("sft", data.sft_log), latent_statistics(data.rank_distances), (3, 2)),
         columns(numbers.counts(data.counts), numbers.timings(data.timings), numbers.artifacts(data.artifacts),

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 
 from hgdpo_core.config import TripletConfig
 from hgdpo_core.evaluate import Comparison, read_images
 from hgdpo_core.images import decode_image
 from hgdpo_core.rendering.grids import PairSample, PoolSample
 from hgdpo_core.selection import select_pair
+from hgdpo_core.stages.pair_sets import PairSetStage
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.stages.triplets import read_ranked_pools
 from hgdpo_core.storage.shards import ShardFolder
@@ -50,3 +52,12 @@ def sample_pools(plan: PoolPlan, scores: ShardFolder, count: int, config: Triple
         if len(pools) == count:
             break
     return pools
+
+
+def sample_foreign(stage: PairSetStage, count: int) -> list[tuple[str, Image.Image, Image.Image]]:
+    """Prompt, winner and loser of the first pairs that others labelled."""
+    for index in stage.indices:
+        rows = stage.folder.read_columns(index, ["caption", "jpg_0", "jpg_1"]).slice(0, count).to_pylist()
+        if rows:
+            return [(row["caption"], decode_image(row["jpg_0"]), decode_image(row["jpg_1"])) for row in rows]
+    return []

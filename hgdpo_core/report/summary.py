@@ -14,11 +14,12 @@ from hgdpo_core.config import ScorerConfig
 from hgdpo_core.errors import StorageError
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.rendering.grids import PairSample
-from hgdpo_core.report.data import ReportData
+from hgdpo_core.report.data import ForeignPairs, ReportData
 from hgdpo_core.report.page import render_report
-from hgdpo_core.report.samples import extreme_positions, random_positions, sample_pairs, sample_pools
+from hgdpo_core.report.samples import extreme_positions, random_positions, sample_foreign, sample_pairs, sample_pools
 from hgdpo_core.run import Run
 from hgdpo_core.scorers.towers import OPENAI_CLIP
+from hgdpo_core.stages.pair_sets import PairSetStage
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.stages.triplets import TripletCounts
 from hgdpo_core.statistics.checks import RunWarning
@@ -26,7 +27,7 @@ from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.objective import find_objective
 from hgdpo_core.training.tune import Tuned
 
-PAIRS, EXTREMES, POOLS = 24, 6, 4
+PAIRS, EXTREMES, POOLS, PAIRS_SHOWN = 24, 6, 4, 6
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,31 @@ class RankedData:
                 "rejected": self.triplet_counts.rejected}
 
 
-def write_run_report(run: Run, ranked: RankedData | None, lora: Tuned, sft_log: Sequence[Mapping[str, float]],
-                     images: Mapping[str, PoolPlan], comparison: Comparison, warnings: Sequence[RunWarning], *,
-                     seconds: Mapping[str, float], cached: Sequence[str]) -> Published:
-    """Summary and report of a whole run; `ranked` is None for one without a pool.
+@dataclass(frozen=True)
+class ForeignData:
+    """Pairs that others labelled, as a report shows them."""
+
+    stage: PairSetStage
+
+    @property
+    def counts(self) -> dict[str, int]:
+        counts = self.stage.counts()
+        return {"foreign_pairs_read": counts.read, "triplets": counts.triplets, "rejected": counts.rejected}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What summary and model card say of them, as JSON values."""
+        pairs, counts = self.stage.pairs, self.stage.counts()
+        return {"data_set": pairs.name, "on_hub": pairs.on_hub, "revision": pairs.revision, "licence": pairs.licence,
+                "human_only": pairs.source.human_only, "read": counts.read, "used": counts.triplets,
+                "dropped": counts.reasons, "image_size": list(self.stage.image_size)}
+
+
+def write_run_report(run: Run, trained_on: RankedData | ForeignData | None, lora: Tuned,
+                     sft_log: Sequence[Mapping[str, float]], images: Mapping[str, PoolPlan], comparison: Comparison,
+                     warnings: Sequence[RunWarning], *, seconds: Mapping[str, float],
+                     cached: Sequence[str]) -> Published:
+    """Summary and report of a whole run; `trained_on` is None for one that is trained on prompts alone.
 
     `images`: those of the evaluation, of "target" and "tuned"; `seconds` by stage, in the order of the run; `cached`
     names the stages that had nothing to make. InputError for a page that grows too large, StorageError if a file cannot
@@ -67,18 +89,24 @@ def write_run_report(run: Run, ranked: RankedData | None, lora: Tuned, sft_log: 
     """
     objective = find_objective(lora.objective)
     keys, shown = {"lora": f"models/{lora.model_id}"}, {}
-    counts = {"pool_images": 0, "triplets": 0, "rejected": 0}
-    if ranked is not None:
-        keys |= {"triplets": ranked.triplets.key, "pool": ranked.pool.folder.key}
-        shown = {"rank_distances": ranked.distances,
-                 "pools": sample_pools(ranked.pool, ranked.scores, POOLS, run.config.triplets)}
-        counts = ranked.counts
-    summary = {"warnings": [warning.as_dict() for warning in warnings], **counts, "lora_id": lora.model_id}
+    counts, summary = {} if trained_on is None else trained_on.counts, dict[str, Any]()
+    title = f"{objective.method or objective.title} on {run.config.target.source}"
+    if isinstance(trained_on, RankedData):
+        keys |= {"triplets": trained_on.triplets.key, "pool": trained_on.pool.folder.key}
+        shown = {"rank_distances": trained_on.distances,
+                 "pools": sample_pools(trained_on.pool, trained_on.scores, POOLS, run.config.triplets)}
+    elif trained_on is not None:
+        stage = trained_on.stage
+        keys["triplets"], summary["foreign_pairs"] = stage.folder.key, trained_on.facts
+        shown = {"foreign": ForeignPairs(stage.pairs.describe(), sample_foreign(stage, PAIRS_SHOWN),
+                                         stage.counts().reasons)}
+        title = f"{objective.title} on foreign pairs of {stage.pairs.name}: {run.config.target.source}"
+    summary |= {"warnings": [warning.as_dict() for warning in warnings], "pool_images": 0, "triplets": 0, "rejected": 0,
+                **counts, "lora_id": lora.model_id}
     return _write(
-        run, images, comparison, seconds, cached, keys, summary,
-        title=f"{objective.method or objective.title} on {run.config.target.source}",
+        run, images, comparison, seconds, cached, keys, summary, title=title,
         training_scorer=run.config.training_scorer, objective=lora.objective, training_log=lora.log, sft_log=sft_log,
-        counts={"prompts": len(run.prompts.prompts), **(counts if ranked else {}),
+        counts={"prompts": len(run.prompts.prompts), **counts,
                 "evaluation_prompts": len(comparison.prompts)}, warnings=[item.message for item in warnings], **shown)
 
 
