@@ -120,7 +120,7 @@ def _world_tables(base: Arm, config: RunConfig, settings: AblationConfig) -> Ite
     if plain and "baselines" in requested:
         rows = tuple(_baseline_rows(base, config, settings))
         yield PlannedTable("1", world, rows)
-        if settings.trials:
+        if settings.trials and settings.lora_weights:
             yield PlannedTable("1-weights", world, tuple(
                 replace(row, arm=replace(row.arm, chosen_weight=True)) for row in rows))
     if plain and "lora_weight" in requested:

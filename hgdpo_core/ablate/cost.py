@@ -9,12 +9,16 @@ from hgdpo_core.built_in import is_built_in
 from hgdpo_core.config import RunConfig
 from hgdpo_core.training.objective import find_objective
 
-STEPS_PER_SECOND, IMAGES_PER_SECOND, SCORES_PER_SECOND = 3.5, 40.0, 100.0
-"""The built-in models on 2 idle CPU cores; a busy machine is slower."""
+STEPS_PER_SECOND, IMAGES_PER_SECOND, SCORES_PER_SECOND = 1.7, 12.0, 300.0
+"""The built-in models on 2 idle CPU cores without AVX-512; a busy machine is slower."""
+STEPS_LIKE = {"alignprop": 7.0}
+"""How many DPO steps a step of another objective takes as long as."""
 
 
 def _steps(config: RunConfig, arm: Arm) -> float:
-    return steps_of(find_objective(arm.objective).settings(arm_config(config, arm, 0)), arm)
+    """Steps of a training, as many as DPO would do in its time."""
+    training = find_objective(arm.objective).settings(arm_config(config, arm, 0))
+    return STEPS_LIKE.get(arm.objective, 1.0) * steps_of(training, arm)
 
 
 def plan_ablation(ablation: Ablation) -> dict[str, Any]:

@@ -40,7 +40,9 @@ class AblationConfig(StageConfig):
     beta_factors: tuple[Positive, ...] = Field(default=(4.0, 20.0), description="times dpo.beta, Table 2")
     lambdas: tuple[Positive, ...] = Field(
         default=(1e4, 1e5), description="lambda_stat besides dpo.lambda_stat, above 0: N-20 is without; paper: 1e4")
-    lora_weights: tuple[Positive, ...] = Field(default=(0.25, 0.5, 1.0, 1.5), description="LoRA weights of Figure 8")
+    lora_weights: tuple[Positive, ...] = Field(
+        default=(0.25, 0.5, 1.0, 1.5), description="LoRA weights of Figure 8, and those that each arm of Table 1 tries "
+        "on validation prompts; [] for a Table 1 at one weight")
     epochs: Annotated[tuple[Annotated[int, Field(ge=1)], ...], ADDED] = Field(
         default=(1, 4, 16), description="lengths of training, comparison length; the paper does not name its own")
     trials: Annotated[tuple[tuple[Positive, Positive], ...], ADDED] = Field(
@@ -106,6 +108,9 @@ def check(settings: AblationConfig, config: RunConfig) -> None:
     if config.dpo.lambda_stat == 0 and {"statistics", "lora_weight"} & set(settings.comparisons):
         raise ConfigError("dpo.lambda_stat is 0: the comparisons statistics and lora_weight need the weight of the "
                           "statistic matching loss, as the paper's 10000")
+    if "lora_weight" in settings.comparisons and not settings.lora_weights:
+        raise ConfigError("ablation.lora_weights is empty, but comparison lora_weight varies it: name some, or leave "
+                          "it out of ablation.comparisons")
     if settings.worlds == ("tinted",) and not {"statistics", "beta"} & set(settings.comparisons):
         raise ConfigError("the tinted world is for the comparisons statistics and beta: name one of them, or the plain "
                           "world")

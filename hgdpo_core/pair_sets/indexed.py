@@ -3,6 +3,7 @@
 Memory holds some hundred bytes for each pair; images stay where they are.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -119,11 +120,14 @@ def _line(key: str, name: str, row: Mapping[str, Any]) -> dict[str, Any]:
 # -- webdataset tars
 
 
-def index_tars(store: Store, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A row of INDEX for every sample of tars: 0001.jpg_0, 0001.jpg_1 and 0001.json with Pick-a-Pic's other columns."""
+def index_tars(store: Store, keys: Sequence[str], skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    """A row of INDEX for every sample of tars: 0001.jpg_0, 0001.jpg_1 and 0001.json with Pick-a-Pic's other columns.
+
+    What else is in them is counted in `skipped`, by its kind.
+    """
     for number, key in enumerate(keys):
         found = False
-        for name, sample in _samples(store, key).items():
+        for name, sample in _samples(store, key, skipped).items():
             found = True
             text = (read_pick_a_pic(sample["row"], f"{key}/{name}") if "row" in sample else
                     PairText(f"{key}/{name}", None, None, problem=sample.get("problem", "it has no .json")))
@@ -139,7 +143,7 @@ def _location(sample: Mapping[str, Any], side: int) -> dict[str, Any]:
     return {f"image_{side}": f"jpg_{side}", f"start_{side}": start, f"bytes_{side}": size}
 
 
-def _samples(store: Store, key: str) -> dict[str, dict[str, Any]]:
+def _samples(store: Store, key: str, skipped: Counter[str]) -> dict[str, dict[str, Any]]:
     """Name of each sample -> where its images are, and the row of its .json."""
     samples: dict[str, dict[str, Any]] = {}
     with open_tar(store, key, "pairs") as (tar, members):
@@ -149,12 +153,14 @@ def _samples(store: Store, key: str) -> dict[str, dict[str, Any]]:
             kind = kind.lower()
             sample, side = str(path.parent / stem), kind.partition(".")[0]
             if not member.isfile() or not stem:
-                continue
-            if side in ("jpg_0", "jpg_1"):
+                skipped["hidden or special members of tars"] += not member.isdir()
+            elif side in ("jpg_0", "jpg_1"):
                 samples.setdefault(sample, {})[side] = member.offset_data, member.size
             elif kind == "json":
                 _add_row(samples.setdefault(sample, {}), member_bytes(tar, member)
                          if member.size <= MAX_TEXT_BYTES else b"")
+            else:
+                skipped[f"members of tars of the kind {kind or 'without a suffix'}"] += 1
     return samples
 
 

@@ -12,9 +12,11 @@ The two public data sets: `yuvalkirstain/pickapic_v2` (959 040 training rows, 33
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol, cast
@@ -38,9 +40,10 @@ from hgdpo_core.storage.shards import read_table, write_table
 
 Format = Literal["parquet", "tars", "hpd", "json_lines"]
 SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".tar": "tars", ".jsonl": "json_lines", ".json": "hpd"}
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 """Raised by hand when an index comes out differently: cached ones are made again."""
 ROWS_AT_A_TIME = 10_000
+SKIPPED = b"hgdpo.skipped"
 
 
 class PairReader(Protocol):
@@ -77,6 +80,8 @@ class PairSet:
     """Of Parquet files."""
     index: pa.Table | None = None
     """Of the other formats."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """What else is there and holds no pair that is read, by its kind."""
 
     def __len__(self) -> int:
         """Rows that are read, whether they are used or not."""
@@ -89,7 +94,9 @@ class PairSet:
     def describe(self) -> str:
         """For people: which pairs, and how many are read."""
         kept = ", prompts about people only" if self.source.human_only else ""
-        return f"{len(self):,} pairs of {self.name} (revision {self.revision[:12]}, licence {self.licence}{kept})"
+        skipped = "".join(f"; skipped: {count:,} {what}" for what, count in self.skipped.items())
+        return (f"{len(self):,} pairs of {self.name} (revision {self.revision[:12]}, licence {self.licence}{kept})"
+                f"{skipped}")
 
     @property
     def total(self) -> int:
@@ -150,6 +157,7 @@ def open_pair_set(source: PairSource, *, leave_out: Path | None = None) -> PairS
     """
     located = locate_pairs(source, leave_out=leave_out)
     form, files = _choose_files(source, located.files)
+    skipped = Counter({"files of another split or kind": len(located.files) - len(files)})
     store = Store(located.base)
     rows_of_files, index = list[int](), None
     if form == "parquet":
@@ -158,9 +166,10 @@ def open_pair_set(source: PairSource, *, leave_out: Path | None = None) -> PairS
         files = files[:len(rows_of_files)]
     else:
         index = _cached_index(store, form, files)
+        skipped.update(json.loads((index.schema.metadata or {}).get(SKIPPED, b"{}")))
     revision = located.commit or identify_files(located.base, files)
     pairs = PairSet(source, located.name, revision, source.licence or located.licence or UNKNOWN_LICENCE, form,
-                    located.base, tuple(files), tuple(rows_of_files), index)
+                    located.base, tuple(files), tuple(rows_of_files), index, dict(+skipped))
     if not pairs.total:
         raise InputError(f"pairs: {source.source} holds no pair in {files[0].key}")
     return pairs
@@ -216,15 +225,17 @@ def _cached_index(store: Store, form: Format, files: Sequence[PairFile]) -> pa.T
         index = read_table(cache, key)
         if index.schema.equals(INDEX):
             return index
-    index = to_index(_index_rows(store, form, [file.key for file in files]))
+    skipped = Counter[str]()
+    index = to_index(_index_rows(store, form, [file.key for file in files], skipped))
+    index = index.replace_schema_metadata({SKIPPED: json.dumps(skipped).encode()})
     with suppress(StorageError):  # a cache that cannot be written costs time, not correctness
         write_table(cache, key, index)
     return index
 
 
-def _index_rows(store: Store, form: Format, keys: Sequence[str]) -> Iterator[dict]:
+def _index_rows(store: Store, form: Format, keys: Sequence[str], skipped: Counter[str]) -> Iterator[dict]:
     if form == "tars":
-        return index_tars(store, keys)
+        return index_tars(store, keys, skipped)
     if form == "json_lines":
         return index_json_lines(store, list(_with_suffix(keys, ".jsonl")))
     return index_hpd(store, next(iter(_with_suffix(keys, ".json"))))

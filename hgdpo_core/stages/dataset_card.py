@@ -73,6 +73,8 @@ class PairFacts:
     read: int
     reasons: Mapping[str, int]
     """Why pairs are not used."""
+    skipped: Mapping[str, int]
+    """What else the source holds, by its kind."""
 
 
 def render_pair_card(triplets: ShardFolder, manifests: Sequence[ShardManifest], facts: PairFacts, *, rows: int,
@@ -108,7 +110,7 @@ the columns up to `are_different` are named as in Pick-a-Pic v2; ours stand behi
 {table.markdown()}
 
 A pair counts under the first reason that is found; `rejected/` names each. Prompts that join a minor with a sexual word
-are always dropped, whatever the settings, and are not copied.{_sexual_note(config)}
+are always dropped, whatever the settings, and are not copied.{_sexual_note(config)}{_skipped_note(facts)}
 
 ## How they were made
 
@@ -124,6 +126,12 @@ def _licence_warning(facts: PairFacts) -> str:
     return (f"\n**Warning: no licence of {facts.name} is known.** Without one, its images and prompts, and what was\n"
             "made of them, may not be passed on: ask its authors before you publish this folder or a model trained on\n"
             "it.\n")
+
+
+def _skipped_note(facts: PairFacts) -> str:
+    if not facts.skipped:
+        return ""
+    return f" Not read: {', '.join(f'{count:,} {what}' for what, count in facts.skipped.items())}."
 
 
 def _sexual_note(config: Mapping[str, Any]) -> str:

@@ -262,7 +262,7 @@ def write_pair_card(stage: PairSetStage) -> None:
         return
     pairs, counts = stage.pairs, stage.counts(made)
     facts = PairFacts(pairs.name, pairs.on_hub, pairs.revision, pairs.licence, counts.read,
-                      counts.reasons)
+                      counts.reasons, pairs.skipped)
     key, store = f"{stage.folder.key}/README.md", stage.folder.store
     card = render_pair_card(stage.folder, [made[index] for index in sorted(made)], facts, rows=counts.triplets,
                             schema=SCHEMA).encode()

@@ -228,8 +228,16 @@ def test_tars_with_the_columns_of_pick_a_pic(tmp_path):
     members["0005.json"] = b"{"
     (tmp_path / "tars").mkdir()
     write_tar(tmp_path / "tars" / "a-0.tar", dict(list(members.items())[:7]))
-    write_tar(tmp_path / "tars" / "a-1.tar", {name: members[name] for name in list(members)[9:]})
+    others = {"0007.txt": b"a caption", "0007.cls": b"1", "0008.cls": b"2", ".hidden": b""}
+    write_tar(tmp_path / "tars" / "a-1.tar", {name: members[name] for name in list(members)[9:]} | others)
+    (tmp_path / "tars" / "README.md").write_text("a card")
     stage = make(tmp_path, tmp_path / "tars", rows_per_shard=2)
+    assert stage.pairs.skipped == {
+        "files of another split or kind": 1, "members of tars of the kind txt": 1, "members of tars of the kind cls": 2,
+        "hidden or special members of tars": 1}
+    write_pair_card(stage)
+    card = stage.folder.store.read_bytes(f"{stage.folder.key}/README.md").decode()
+    assert "Not read: 1 files of another split or kind, 1 members of tars of the kind txt, 2 members" in card
     check_sums(stage)
     check_winners(stage)
     assert stage.counts().reasons == {row_reasons.NO_IMAGE: 2, row_reasons.TIE: 1, row_reasons.UNREADABLE: 1}
