@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 from hgdpo_core.errors import InputError
 
 if TYPE_CHECKING:
-    from hgdpo_core.config import RunConfig
-    from hgdpo_core.models import Model
-    from hgdpo_core.prompts import PromptList
     from hgdpo_core.storage import Store
 
 SOURCE = "figures"
@@ -99,30 +96,6 @@ def find_images(store: "Store") -> Path:
     if not _is_complete(folder):
         write_image_folder(folder, SFT_IMAGES, seed=0)
     return folder
-
-
-def find_pairs(store: "Store") -> Path:
-    """The folder of the stand-in pairs, generated and labelled once, in a minute or two; where `find_images` is."""
-    from hgdpo_core.figures.stand_ins import write_foreign
-
-    return write_foreign(_pairs_folder(store, f"{FOREIGN_SOURCE}-stand-in-{STAND_IN_PAIRS}"), STAND_IN_PAIRS)
-
-
-def label_pairs(store: "Store", model: "Model", config: "RunConfig", prompts: "PromptList") -> Path:
-    """The folder of a built-in model's own first two images of each prompt, labelled as the stand-in pairs are."""
-    from hgdpo_core.config.base import content_hash
-    from hgdpo_core.figures.stand_ins import write_labelled
-
-    name = content_hash([model.identity(), config.sampler.identity(), config.pool.seed, prompts.id])
-    return write_labelled(_pairs_folder(store, f"{SOURCE}-labelled-{name}"), model, config, prompts.prompts)
-
-
-def _pairs_folder(store: "Store", name: str) -> Path:
-    from hgdpo_core.storage import DryStore
-    from hgdpo_core.storage.scratch import cache_folder
-
-    folder = (store.local_path("images") or cache_folder()) / name
-    return cache_folder(name) if isinstance(store, DryStore) and not folder.exists() else folder
 
 
 def _is_complete(folder: Path) -> bool:

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hgdpo_core import __version__
-from hgdpo_core.built_in import FOREIGN_SOURCE, find_images, find_pairs, is_built_in
+from hgdpo_core.built_in import find_images, is_built_in
 from hgdpo_core.config import RunConfig
 from hgdpo_core.config.base import apply_overrides, content_hash
-from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.devices import default_device
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.evaluate import refuse_seen_prompts
 from hgdpo_core.image_sets import ImageSet, read_image_set
 from hgdpo_core.models import Model, find_model
-from hgdpo_core.pair_sets import PairSet, open_pair_set
+from hgdpo_core.pair_sets import PairSet
+from hgdpo_core.pair_sets.stand_ins import open_pairs
 from hgdpo_core.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.syntax import check_syntax
@@ -109,13 +109,6 @@ def resolve_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompt
     command = shell_command("run", options, overrides or {})
     run_id = f"{preset}-{content_hash(config.identity('run'))}"
     return Run(config, store, run_id, model, training, evaluation, image_set, command, pairs)
-
-
-def open_pairs(source: PairSource, store: Store) -> PairSet:
-    """The pairs of a source, which may be the built-in stand-ins; errors as `open_pair_set`."""
-    if source.source == FOREIGN_SOURCE:
-        source = source.model_copy(update={"source": str(find_pairs(store))})
-    return open_pair_set(source, leave_out=store.local_path(""))
 
 
 def shell_command(verb: str, options: Mapping[str, object], overrides: Mapping[str, Any]) -> str:

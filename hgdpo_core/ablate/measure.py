@@ -11,8 +11,8 @@ from hgdpo_core import pipeline
 from hgdpo_core.ablate.arms import Arm, arm_config, evaluation_scorers
 from hgdpo_core.ablate.program import Shared
 from hgdpo_core.ablate.settings import World, feature_scorer
-from hgdpo_core.built_in import FOREIGN_GUIDANCE, FOREIGN_SOURCE, label_pairs
-from hgdpo_core.config import TargetConfig
+from hgdpo_core.built_in import FOREIGN_GUIDANCE, FOREIGN_SOURCE
+from hgdpo_core.config import RunConfig, TargetConfig
 from hgdpo_core.config.base import StageConfig, content_hash
 from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.errors import ConfigError
@@ -22,10 +22,12 @@ from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import channel_means
 from hgdpo_core.models import find_model
 from hgdpo_core.models.published import find_record
+from hgdpo_core.pair_sets import PairSet
+from hgdpo_core.pair_sets.stand_ins import label_own, open_pairs
 from hgdpo_core.parallel import thread_map
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import PromptList, prompt_id, save_prompts
-from hgdpo_core.run import Run, open_pairs
+from hgdpo_core.run import Run
 from hgdpo_core.scorers import defect_limit, find_scorer
 from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.features import FeatureStage, measure_spread
@@ -102,7 +104,7 @@ def run_arm(shared: Shared, arm: Arm, seed: int, stages: StageProgress = silent_
     so a stopped arm continues where it stopped.
     """
     run = _arm_run(shared, arm, seed)
-    key = f"ablations/arms/{_arm_id(shared, run, arm)}.json"
+    key = f"ablations/arms/{_arm_id(shared, run.config, arm, run.pairs)}.json"
     cached = _read_record(run.store, key)
     if cached is not None:
         return cached
@@ -217,7 +219,7 @@ def _triplets(shared: Shared, arm: Arm, run: Run, stages: StageProgress,
         pool = pipeline.make_pool(foreign, model, runner, stages)
         return pipeline.make_triplets(run, pool, pipeline.score_pool(run, pool, runner, stages), runner, stages)
     if arm.data == "labelled":
-        folder = label_pairs(run.store, shared.model, run.config, run.prompts)
+        folder = label_own(run.store, shared.model, run.config, run.prompts)
         run = replace(run, pairs=open_pairs(PairSource(source=str(folder)), run.store))
     return pipeline.read_pairs(run, runner, stages)
 
@@ -268,18 +270,18 @@ def prompt_colours(plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:
     return sums / plan.pool.images_per_prompt
 
 
-def _arm_id(shared: Shared, arm_run: Run, arm: Arm) -> str:
+def _arm_id(shared: Shared, config: RunConfig, arm: Arm, pairs: PairSet | None = None) -> str:
     """A hash of all that determines an arm's results; batch sizes and the like may enter it too."""
     run, chosen = shared.ablation.run, dict[str, Any]()
-    if arm_run.pairs is not None:
-        chosen["pairs"] = [arm_run.pairs.name, arm_run.pairs.revision]
+    if pairs is not None:
+        chosen["pairs"] = [pairs.name, pairs.revision]
     if arm.chosen and shared.validation is not None:
         chosen = {"trials": [list(trial) for trial in shared.ablation.settings.trials],
                   "validation": shared.validation.ablation.run.evaluation_prompts.id}
     if arm.chosen_weight:
         chosen["weights"] = list(shared.ablation.settings.lora_weights)
     return content_hash({
-        "format_version": FORMAT_VERSION, "arm": arm.identity(), "config": arm_run.config.identity("run"),
+        "format_version": FORMAT_VERSION, "arm": arm.identity(), "config": config.identity("run"),
         "model": shared.model.identity(), "prompts": run.prompts.id, "evaluation_prompts": run.evaluation_prompts.id,
         "scores": shared.scores[arm.world].key,
         "judges": [find_scorer(scorer.name, scorer.source) for scorer in evaluation_scorers(run.config, arm.world)],

@@ -14,10 +14,11 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.evaluate import seen_prompts
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
+from hgdpo_core.pair_sets.stand_ins import open_pairs
 from hgdpo_core.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
-from hgdpo_core.run import Run, open_pairs, resolve_run, shell_command
+from hgdpo_core.run import Run, resolve_run, shell_command
 from hgdpo_core.scorers import find_scorer
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.storage.shards import ShardFolder

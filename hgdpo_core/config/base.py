@@ -106,9 +106,9 @@ def apply_overrides(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
     data = config.model_dump()
     for dotted, value in overrides.items():
         *parents, leaf = dotted.split(".")
-        node: Any = data
+        node, kind = data, type(config)
         for name in parents:
-            node = node.get(name) if isinstance(node, dict) else None
+            node, kind = _below(node, kind, name, dotted)
         if not isinstance(node, dict) or leaf not in node:
             known = ", ".join(sorted(node)) if isinstance(node, dict) else "none below that name"
             raise ConfigError(f"override {dotted!r} is not a setting; choose one of: {known}")
@@ -118,6 +118,20 @@ def apply_overrides(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
     return validate(type(config), data)
 
 
+def _below(node: Any, kind: Any, name: str, dotted: str) -> tuple[Any, Any]:
+    """The settings of that name, and their class; what was given as a text becomes all that it stands for."""
+    field = getattr(kind, "model_fields", {}).get(name)
+    parts = (field.annotation, *get_args(field.annotation)) if field else ()
+    below = next((part for part in parts if isinstance(part, type) and issubclass(part, StageConfig)), None)
+    if not isinstance(node, dict) or name not in node or below is None:
+        return (node.get(name) if isinstance(node, dict) else None), below
+    if node[name] is None:
+        raise ConfigError(f"override {dotted!r} needs {name}, which is not set: set {name} first")
+    if isinstance(node[name], str):
+        node[name] = validate(below, node[name]).model_dump()
+    return node[name], below
+
+
 def _merged(old: Any, new: Any) -> Any:
     """Settings `new` merged into the `old` ones; with a source they describe another thing, as a whole."""
     if not isinstance(old, dict) or not isinstance(new, Mapping) or "source" in new:
@@ -125,8 +139,8 @@ def _merged(old: Any, new: Any) -> Any:
     return {**old, **{name: _merged(old.get(name), value) for name, value in new.items()}}
 
 
-def validate(kind: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
-    """A config from plain data; ConfigError with one line per mistake instead of pydantic's report."""
+def validate(kind: type[ConfigT], data: Mapping[str, Any] | str) -> ConfigT:
+    """A config from plain data, or from the text that stands for some; ConfigError with one line per mistake."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:

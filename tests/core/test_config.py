@@ -186,3 +186,14 @@ def test_a_part_of_a_stages_settings_leaves_the_others():
 def test_a_scorer_is_named_as_in_an_evaluation():
     scorer = apply_overrides(build_config("figures"), {"scorer": "clip=my/folder"}).scorer
     assert (scorer.name, scorer.source) == ("clip", "my/folder")
+
+
+def test_what_was_given_as_a_text_can_be_varied_further():
+    config = apply_overrides(figures(), {"pairs": "owner/pairs", "pairs.human_only": True, "pairs.limit": 5})
+    assert (config.pairs.source, config.pairs.human_only, config.pairs.limit) == ("owner/pairs", True, 5)
+    scorer = apply_overrides(figures(), {"scorer": "clip=my/folder", "scorer.batch_size": 4}).scorer
+    assert (scorer.name, scorer.source, scorer.batch_size) == ("clip", "my/folder", 4)
+    with pytest.raises(ConfigError, match=r"override 'pairs.limit' needs pairs, which is not set: set pairs first"):
+        apply_overrides(figures(), {"pairs.limit": 5})
+    with pytest.raises(ConfigError, match="override 'pairs.size.x' is not a setting"):
+        apply_overrides(figures(), {"pairs": "owner/pairs", "pairs.size.x": 5})

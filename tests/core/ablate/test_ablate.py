@@ -161,7 +161,7 @@ def test_the_plan_counts_what_the_defaults_cost(tmp_path):
     assert plan["evaluation_images"] == prompts * (1 + 3 * 27)  # 2 of 25 arms are generated with LAN, twice the cost
     own = len(config.evaluation.scorers)  # and the tinted one for 7 arms of its world and for the target
     assert plan["scores"] == 2 * pool + prompts * (own + 1 + 3 * (25 * own + 7))
-    assert plan["minutes"] <= 60  # two idle cores
+    assert 60 <= plan["minutes"] <= 120  # two idle cores
 
 
 # -- a whole ablation on tiny models

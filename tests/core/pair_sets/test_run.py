@@ -4,9 +4,10 @@ import pytest
 import tiny_run
 from pair_files import image, pair, write_parquet
 
-from hgdpo_core import built_in
+from hgdpo_core.built_in import FOREIGN_SOURCE
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.export import export_run
+from hgdpo_core.pair_sets import stand_ins
 from hgdpo_core.pipeline import run_all, write_report
 from hgdpo_core.plan import plan_run
 from hgdpo_core.run import open_run
@@ -115,10 +116,10 @@ def test_pairs_of_which_none_can_be_used_end_the_run_before_a_training(parameter
 
 
 def test_the_built_in_stand_ins_are_pairs_too_and_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(built_in, "STAND_IN_PAIRS", 4)
-    run = open_run(root=str(tmp_path), overrides={"pairs": built_in.FOREIGN_SOURCE})
+    monkeypatch.setattr(stand_ins, "STAND_IN_PAIRS", 4)
+    run = open_run(root=str(tmp_path), overrides={"pairs": FOREIGN_SOURCE})
     assert run.pairs.name == "figures-foreign-stand-in-4" and len(run.pairs) == 4
     changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").rglob("*.parquet")}
     assert len(changed) == 1
-    open_run(root=str(tmp_path), overrides={"pairs": built_in.FOREIGN_SOURCE})
+    open_run(root=str(tmp_path), overrides={"pairs": FOREIGN_SOURCE})
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "images").rglob("*.parquet")} == changed

@@ -21,7 +21,7 @@ from hgdpo_core.stages import probes
 from hgdpo_core.storage import DryStore, Store
 from hgdpo_core.storage.shards import ShardFolder
 
-STAGES = ["sft latents", "sft", "pool", "score", "triplets", "latents", "latent distances", "dpo",
+STAGES = ["sft latents", "sft", "pool", "score", "triplets", "latent distances", "latents", "dpo",
           "evaluation images, target", "evaluation images, tuned", "pickscore, target", "pickscore, tuned"]
 
 
