@@ -200,7 +200,7 @@ class LatentCodec(Protocol):
     def decode_with_gradient(self, latents: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] of scaled latents [B, C, h, w], about -1 to 1, not clamped; its weights get no gradient.
 
-        Computed again in the backward pass; never in float16.
+        Computed again in the backward pass, block by block; never in float16.
         """
         ...
 

@@ -14,7 +14,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from hgdpo_core.config import PromptSyntax
 from hgdpo_core.errors import ModelError
@@ -94,7 +93,8 @@ class KlCodec:
         if self.vae.dtype == torch.float16:
             raise ModelError(f"gradients through the VAE of {self.path} need it in bfloat16 or float32, not float16")
         self.vae.requires_grad_(False)
-        return checkpoint(self._decode_images, latents, use_reentrant=False, preserve_rng_state=False)
+        self.vae.enable_gradient_checkpointing()  # block by block, so that only one block's activations live
+        return self._decode_images(latents)
 
     def _decode_images(self, latents: torch.Tensor) -> torch.Tensor:
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
