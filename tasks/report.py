@@ -26,7 +26,8 @@ def publish(run: Run, result: pipeline.Result, times: StageTimes) -> Published:
     """`summary.json` and `report.html` in `runs/<run_id>/`, and their images in the UI."""
     published = pipeline.write_report(run, result, times)
     _show_pairs(published.data)
-    show_image("pool-ranking", pool_grid(published.data.pools), "Pools in their ranking, winner and loser outlined")
+    if pools := published.data.pools:  # not of a run on prompts, or on others' pairs
+        show_image("pool-ranking", pool_grid(pools), "Pools in their ranking, winner and loser outlined")
     return published
 
 

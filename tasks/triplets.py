@@ -38,7 +38,7 @@ def read_pairs(run: Run, runner: Runner, on: StageProgress) -> PairSetStage:
                           counts.triplets, counts.rejected, folder)
     rows = [{"pairs": "used", "number": counts.triplets},
             *({"pairs": reason, "number": number} for reason, number in counts.reasons.items())]
-    show_table("pairs", rows, f"Foreign pairs of {pairs.pairs.name}: {counts.read} read")
+    show_table("foreign-pairs", rows, f"Foreign pairs of {pairs.pairs.name}: {counts.read} read")
     return pairs
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from faulty_s3 import served_bucket
+from pair_files import pair, write_parquet
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from safetensors.torch import load_file
@@ -65,6 +66,24 @@ def test_the_summary_keeps_its_contract(summary, parameters):
     card = Path(parameters["root"], key(summary, "triplets"), "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-4.0\n") and "| winner - loser |" in card
     assert all(seconds >= 0 for seconds in summary["timings"].values())
+
+
+def test_runs_without_a_pool_end_with_their_report_and_artifacts_too(server, summary, parameters, tmp_path):
+    write_parquet(tmp_path / "their-pairs", [pair(i, i % 2 if i else None) for i in range(4)])
+    overrides = {**parameters["overrides"], "alignprop.max_steps": 1, "alignprop.batch_size": 2,
+                 "alignprop.global_batch_size": 2, "alignprop.least_live_steps": 1}
+    foreign = hgdpo(**{**parameters, "overrides": {**overrides, "pairs": str(tmp_path / "their-pairs")}})
+    assert foreign["foreign_pairs"]["used"] == 3 == foreign["triplets"] and foreign["pool_images"] == 0
+    reward = hgdpo(**{**parameters, "overrides": {**overrides, "objective": "alignprop"}})
+    assert reward["lora_id"].startswith("alignprop-") and "pool" not in reward["timings"]
+    with get_client(sync_client=True) as client:
+        runs = {run.name.split()[-1]: run for run in client.read_flow_runs()}
+        for found, tables in ((foreign, {"foreign-pairs"}), (reward, set())):
+            run = runs[found["run_id"]]
+            shown = client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
+            keys = {artifact.key for artifact in shown}
+            assert run.state.is_completed() and keys >= {"result", "settings"} | tables
+            assert "pool-ranking" not in keys
 
 
 def test_an_evaluation_generates_one_image_per_prompt(summary, parameters):
