@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from hgdpo_core.errors import InputError
-from hgdpo_core.images import decode_image, encode_image
+from hgdpo_core.images import decode_image
 from hgdpo_core.storage.local import write_atomically
 
 from .labeller import TIE_BAND, Labeller, load_labeller, prefer_first
@@ -70,21 +70,6 @@ def first_two_of(generator: Generator) -> PairsOf:
         return [(found[text, 0], found[text, 1]) for text in captions]
 
     return pairs
-
-
-def by_seeds(generate: Callable[[Sequence[str], Sequence[int]], np.ndarray], seed: int) -> PairsOf:
-    """Pairs by a function that returns one image, uint8 `[B,64,64,3]`, for each caption and its seed. Seeds are made of
-    `seed`, the caption and the side."""
-    def pairs(captions: Sequence[str]) -> list[tuple[bytes, bytes]]:
-        sides = [generate(captions, [_hash(seed, text, side) >> 2 for text in captions]) for side in (0, 1)]
-        return [(encode_image(first, "png"), encode_image(second, "png")) for first, second in zip(*sides, strict=True)]
-
-    return pairs
-
-
-def _hash(*parts: object) -> int:
-    """64 bits of the sha256 of the parts."""
-    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "big")
 
 
 def write_foreign_pairs(folder: Path, captions: Sequence[str], pairs_of: PairsOf, *, labeller: Path, model: str,

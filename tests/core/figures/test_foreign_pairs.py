@@ -1,8 +1,10 @@
 """Stand-ins for a public data set: its columns, labels as the labeller says, repeatable, taken up after a stop."""
 
+import hashlib
 import io
 import json
 import shutil
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,9 +16,10 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.figures import foreign_pairs
 from hgdpo_core.figures.foreign import foreign_prompts, parse_scene
 from hgdpo_core.figures.foreign.renderer import render_scenes
-from hgdpo_core.figures.foreign_pairs import RECORD, by_seeds, first_two_of, write_foreign_pairs
+from hgdpo_core.figures.foreign_pairs import RECORD, PairsOf, first_two_of, write_foreign_pairs
 from hgdpo_core.figures.labeller import TIE_BAND, Labeller, load_labeller, prefer_first, save_labeller
 from hgdpo_core.figures.make.labeller import known_words
+from hgdpo_core.images import encode_image
 
 # Pick-a-Pic v2's card (https://huggingface.co/datasets/yuvalkirstain/pickapic_v2), written down, not read from the code
 PUBLISHED = {
@@ -26,6 +29,18 @@ PUBLISHED = {
     "model_0": "string", "model_1": "string", "ranking_id": "int64", "user_id": "int64",
     "num_example_per_prompt": "int64", "__index_level_0__": "int64"}
 CAPTIONS = foreign_prompts("train", 25, seed=7)
+
+
+def by_seeds(generate: Callable[[Sequence[str], Sequence[int]], np.ndarray], seed: int) -> PairsOf:
+    """Pairs by a function that returns one image, uint8 `[B,64,64,3]`, for each caption and its seed."""
+    def numbers(texts, side):
+        return [int.from_bytes(hashlib.sha256(f"{seed} {text} {side}".encode()).digest()[:7], "big") for text in texts]
+
+    def pairs(captions):
+        sides = [generate(captions, numbers(captions, side)) for side in (0, 1)]
+        return [(encode_image(first, "png"), encode_image(second, "png")) for first, second in zip(*sides, strict=True)]
+
+    return pairs
 
 
 def draw(captions, seeds):

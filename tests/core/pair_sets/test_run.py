@@ -1,5 +1,7 @@
 """A whole run on pairs that others labelled: marked as foreign in ids, report, summary, model card and plan."""
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny_run
 from pair_files import image, pair, write_parquet
@@ -7,8 +9,9 @@ from pair_files import image, pair, write_parquet
 from hgdpo_core.built_in import FOREIGN_SOURCE
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.export import export_run
+from hgdpo_core.images import decode_image
 from hgdpo_core.pair_sets import stand_ins
-from hgdpo_core.pipeline import run_all, write_report
+from hgdpo_core.pipeline import make_pool, run_all, write_report
 from hgdpo_core.plan import plan_run
 from hgdpo_core.run import open_run
 
@@ -123,3 +126,21 @@ def test_the_built_in_stand_ins_are_pairs_too_and_say_so(tmp_path, monkeypatch):
     assert len(changed) == 1
     open_run(root=str(tmp_path), overrides={"pairs": FOREIGN_SOURCE})
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "images").rglob("*.parquet")} == changed
+
+
+def test_the_control_labels_the_first_two_images_of_the_own_pools(tmp_path):
+    overrides = {"images": None, "prompts.limit": 3, "pool.images_per_prompt": 3, "sampler.steps": 2,
+                 "pool.prompts_per_shard": 2, "target.dtype": "float32"}
+    run = open_run(root=str(tmp_path), overrides=overrides)
+    pool = make_pool(run, run.target)
+    drawn = {(row["prompt"], row["index"]): row["image"] for index in pool.indices
+             for row in pool.folder.read(index, ["prompt", "index", "image"]).to_pylist()}
+    folder = stand_ins.label_own(run.store, run.target, run.config, run.prompts)
+    rows = pq.read_table(folder / "data").to_pylist()
+    assert [row["caption"] for row in rows] == list(run.prompts.prompts) and "stand-in" in folder.name
+    for row in rows:
+        for side in (0, 1):
+            both = (row[f"jpg_{side}"], drawn[row["caption"], side])
+            labelled, own = (np.asarray(decode_image(data)) for data in both)
+            assert np.abs(labelled.astype(int) - own).max() <= 1  # other batches, so other low bits
+        assert row["model_0"] == row["model_1"] == "figures (stand-in)"
