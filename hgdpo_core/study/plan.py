@@ -5,6 +5,7 @@ differ by at most one in how many people were given them. Each time the circle c
 swapped. All that is random is a hash: the plan is the same in every version of every library.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
@@ -33,17 +34,22 @@ class Trial:
 def plan_trials(pairs: int, config: StudyConfig, number: int) -> list[Trial]:
     """The trials of participant `number`, from 0, in their order, of a study of so many pairs."""
     each = min(config.questions, pairs)
-    circle = shuffled(range(pairs), config.seed, "circle")
-    starts_swapped = dict(zip(shuffled(range(pairs), config.seed, "sides"), (i % 2 == 1 for i in range(pairs)),
-                              strict=True))
+    circle, starts_swapped = _circle(pairs, config.seed)
     questions = []
     for place in range(number * each, (number + 1) * each):
-        rounds, pair = place // pairs, circle[place % pairs]
-        questions.append(Trial(pair, "question", starts_swapped[pair] ^ (rounds % 2 == 1)))
+        rounds, on_circle = divmod(place, pairs)
+        pair = circle[on_circle]
+        questions.append(Trial(pair, "question", (pair in starts_swapped) != (rounds % 2 == 1)))
     trials = shuffled(questions, config.seed, number, "order")
     _insert(trials, _repeats(trials, config, number), len(trials) // 2 + 1, config.seed, number, "repeats")
     _insert(trials, _checks(pairs, trials, each, config, number), 1, config.seed, number, "checks")
     return trials
+
+
+@functools.cache
+def _circle(pairs: int, seed: int) -> tuple[list[int], frozenset[int]]:
+    """The pairs in the order of the circle, and that half of them whose sides are swapped the first time."""
+    return shuffled(range(pairs), seed, "circle"), frozenset(shuffled(range(pairs), seed, "sides")[1::2])
 
 
 def count_trials(pairs: int, config: StudyConfig) -> int:
