@@ -68,8 +68,8 @@ def start(page):
 
 def wait_for(page, number, total=12):
     """Until a question, counted from 1, can be answered."""
-    page.wait_for_function(f"document.querySelector('#count').textContent === '{number} of {total}'"
-                           " && !document.querySelector('#left').disabled")
+    playwright.expect(page.locator("#count")).to_have_text(f"{number} of {total}", timeout=15_000)
+    page.wait_for_selector(READY)
     page.wait_for_timeout(280)  # the page takes no answer that fast after the images
 
 
@@ -155,7 +155,7 @@ def test_a_lost_connection_loses_and_doubles_nothing(opened, visit):
     wait_for(page, 1)
     page.keyboard.press("1")
     page.keyboard.press("2")
-    page.wait_for_function("document.querySelector('#status').textContent.startsWith('No connection')")
+    playwright.expect(page.locator("#status")).to_contain_text("No connection")
     assert page.inner_text("#count") == "1 of 12", "the next question waits for the acknowledgement"
     wait_for(page, 2)
     assert len(tries) == 3 and len(set(tries)) == 1 and choices(session) == ["left"]
