@@ -13,6 +13,7 @@ from typing import Any
 from flows.caption_command import caption
 from flows.pairs_command import pairs
 from flows.score_commands import rescore, score
+from flows.study_command import STUDY_COMMANDS
 from flows.terminal import call_opened, open_store, plan_text
 from hgdpo_core import __version__
 from hgdpo_core.errors import HGDPOError, StoppedError, first_line
@@ -23,9 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 failed while working, 2 bad input, 130 stopped."""
     options = _parser().parse_args(arguments)
     _prepare_environment()
-    from hgdpo_core.execution.imports import load_libraries
+    if options.loads_libraries:
+        from hgdpo_core.execution.imports import load_libraries
 
-    load_libraries()
+        load_libraries()
     try:
         return options.command(options)
     except (StoppedError, KeyboardInterrupt) as stop:
@@ -228,7 +230,7 @@ class _Command(argparse.ArgumentParser):
         """The options, as argparse's."""
         from flows.parameters import COMMAND_LINES
 
-        for parameter in COMMAND_LINES[self.name]:
+        for parameter in COMMAND_LINES.get(self.name, ()):  # one of further commands has none itself
             parameter.add_to(self)
         return super().parse_known_args(args, namespace)
 
@@ -238,10 +240,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hgdpo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Command)
     for name, function in COMMANDS.items():
-        command = commands.add_parser(name, help=(function.__doc__ or "").splitlines()[0])
-        command.name = name
-        command.set_defaults(command=function)
+        _add_command(commands, name, function)
+    _study(commands)
     return parser
+
+
+def _study(commands: Any) -> None:
+    """`hgdpo study create`, `hgdpo study serve`, ...: each with a function in STUDY_COMMANDS and options of its own.
+
+    None of them needs torch, and a page should be there in a second.
+    """
+    study = commands.add_parser("study", help="Ask people which of two images they prefer.")
+    parts = study.add_subparsers(required=True, metavar="command", parser_class=_Command)
+    for name, function in STUDY_COMMANDS.items():
+        _add_command(parts, f"study {name}", function, loads_libraries=False)
+
+
+def _add_command(commands: Any, name: str, function: Callable[[argparse.Namespace], int], *,
+                 loads_libraries: bool = True) -> None:
+    command = commands.add_parser(name.split()[-1], help=(function.__doc__ or "").splitlines()[0])
+    command.name = name
+    command.set_defaults(command=function, loads_libraries=loads_libraries)
 
 
 if __name__ == "__main__":

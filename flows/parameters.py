@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from hgdpo_core.presets import DEFAULT_PRESET, PRESETS, describe_presets
 
-Kind = Literal["value", "flag", "switch", "repeated", "several", "settings", "position"]
+Kind = Literal["value", "flag", "switch", "repeated", "several", "settings", "position", "positions"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Parameter:
     option: str = ""
     """On the command line, where it is not --name."""
     kind: Kind = "value"
-    """flag: given or not; switch: --x or --no-x; repeated: an option each; several: values behind one option."""
+    """flag: given or not; switch: --x or --no-x; repeated: an option each; several: values behind one option;
+    position, positions: one value, or some, without an option."""
     read: Callable[[str], Any] | None = None
     """Parses the text; without it, the value is the text."""
     metavar: str | None = None
@@ -52,8 +53,9 @@ class Parameter:
     def add_to(self, command: argparse.ArgumentParser) -> None:
         """Add the option to a command."""
         option = self.option or "--" + self.name.replace("_", "-")
-        if self.kind == "position":
-            command.add_argument(self.name, nargs=None if self.required else "?", help=self._help())
+        if self.kind in ("position", "positions"):
+            number = "+" if self.kind == "positions" else None if self.required else "?"
+            command.add_argument(self.name, nargs=number, help=self._help(), metavar=self.metavar)
             return
         settings: dict[str, Any] = {
             "value": {}, "flag": {"action": "store_true"}, "switch": {"action": argparse.BooleanOptionalAction},
@@ -98,6 +100,13 @@ def read_positive(text: str) -> int:
     """A whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def read_port(text: str) -> int:
+    """A TCP port, 0 for any free one."""
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
     return int(text)
 
 
@@ -206,12 +215,35 @@ PAIRS = (
     ROOT.changed(help="root of the data set"),
     Parameter("to", "where to write: a new or empty folder, or one to continue", metavar="FOLDER", required=True),
     Parameter("limit", "write at most this many pairs; default: all", read=read_positive, metavar="N"))
+STUDY = Parameter("study", "id of the study; default: the only one of the root", kind="position")
+STUDY_CREATE = (
+    Parameter("sources", "finished runs, evaluations (their two models are compared) or data sets of triplets (their "
+              "winners and losers are), by id; several: models that are compared on the same prompts",
+              kind="positions", metavar="SOURCE"),
+    ROOT.changed(help="root of the sources; the study is written there"),
+    Parameter("pairs", "pairs of images, drawn at random", 40, read=read_positive, metavar="N"),
+    Parameter("people", "people who see each pair", 5, read=read_positive, metavar="N"),
+    Parameter("questions", "most pairs that one person sees", 40, read=read_positive, metavar="N"),
+    Parameter("repeats", "part of a person's pairs that are shown a second time, sides swapped", 0.05, read=float),
+    Parameter("checks", "attention checks, a picture beside its noise, as a part of a person's pairs", 0.05,
+              read=float),
+    Parameter("forced_choice", "as in the paper: no answer \"cannot tell\"", False, kind="flag"),
+    Parameter("question", "what people are asked about each pair", "Which image looks more natural?", metavar="TEXT"),
+    Parameter("seed", "seed of the choice of pairs, their order and their sides", 0, read=int))
+STUDY_SERVE = (
+    STUDY, ROOT.changed(help="root of the study"),
+    Parameter("host", "address to listen on; 0.0.0.0: for other machines too", "127.0.0.1"),
+    Parameter("port", "port to listen on; 0: any free one", 8321, read=read_port),
+    Parameter("access_code", "ask for this code before somebody takes part", metavar="CODE"),
+    Parameter("log", "folder on this machine where answers are kept until the root has them; default: in the study's "
+              "folder of a local root, else in the user's cache", metavar="FOLDER"))
 COLLECT = (ROOT, Parameter("dry_run", "list what would be deleted, and delete nothing", False, kind="flag"))
 
 COMMAND_LINES: dict[str, tuple[Parameter, ...]] = {
     "run": (*RUN, PUBLISH, JSON), "plan": (*INPUTS, PROBE, JSON), "ablate": (*ABLATE, JSON),
     "evaluate": (*EVALUATE, PUBLISH, JSON), "rescore": (*RESCORE, JSON), "score": SCORE, "caption": CAPTION,
-    "export": EXPORT, "pairs": PAIRS, "settings": (PRESET,), "gc": COLLECT}
+    "export": EXPORT, "pairs": PAIRS, "settings": (PRESET,), "gc": COLLECT, "study create": STUDY_CREATE,
+    "study serve": STUDY_SERVE}
 """Command -> its options: those of its flow, then those of the command line alone."""
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def open_store(root: str | None) -> "Store":
     """The store of a root, by default the default root."""
-    from hgdpo_core.run import default_root
     from hgdpo_core.storage import Store
+    from hgdpo_core.storage.roots import default_root
 
     return Store(default_root() if root is None else root)
 

@@ -19,9 +19,10 @@ from hgdpo_core.models.files import is_lora
 from hgdpo_core.presets import DEFAULT_PRESET, PARTI_PROMPTS, build_config
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.syntax import check_syntax
-from hgdpo_core.run import default_root, shell_command
+from hgdpo_core.run import shell_command
 from hgdpo_core.scorers import require_scorers
 from hgdpo_core.storage import Store
+from hgdpo_core.storage.roots import default_root
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """A run, opened: everything a user can get wrong is checked here, in seconds, before any model loads."""
 
 import json
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.syntax import check_syntax
 from hgdpo_core.scorers import find_scorer, require_scorers
 from hgdpo_core.storage import DryStore, Store
+from hgdpo_core.storage.roots import default_root
 from hgdpo_core.training.objective import lora_objective
 from hgdpo_core.training.trackers import check_tracker
 
@@ -53,11 +53,6 @@ class Run:
     def key(self, name: str) -> str:
         """Key of a file of this run, for example `runs/<run_id>/summary.json`."""
         return f"runs/{self.run_id}/{name}"
-
-
-def default_root() -> str:
-    """$HGDPO_ROOT, else `output/full` in the current folder."""
-    return os.environ.get("HGDPO_ROOT") or "output/full"
 
 
 def open_run(preset: str = DEFAULT_PRESET, root: str | None = None, *, prompts: str | None = None,

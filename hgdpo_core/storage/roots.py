@@ -29,6 +29,11 @@ class Root(NamedTuple):
     base: str
 
 
+def default_root() -> str:
+    """$HGDPO_ROOT, else `output/full` in the current folder."""
+    return os.environ.get("HGDPO_ROOT") or "output/full"
+
+
 def parse_root(text: str) -> Root:
     """The root that a path or an fsspec URL names. ConfigError for one that holds a secret or makes no sense."""
     scheme = _SCHEME.match(text)

@@ -16,6 +16,7 @@ from flows.cli import COMMANDS, main
 from flows.evaluate import hgdpo_evaluate
 from flows.full import hgdpo
 from flows.rescore import hgdpo_rescore
+from flows.study_command import STUDY_COMMANDS
 from hgdpo_core.ablate.settings import AblationConfig, Comparison
 from hgdpo_core.errors import StoppedError
 from hgdpo_core.presets import PRESETS
@@ -46,7 +47,7 @@ def test_options_of_the_command_line_alone():
              for name, (_, parameters) in FLOWS.items()}
     assert extra == {"run": {"publish", "json"}, "evaluate": {"publish", "json"}, "ablate": {"json"},
                      "rescore": {"json"}}
-    assert p.COMMAND_LINES.keys() == COMMANDS.keys()
+    assert p.COMMAND_LINES.keys() == COMMANDS.keys() | {f"study {name}" for name in STUDY_COMMANDS}
 
 
 def test_choices_and_defaults_are_the_cores_own():
