@@ -237,13 +237,25 @@ STUDY_SERVE = (
     Parameter("access_code", "ask for this code before somebody takes part", metavar="CODE"),
     Parameter("log", "folder on this machine where answers are kept until the root has them; default: in the study's "
               "folder of a local root, else in the user's cache", metavar="FOLDER"))
+STUDY_RESULTS = (
+    STUDY, ROOT.changed(help="root of the study"),
+    Parameter("half_width", "precision that is wanted of the win rates, for the number of further answers: half of the "
+              "95 % interval, in percentage points", 5.0, read=float, metavar="POINTS"),
+    Parameter("artifact", "also show the win rates as an artifact of the Prefect server", False, kind="flag"),
+    JSON.changed(help="print the results as JSON instead of tables"))
+STUDY_FORGET = (
+    Parameter("participant", "code of the participant (behind # in their link), or its hash", kind="position",
+              required=True),
+    Parameter("study", "id of the study; default: the only one of the root", metavar="STUDY"),
+    ROOT.changed(help="root of the study"),
+    Parameter("log", "the server's --log, where it was given one", metavar="FOLDER"))
 COLLECT = (ROOT, Parameter("dry_run", "list what would be deleted, and delete nothing", False, kind="flag"))
 
 COMMAND_LINES: dict[str, tuple[Parameter, ...]] = {
     "run": (*RUN, PUBLISH, JSON), "plan": (*INPUTS, PROBE, JSON), "ablate": (*ABLATE, JSON),
     "evaluate": (*EVALUATE, PUBLISH, JSON), "rescore": (*RESCORE, JSON), "score": SCORE, "caption": CAPTION,
     "export": EXPORT, "pairs": PAIRS, "settings": (PRESET,), "gc": COLLECT, "study create": STUDY_CREATE,
-    "study serve": STUDY_SERVE}
+    "study serve": STUDY_SERVE, "study results": STUDY_RESULTS, "study forget": STUDY_FORGET}
 """Command -> its options: those of its flow, then those of the command line alone."""
 
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from flows.study_results_command import study_forget, study_results
 from flows.terminal import open_store, terminal_bar
 from hgdpo_core.progress import count_of
 
@@ -51,4 +52,5 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
-STUDY_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"create": create, "serve": serve}
+STUDY_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "create": create, "serve": serve, "results": study_results, "forget": study_forget}

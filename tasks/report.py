@@ -18,6 +18,7 @@ from hgdpo_core.report.summary import Published, write_comparison_report
 from hgdpo_core.run import Run
 from hgdpo_core.stages.pool import PoolPlan
 from tasks.options import stage_task
+from tasks.people import show_people
 from tasks.ui import show_image, show_text
 
 
@@ -26,6 +27,7 @@ def publish(run: Run, result: pipeline.Result, times: StageTimes) -> Published:
     """`summary.json` and `report.html` in `runs/<run_id>/`, and their images in the UI."""
     published = pipeline.write_report(run, result, times)
     _show_pairs(published.data)
+    show_people(published.data.people)
     if pools := published.data.pools:  # not of a run on prompts, or on others' pairs
         show_image("pool-ranking", pool_grid(pools), "Pools in their ranking, winner and loser outlined")
     return published
@@ -37,6 +39,7 @@ def publish_comparison(run: ComparisonRun, images: Mapping[str, PoolPlan], compa
     """`summary.json` and `report.html` of two models in `runs/<run_id>/`, and their images in the UI."""
     published = write_comparison_report(run, images, comparison, sweep, seconds=times.seconds, cached=times.cached)
     _show_pairs(published.data)
+    show_people(published.data.people)
     return published
 
 

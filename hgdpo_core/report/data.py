@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -50,6 +51,8 @@ class ReportData:
     worst_losses: Sequence[PairSample] = ()
     pools: Sequence[PoolSample] = ()
     foreign: ForeignPairs | None = None
+    people: Sequence[Mapping[str, Any]] = ()
+    """Results of user studies of these images: contents of `studies/<id>/results.json`."""
     rank_distances: np.ndarray | None = None
     """Of pools' latents, as `read_distances` reads them: [pools, N - 1, 2]."""
     objective: str = "dpo"

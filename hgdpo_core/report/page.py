@@ -11,6 +11,7 @@ from hgdpo_core.report import numbers
 from hgdpo_core.report.data import ReportData
 from hgdpo_core.report.headline import headline, read_interval
 from hgdpo_core.report.images import first_pair, foreign_pairs, pairs, pools
+from hgdpo_core.report.people import people
 from hgdpo_core.report.training import latent_statistics, training_charts
 from hgdpo_core.scorers import scorer_title
 
@@ -42,7 +43,7 @@ def _page(data: ReportData, encode: ImageEncoder) -> str:
                   "them all.")
     sections = (
         listing("Warnings", data.warnings, "warnings"),
-        columns(numbers.win_rates(data), numbers.defects(comparison.defects),
+        columns(numbers.win_rates(data), people(data.people, comparison.win_rates), numbers.defects(comparison.defects),
                 numbers.variety(comparison.variety_change), listing("What to keep in mind", data.notes, "notes")),
         pairs("Side by side", f"A random sample of held-out prompts, both models from one seed.{shown}", data.pairs,
               encode),

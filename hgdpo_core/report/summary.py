@@ -16,6 +16,7 @@ from hgdpo_core.evaluate import Comparison
 from hgdpo_core.rendering.grids import PairSample
 from hgdpo_core.report.data import ForeignPairs, ReportData
 from hgdpo_core.report.page import render_report
+from hgdpo_core.report.people import read_people
 from hgdpo_core.report.samples import extreme_positions, random_positions, sample_foreign, sample_pairs, sample_pools
 from hgdpo_core.run import Run
 from hgdpo_core.scorers.towers import OPENAI_CLIP
@@ -137,15 +138,18 @@ def _write(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], comparison:
     all_keys = {"report": run.key("report.html"), "summary": run.key("summary.json"), **keys}
     artifacts = {name: run.store.url(key) for name, key in all_keys.items()}
     timings = _making_seconds(run, seconds, cached)
+    studies = read_people(run.store, {f"evaluations/{comparison.evaluation_id}", keys.get("triplets", "")})
     data = ReportData(
         preset=run.config.preset, config=run.config, root=run.store.root, created_at=datetime.now(UTC),
         command=run.command, comparison=comparison, notes=_notes(run.config.evaluation.scorers), timings=timings,
         artifacts=artifacts, pairs=pairs(random_positions(comparison, PAIRS)), best_wins=pairs(gains),
-        worst_losses=pairs(losses), **fields)
+        worst_losses=pairs(losses), people=studies, **fields)
     contents = {
         "preset": run.config.preset, "root": run.store.root, "run_id": run.run_id, **comparison.findings(),
         "evaluation_id": comparison.evaluation_id, "evaluation_prompts": len(comparison.prompts), **summary,
         "timings": timings, "found": list(cached), "artifacts": artifacts}
+    if studies:
+        contents["people"] = [{"study_id": one["study_id"], "win_rates": one["win_rates"]} for one in studies]
     run.store.write_bytes(run.key("report.html"), render_report(data).encode())
     run.store.write_json(run.key("summary.json"), contents)
     return Published(data, contents)
