@@ -259,8 +259,9 @@ class StudySession:
 
     def _drop(self, participant_id: str) -> None:
         participant = self.participants.pop(participant_id, None)
-        for position in range(len(participant.trials) if participant else 0):
-            self._trials.pop(self.trial_id(participant, position), None)  # pyright: ignore[reportArgumentType]
+        if participant is not None:
+            for position in range(len(participant.trials)):
+                self._trials.pop(self.trial_id(participant, position), None)
 
     def _free_number(self, now: float) -> int:
         """The first place in the plan that nobody holds."""
