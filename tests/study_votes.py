@@ -23,8 +23,8 @@ def make_pair(name: str, first: str = "target", second: str = "tuned",
             "first_image": b"1", "second_image": b"2", "first_scores": sides[0], "second_scores": sides[1]}
 
 
-def make_vote(person: str, pair: str, chosen: str, *, kind: str = "question", models: Sequence[str] = ("target", "tuned"),
-              swapped: bool = False) -> dict[str, Any]:
+def make_vote(person: str, pair: str, chosen: str, *, kind: str = "question",
+              models: Sequence[str] = ("target", "tuned"), swapped: bool = False) -> dict[str, Any]:
     """A row of VOTES; `chosen` is the name of a model, "picture", "noise" or "tie"."""
     left, right = reversed(models) if swapped else models
     choice = "left" if chosen == left else "right" if chosen == right else chosen

@@ -47,8 +47,7 @@ class Clusters(NamedTuple):
 
     def variance(self, influence: np.ndarray) -> np.ndarray:
         """Sum of squares of the clusters' sums of influence [V, K], times G / (G - 1): float64 [K]."""
-        sums = np.zeros((self.count, influence.shape[1]))
-        np.add.at(sums, self.of_vote, influence)
+        sums = np.stack([np.bincount(self.of_vote, weights=one, minlength=self.count) for one in influence.T], axis=1)
         return (sums**2).sum(axis=0) * self.count / max(1, self.count - 1)
 
 
