@@ -36,6 +36,8 @@ def read_pairs(run: Run, runner: Runner, on: StageProgress) -> PairSetStage:
     counts, folder = pairs.counts(), pairs.folder.key
     get_run_logger().info("Foreign pairs of %s: %d read, %d used, %d not; in %s", pairs.pairs.name, counts.read,
                           counts.triplets, counts.rejected, folder)
+    if counts.warning:
+        get_run_logger().warning("Foreign pairs of %s: %s", pairs.pairs.name, counts.warning)
     rows = [{"pairs": "used", "number": counts.triplets},
             *({"pairs": reason, "number": number} for reason, number in counts.reasons.items())]
     show_table("foreign-pairs", rows, f"Foreign pairs of {pairs.pairs.name}: {counts.read} read")

@@ -75,6 +75,8 @@ class PairFacts:
     """Why pairs are not used."""
     skipped: Mapping[str, int]
     """What else the source holds, by its kind."""
+    warning: str
+    """What its labels may hide."""
 
 
 def render_pair_card(triplets: ShardFolder, manifests: Sequence[ShardManifest], facts: PairFacts, *, rows: int,
@@ -98,7 +100,7 @@ Triplets (prompt, winner, loser) from a data set that others made and labelled, 
 - files: {len(manifests):,}, {megabytes:,.1f} MB
 - prompts: {"about people only" if config["human_only"] else "about anything"}, by version {config["filter_version"]} \
 of the lists of words
-{_licence_warning(facts)}
+{_licence_warning(facts)}{_label_warning(facts)}
 `jpg_0` is the winner and `jpg_1` the loser, as encoded bytes; `label_0` is 1.0 and `label_1` 0.0. These, `caption` and
 the columns up to `are_different` are named as in Pick-a-Pic v2; ours stand behind them. There are no scores and seeds.
 
@@ -132,6 +134,10 @@ def _skipped_note(facts: PairFacts) -> str:
     if not facts.skipped:
         return ""
     return f" Not read: {', '.join(f'{count:,} {what}' for what, count in facts.skipped.items())}."
+
+
+def _label_warning(facts: PairFacts) -> str:
+    return f"\n**Warning: {facts.warning}.**\n" if facts.warning else ""
 
 
 def _sexual_note(config: Mapping[str, Any]) -> str:

@@ -35,6 +35,8 @@ from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 
 PAIRS_AT_A_TIME = 16
+FEW = 16
+"""Of fewer pairs all labels are alike by chance."""
 REJECTED_SCHEMA = pa.schema([("name", pa.string()), ("prompt_id", pa.string()), ("prompt", pa.string()),
                              ("reason", pa.string()), ("detail", pa.string())])
 
@@ -47,10 +49,20 @@ class PairCounts:
     triplets: int
     reasons: dict[str, int]
     """Why the others are not used, most frequent first."""
+    first_won: int = 0
+    """Triplets whose winner is the first image of its pair in the source."""
 
     @property
     def rejected(self) -> int:
         return self.read - self.triplets
+
+    @property
+    def warning(self) -> str:
+        """What labels that are all alike may hide; "" where they differ, or are few."""
+        if self.triplets < FEW or self.first_won not in (0, self.triplets):
+            return ""
+        return (f"the {'first' if self.first_won else 'second'} image wins in all {self.triplets} pairs: right where a "
+                "data set has its winners sorted so, but labels that are all alike say nothing: look at some pairs")
 
 
 def pair_set_folder(store: Store, pairs: PairSet, size: tuple[int, int]) -> ShardFolder:
@@ -144,7 +156,8 @@ class PairSetStage(Stage):
         for manifest in manifests:
             reasons.update(manifest.details["reasons"])
         return PairCounts(sum(manifest.details["read"] for manifest in manifests),
-                          sum(manifest.rows for manifest in manifests), dict(reasons.most_common()))
+                          sum(manifest.rows for manifest in manifests), dict(reasons.most_common()),
+                          sum(manifest.details["first_won"] for manifest in manifests))
 
     def refuse_if_empty(self) -> None:
         """InputError when all shards exist and hold no pair."""
@@ -208,7 +221,8 @@ class _Reading(Computer):
             advance(len(batch))
         return ShardRows(pa.Table.from_pylist(rows, schema=SCHEMA),
                          pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA),
-                         {"read": read, "rejected": len(rejected), "reasons": dict(reasons)})
+                         {"read": read, "rejected": len(rejected), "reasons": dict(reasons),
+                          "first_won": sum(row["winner_index"] == 0 for row in rows)})
 
 
 def _fit_pair(size: tuple[int, int], image_format: Any,
@@ -262,7 +276,7 @@ def write_pair_card(stage: PairSetStage) -> None:
         return
     pairs, counts = stage.pairs, stage.counts(made)
     facts = PairFacts(pairs.name, pairs.on_hub, pairs.revision, pairs.licence, counts.read,
-                      counts.reasons, pairs.skipped)
+                      counts.reasons, pairs.skipped, counts.warning)
     key, store = f"{stage.folder.key}/README.md", stage.folder.store
     card = render_pair_card(stage.folder, [made[index] for index in sorted(made)], facts, rows=counts.triplets,
                             schema=SCHEMA).encode()

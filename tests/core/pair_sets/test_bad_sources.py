@@ -106,12 +106,22 @@ def test_a_cut_archive_and_a_small_disk_are_refused(tmp_path, monkeypatch):
     assert stage.make(Worker("cpu")) == 1 and stage.counts().triplets == 1
 
 
-def test_one_class_of_labels_is_fine_and_ties_alone_are_no_data_set(tmp_path):
+def test_one_class_of_labels_is_warned_of_and_ties_alone_are_no_data_set(tmp_path):
+    """Winners sorted first, as in our own triplets, are one class too: so they are used."""
     store = Store(str(tmp_path / "root"))
-    one_class = write_parquet(tmp_path / "sorted", [pair(number, 0) for number in range(3)])
-    stage = pair_stage(store, PairSource(source=str(one_class)), (16, 16))
+    for name, winner, wins in (("first", 0, 16), ("second", 1, 16), ("few", 0, 15)):
+        one_class = write_parquet(tmp_path / name, [pair(number, winner) for number in range(wins)])
+        stage = pair_stage(store, PairSource(source=str(one_class)), (16, 16))
+        stage.make(Worker("cpu"))
+        stage.refuse_if_empty()
+        write_pair_card(stage)
+        card = store.read_bytes(f"{stage.folder.key}/README.md").decode()
+        said = f"the {name} image wins in all 16 pairs"
+        assert (said in stage.counts().warning) == (said in card) == (wins == 16)
+    both = write_parquet(tmp_path / "both", [pair(number, int(number == 3)) for number in range(16)])
+    stage = pair_stage(store, PairSource(source=str(both)), (16, 16))
     stage.make(Worker("cpu"))
-    stage.refuse_if_empty()
+    assert not stage.counts().warning and stage.counts().first_won == 15
     ties = write_parquet(tmp_path / "ties", [pair(number, None) for number in range(3)])
     stage = pair_stage(store, PairSource(source=str(ties)), (16, 16))
     stage.refuse_if_empty()  # nothing is made yet
