@@ -68,7 +68,8 @@ def test_the_summary_keeps_its_contract(summary, parameters):
     assert all(seconds >= 0 for seconds in summary["timings"].values())
 
 
-def test_runs_without_a_pool_end_with_their_report_and_artifacts_too(server, summary, parameters, tmp_path):
+def test_runs_without_a_pool_end_with_their_report_and_artifacts_too(server, parameters, tmp_path):
+    parameters = {**parameters, "root": str(tmp_path / "root")}
     write_parquet(tmp_path / "their-pairs", [pair(i, i % 2 if i else None) for i in range(4)])
     overrides = {**parameters["overrides"], "alignprop.max_steps": 1, "alignprop.batch_size": 2,
                  "alignprop.global_batch_size": 2, "alignprop.least_live_steps": 1}

@@ -173,7 +173,7 @@ def test_the_card_states_results_and_leaves_fields_to_fill_in(store, tmp_path, t
     assert '"beta": 2500.0' in card and "Use it at weight 0.5" in card
     for heading in ("Intended use", "Misuse", "Limits", "Data", "Results", "Settings"):
         assert f"## {heading}\n" in card
-    assert card.count(TO_FILL_IN) == len(FIELDS) - 1  # this run had no images of its own
+    assert card.count(TO_FILL_IN) == len(FIELDS) - 2  # this run had no images of its own, and no foreign pairs
     for private in (str(tmp_path), str(target_folder.parent), "somebody", "\n\n\n"):
         assert private not in card
     filled = card.replace(TO_FILL_IN, "known")
@@ -187,7 +187,7 @@ def test_the_card_of_a_hub_model_with_images(tmp_path):
         update={"images": "/home/me/photos"})
     card = render_card(config, SUMMARY, kohya_name="x.safetensors", fused=False)
     assert "base_model" not in card and "lies in `base/`" in card and "https://host.org/prompts.txt." in card
-    assert card.count(TO_FILL_IN) == len(FIELDS) and "first fine-tuned on captioned images" in card
+    assert card.count(TO_FILL_IN) == len(FIELDS) - 1 and "first fine-tuned on captioned images" in card
     assert not any(private in card for private in ("secret", "word@", "/home/me"))
     assert "No photograph was used as a preference" in card and '"vae"' not in card
     plain = render_card(config.model_copy(update={"images": None}), SUMMARY, kohya_name="x.safetensors", fused=False)
