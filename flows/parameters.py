@@ -234,7 +234,7 @@ STUDY_SERVE = (
     STUDY, ROOT.changed(help="root of the study"),
     Parameter("host", "address to listen on; 0.0.0.0: for other machines too", "127.0.0.1"),
     Parameter("port", "port to listen on; 0: any free one", 8321, read=read_port),
-    Parameter("access_code", "ask for this code before somebody takes part", metavar="CODE"),
+    Parameter("access_code", "ask for this code before a person takes part", metavar="CODE"),
     Parameter("log", "folder on this machine where answers are kept until the root has them; default: in the study's "
               "folder of a local root, else in the user's cache", metavar="FOLDER"))
 STUDY_RESULTS = (

@@ -34,7 +34,8 @@ def forget_participant(store: Store, study_id: str | None, who: str, *, log: Pat
     """Delete all votes of a participant, given by their code (that of their link) or its hash.
 
     Results that were written before are written again without them. A running server deletes what it holds within
-    seconds. `log`: the folder of the server's log, where it is not the usual one. InputError for somebody unknown.
+    seconds. `log`: the folder of the server's log, where it is not the usual one. InputError for an unknown
+    participant.
     """
     study = open_study(store, study_id)
     participant = _find(study, who)
@@ -56,7 +57,7 @@ def _find(study: Study, who: str) -> str:
     for name in (who, participant_of(study.id, who)):
         if name in known:
             return name
-    raise InputError(f"nobody of the {count_of(len(known), 'participant')} of {study.id} has this code or hash: give "
+    raise InputError(f"none of the {count_of(len(known), 'participant')} of {study.id} has this code or hash: give "
                      "the code at the end of the participant's link, or the hash of the column `participant`; where "
                      "the participant has withdrawn on the page, everything is deleted already")
 

@@ -9,6 +9,7 @@ from hgdpo_core.errors import StorageError
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import read_table, write_table
 from hgdpo_core.study.findings import HALF_WIDTH, StudyResults, evaluate_votes
+from hgdpo_core.study.statistics import check_half_width
 from hgdpo_core.study.study import PAIRS_NAME, open_study
 from hgdpo_core.study.tables import results_markdown
 from hgdpo_core.study.votes import STUDIES, read_votes
@@ -22,6 +23,7 @@ def write_results(store: Store, study_id: str | None = None, *, half_width: floa
     Columns of `votes.parquet`: VOTES, and `left_out`, the reason why the win rates do not count the vote, or null.
     InputError for an unknown study, StorageError for votes that cannot be read or results that cannot be written.
     """
+    check_half_width(half_width)  # before any vote is there too
     study = open_study(store, study_id)
     votes, pairs = read_votes(store, study.id), read_pairs(store, study.id)
     results, reasons = evaluate_votes(study.id, study.config.sources, votes.to_pylist(), pairs, half_width=half_width)

@@ -1,8 +1,8 @@
-"""Which votes count: fixed before anybody votes, the same for every study, and each vote left out has its reason.
+"""Which votes count: fixed before the first vote, the same for every study, and each vote left out has its reason.
 
 A participant is excluded who failed half or more of the attention checks they answered ("cannot tell" fails too). Of
-two checks, somebody who presses keys at random fails at least one in three cases of four. Repeats that contradict the
-first answer exclude nobody: on hard pairs honest people contradict themselves. They are reported.
+two checks, a person who presses keys at random fails at least one in three cases of four. Repeats that contradict the
+first answer are no reason for exclusion: on hard pairs honest people contradict themselves. They are reported.
 """
 
 from collections import Counter

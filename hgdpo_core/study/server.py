@@ -102,7 +102,7 @@ class StudyServer:
     answers: RateLimit = field(default_factory=lambda: RateLimit(5, 20))
     reads: RateLimit = field(default_factory=lambda: RateLimit(20, 100))
     joins: RateLimit = field(default_factory=lambda: RateLimit(20, 400))
-    """Of everybody together: nobody has a code yet."""
+    """Of all visitors together: they have no code yet."""
     wrong_codes: RateLimit = field(default_factory=lambda: RateLimit(1, 30))
 
     @property
@@ -115,7 +115,7 @@ class StudyServer:
         return f"study-{content_hash({'study': self.study.id})}"
 
     def participant(self, request: Request, limit: RateLimit) -> Participant:
-        """Who asks; RefusedRequestError for nobody, and for somebody who asks too often."""
+        """Who asks; RefusedRequestError for a visitor who has not joined, and for one who asks too often."""
         participant = self.session.find(request.cookies.get(self.cookie))
         if participant is None:
             raise RefusedRequestError(401, "you have not joined this study in this browser: load the page again")
@@ -203,7 +203,7 @@ def _add_participants(app: FastAPI, server: StudyServer) -> None:
             server.joins.take("everybody")
             if server.access_code is not None and not same_text(body.access_code, server.access_code):
                 server.wrong_codes.take("everybody")
-                raise RefusedRequestError(403, "this is not the access code: ask whoever invited you")
+                raise RefusedRequestError(403, "this is not the access code: ask the person who invited you")
             participant, code = await session.join()
         return _with_cookie(request, participant, code)
 
@@ -212,7 +212,7 @@ def _add_participants(app: FastAPI, server: StudyServer) -> None:
         body = await read_body(request, ResumeBody)
         participant = session.find(body.code)
         if participant is None:
-            raise RefusedRequestError(403, "this link belongs to nobody in this study: its answers may be deleted")
+            raise RefusedRequestError(403, "this link is of no participant of this study: its answers may be deleted")
         return _with_cookie(request, participant, body.code)
 
     @app.post("/api/withdraw")

@@ -36,8 +36,8 @@ from hgdpo_core.study.votes import (
     read_votes,
 )
 
-UNUSED_SECONDS = 600.0  # then the place of somebody who has answered nothing is given to the next
-IDLE_SECONDS = 86_400.0  # and that of somebody who stopped on the way
+UNUSED_SECONDS = 600.0  # then the place of a participant who has answered nothing is given to the next
+IDLE_SECONDS = 86_400.0  # and that of one who stopped on the way
 CODE_BYTES = 16
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Vote:
 
 @dataclass
 class Participant:
-    """Somebody who takes part. Trials are answered in their order; only the last answer can be corrected."""
+    """A person who takes part. Trials are answered in their order; only the last answer can be corrected."""
 
     id: str
     number: int
@@ -96,7 +96,7 @@ class Participant:
         return self.done == len(self.trials)
 
     def holds_place(self, now: float) -> bool:
-        """Whether nobody else should get this participant's pairs."""
+        """Whether no other person should get this participant's pairs."""
         if self.finished:
             return True
         return now - max(self.joined, self.active) < (IDLE_SECONDS if self.votes else UNUSED_SECONDS)
@@ -121,7 +121,7 @@ class StudySession:
     # -- participants
 
     async def join(self) -> tuple[Participant, str]:
-        """A new participant, stored, and their code. FullStudyError where nobody is needed."""
+        """A new participant, stored, and their code. FullStudyError where no more are needed."""
         now, code = time.time(), secrets.token_urlsafe(CODE_BYTES)
         participant_id = participant_of(self.study.id, code)
         participant = self._add(participant_id, self._free_number(now), now)
@@ -264,7 +264,7 @@ class StudySession:
                 self._trials.pop(self.trial_id(participant, position), None)
 
     def _free_number(self, now: float) -> int:
-        """The first place in the plan that nobody holds."""
+        """The first free place in the plan."""
         held = {participant.number for participant in self.participants.values() if participant.holds_place(now)}
         free = _first_missing(held)
         if free >= self.study.people:

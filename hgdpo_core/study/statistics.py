@@ -139,6 +139,13 @@ class MoreAnswers:
     """Votes by further people on further prompts, each person and each prompt with as many votes as now."""
 
 
+def check_half_width(half_width: float) -> None:
+    """InputError for one that no interval of win rates can have."""
+    if not 0 < half_width < 0.5:
+        raise InputError(f"the half width of an interval of win rates is between 0 and 0.5, got {half_width:g}: give "
+                         "for example 0.05 for 5 points")
+
+
 def more_answers(won: np.ndarray, people: Sequence[str], prompts: Sequence[str],
                  half_width: float) -> MoreAnswers | None:
     """How many more votes a wanted half width (0..0.5) needs, if further people and prompts differ as these do.
@@ -146,9 +153,7 @@ def more_answers(won: np.ndarray, people: Sequence[str], prompts: Sequence[str],
     None without an interval, and where all votes agree, which says nothing about differences. Arguments as
     `win_rate_of_votes` has them.
     """
-    if not 0 < half_width < 0.5:
-        raise InputError(f"the half width of an interval of win rates is between 0 and 0.5, got {half_width:g}: give "
-                         "for example 0.05 for 5 points")
+    check_half_width(half_width)
     if len(won) == 0 or won.all() or not won.any():
         return None
     persons, asked, votes = Clusters.of(people), Clusters.of(prompts), len(won)

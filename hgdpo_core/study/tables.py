@@ -37,7 +37,7 @@ def result_tables(results: StudyResults) -> list[Table]:
 def summarise_votes(results: StudyResults) -> str:
     """Who answered how much, and who was excluded by which rule, in a few sentences."""
     answered, excluded = len(results.participants), len(results.excluded)
-    who = "nobody is" if not excluded else f"{count_of(excluded, 'participant is', 'participants are')}"
+    who = "no participant is" if not excluded else f"{count_of(excluded, 'participant is', 'participants are')}"
     return (f"{count_of(answered, 'person', 'people')} gave {count_of(results.read, 'answer')}, of which "
             f"{results.used:,} count. Rule: {RULE}; {who} excluded.")
 

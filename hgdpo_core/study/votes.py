@@ -2,7 +2,7 @@
 
 `studies/<id>/config.json` has the settings, `pairs.parquet` the pairs, `participants/` a file for each participant,
 `votes/` one file for each participant and server. No row holds a name or an address. A vote counts only while its
-participant's file exists: deleting that is the first step of deleting somebody's votes, and it stops a running server.
+participant's file exists: deleting that is the first step of deleting their votes, and it stops a running server.
 """
 
 import hashlib

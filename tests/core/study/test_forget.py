@@ -1,4 +1,4 @@
-"""One participant's answers are deleted from every file of the study and from the server's log, and nobody else's."""
+"""One participant's answers are deleted from every file of the study and the server's log, and no others."""
 
 import io
 
@@ -101,10 +101,10 @@ def test_a_deletion_that_broke_off_is_finished(store, hashes):
 
 
 def test_somebody_unknown(store, hashes):
-    with pytest.raises(InputError, match="nobody of the 3 participants .* has this code or hash: give the code"):
-        forget_participant(store, STUDY, "code of nobody")
+    with pytest.raises(InputError, match="none of the 3 participants .* has this code or hash: give the code"):
+        forget_participant(store, STUDY, "code of no participant")
     forget_participant(store, STUDY, "code of ann")
-    with pytest.raises(InputError, match="nobody of the 2 participants"):
+    with pytest.raises(InputError, match="none of the 2 participants"):
         forget_participant(store, STUDY, "code of ann")
 
 

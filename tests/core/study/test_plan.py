@@ -31,7 +31,7 @@ def test_each_pair_is_seen_by_as_many_people_and_on_both_sides_as_often(pairs, e
         seen.update(trial.pair for trial in trials)
         swapped.update(trial.pair for trial in trials if trial.swapped)
         counts = [seen[pair] for pair in range(pairs)]
-        assert max(counts) - min(counts) <= 1, "at any time, whoever comes next"
+        assert max(counts) - min(counts) <= 1, "at any time, whichever place comes next"
         assert all(abs(2 * swapped[pair] - seen[pair]) <= 1 for pair in range(pairs))
     assert all(seen[pair] >= people for pair in range(pairs))
     assert abs(2 * swapped.total() - seen.total()) <= pairs / 2 + 1
