@@ -112,7 +112,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from hgdpo_core.comparison_run import open_comparison, plan_comparison
 
     parameters = values_of(options, EVALUATE)
-    inputs = {name: value for name, value in parameters.items() if name not in ("plan_only", "shard_runner")}
+    not_inputs = ("study", "plan_only", "shard_runner")
+    inputs = {name: value for name, value in parameters.items() if name not in not_inputs}
     opened = open_comparison(**inputs)  # bad input fails before Prefect starts, in one line
     if options.plan_only:
         rows = plan_comparison(opened)

@@ -13,6 +13,7 @@ from hgdpo_core.execution.runner import Runner
 from hgdpo_core.progress import StageProgress, StageTimes
 from tasks.evaluate import compare_models, compare_weight
 from tasks.generate import generate_evaluation
+from tasks.people import make_study_of
 from tasks.prepare import prepare_comparison, show_comparison_plan, show_settings
 from tasks.report import conclude, publish_comparison
 from tasks.score import score_evaluation
@@ -33,6 +34,7 @@ def hgdpo_evaluate(
     preset: str = p.PRESET.field(),
     root: str | None = p.ROOT.field(),
     overrides: dict[str, Any] = p.OVERRIDES.field(),
+    study: int | None = p.MAKE_STUDY.field(),
     plan_only: bool = p.PLAN_ONLY.field(),
     shard_runner: ShardRunnerName = p.SHARD_RUNNER.field(),
 ) -> dict[str, Any] | State[Any]:
@@ -50,15 +52,19 @@ def hgdpo_evaluate(
         return {"plan": show_comparison_plan(run)}
     show_settings(run.config)
     return run_with(shard_runner, run.config.workers, run.store,
-                    lambda runner: _compare(run, runner, times, times.watch(stage_progress)))
+                    lambda runner: _compare(run, runner, study, times, times.watch(stage_progress)))
 
 
-def _compare(run: ComparisonRun, runner: Runner, times: StageTimes, on: StageProgress) -> State[dict[str, Any]]:
+def _compare(run: ComparisonRun, runner: Runner, study: int | None, times: StageTimes,
+             on: StageProgress) -> State[dict[str, Any]]:
     with times.stage("evaluation_images"):
         images = generate_evaluation(run, run.models, runner, on)
     with times.stage("evaluation"):
         scores = score_evaluation(run, images, runner, on)
         comparison = compare_models(run, images, scores)
         others = {who: compare_weight(run, images, scores, who) for who in images if who not in ("target", "tuned")}
+    if study:
+        with times.stage("study"):
+            make_study_of(run.store, comparison, study, on)
     sweep = [others.get(weight_name(model), comparison) for model in run.sweep]
     return conclude(publish_comparison(run, images, comparison, sweep, times))

@@ -14,6 +14,7 @@ from hgdpo_core.progress import StageProgress, StageTimes
 from hgdpo_core.run import Run
 from tasks.evaluate import check_tuning, compare_models
 from tasks.generate import generate_evaluation, make_pool
+from tasks.people import make_study_of
 from tasks.prepare import prepare, show_plan, show_settings
 from tasks.report import conclude, publish
 from tasks.score import score_evaluation, score_pool
@@ -30,6 +31,7 @@ def hgdpo(
     target: str | None = p.TARGET.field(),
     images: str | None = p.IMAGES.field(),
     overrides: dict[str, Any] = p.OVERRIDES.field(),
+    study: int | None = p.MAKE_STUDY.field(),
     plan_only: bool = p.PLAN_ONLY.field(),
     probe: bool = p.PROBE.field(),
     shard_runner: ShardRunnerName = p.SHARD_RUNNER.field(),
@@ -46,10 +48,10 @@ def hgdpo(
         return {"plan": show_plan(run, probe)}
     show_settings(run.config)
     return run_with(shard_runner, run.config.workers, run.store,
-                    lambda runner: _run(run, runner, times, times.watch(stage_progress)))
+                    lambda runner: _run(run, runner, study, times, times.watch(stage_progress)))
 
 
-def _run(run: Run, runner: Runner, times: StageTimes, on: StageProgress) -> State[dict[str, Any]]:
+def _run(run: Run, runner: Runner, study: int | None, times: StageTimes, on: StageProgress) -> State[dict[str, Any]]:
     """The steps of `hgdpo_core.pipeline.run_all`, one task each."""
     with times.stage("sft", makes=run.images is not None):
         target, sft_log = tune_target(run, runner, on)
@@ -82,5 +84,8 @@ def _run(run: Run, runner: Runner, times: StageTimes, on: StageProgress) -> Stat
         image_scores = score_evaluation(run, images, runner, on)
         comparison = compare_models(run, images, image_scores)
         warnings = check_tuning(run, lora, comparison)
+    if study:
+        with times.stage("study"):
+            make_study_of(run.store, comparison, study, on)
     made = Made(target, sft_log, ranked, pairs, lora, images, image_scores)
     return conclude(publish(run, Result(made, comparison, warnings), times))

@@ -54,7 +54,8 @@ class Parameter:
         """Add the option to a command."""
         option = self.option or "--" + self.name.replace("_", "-")
         if self.kind in ("position", "positions"):
-            number = "+" if self.kind == "positions" else None if self.required else "?"
+            number = {("position", True): None, ("position", False): "?", ("positions", True): "+",
+                      ("positions", False): "*"}[self.kind, self.required]
             command.add_argument(self.name, nargs=number, help=self._help(), metavar=self.metavar)
             return
         settings: dict[str, Any] = {
@@ -135,8 +136,11 @@ SHARD_RUNNER = Parameter("shard_runner", "deployment: on the workers of `make up
                          "in a process for each GPU", "auto",
                          choices=("auto", "in_process", "deployment"))
 
+MAKE_STUDY = Parameter("study", "at the end, also make a user study of so many pairs of the two models' images; hgdpo "
+                       "study serve asks people", read=read_positive, metavar="PAIRS", least=1)
+
 INPUTS = (PRESET, ROOT, PROMPTS, TARGET, IMAGES, OVERRIDES)
-RUN = (*INPUTS, PLAN_ONLY, PROBE, SHARD_RUNNER)
+RUN = (*INPUTS, MAKE_STUDY, PLAN_ONLY, PROBE, SHARD_RUNNER)
 
 # -- of hgdpo evaluate
 
@@ -156,7 +160,7 @@ EVALUATION_SCORERS = Parameter("scorers", "scorers by name, or name=source; defa
 IMAGES_PER_PROMPT = Parameter("images_per_prompt", "images per prompt and model; default: the preset's",
                               read=int)
 EVALUATE = (TUNED, EVALUATION_TARGET, BASE, EVALUATION_PROMPTS, EVALUATION_SCORERS, IMAGES_PER_PROMPT, LORA_WEIGHT,
-            TARGET_LORA_WEIGHT, LORA_WEIGHTS, PRESET, ROOT, OVERRIDES, PLAN_ONLY, SHARD_RUNNER)
+            TARGET_LORA_WEIGHT, LORA_WEIGHTS, PRESET, ROOT, OVERRIDES, MAKE_STUDY, PLAN_ONLY, SHARD_RUNNER)
 
 # -- of hgdpo ablate
 
@@ -216,20 +220,22 @@ PAIRS = (
     Parameter("to", "where to write: a new or empty folder, or one to continue", metavar="FOLDER", required=True),
     Parameter("limit", "write at most this many pairs; default: all", read=read_positive, metavar="N"))
 STUDY = Parameter("study", "id of the study; default: the only one of the root", kind="position")
-STUDY_CREATE = (
-    Parameter("sources", "finished runs, evaluations (their two models are compared) or data sets of triplets (their "
-              "winners and losers are), by id; several: models that are compared on the same prompts",
-              kind="positions", metavar="SOURCE"),
-    ROOT.changed(help="root of the sources; the study is written there"),
-    Parameter("pairs", "pairs of images, drawn at random", 40, read=read_positive, metavar="N"),
-    Parameter("people", "people who see each pair", 5, read=read_positive, metavar="N"),
-    Parameter("questions", "most pairs that one person sees", 40, read=read_positive, metavar="N"),
-    Parameter("repeats", "part of a person's pairs that are shown a second time, sides swapped", 0.05, read=float),
-    Parameter("checks", "attention checks, a picture beside its noise, as a part of a person's pairs", 0.05,
-              read=float),
-    Parameter("forced_choice", "as in the paper: no answer \"cannot tell\"", False, kind="flag"),
-    Parameter("question", "what people are asked about each pair", "Which image looks more natural?", metavar="TEXT"),
-    Parameter("seed", "seed of the choice of pairs, their order and their sides", 0, read=int))
+STUDY_SOURCES = Parameter("sources", "finished runs, evaluations (their two models are compared) or data sets of "
+                          "triplets (their winners and losers are), by id; several: models that are compared on the "
+                          "same prompts", [], kind="positions", metavar="SOURCE", required=True)
+STUDY_ROOT = ROOT.changed(help="root of the sources; the study is written there")
+PAIRS_ASKED = Parameter("pairs", "pairs of images, drawn at random", 40, read=read_positive, metavar="N", least=1)
+PEOPLE = Parameter("people", "people who see each pair", 5, read=read_positive, metavar="N", least=1)
+QUESTIONS = Parameter("questions", "most pairs that one person sees", 40, read=read_positive, metavar="N", least=1)
+REPEATS = Parameter("repeats", "part of a person's pairs that are shown a second time, sides swapped", 0.05, read=float)
+CHECKS = Parameter("checks", "attention checks, a picture beside its noise, as a part of a person's pairs", 0.05,
+                   read=float)
+FORCED_CHOICE = Parameter("forced_choice", "as in the paper: no answer \"cannot tell\"", False, kind="flag")
+QUESTION = Parameter("question", "what people are asked about each pair", "Which image looks more natural?",
+                     metavar="TEXT")
+STUDY_SEED = Parameter("seed", "seed of the choice of pairs, their order and their sides", 0, read=int, least=0)
+STUDY_CREATE = (STUDY_SOURCES, STUDY_ROOT, PAIRS_ASKED, PEOPLE, QUESTIONS, REPEATS, CHECKS, FORCED_CHOICE, QUESTION,
+                STUDY_SEED)
 STUDY_SERVE = (
     STUDY, ROOT.changed(help="root of the study"),
     Parameter("host", "address to listen on; 0.0.0.0: for other machines too", "127.0.0.1"),

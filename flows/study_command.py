@@ -6,7 +6,6 @@ from pathlib import Path
 
 from flows.study_results_command import study_forget, study_results
 from flows.terminal import open_store, terminal_bar
-from hgdpo_core.progress import count_of
 
 
 def create(options: argparse.Namespace) -> int:
@@ -20,14 +19,10 @@ def create(options: argparse.Namespace) -> int:
     config = validate(StudyConfig, {**settings, "sources": tuple(settings["sources"])})
     with terminal_bar("pairs") as progress:
         created = create_study(open_store(options.root), config, progress)
-    study = created.study
-    print(f"Study {study.id}{' (it was there already)' if created.existing else ''}: "
-          f"{count_of(len(study.pairs), 'pair')} of {' and '.join(study.models)}")
+    print(created.sentence)
     for reason, number in sorted(created.refused.items()):
         print(f"Refused: {number:,}: {reason}")
-    print(f"Ask {count_of(study.people, 'person', 'people')}: {count_of(study.trials_each, 'question')} to each, about "
-          f"{study.minutes_each} min")
-    print(f"Next: hgdpo study serve {study.id} --root {study.store.root}")
+    print(f"Next: {created.study.serve_command}")
     return 0
 
 

@@ -55,8 +55,7 @@ def _check_server() -> None:
 
 
 def _show(results: "StudyResults") -> None:
-    from flows.server import some_server
-    from tasks.people import show_people
+    from flows.server import call_flow
+    from flows.study import show_study_results
 
-    with some_server():
-        show_people([results.as_dict()])
+    call_flow(show_study_results, results=results.as_dict())

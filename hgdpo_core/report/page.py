@@ -43,8 +43,9 @@ def _page(data: ReportData, encode: ImageEncoder) -> str:
                   "them all.")
     sections = (
         listing("Warnings", data.warnings, "warnings"),
-        columns(numbers.win_rates(data), people(data.people, comparison.win_rates), numbers.defects(comparison.defects),
-                numbers.variety(comparison.variety_change), listing("What to keep in mind", data.notes, "notes")),
+        columns(numbers.win_rates(data), people(data.people, comparison.win_rates, data.root),
+                numbers.defects(comparison.defects), numbers.variety(comparison.variety_change),
+                listing("What to keep in mind", data.notes, "notes")),
         pairs("Side by side", f"A random sample of held-out prompts, both models from one seed.{shown}", data.pairs,
               encode),
         columns(pairs("Best wins", "Where the tuned model gained most.", data.best_wins, encode),

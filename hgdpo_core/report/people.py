@@ -13,6 +13,7 @@ from hgdpo_core.rendering.parts import describe_rate, percent, percent_interval,
 from hgdpo_core.rendering.tables import Cell, Table, with_interval
 from hgdpo_core.scorers import scorer_title
 from hgdpo_core.storage import Store
+from hgdpo_core.study.study import serve_command
 
 STUDIES = "studies"
 FIELDS: dict[str, Any] = {
@@ -24,25 +25,31 @@ Results = Mapping[str, Any]
 
 
 def read_people(store: Store, sources: Set[str]) -> list[Results]:
-    """Results of all studies with pairs of some sources, such as `evaluations/<id>`; [] where there are none yet.
+    """Results of all studies with pairs of some sources, such as `evaluations/<id>`.
 
-    Results that are damaged are left out: a run does not fail at its end because of them.
+    Of a study that was not evaluated yet there are id and sources, and no win rates. Damaged ones are left
+    out: a run does not fail at its end because of them.
     """
     found: list[Results] = []
     for study in store.list_folders(STUDIES):
         with suppress(StorageError):
-            results = store.read_object(f"{STUDIES}/{study}/results.json", **FIELDS)
+            if store.exists(f"{STUDIES}/{study}/results.json"):
+                results = store.read_object(f"{STUDIES}/{study}/results.json", **FIELDS)
+            else:
+                record = store.read_object(f"{STUDIES}/{study}/config.json", config=dict[str, Any])
+                results = {"study_id": study, "sources": record["config"]["sources"], "win_rates": []}
             if sources & set(results["sources"]):
                 found.append(results)
     return found
 
 
-def people(studies: Sequence[Results], judged: Mapping[str, WinRate]) -> str:
-    """A section with win rates by people, and each judge beside them; "" without results.
+def people(studies: Sequence[Results], judged: Mapping[str, WinRate], root: str) -> str:
+    """A section with win rates by people, and each judge beside them; "" without studies.
 
-    `judged`: the run's own win rates by each judge.
+    `judged`: the run's own win rates by each judge. A study without results shows how to ask people.
     """
-    blocks = "".join(_study(results, judged) for results in studies if shown_rates(results))
+    blocks = "".join(_study(results, judged) if shown_rates(results) else _waiting(results, root)
+                     for results in studies)
     intro = ("User studies of these images: people saw the two images of a prompt side by side, without knowing which "
              "is which. Intervals count people and prompts: they are about other people and prompts too.")
     return section("People", intro, blocks) if blocks else ""
@@ -60,6 +67,12 @@ def preference(rate: Mapping[str, Any]) -> str:
     if rate["rate"] is None:
         return f"People had no preference between {rate['model']} and {rate['against']} ({describe_rate(rate)})"
     return f"People preferred {rate['model']} to {rate['against']}: {describe_rate(rate)}"
+
+
+def _waiting(results: Results, root: str) -> str:
+    command = escape(serve_command(results["study_id"], root))
+    return (f"<p>A study waits for people: <code>{command}</code>. Its results are here once "
+            "<code>hgdpo study results</code> and the run's own command have run again.</p>")
 
 
 def _study(results: Results, judged: Mapping[str, WinRate]) -> str:

@@ -21,7 +21,7 @@ from hgdpo_core.config.base import content_hash
 from hgdpo_core.config.study import StudyConfig
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.images import decode_image
-from hgdpo_core.progress import Progress, silent
+from hgdpo_core.progress import Progress, count_of, silent
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import write_table
 from hgdpo_core.study.sources import (
@@ -50,6 +50,15 @@ class CreatedStudy:
     """Reason -> pairs."""
     existing: bool
     """Whether it was there before."""
+
+    @property
+    def sentence(self) -> str:
+        """What was made, and how many people it takes."""
+        study = self.study
+        return (f"Study {study.id}{' (it was there already)' if self.existing else ''}: "
+                f"{count_of(len(study.pairs), 'pair')} of {' and '.join(study.models)} for "
+                f"{count_of(study.people, 'person', 'people')}, {count_of(study.trials_each, 'question')} and about "
+                f"{study.minutes_each} min each")
 
 
 def create_study(store: Store, config: StudyConfig, progress: Progress = silent) -> CreatedStudy:

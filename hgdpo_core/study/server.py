@@ -142,7 +142,7 @@ class StudyServer:
             return None
         trial, vote = participant.trials[position], participant.votes.get(position)
         return {"trial": self.session.trial_id(participant, position), "prompt": self.study.pairs[trial.pair].prompt,
-                "choice": vote and vote.row["choice"], "revision": vote.revision + 1 if vote else 0}
+                "choice": vote and vote.choice, "revision": vote.revision + 1 if vote else 0}
 
     def set_cookie(self, request: Request, response: Response, code: str) -> None:
         response.set_cookie(self.cookie, code, max_age=COOKIE_SECONDS, httponly=True, samesite="strict",

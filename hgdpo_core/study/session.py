@@ -11,15 +11,15 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hgdpo_core.errors import InputError, StorageError
-from hgdpo_core.storage import PARALLEL_REQUESTS
 from hgdpo_core.storage.shards import write_table
 from hgdpo_core.study.log import VoteLog, read_segments
 from hgdpo_core.study.plan import Trial
@@ -29,7 +29,6 @@ from hgdpo_core.study.votes import (
     VOTES,
     Choice,
     delete_participant,
-    latest,
     list_participants,
     participant_key,
     participant_of,
@@ -39,6 +38,7 @@ from hgdpo_core.study.votes import (
 UNUSED_SECONDS = 600.0  # then the place of a participant who has answered nothing is given to the next
 IDLE_SECONDS = 86_400.0  # and that of one who stopped on the way
 CODE_BYTES = 16
+MOVES_TOGETHER = 4  # requests to the store; more keep the interpreter from those who wait for an answer
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +63,16 @@ class _Joined(BaseModel):
     joined: int
 
 
-@dataclass
+@dataclass(slots=True)
 class Vote:
-    """A row of VOTES, and how often it was corrected."""
+    """An answer: what of its row in VOTES is not planned. Small, for a server holds all of them in memory."""
 
-    row: dict[str, Any]
+    choice: Choice
+    shown_at: float
+    """Seconds since 1970."""
+    ms: int
     revision: int = 0
+    """How often it was corrected."""
 
 
 @dataclass
@@ -112,6 +116,7 @@ class StudySession:
         self.participants: dict[str, Participant] = {}
         self._trials: dict[str, tuple[Participant, int]] = {}
         self._changed: set[str] = set()
+        self._is_local = study.store.local_path(study.key) is not None
         try:
             self._read()
         except BaseException:
@@ -162,7 +167,7 @@ class StudySession:
         `revision`: 0 for a first answer, 1 for its first correction. `ms`: how long the images were seen before it.
         UnknownTrialError and ChangedMeanwhileError for what cannot be answered, StorageError for a full disk.
         """
-        position, planned, pair = self.locate(participant, trial)
+        position, _, _ = self.locate(participant, trial)
         async with participant.lock:
             known = participant.votes.get(position)
             if known is not None and revision <= known.revision:
@@ -171,12 +176,9 @@ class StudySession:
             if not correction and (known is not None or position != participant.done or revision != 0):
                 raise ChangedMeanwhileError("this is not your present question nor the last one: load the page again")
             now = time.time()
-            left, right = pair.sides(planned)
-            row = {"trial": trial, "pair": pair.pair, "prompt_id": pair.prompt_id, "left": left, "right": right,
-                   "choice": choice, "kind": planned.kind, "participant": participant.id,
-                   "shown_at": datetime.fromtimestamp(now, UTC) - timedelta(milliseconds=ms), "ms": ms}
-            await asyncio.wrap_future(self.log.append(_to_record(row, revision)))
-            participant.votes[position] = Vote(row, revision)
+            vote = Vote(choice, now - ms / 1000, ms, revision)
+            await asyncio.wrap_future(self.log.append(_to_record(self._row(participant, position, vote), revision)))
+            participant.votes[position] = vote
             participant.active = now
             return True
 
@@ -191,9 +193,10 @@ class StudySession:
         for record in read_segments(closed):
             self._keep(record)
         changed = [self.participants[name] for name in sorted(self._changed) if name in self.participants]
-        if changed:
-            with ThreadPoolExecutor(min(PARALLEL_REQUESTS, len(changed))) as pool:
-                list(pool.map(self._store, changed))
+        # on a disk one after the other: the log, which people wait for, shares the disk's queue and the interpreter
+        together = 1 if self._is_local else MOVES_TOGETHER
+        with ThreadPoolExecutor(together) as pool:
+            list(pool.map(self._store, changed))
         self._changed.clear()
         self.log.delete(closed)
         return len(changed)
@@ -235,15 +238,25 @@ class StudySession:
         if owner is None or owner.id not in self.participants:
             return  # withdrawn
         known = owner.votes.get(position)
-        if known is None or (revision, row["shown_at"]) > (known.revision, known.row["shown_at"]):
-            owner.votes[position] = Vote(row, revision)
-            owner.active = max(owner.active, row["shown_at"].timestamp() + row["ms"] / 1000)
+        shown_at = row["shown_at"].timestamp()
+        if known is None or (revision, shown_at) > (known.revision, known.shown_at):
+            owner.votes[position] = Vote(intern(row["choice"]), shown_at, row["ms"], revision)
+            owner.active = max(owner.active, shown_at + row["ms"] / 1000)
+
+    def _row(self, participant: Participant, position: int, vote: Vote) -> dict[str, Any]:
+        """A vote as a row of VOTES."""
+        trial = participant.trials[position]
+        pair = self.study.pairs[trial.pair]
+        left, right = pair.sides(trial)
+        return {"trial": self.trial_id(participant, position), "pair": pair.pair, "prompt_id": pair.prompt_id,
+                "left": left, "right": right, "choice": vote.choice, "kind": trial.kind, "participant": participant.id,
+                "shown_at": datetime.fromtimestamp(vote.shown_at, UTC), "ms": vote.ms}
 
     def _store(self, participant: Participant) -> None:
         """Write a participant's votes, unless the participant was deleted meanwhile, by whatever process."""
         store, study_id = self.study.store, self.study.id
         key = f"{STUDIES}/{study_id}/votes/{participant.id}-{self.log.writer}.parquet"
-        rows = latest(vote.row for vote in list(participant.votes.values()))
+        rows = [self._row(participant, position, vote) for position, vote in sorted(participant.votes.items())]
         if store.exists(participant_key(study_id, participant.id)):
             write_table(store, key, pa.Table.from_pylist(rows, schema=VOTES))
         if not store.exists(participant_key(study_id, participant.id)):

@@ -1,6 +1,7 @@
 """A study of the store: its settings and its pairs, without their images."""
 
 import hashlib
+import shlex
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,9 +79,19 @@ class Study:
         """About how long one participant takes."""
         return max(1, round(self.trials_each * SECONDS_PER_QUESTION / 60))
 
+    @property
+    def serve_command(self) -> str:
+        """What asks people."""
+        return serve_command(self.id, self.store.root)
+
     def trials(self, number: int) -> list[Trial]:
         """What participant `number` sees."""
         return plan_trials(len(self.pairs), self.config, number)
+
+
+def serve_command(study: str, root: str) -> str:
+    """The command that asks people the questions of a study."""
+    return f"hgdpo study serve {study} --root {shlex.quote(root)}"
 
 
 def open_study(store: Store, name: str | None = None) -> Study:

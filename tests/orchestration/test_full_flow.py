@@ -10,12 +10,17 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from faulty_s3 import served_bucket
 from pair_files import pair, write_parquet
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterId
 from safetensors.torch import load_file
+from study_cases import answers, joined
 
 from flows.cli import main
 from flows.full import hgdpo
+from flows.study import hgdpo_study
 from hgdpo_core.errors import InputError
+from hgdpo_core.storage import Store
+from hgdpo_core.study.session import StudySession
+from hgdpo_core.study.study import open_study
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +124,38 @@ def test_the_second_run_finds_everything(summary, parameters):
     made = {stage: seconds for stage, seconds in summary["timings"].items() if stage != "prepare"}
     assert summary["found"] == [] and set(again["found"]) == set(made)
     assert {stage: again["timings"][stage] for stage in made} == made  # what making took, not what finding took
+
+
+def test_a_study_of_both_models_is_made_at_the_end(summary, parameters, tmp_path):
+    finished = hgdpo(**parameters, study=5)
+    store = Store(parameters["root"])
+    study = open_study(store)
+    assert study.models == ["target", "tuned"] and len(study.pairs) == 5
+    assert finished["people"] == [{"study_id": study.id, "win_rates": []}] and "study" in finished["timings"]
+    page = (Path(parameters["root"]) / "runs" / finished["run_id"] / "report.html").read_text()
+    assert study.serve_command in page
+    shown = latest_artifact("study").data
+    assert f"5 pairs of target and tuned for {study.people} people" in shown and study.serve_command in shown
+
+    found = hgdpo_study(sources=[finished["run_id"]], root=parameters["root"], pairs=5)  # the same one, by its run
+    assert found["study_id"] == study.id and found["pairs"] == 5 and found["refused"] == {}
+    with pytest.raises(InputError, match="no run, evaluation or data set"):
+        hgdpo_study(sources=["nothing"], root=parameters["root"])
+
+    session = StudySession(study, tmp_path / "log")
+    participant, _ = joined(session)
+    answers(session, participant, len(participant.trials))
+    session.close()
+    assert main(["study", "results", "--root", parameters["root"], "--artifact"]) == 0
+    row, = json.loads(latest_artifact(f"people-{study.id}").data)
+    assert (row["model"], row["against"], row["people"]) == ("tuned", "target", 1)
+    assert [len(one["win_rates"]) for one in hgdpo(**parameters)["people"]] == [2]  # from either model's side
+
+
+def latest_artifact(key):
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+    return max(found, key=lambda artifact: artifact.created)
 
 
 def key(summary, artifact):

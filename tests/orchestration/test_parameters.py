@@ -16,6 +16,7 @@ from flows.cli import COMMANDS, main
 from flows.evaluate import hgdpo_evaluate
 from flows.full import hgdpo
 from flows.rescore import hgdpo_rescore
+from flows.study import hgdpo_study
 from flows.study_command import STUDY_COMMANDS
 from hgdpo_core.ablate.settings import AblationConfig, Comparison
 from hgdpo_core.errors import StoppedError
@@ -23,7 +24,7 @@ from hgdpo_core.presets import PRESETS
 from tasks.handover import handed_over, take_opened
 
 FLOWS = {"run": (hgdpo, p.RUN), "evaluate": (hgdpo_evaluate, p.EVALUATE), "ablate": (hgdpo_ablate, p.ABLATE),
-         "rescore": (hgdpo_rescore, p.RESCORE)}
+         "rescore": (hgdpo_rescore, p.RESCORE), "study create": (hgdpo_study, p.STUDY_CREATE)}
 
 
 @pytest.mark.parametrize("command", FLOWS)
@@ -46,7 +47,7 @@ def test_options_of_the_command_line_alone():
     extra = {name: {item.name for item in p.COMMAND_LINES[name]} - {item.name for item in parameters}
              for name, (_, parameters) in FLOWS.items()}
     assert extra == {"run": {"publish", "json"}, "evaluate": {"publish", "json"}, "ablate": {"json"},
-                     "rescore": {"json"}}
+                     "rescore": {"json"}, "study create": set()}
     assert p.COMMAND_LINES.keys() == COMMANDS.keys() | {f"study {name}" for name in STUDY_COMMANDS}
 
 

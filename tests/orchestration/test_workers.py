@@ -88,6 +88,10 @@ def test_retry_makes_only_the_failed_shard_and_the_run_completes(workers, parame
     assert live.row_hashes(store) == rows
     run_id, = store.list_folders("runs")
     assert store.read_json(f"runs/{run_id}/summary.json")["pool_images"] == 12
+
+    study = workers.await_final(workers.start("hgdpo-study/create", {"sources": [run_id], "root": there["root"]}))
+    assert study["state_type"] == "COMPLETED", study["state"]["message"] + workers.log_tails()
+    assert len(store.list_folders("studies")) == 1
     assert workers.stored().count(SECRET) == 0 < workers.stored().count("prefect.blocks.secret.aws-secret-access-key")
 
 

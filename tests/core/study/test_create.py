@@ -205,6 +205,6 @@ def test_the_command_says_what_it_made_and_whom_to_ask(tmp_path, capsys):
     output = capsys.readouterr().out
     study = open_study(Store(str(tmp_path / "root")))
     assert f"Study {study.id}: 12 pairs of target and tuned" in output and study.config.forced_choice
-    assert "Ask 4 people: 14 questions to each, about 1 min" in output and f"hgdpo study serve {study.id}" in output
+    assert "for 4 people, 14 questions and about 1 min each" in output and f"hgdpo study serve {study.id}" in output
     assert main(["study", "create", "12-a", "--root", str(tmp_path / "root"), "--checks", "2"]) == 2
     assert "checks: Input should be less than or equal to 0.5 (got 2.0)" in capsys.readouterr().err

@@ -151,7 +151,7 @@ def test_a_kill_between_storing_and_deleting_doubles_nothing(study, tmp_path, mo
     session.move()
     session.log.close()
     again = StudySession(study, tmp_path / "log")
-    assert again.find(code).done == 4 and again.find(code).votes[3].row["choice"] == "right"
+    assert again.find(code).done == 4 and again.find(code).votes[3].choice == "right"
     again.close()
     assert read_votes(study.store, study.id)["choice"].to_pylist() == ["left", "left", "left", "right"]
 
@@ -161,7 +161,7 @@ def test_repeated_and_corrected_answers(study, tmp_path):
     participant, _ = joined(session)
     assert one_answer(session, participant, 0, "left", 0)
     assert not one_answer(session, participant, 0, "left", 0) and not one_answer(session, participant, 0, "right", 0)
-    assert participant.votes[0].row["choice"] == "left"
+    assert participant.votes[0].choice == "left"
     assert one_answer(session, participant, 0, "tie", 1) and not one_answer(session, participant, 0, "left", 1)
     assert one_answer(session, participant, 1, "right", 0)
     for position, revision in ((0, 2), (2, 1), (1, 2)):

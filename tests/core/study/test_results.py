@@ -191,14 +191,15 @@ def test_an_artifact_needs_a_server(store, tmp_path, capsys, monkeypatch):
 
 def test_the_section_of_a_report(store):
     write_study(store, PAIRS, VOTES)
-    assert read_people(store, {SOURCE}) == []
+    waiting = people(read_people(store, {SOURCE}), {}, "/a root")
+    assert f"<code>hgdpo study serve {STUDY} --root &#x27;/a root&#x27;</code>" in waiting
     write_results(store)
     found = read_people(store, {SOURCE, ""})
     assert len(found) == 1 and read_people(store, {"evaluations/other"}) == []
     assert [rate["model"] for rate in shown_rates(found[0])] == ["tuned"]
-    html = people(found, {"pickscore": WinRate.from_counts(30, 10, 0)})
+    html = people(found, {"pickscore": WinRate.from_counts(30, 10, 0)}, "/root")
     assert "People preferred tuned to target: 85.7 %" in html and "75.0 %" in html and "1 of 4 were" in html
-    assert people([], {}) == ""
+    assert people([], {}, "/root") == "" and "waits for people" not in html
 
 
 def test_damaged_results_do_not_end_a_run(store):
@@ -211,7 +212,7 @@ def test_damaged_results_do_not_end_a_run(store):
 def test_names_in_results_are_escaped():
     pairs = [make_pair(f"p{i}", "<b>", "<script>") for i in range(2)]
     votes = [make_vote(who, f"p{i}", "<b>", models=("<b>", "<script>")) for who in ("ann", "bob") for i in range(2)]
-    html = people([evaluate(votes, pairs)[0].as_dict()], {})
+    html = people([evaluate(votes, pairs)[0].as_dict()], {}, "/root")
     assert "<script>" not in html and "<b><" not in html and "&lt;script&gt;" in html
 
 
