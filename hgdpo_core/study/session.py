@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from sys import intern
 from typing import Any
 
 import pyarrow as pa
@@ -240,7 +239,7 @@ class StudySession:
         known = owner.votes.get(position)
         shown_at = row["shown_at"].timestamp()
         if known is None or (revision, shown_at) > (known.revision, known.shown_at):
-            owner.votes[position] = Vote(intern(row["choice"]), shown_at, row["ms"], revision)
+            owner.votes[position] = Vote(row["choice"], shown_at, row["ms"], revision)
             owner.active = max(owner.active, shown_at + row["ms"] / 1000)
 
     def _row(self, participant: Participant, position: int, vote: Vote) -> dict[str, Any]:
