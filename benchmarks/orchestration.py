@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _local(folder: Path, workers: int) -> Local:
-    shipped = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    shipped = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     shard = next(one for one in shipped["deployments"] if one["name"] == "shard")
     shard["entrypoint"] = "benchmarks.null_shard:hgdpo_shard"
     full = next(one for one in shipped["deployments"] if one["name"] == "full")

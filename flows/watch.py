@@ -91,7 +91,7 @@ def answer_stop(watch: RunWatch, error: StoppedError) -> State[Any]:
     its server takes a run away, it reports none, and the worker takes the process's end for no crash.
     """
     if watch.superseded:
-        logger.warning("this run was given up by the server or started again elsewhere: leaving it to the newer attempt")
+        logger.warning("given up by the server or started again elsewhere: leaving the run to the newer attempt")
         raise Abort("given up by the Prefect server, or started again elsewhere")
     if watch.cancelled:
         return Cancelled(message="The run or its parent was cancelled; finished shards are kept.")

@@ -196,7 +196,7 @@ def live(folder: Path, environment: dict[str, str], *, secrets: Mapping[str, str
     `cron`: when the nightly run starts, once its schedule is on; else as shipped.
     """
     deployments = folder / "prefect.yaml"
-    shipped = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    shipped = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     faulty = next(one for one in shipped["deployments"] if one["name"] == "shard")
     faulty["entrypoint"] = "faulty_shard:hgdpo_shard"
     if cron:
