@@ -41,6 +41,11 @@ COUNT_GPUS = "import torch; print(torch.cuda.device_count())"  # nvidia-smi does
 MARK = "HGDPO_LOCAL_PREFECT"
 """Set in every process that `up` starts, and so in their children: `down` finds them by it."""
 TOML_MARK = "# Written by `make up`; `make down` removes it."
+SQLITE = {
+    # It refuses a write that waits longer for another one: on a busy machine the default 5 s are soon over.
+    "PREFECT_SERVER_DATABASE_TIMEOUT": "60", "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
+    # Shard runs that wait for a worker are not late; marking hundreds at once locks it for minutes.
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false"}
 OPTIONAL = ("shard_workers", "silent_seconds", "pending_seconds")
 UP = """
 Prefect UI: {ui}
@@ -76,6 +81,8 @@ class Local:
     """Default: one per GPU; two where there is none."""
     silent_seconds: float | None = None
     pending_seconds: float | None = None
+    database: str | None = None
+    """Of a Postgres, such as postgresql+asyncpg://prefect@db/prefect; default: SQLite in `home`."""
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -280,11 +287,8 @@ def _environment(local: Local, url: str) -> dict[str, str]:
         "PREFECT_HOME": str(local.home), "PREFECT_PROFILES_PATH": str(local.home / "profiles.toml"),
         "PREFECT_API_URL": url, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
         "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is local, and small runs would mostly wait
-        # SQLite refuses a write that waits longer for another one: on a busy machine the default 5 s are soon over.
-        "PREFECT_SERVER_DATABASE_TIMEOUT": "60", "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
-        # Shard runs that wait for a worker are not late; marking hundreds at once locks SQLite for minutes.
-        "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"), MARK: str(local.home)} | local.environment
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"), MARK: str(local.home)} | (
+            {"PREFECT_API_DATABASE_CONNECTION_URL": local.database} if local.database else SQLITE) | local.environment
 
 
 def _ours(local: Local) -> list[psutil.Process]:
@@ -372,8 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard-workers", type=int, help="workers for shards; default: one per GPU, else two")
     parser.add_argument("--silent-seconds", type=float, help="no heartbeat for so long: Crashed; default 600")
     parser.add_argument("--pending-seconds", type=float, help="Pending for so long: Crashed; default 600")
+    parser.add_argument("--database", help="postgresql+asyncpg://...; default: SQLite in the checkout")
     options = parser.parse_args(arguments)
-    local = Local(home=options.home, **{name: getattr(options, name) for name in OPTIONAL})
+    local = Local(home=options.home, database=options.database, **{name: getattr(options, name) for name in OPTIONAL})
     try:
         if options.command in INSIDE:
             INSIDE[options.command](local)
