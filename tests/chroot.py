@@ -36,8 +36,9 @@ class Stage:
     def command(self, script: str) -> list[str]:
         """What runs a script in it, with the mounts of this process alone."""
         own = {"HOME": "/root" if self.user == "root" else f"/home/{self.user}",
-               "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "PIP_CERT": CERTIFICATES, "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-               "SSL_CERT_FILE": CERTIFICATES, "PIP_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", "")} | self.environment
+               "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive",
+               "PIP_CERT": CERTIFICATES, "SSL_CERT_FILE": CERTIFICATES, "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+               "PIP_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", "")} | self.environment
         mounts = [f"mount --rbind {path} {self.root}{path}" for path in MOUNTS if Path(path).exists()]
         inside = ["chroot", f"--userspec={self.user}:{self.user}", str(self.root), "env", "-i",
                   *(f"{name}={value}" for name, value in own.items()), "sh", "-ec", f"cd {self.folder}\n{script}"]
