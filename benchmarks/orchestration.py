@@ -93,11 +93,12 @@ def _many_runs(local: Local, root: str, options: argparse.Namespace) -> None:
     runs = max(_count(local, "/flow_runs/count", {"flow_runs": {"parent_flow_run_id": {"any_": [parent_id]}}}), 1)
     late = _count(local, "/events/count-by/event", {"filter": {"event": {"name": ["prefect.flow-run.Late"]}}})
     log = (local.home / "server.log").read_text(errors="replace")
+    errors = len(re.findall(r"^.{0,16}(?:ERROR|CRITICAL)", log, re.MULTILINE))
+    parent, server = (memory.get(name, 0) >> 20 for name in ("parent", "server"))
     print(f"{runs} shard runs on {options.workers} workers, {options.open_runs} open, {options.database}: "
-          f"{run['state_name']} after {seconds:.0f} s, {options.workers * seconds / runs:.1f} s a shard run and "
-          f"worker; server {cpu / runs:.2f} s, Postgres {database_cpu / runs:.2f} s of CPU a run; memory at most: "
-          f"parent {memory.get('parent', 0) >> 20} MiB, server {memory.get('server', 0) >> 20} MiB; marked Late {late}; "
-          f"{len(re.findall(r'^.{0,16}(?:ERROR|CRITICAL)', log, re.MULTILINE))} errors in the server's log, "
+          f"{run['state_name']} in {seconds:.0f} s, {options.workers * seconds / runs:.1f} s a shard run and worker; "
+          f"server {cpu / runs:.2f} s, Postgres {database_cpu / runs:.2f} s of CPU a run; memory at most: parent "
+          f"{parent} MiB, server {server} MiB; marked Late {late}; {errors} errors in the server's log, "
           f"{log.count('database is locked')} of a locked database")
 
 
