@@ -11,12 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from chroot import build, instructions, why_not
-from prefect.client.orchestration import get_client
 from prefect.utilities.templating import apply_values
-
-from deployments.automations import automations
-from deployments.pools import POOLS
-from deployments.prepare import create_pools, main
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = json.loads((ROOT / "deployments" / "kubernetes.json").read_text())
@@ -68,39 +63,6 @@ def test_a_job_has_its_gpus_shared_memory_secret_and_no_root():
     assert container["envFrom"] == [{"secretRef": {"name": "hgdpo", "optional": True}}]
     user = re.search(r"useradd .*--uid (\d+)", (ROOT / "Dockerfile").read_text())
     assert user and pod["securityContext"]["runAsUser"] == int(user[1])
-
-
-def test_a_server_is_prepared_once_and_again(server):
-    """Prefect's server checks the template; twice leaves one of each, and a filled-in notification as it is."""
-    def existing():
-        with get_client(sync_client=True) as client:
-            return {pool.name: pool for pool in client.read_work_pools()}
-
-    try:
-        arguments = ["--type", "kubernetes", "--base-job-template", str(ROOT / "deployments" / "kubernetes.json")]
-        main(arguments)
-        notify = automations()[-1].read(name=automations()[-1].name)
-        notify.enabled = True
-        notify.update()
-        main(arguments)
-        pools = existing()
-        assert {pool.name for pool in POOLS} <= pools.keys()
-        assert pools["hgdpo-train"].concurrency_limit == 1
-        gpus = {name: pool.base_job_template["variables"]["properties"]["gpus"]["default"]
-                for name, pool in pools.items() if name.startswith("hgdpo-")}
-        assert gpus == {"hgdpo-cpu": 0, "hgdpo-gpu": 1, "hgdpo-train": 1}
-        with pytest.raises(SystemExit, match="exists as kubernetes, not process"):
-            create_pools()
-        with get_client(sync_client=True) as client:
-            names = [one["name"] for one in client.request("POST", "/automations/filter", json={}).json()]
-        assert sorted(names) == sorted(one.name for one in automations())
-        assert notify.read(name=notify.name).enabled
-    finally:
-        with get_client(sync_client=True) as client:
-            for pool in POOLS:
-                client.delete_work_pool(pool.name)
-            for one in client.request("POST", "/automations/filter", json={}).json():
-                client.request("DELETE", f"/automations/{one['id']}")
 
 
 @pytest.mark.slow
