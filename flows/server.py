@@ -12,7 +12,7 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 from flows.prefect_internals import send_all, temporary_server
 from hgdpo_core.errors import ConfigError, StoppedError, StorageError, first_line
 
-START_SECONDS = 60
+START_SECONDS = 180  # on a machine that others fill with work; idle it takes ten
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
