@@ -81,6 +81,12 @@ def test_the_nightly_run_ships_paused_with_a_time_zone_and_never_twice():
     assert BY_NAME["full"]["concurrency_limit"]["limit"] == 1
 
 
+def test_every_deployment_has_gits_version_and_asks_for_no_schedule():
+    """One without `schedules` makes `prefect deploy` ask for them in a terminal."""
+    assert {deployment["version"] for deployment in BY_NAME.values()} == {"{{ code.version }}"}
+    assert all("schedules" in deployment for deployment in BY_NAME.values())
+
+
 def test_a_worker_enters_the_checkout_it_imports_from():
     assert enter_checkout() == {"directory": str(ROOT)}
 

@@ -64,5 +64,5 @@ def test_a_fresh_clone_is_deployed_whole(server, tmp_path):
     head = subprocess.run(["git", "describe", "--tags", "--always"], cwd=ROOT, text=True, capture_output=True)
     with get_client(sync_client=True) as client:
         deployments = client.request("POST", "/deployments/filter", json={}).json()
-    assert sorted(one["name"] for one in deployments) == ["evaluate", "full", "nightly", "paper", "shard", "train"]
+    assert sorted(one["name"] for one in deployments) == ["create", "evaluate", "full", "nightly", "paper", "shard", "train"]
     assert {one["version"] for one in deployments} == {head.stdout.strip()}
