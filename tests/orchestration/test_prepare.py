@@ -1,5 +1,6 @@
 """An empty server is made ready by one command, and `prefect deploy --all` in a fresh clone registers the rest."""
 
+import json
 import os
 import subprocess
 import sys
@@ -53,16 +54,16 @@ def test_a_server_is_prepared_once_and_again(server):
 def test_a_fresh_clone_is_deployed_whole(server, tmp_path):
     subprocess.run(["git", "clone", "-q", str(ROOT), str(tmp_path / "clone")], check=True)
     environment = os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value(), "PYTHONPATH": str(tmp_path / "clone")}
-    for command in ("deployments.prepare", "prefect --no-prompt deploy --all", "deployments.prepare",
-                    "prefect --no-prompt deploy --all"):
+    for command in ("deployments.prepare", "prefect --no-prompt deploy --all"):
         done = subprocess.run([sys.executable, "-m", *command.split()], cwd=tmp_path / "clone", env=environment,
                               text=True, capture_output=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    listed = subprocess.run([sys.executable, "-m", "prefect", "automation", "ls"], env=environment | {"COLUMNS": "200"},
+    listed = subprocess.run([sys.executable, "-m", "prefect", "automation", "ls", "--output", "json"], env=environment,
                             text=True, capture_output=True, check=True).stdout
-    assert all(listed.count(automation.name) == 1 for automation in automations())
+    assert sorted(one["name"] for one in json.loads(listed)) == sorted(one.name for one in automations())
     head = subprocess.run(["git", "describe", "--tags", "--always"], cwd=ROOT, text=True, capture_output=True)
     with get_client(sync_client=True) as client:
         deployments = client.request("POST", "/deployments/filter", json={}).json()
-    assert sorted(one["name"] for one in deployments) == ["create", "evaluate", "full", "nightly", "paper", "shard", "train"]
+    names = sorted(one["name"] for one in deployments)
+    assert names == ["create", "evaluate", "full", "nightly", "paper", "shard", "train"]
     assert {one["version"] for one in deployments} == {head.stdout.strip()}
