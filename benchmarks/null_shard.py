@@ -46,9 +46,9 @@ def plan(root: str, shards: int) -> PoolPlan:
 
 
 @flow(name="null-parent")
-def null_parent(root: str, shards: int, per_run: int) -> None:
+def null_parent(root: str, shards: int, per_run: int, open_runs: int = 50) -> None:
     """Make a pool on the workers, as the flow `hgdpo` does, and nothing else."""
     with watch_this_run() as watch:
         pool = plan(root, shards)
-        workers = WorkersConfig(draw_images_per_run=per_run)  # one image per shard
+        workers = WorkersConfig(draw_images_per_run=per_run, open_runs=open_runs)  # one image per shard
         DeploymentRunner(workers, pool.folder.store, watch).make([pool])

@@ -17,16 +17,18 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
+from deployments.pools import PARENTS, SHARDS, TRAININGS, Pool
 from hgdpo_core.progress import count_of
 
 ROOT = Path(__file__).resolve().parents[1]
-FIRST_PORT, PORTS = 4200, 100
+FIRST_PORT, FIRST_HEALTH_PORT, PORTS = 4200, 8080, 100
 START_SECONDS = 600
 END_SECONDS = 15
 CPU_SHARD_WORKERS = 2
@@ -39,6 +41,11 @@ COUNT_GPUS = "import torch; print(torch.cuda.device_count())"  # nvidia-smi does
 MARK = "HGDPO_LOCAL_PREFECT"
 """Set in every process that `up` starts, and so in their children: `down` finds them by it."""
 TOML_MARK = "# Written by `make up`; `make down` removes it."
+SQLITE = {
+    # It refuses a write that waits longer for another one: on a busy machine the default 5 s are soon over.
+    "PREFECT_SERVER_DATABASE_TIMEOUT": "60", "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
+    # Shard runs that wait for a worker are not late; marking hundreds at once locks it for minutes.
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false"}
 OPTIONAL = ("shard_workers", "silent_seconds", "pending_seconds")
 UP = """
 Prefect UI: {ui}
@@ -53,16 +60,13 @@ class LocalError(Exception):
     """`up`, `schedule` or `down` cannot go on; the message says what to do."""
 
 
-@dataclass(frozen=True)
-class Pool:
-    """A work pool and the workers that `up` starts for it."""
+class Workers(NamedTuple):
+    """The workers that `up` starts for a work pool."""
 
-    name: str
+    pool: Pool
+    count: int
     limit: int | None
-    """Runs at once over all workers; None: as many as there are workers."""
-    workers: int
-    worker_limit: int | None
-    description: str
+    """Runs at once of each."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,14 @@ class Local:
 
     home: Path = ROOT / ".prefect" / "up"
     toml: Path = ROOT / "prefect.toml"
-    deployments: Path = ROOT / "deployments" / "prefect.yaml"
+    deployments: Path = ROOT / "prefect.yaml"
     first_port: int = FIRST_PORT
     shard_workers: int | None = None
     """Default: one per GPU; two where there is none."""
     silent_seconds: float | None = None
     pending_seconds: float | None = None
+    database: str | None = None
+    """Of a Postgres, such as postgresql+asyncpg://prefect@db/prefect; default: SQLite in `home`."""
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -127,9 +133,7 @@ def _servers(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
 
 
 def _start_server(local: Local) -> None:
-    for port in range(local.first_port, local.first_port + PORTS):
-        if not _is_free(port):
-            continue
+    for port in _free_ports(local.first_port):
         print(f"Starting a Prefect server on port {port}", flush=True)
         url = f"http://127.0.0.1:{port}/api"
         server = _spawn([sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port",
@@ -140,7 +144,6 @@ def _start_server(local: Local) -> None:
         if _is_free(port):  # the reason was not that another process took the port meanwhile
             raise LocalError(f"the Prefect server did not start: {_last_line(local.home / 'server.log')} "
                              f"({local.home / 'server.log'})")
-    raise LocalError(f"no free port from {local.first_port} to {local.first_port + PORTS - 1}")
 
 
 def _await_health(url: str, server: subprocess.Popen[bytes]) -> bool:
@@ -157,29 +160,28 @@ def _await_health(url: str, server: subprocess.Popen[bytes]) -> bool:
 
 def _start_workers(local: Local, environment: dict[str, str]) -> None:
     running = {command[command.index("--name") + 1] for command in map(_command, _ours(local)) if "--name" in command}
-    gpus, host = _gpus(), socket.gethostname()
-    for pool in _pools(local, gpus):
-        for number in range(pool.workers):
+    gpus, host, ports = _gpus(), socket.gethostname(), _free_ports(FIRST_HEALTH_PORT)
+    for pool, count, limit in _workers(local, gpus):
+        for number in range(count):
             name = f"{pool.name}-{number}@{host}"
             if name in running:
                 continue
-            own = dict(environment)
-            if pool.name == "hgdpo-gpu" and gpus:
+            own = environment | {"PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
+                                 "PREFECT_WORKER_WEBSERVER_PORT": str(next(ports))}
+            if pool == SHARDS and gpus:
                 own[_visibility()] = gpus[number % len(gpus)]
-            elif pool.name == "hgdpo-gpu":  # else they would take the cores from each other
-                own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // pool.workers)))
-            limit = ["--limit", str(pool.worker_limit)] if pool.worker_limit else []
+            elif pool == SHARDS:  # else they would take the cores from each other
+                own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+            limited = ["--limit", str(limit)] if limit else []
             _spawn([*YIELDING, *KEEP_ALIVE, sys.executable, "-m", "prefect", "worker", "start", "--pool", pool.name,
-                    "--type", "process", "--name", name, *limit], own,
+                    "--type", "process", "--name", name, "--with-healthcheck", *limited], own,
                    local.home / f"worker-{pool.name}-{number}.log")
             print(f"Started worker {name}", flush=True)
 
 
-def _pools(local: Local, gpus: Sequence[str]) -> list[Pool]:
-    shard_workers = local.shard_workers or len(gpus) or CPU_SHARD_WORKERS
-    return [Pool("hgdpo-cpu", None, 1, None, "Whole runs: they start the work of the other pools and wait for it"),
-            Pool("hgdpo-gpu", None, shard_workers, 1, "Shards: images, scores and latents, one run per GPU at a time"),
-            Pool("hgdpo-train", 1, 1, 1, "Trainings: SFT and DPO, one at a time on all GPUs of a machine")]
+def _workers(local: Local, gpus: Sequence[str]) -> list[Workers]:
+    return [Workers(PARENTS, 1, None), Workers(SHARDS, local.shard_workers or len(gpus) or CPU_SHARD_WORKERS, 1),
+            Workers(TRAININGS, 1, 1)]
 
 
 def _gpus() -> list[str]:
@@ -204,17 +206,10 @@ def _visibility() -> str:
 
 
 def _up_inside(local: Local) -> None:
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectAlreadyExists
-
     from deployments.automations import PENDING_SECONDS, SILENT_SECONDS, automations, ship
+    from deployments.prepare import create_pools
 
-    with get_client(sync_client=True) as client:
-        for pool in _pools(local, ()):
-            with contextlib.suppress(ObjectAlreadyExists):
-                client.create_work_pool(WorkPoolCreate(
-                    name=pool.name, type="process", description=pool.description, concurrency_limit=pool.limit))
+    create_pools()
     ship(automations(local.silent_seconds or SILENT_SECONDS, local.pending_seconds or PENDING_SECONDS))
 
 
@@ -292,11 +287,8 @@ def _environment(local: Local, url: str) -> dict[str, str]:
         "PREFECT_HOME": str(local.home), "PREFECT_PROFILES_PATH": str(local.home / "profiles.toml"),
         "PREFECT_API_URL": url, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
         "PREFECT_WORKER_QUERY_SECONDS": "3",  # the server is local, and small runs would mostly wait
-        # SQLite refuses a write that waits longer for another one: on a busy machine the default 5 s are soon over.
-        "PREFECT_SERVER_DATABASE_TIMEOUT": "60", "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
-        # Shard runs that wait for a worker are not late; marking hundreds at once locks SQLite for minutes.
-        "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"), MARK: str(local.home)} | local.environment
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"), MARK: str(local.home)} | (
+            {"PREFECT_API_DATABASE_CONNECTION_URL": local.database} if local.database else SQLITE) | local.environment
 
 
 def _ours(local: Local) -> list[psutil.Process]:
@@ -352,6 +344,12 @@ def _is_ours(toml: Path) -> bool:
     return toml.read_text(errors="replace").startswith(TOML_MARK)
 
 
+def _free_ports(first: int) -> Iterator[int]:
+    """Those of the next hundred that are free when they are asked for; LocalError after the last."""
+    yield from filter(_is_free, range(first, first + PORTS))
+    raise LocalError(f"no free port from {first} to {first + PORTS - 1}")
+
+
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -378,8 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard-workers", type=int, help="workers for shards; default: one per GPU, else two")
     parser.add_argument("--silent-seconds", type=float, help="no heartbeat for so long: Crashed; default 600")
     parser.add_argument("--pending-seconds", type=float, help="Pending for so long: Crashed; default 600")
+    parser.add_argument("--database", help="postgresql+asyncpg://...; default: SQLite in the checkout")
     options = parser.parse_args(arguments)
-    local = Local(home=options.home, **{name: getattr(options, name) for name in OPTIONAL})
+    local = Local(home=options.home, database=options.database, **{name: getattr(options, name) for name in OPTIONAL})
     try:
         if options.command in INSIDE:
             INSIDE[options.command](local)

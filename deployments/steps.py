@@ -1,7 +1,10 @@
-"""Steps of a worker before it runs a flow."""
+"""Steps of prefect.yaml: while deploying, and of a worker before it runs a flow."""
 
 import os
+import subprocess
 from pathlib import Path
+
+from hgdpo_core import __version__
 
 
 def enter_checkout() -> dict[str, str]:
@@ -22,3 +25,24 @@ def set_environment(**variables: str) -> dict[str, str]:
     """
     os.environ.update(variables)
     return {}
+
+
+def find_version() -> dict[str, str]:
+    """While deploying: `version` for the deployments, `commit` in full, and `tag`, a version that an image may have.
+
+    The version is git's description of the checkout; the package's own where it is not a checkout.
+    """
+    version = _git("describe", "--tags", "--always", "--dirty") or __version__
+    return {"version": version, "commit": _git("rev-parse", "HEAD"), "tag": version.replace("+", "-").replace("/", "-")}
+
+
+def _git(*arguments: str) -> str:
+    """What git prints about the folder of this package; nothing outside a checkout of it, or without git."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return ""
+    try:
+        return subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True,
+                              timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -152,8 +152,8 @@ def _require_deployments(client: SyncPrefectClient, jobs: Sequence[Job]) -> None
             client.read_deployment_by_name(name)
         except ObjectNotFound:
             raise ConfigError(f"the Prefect server {client.api_url} has no deployment {name}: run `make up` on this "
-                              "machine, or `prefect deploy --all --prefect-file deployments/prefect.yaml` for a server "
-                              "elsewhere; or choose shard_runner in_process") from None
+                              "machine, or `prefect deploy --all` for a server elsewhere (docs/OPERATIONS.md); or "
+                              "choose shard_runner in_process") from None
 
 
 def _attach(client: SyncPrefectClient, jobs: Sequence[Job]) -> None:

@@ -2,25 +2,22 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from prefect import Flow
-from prefect.events.worker import EventsWorker
-from prefect.exceptions import CancelledRun
-from prefect.logging.handlers import APILogWorker
-from prefect.server.api.server import SubprocessASGIServer
+from prefect.exceptions import Abort, CancelledRun
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
+from flows.prefect_internals import send_all, temporary_server
 from hgdpo_core.errors import ConfigError, StoppedError, StorageError, first_line
 
-START_SECONDS = 60
-DRAIN_SECONDS = 10
+START_SECONDS = 180  # on a machine that others fill with work; idle it takes ten
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 def call_flow(flow: Flow[..., Any], **parameters: Any) -> Any:
-    """What the flow returns, run in this process; StoppedError where it was cancelled in the UI.
+    """What the flow returns, run in this process; StoppedError where it was cancelled in the UI or given up.
 
     ConfigError when it is to use workers and no Prefect server is configured: a temporary one has none.
     """
@@ -32,6 +29,8 @@ def call_flow(flow: Flow[..., Any], **parameters: Any) -> Any:
             return flow(**parameters)
     except CancelledRun:
         raise StoppedError("cancelled") from None
+    except Abort as given_up:
+        raise StoppedError(str(given_up)) from None
 
 
 def _reach_this_machine() -> None:
@@ -54,19 +53,14 @@ def some_server() -> Iterator[None]:
     if get_current_settings().api.url:
         yield
         return
-    server = SubprocessASGIServer()
-    try:
-        server.start(timeout=START_SECONDS)
-    except RuntimeError as error:
-        server.stop()
-        raise StorageError(f"the temporary Prefect server on 127.0.0.1 did not answer within {START_SECONDS} s "
-                           f"({first_line(error)}): try again, or start one and set PREFECT_API_URL") from None
-    try:
-        with temporary_settings({PREFECT_API_URL: server.api_url}):
+    with ExitStack() as ends:
+        try:
+            url = ends.enter_context(temporary_server(START_SECONDS))
+        except RuntimeError as error:
+            raise StorageError(f"the temporary Prefect server on 127.0.0.1 did not answer within {START_SECONDS} s "
+                               f"({first_line(error)}): try again, or start one and set PREFECT_API_URL") from None
+        with temporary_settings({PREFECT_API_URL: url}):
             try:
                 yield
             finally:
-                for worker in (APILogWorker, EventsWorker):  # else they try for a minute to reach a server that is gone
-                    worker.drain_all(timeout=DRAIN_SECONDS)
-    finally:
-        server.stop()
+                send_all()

@@ -4,7 +4,6 @@ Prefect does not notify a process that its run was marked Crashed and started ag
 """
 
 import contextvars
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,16 +12,14 @@ from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.events.worker import EventsWorker
+from prefect.exceptions import Abort
 from prefect.logging import get_logger
-from prefect.logging.handlers import APILogWorker
 from prefect.runtime import flow_run as this_flow_run
 from prefect.states import Cancelled, State
 
 from hgdpo_core.errors import StoppedError
 
 CHECK_SECONDS = 10.0
-DRAIN_SECONDS = 5
 ENDING = {StateType.CANCELLING, StateType.CANCELLED}
 
 ReadRun = Callable[[UUID], FlowRun]
@@ -88,17 +85,14 @@ def watch_this_run(seconds: float = CHECK_SECONDS) -> Iterator[RunWatch]:
 
 
 def answer_stop(watch: RunWatch, error: StoppedError) -> State[Any]:
-    """How a stopped attempt ends: Cancelled if it was, silently if the run is no longer its own, else the error."""
+    """How a stopped attempt ends: Cancelled if it was, without a state if the run is no longer its own, else the error.
+
+    A state that it reported now would overwrite that of the newer attempt. On Abort, which Prefect raises itself where
+    its server takes a run away, it reports none, and the worker takes the process's end for no crash.
+    """
     if watch.superseded:
-        _leave_silently()
+        logger.warning("given up by the server or started again elsewhere: leaving the run to the newer attempt")
+        raise Abort("given up by the Prefect server, or started again elsewhere")
     if watch.cancelled:
         return Cancelled(message="The run or its parent was cancelled; finished shards are kept.")
     raise error
-
-
-def _leave_silently() -> None:
-    """End this process without a state: one that it reported now would overwrite that of the newer attempt."""
-    logger.warning("this run was given up by the server or started again elsewhere: leaving it to the newer attempt")
-    for worker in (APILogWorker, EventsWorker):
-        worker.drain_all(timeout=DRAIN_SECONDS)
-    os._exit(0)

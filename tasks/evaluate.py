@@ -15,6 +15,7 @@ from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.statistics.checks import RunWarning
 from hgdpo_core.statistics.intervals import DefectChange
 from hgdpo_core.training.tune import Tuned
+from tasks.assets import show_asset
 from tasks.options import stage_task
 from tasks.ui import describe_row, show_table, show_text
 
@@ -44,6 +45,9 @@ def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], sco
     colours = [{"channel": name, "change": "not defined" if shift.value is None else signed(shift.value, 2),
                 "95 % interval": signed_interval(shift.ci_low, shift.ci_high, 2)} for name, shift in channels.items()]
     show_table("colour-shift", colours, "Colours of the tuned model against the target's")
+    sources = [folder.key for folders in scores.values() for folder in folders.values()]
+    show_asset(run.store, f"evaluations/{result.evaluation_id}", "evaluation", sources, prompts=len(result.prompts),
+               **{f"win_rate_{name}": rate.rate for name, rate in result.win_rates.items() if rate.rate is not None})
     for row in (*rates, *defects):
         get_run_logger().info(describe_row(row))
     return result

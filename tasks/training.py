@@ -16,6 +16,7 @@ from hgdpo_core.training.launch import run_train_everywhere
 from hgdpo_core.training.parts import LogRow
 from hgdpo_core.training.request import TrainRequest
 from hgdpo_core.training.tune import Tuned
+from tasks.assets import show_asset
 from tasks.options import stage_task
 from tasks.ui import show_table
 from tasks.validation import training_progress
@@ -31,6 +32,7 @@ def tune_target(run: Run, runner: Runner, on: StageProgress) -> tuple[Model, lis
         return model, log
     logger.info("SFT: %s", model.path.name)
     latents = pipeline.image_latent_stage(run).folder
+    show_asset(run.store, f"models/{model.path.name}", "fine-tuned model", images=len(run.images))
     skipped = find_skipped(latents, len(run.images))
     if skipped.describe():
         logger.warning("Images for SFT: %s; %s/rejected lists them", skipped.describe(),
@@ -47,6 +49,9 @@ def train_lora(run: Run, model: Model, data: LatentStage | PromptEmbedStage, run
     get_run_logger().info("LoRA: %s %s", "existing" if lora.existing else "trained", lora.path)
     show_table(f"{run.config.objective.replace('_', '-')}-log", lora.log[:: max(1, len(lora.log) // 50)],
                "Training of the LoRA, every few steps")
+    sources = [data.triplets.key] if isinstance(data, LatentStage) else []
+    show_asset(run.store, f"models/{lora.model_id}", "LoRA", sources, objective=run.config.objective,
+               logged_steps=len(lora.log))
     return lora
 
 

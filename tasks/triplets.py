@@ -14,6 +14,7 @@ from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.stages.prompt_embeds import PromptEmbedStage
 from hgdpo_core.stages.triplets import TripletStage
 from hgdpo_core.storage.shards import ShardFolder
+from tasks.assets import show_asset
 from tasks.options import stage_task
 from tasks.ui import show_table
 
@@ -26,6 +27,8 @@ def make_triplets(run: Run, pool: PoolPlan, scores: ShardFolder, runner: Runner,
     get_run_logger().info("Triplets: %d; pools without a pair: %d; in %s", counts.triplets, counts.rejected, folder)
     show_table("triplets", [{"triplets": counts.triplets, "rejected": counts.rejected, "folder": folder}],
                "Best and worst of each pool")
+    show_asset(run.store, folder, "triplets", [pool.folder.key, scores.key], triplets=counts.triplets,
+               rejected=counts.rejected)
     return triplets
 
 
@@ -41,6 +44,7 @@ def read_pairs(run: Run, runner: Runner, on: StageProgress) -> PairSetStage:
     rows = [{"pairs": "used", "number": counts.triplets},
             *({"pairs": reason, "number": number} for reason, number in counts.reasons.items())]
     show_table("foreign-pairs", rows, f"Foreign pairs of {pairs.pairs.name}: {counts.read} read")
+    show_asset(run.store, folder, "triplets", triplets=counts.triplets, rejected=counts.rejected, read=counts.read)
     return pairs
 
 

@@ -18,6 +18,7 @@ import psutil
 import tiny
 import yaml
 
+from benchmarks.postgres import postgres
 from deployments.local import ROOT, Local, _environment, down, up
 from hgdpo_core.execution.jobs import cut, write_recipe
 from hgdpo_core.images import decode_image
@@ -27,6 +28,7 @@ from hgdpo_core.stages.pool import plan_pool
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
+DATABASE = os.environ.get("HGDPO_TEST_DATABASE", "sqlite")
 FIRST_PORT = 14200  # ports that a client's own end may get (from 32768) can connect to themselves
 PATIENCE_SECONDS = 600  # without any progress: other work may share the machine, and nothing here measures time
 LIMIT_SECONDS = 3600
@@ -193,10 +195,19 @@ def live(folder: Path, environment: dict[str, str], *, secrets: Mapping[str, str
     """A server, pools, deployments and workers below `folder`; all gone at the end.
 
     `secrets`: variables that runs get from Secret blocks, as docs/OPERATIONS.md says, and that workers do not have.
-    `cron`: when the nightly run starts, once its schedule is on; else as shipped.
+    `cron`: when the nightly run starts, once its schedule is on; else as shipped. HGDPO_TEST_DATABASE=postgres puts the
+    server on a Postgres of its own.
     """
+    with contextlib.ExitStack() as ends:
+        if DATABASE == "postgres":
+            settings["database"] = ends.enter_context(postgres())
+        yield from _live(folder, environment, secrets, cron, settings)
+
+
+def _live(folder: Path, environment: dict[str, str], secrets: Mapping[str, str] | None, cron: str | None,
+          settings: dict[str, Any]) -> Iterator[Live]:
     deployments = folder / "prefect.yaml"
-    shipped = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    shipped = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     faulty = next(one for one in shipped["deployments"] if one["name"] == "shard")
     faulty["entrypoint"] = "faulty_shard:hgdpo_shard"
     if cron:

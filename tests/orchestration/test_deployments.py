@@ -2,6 +2,7 @@
 
 import importlib
 import socket
+import subprocess
 import threading
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from prefect.states import InfrastructurePending, Pending, Submitting
 from prefect.utilities.callables import parameter_schema
 
 from deployments import automations as automation_module
-from deployments import local
+from deployments import files, local, steps
 from deployments.automations import PENDING_SECONDS, SILENT_SECONDS, automations
 from deployments.local import TOML_MARK, Local, LocalError
-from deployments.steps import enter_checkout
+from deployments.pools import POOLS
+from deployments.steps import enter_checkout, find_version
+from hgdpo_core import __version__
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+SHIPPED = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 BY_NAME = {deployment["name"]: deployment for deployment in SHIPPED["deployments"]}
 FLOWS = {"full": "hgdpo", "shard": "hgdpo-shard", "train": "hgdpo-train", "nightly": "hgdpo-rescore",
          "paper": "hgdpo-ablate", "evaluate": "hgdpo-evaluate", "create": "hgdpo-study"}
@@ -42,18 +45,20 @@ def test_parents_never_share_a_pool_with_their_children():
     pools = {name: deployment["work_pool"]["name"] for name, deployment in BY_NAME.items()}
     assert pools.pop("shard") == "hgdpo-gpu" and pools.pop("train") == "hgdpo-train"
     assert set(pools.values()) == {"hgdpo-cpu"}
-    made = {pool.name: pool for pool in local._pools(Local(), [])}
-    assert made.keys() == {"hgdpo-cpu", "hgdpo-gpu", "hgdpo-train"}
-    assert made["hgdpo-gpu"].worker_limit == 1 and made["hgdpo-gpu"].workers == 2
-    assert made["hgdpo-train"].limit == 1
-    assert {pool.name: pool.workers for pool in local._pools(Local(), ["0", "1", "2"])}["hgdpo-gpu"] == 3
+    assert {pool.name: pool.limit for pool in POOLS} == {"hgdpo-cpu": None, "hgdpo-gpu": None, "hgdpo-train": 1}
+    started = {workers.pool.name: workers for workers in local._workers(Local(), [])}
+    assert started.keys() == {pool.name for pool in POOLS}
+    assert (started["hgdpo-gpu"].limit, started["hgdpo-gpu"].count) == (1, 2)
+    assert {workers.pool.name: workers.count for workers in local._workers(Local(), ["0", "1", "2"])}["hgdpo-gpu"] == 3
 
 
 def test_every_deployment_sends_heartbeats_often_enough_for_the_automations():
     for deployment in BY_NAME.values():
         seconds = int(deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
         assert 10 * seconds <= SILENT_SECONDS
-    silent, pending = automations()
+    silent, pending, notify = automations()
+    assert silent.enabled and pending.enabled and not notify.enabled
+    assert silent.trigger.expect == pending.trigger.expect == {"prefect.flow-run.*"}
     assert silent.trigger.within.total_seconds() == SILENT_SECONDS == 600 == PENDING_SECONDS
     assert silent.trigger.after == {"prefect.flow-run.heartbeat"}
     names = {Pending().name, Submitting().name, InfrastructurePending().name}  # all are of the type Pending
@@ -65,7 +70,7 @@ def test_the_windows_of_the_automations_can_be_chosen(monkeypatch):
     shipped = []
     monkeypatch.setattr(automation_module, "ship", shipped.extend)
     automation_module.main(["--pending-seconds", "3600"])
-    assert [automation.trigger.within.total_seconds() for automation in shipped] == [SILENT_SECONDS, 3600]
+    assert [automation.trigger.within.total_seconds() for automation in shipped] == [SILENT_SECONDS, 3600, 0]
     assert "Pending for 3600 s" in shipped[1].actions[0].message
 
 
@@ -76,8 +81,33 @@ def test_the_nightly_run_ships_paused_with_a_time_zone_and_never_twice():
     assert BY_NAME["full"]["concurrency_limit"]["limit"] == 1
 
 
+def test_every_deployment_has_gits_version_and_asks_for_no_schedule():
+    """One without `schedules` makes `prefect deploy` ask for them in a terminal."""
+    assert {deployment["version"] for deployment in BY_NAME.values()} == {"{{ code.version }}"}
+    assert all("schedules" in deployment for deployment in BY_NAME.values())
+
+
 def test_a_worker_enters_the_checkout_it_imports_from():
     assert enter_checkout() == {"directory": str(ROOT)}
+
+
+def test_the_version_is_gits_and_without_a_checkout_the_packages(tmp_path, monkeypatch):
+    for arguments in (["init", "-q"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "--allow-empty",
+                                       "-m", "first"], ["tag", "v1/rc"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    monkeypatch.setattr(steps, "__file__", str(tmp_path / "deployments" / "steps.py"))
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    assert find_version() == {"version": "v1/rc", "commit": head, "tag": "v1-rc"}
+    monkeypatch.setattr(steps, "__file__", str(tmp_path / "site" / "deployments" / "steps.py"))
+    assert find_version() == {"version": __version__, "commit": "", "tag": __version__}
+
+
+def test_the_files_are_written_where_the_user_stands_and_changed_ones_stay(tmp_path, capsys):
+    assert files.main([str(tmp_path)]) == 0 == files.main([str(tmp_path)])
+    assert (tmp_path / "prefect.yaml").read_text() == (ROOT / "prefect.yaml").read_text()
+    (tmp_path / "prefect.yaml").write_text("mine")
+    assert files.main([str(tmp_path)]) == 1
+    assert "error: kept " in capsys.readouterr().err and (tmp_path / "prefect.yaml").read_text() == "mine"
 
 
 # -- the local server

@@ -2,11 +2,13 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from events import sent_events
 from faulty_s3 import served_bucket
 from pair_files import pair, write_parquet
 from prefect.client.orchestration import get_client
@@ -21,6 +23,7 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.storage import Store
 from hgdpo_core.study.session import StudySession
 from hgdpo_core.study.study import open_study
+from tasks.assets import MATERIALIZED
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,22 @@ def test_the_summary_keeps_its_contract(summary, parameters):
     card = Path(parameters["root"], key(summary, "triplets"), "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-4.0\n") and "| winner - loser |" in card
     assert all(seconds >= 0 for seconds in summary["timings"].values())
+
+
+def test_what_it_made_is_sent_as_assets_with_their_lineage(summary):
+    sent = sent_events(MATERIALIZED, f"{summary['root']}/", at_least=10)
+    sources = {event["resource"]["prefect.resource.id"].removeprefix(f"{summary['root']}/"): {
+        one["prefect.resource.id"].removeprefix(f"{summary['root']}/") for one in event["related"]
+        if one["prefect.resource.role"] == "asset"} for event in sent}
+    kinds = Counter(key.partition("/")[0] for key in sources)
+    assert kinds == {"models": 2, "pools": 3, "scores": 3, "triplets": 1, "evaluations": 1}
+
+    def back(key):
+        return {key}.union(*(back(source) for source in sources.get(key, ())))
+
+    evaluation, = (key for key in sources if key.startswith("evaluations/"))
+    assert f"models/{summary['lora_id']}" in back(evaluation)
+    assert back(evaluation) | {key for key in sources if "sft" in key} == sources.keys()  # no source is unknown
 
 
 def test_runs_without_a_pool_end_with_their_report_and_artifacts_too(server, parameters, tmp_path):

@@ -6,15 +6,19 @@ import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from urllib.request import proxy_bypass
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from prefect import flow
-from prefect.states import Cancelled
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, Crashed
 
 from deployments.local import ROOT
 from flows import cli, lifecycle
 from flows import server as servers
+from flows.lifecycle import run_watched
 from flows.server import call_flow
 from hgdpo_core.errors import ConfigError, StoppedError
 
@@ -37,10 +41,26 @@ def cancelled():
     return Cancelled(message="cancelled in the UI")
 
 
+@flow
+def superseded():
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(UUID(flow_run.id), Crashed(message="no heartbeat"), force=True)
+    return run_watched(lambda watch: None)
+
+
 def test_a_flow_gives_its_result_and_a_cancelled_one_a_stop(server):
     assert call_flow(answer, value=3) == {"value": 3}
     with pytest.raises(StoppedError, match="cancelled"):
         call_flow(cancelled)
+
+
+def test_a_run_that_the_server_gave_up_leaves_the_state_alone(server):
+    """A state of its own would overwrite that of a newer attempt."""
+    with pytest.raises(StoppedError, match="given up by the Prefect server"):
+        call_flow(superseded)
+    with get_client(sync_client=True) as client:
+        last, = client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["superseded"])))
+    assert last.state is not None and (last.state.name, last.state.message) == ("Crashed", "no heartbeat")
 
 
 @pytest.mark.parametrize(("given", "expected"), [("", "127.0.0.1,localhost,::1"), ("*", "*"),
