@@ -40,7 +40,12 @@ class UnetDenoiser(Denoiser):
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         self.mark_length(conditioning)
         return self.network(noisy, timesteps, encoder_hidden_states=conditioning.embeds,
-                            encoder_attention_mask=conditioning.mask, return_dict=False)[0]
+                            encoder_attention_mask=conditioning.mask, return_dict=False,
+                            **self.adapter_arguments(conditioning))[0]
+
+    def adapter_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What a network with a personaliser is given beside the text."""
+        return {}
 
     @contextmanager
     def training_attention(self, *, on_cpu: bool) -> Iterator[None]:
