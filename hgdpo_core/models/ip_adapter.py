@@ -162,16 +162,17 @@ def _read_adapter(path: Path) -> dict[str, dict[str, torch.Tensor]]:
                           if name.startswith(prefix)} for prefix in (IMAGE, ATTENTION)}
 
 
-def _load_encoder(adapter: Adapter, dtype: torch.dtype) -> tuple[Any, CLIPImageProcessorPil]:
+def _load_encoder(adapter: Adapter, dtype: torch.dtype) -> tuple[Any, Any]:
     """The image encoder, and its preparation of images: that of CLIP, as diffusers makes it for IP-Adapters."""
     folder = adapter.image_encoder
     assert folder is not None
     try:
         with quiet_transformers():
-            encoder, report = CLIPVisionModelWithProjection.from_pretrained(
+            loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except Exception as error:  # the libraries fail in many ways on files that are not what they are called
         raise ModelError(f"{folder} does not load as a CLIP image encoder: {first_line(error)}") from None
+    encoder, report = loaded
     refuse_report(str(folder), report)
     check_finite(folder, {"image encoder": encoder})
     size = encoder.config.image_size

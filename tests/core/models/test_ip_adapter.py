@@ -7,7 +7,7 @@ import pytest
 import tiny
 import tiny_adapters
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from hgdpo_core.concepts import read_concepts
@@ -137,18 +137,19 @@ def test_the_public_files_of_sd15_fit_it(layout, tmp_path, target):
     file = tiny_adapters.save_ip_adapter(tmp_path / "adapter.safetensors", unet, layout, embedding=1024, tokens=1280,
                                          dtype=torch.float16, fill=torch.zeros)
     assert len(tiny_adapters.attention_shapes(unet)) == 32
-    tiny_adapters.save_encoder(tmp_path / "image_encoder", hidden_size=1280, num_attention_heads=16, num_hidden_layers=1,
-                               projection_dim=1024)
+    tiny_adapters.save_encoder(tmp_path / "image_encoder", hidden_size=1280, num_attention_heads=16,
+                               num_hidden_layers=1, projection_dim=1024)
     sd15 = replace(target, configs=SD15_CONFIGS)
     assert find_adapter(PersonaliserConfig(source=str(file)), sd15).name == "ip_adapter"
     with pytest.raises(ModelError, match="an IP-Adapter 768 wide, the target's text embeddings are 32 wide"):
         find_adapter(PersonaliserConfig(source=str(file)), target)
 
 
-def change(folder, source, target, change):
-    (folder / "image_encoder").symlink_to(source / "image_encoder") if not (folder / "image_encoder").exists() else None
+def change(folder, source, edit):
+    """The plus-face adapter, edited, beside the same image encoder."""
+    (folder / "image_encoder").symlink_to(source / "image_encoder")
     state = load_file(source / "plus-face.safetensors")
-    change(state)
+    edit(state)
     save_file(state, folder / "changed.safetensors")
     return PersonaliserConfig(source=str(folder / "changed.safetensors"))
 
@@ -169,7 +170,7 @@ def sdxl(state):
 ])
 def test_other_adapters_are_refused_before_anything_loads(edit, message, folder, target, tmp_path):
     with pytest.raises(ModelError, match=message) as error:
-        find_adapter(change(tmp_path, folder, target, edit), target)
+        find_adapter(change(tmp_path, folder, edit), target)
     assert "\n" not in str(error.value)
 
 
@@ -190,4 +191,4 @@ def test_broken_weights_are_refused_when_they_load(folder, target, tmp_path):
         state["image_proj.latents"][0, 0, 0] = float("nan")
 
     with pytest.raises(ModelError, match="holds NaN or infinity in adapter's image_proj.latents"):
-        load_backbone(replace(target, personaliser=find_adapter(change(tmp_path, folder, target, edit), target)))
+        load_backbone(replace(target, personaliser=find_adapter(change(tmp_path, folder, edit), target)))
