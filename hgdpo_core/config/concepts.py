@@ -57,6 +57,8 @@ class ConceptsConfig(StageConfig):
     prompts_per_concept: int | None = number("use only so many of the prompts for each person, other ones for the next "
                                              "person; default: all", "prompts", default=None, ge=1)
     judges: tuple[JudgeConfig, ...] = Field(min_length=1, description='short: "sface,arcface=my/w600k_r50.onnx"')
+    detector: str | None = Field(default=None, description="weights of the face detector YuNet: a file, or a folder "
+                                 "that holds it; default: the public ones")
     margin: float = number("identity counts as kept where the 90 % interval of its win rate is within 0.5 +- this; "
                            "fixed before the images are seen (ours)", "none", default=0.075, gt=0, lt=0.5)
 

@@ -42,13 +42,15 @@ class JudgeSource:
     """On the hub; None where users bring the weights."""
     load: Callable[[Path, Path], IdentityJudge]
     """From its weights and the detector's."""
+    finds_faces: bool = True
+    """Whether it needs the detector; else its `load` is given its own weights twice."""
 
     def find(self, source: str | None) -> Path:
         """The weights; ModelError, in one line, where they are not there."""
         if source is None and self.repository is None:
             raise ModelError(f"{self.title} has no weights that we may fetch: get {self.names[0]} ({self.provenance}) "
                              f"and name it as concepts.judges=...={self.names[0]}")
-        return find_weights(source, self.names, self.repository or self.title)
+        return find_weights(source, self.names, self.repository or self.title, "the judge's source")
 
 
 JUDGES: dict[str, JudgeSource] = {
@@ -72,7 +74,7 @@ def find_detector(source: str | None) -> Path:
     ConfigError where onnxruntime, which runs it, is not installed.
     """
     require_onnxruntime()
-    return find_weights(source, (DETECTOR,), DETECTOR_REPOSITORY)
+    return find_weights(source, (DETECTOR,), DETECTOR_REPOSITORY, "concepts.detector")
 
 
 @functools.lru_cache(maxsize=2)
@@ -89,15 +91,26 @@ def face_finder(path: Path) -> FindFaces:
     return find
 
 
-def find_judge(judge: JudgeConfig, detector: Path) -> str:
+def needs_detector(judges: Sequence[JudgeConfig]) -> bool:
+    """Whether one of the judges finds faces first."""
+    return any(_source(judge).finds_faces for judge in judges)
+
+
+def locate_judge(judge: JudgeConfig) -> Path:
+    """A judge's weights; ModelError where they are not there."""
+    return _source(judge).find(judge.source)
+
+
+def find_judge(judge: JudgeConfig, detector: Path | None) -> str:
     """A judge's fingerprint, without loading it; ModelError where its weights are not there."""
-    return identity_fingerprint(judge.name, [_source(judge).find(judge.source), detector], FORMAT_VERSION)
+    files = [locate_judge(judge), *([detector] if detector and _source(judge).finds_faces else [])]
+    return identity_fingerprint(judge.name, files, FORMAT_VERSION)
 
 
-def load_judge(judge: JudgeConfig, detector: Path) -> IdentityJudge:
-    """The judge that the settings name."""
-    source = _source(judge)
-    return source.load(source.find(judge.source), detector)
+def load_judge(judge: JudgeConfig, detector: Path | None) -> IdentityJudge:
+    """The judge that the settings name; `detector` may be None for one that finds no faces."""
+    weights = locate_judge(judge)
+    return _source(judge).load(weights, detector or weights)
 
 
 def _source(judge: JudgeConfig) -> JudgeSource:
@@ -107,4 +120,5 @@ def _source(judge: JudgeConfig) -> JudgeSource:
 
 
 __all__ = ["DETECTOR", "JUDGES", "Cut", "IdentityJudge", "JudgeSource", "embed_concept", "face_finder",
-           "find_detector", "find_judge", "judge_title", "load_detector", "load_judge"]
+           "find_detector", "find_judge", "judge_title", "load_detector", "load_judge", "locate_judge",
+           "needs_detector"]

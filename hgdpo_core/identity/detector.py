@@ -26,7 +26,7 @@ class Face:
     box: tuple[float, float, float, float]
     """Left, top, width, height."""
     points: np.ndarray
-    """float64 [5, 2]: x and y of the eyes, the tip of the nose and the corners of the mouth, each from left to right."""
+    """float64 [5, 2]: x and y of the eyes, the tip of the nose and the corners of the mouth, from left to right."""
     score: float
 
     @property

@@ -147,8 +147,8 @@ def embed_concept(judge: IdentityJudge, images: Sequence[Image.Image], name: str
     cuts = [judge.cut(image).face for image in images]
     faces = [face for face in cuts if face is not None]
     if len(faces) < len(images):
-        raise ModelError(f"judge {judge.name} finds no face in {len(images) - len(faces)} of {len(images)} images of the "
-                         f"concept {name}: replace them")
+        raise ModelError(f"judge {judge.name} finds no face in {len(images) - len(faces)} of {len(images)} images of "
+                         f"the concept {name}: replace them")
     return normalise(judge.embed(faces).mean(axis=0, keepdims=True))[0]
 
 
