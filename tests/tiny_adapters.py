@@ -1,8 +1,8 @@
-"""IP-Adapters of the public layouts with random weights, for any UNet and image encoder; image encoders; photographs
-of nobody: coloured gradients.
+"""IP-Adapters of the public layouts with random weights, for any UNet; image encoders; people, who are coloured
+gradients, and a judge who knows them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from hgdpo_core.identity import JUDGES, JudgeSource
+from hgdpo_core.identity.judges import Cut, IdentityJudge, normalise
 
 Shapes = dict[str, tuple[int, ...]]
 LAYOUTS = ("plain", "plus-face", "full-face")
@@ -86,3 +89,24 @@ def save_people(folder: Path, count: int) -> Path:
     for number in range(count):
         picture(number).save(folder / f"person-{number}.png")
     return folder
+
+
+class ColourJudge(IdentityJudge):
+    """A person is the mean colour of their image; no face is in an image that is nearly black."""
+
+    name = "figures"
+
+    def cut(self, image: Image.Image) -> Cut:
+        pixels = np.asarray(image.convert("RGB").resize((4, 4)))
+        return Cut(pixels, 1) if pixels.max() > 8 else Cut(None, 0)
+
+    def embed(self, faces: Sequence[np.ndarray]) -> np.ndarray:
+        return normalise(np.stack([face.mean(axis=(0, 1)) - 128 for face in faces]).astype(np.float32))
+
+
+def colour_judge(monkeypatch: Any, folder: Path) -> str:
+    """A judge without weights of its own, beside the real ones; returns what names it in settings."""
+    (folder / "colours.txt").write_text("1")
+    monkeypatch.setitem(JUDGES, "figures", JudgeSource(
+        "Colours", "nowhere", ("colours.txt",), None, lambda path, detector: ColourJudge(), finds_faces=False))
+    return f"figures={folder / 'colours.txt'}"

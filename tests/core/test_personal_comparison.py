@@ -19,8 +19,6 @@ from hgdpo_core.comparison_run import open_comparison, plan_comparison
 from hgdpo_core.concepts import Concept, crop_face, load_concept, read_concepts, save_concept
 from hgdpo_core.config import JudgeConfig, PoolConfig
 from hgdpo_core.errors import ConfigError, HGDPOError, InputError, ModelError
-from hgdpo_core.identity import JudgeSource
-from hgdpo_core.identity.judges import Cut, IdentityJudge, normalise
 from hgdpo_core.images import encode_image
 from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.prompts import Sample, image_seed, prompt_id
@@ -34,26 +32,9 @@ from hgdpo_core.storage import Store
 PROMPTS = ["a woman in a red top", "a man in a blue top", "a girl waves"]
 
 
-class ColourJudge(IdentityJudge):
-    """A person is the mean colour of their image; no face is in an image that is nearly black."""
-
-    name = "figures"
-
-    def cut(self, image):
-        pixels = np.asarray(image.convert("RGB").resize((4, 4)))
-        return Cut(pixels, 1) if pixels.max() > 8 else Cut(None, 0)
-
-    def embed(self, faces):
-        return normalise(np.stack([face.mean(axis=(0, 1)) - 128 for face in faces]).astype(np.float32))
-
-
 @pytest.fixture
 def colours(monkeypatch, tmp_path):
-    """A judge without weights of its own, beside the real ones."""
-    (tmp_path / "colours.txt").write_text("1")
-    monkeypatch.setitem(identity.JUDGES, "figures", JudgeSource(
-        "Colours", "nowhere", ("colours.txt",), None, lambda path, detector: ColourJudge(), finds_faces=False))
-    return f"figures={tmp_path / 'colours.txt'}"
+    return tiny_adapters.colour_judge(monkeypatch, tmp_path)
 
 
 @pytest.fixture
@@ -106,7 +87,7 @@ def test_the_whole_comparison(compare, tmp_path):
     person = load_concept(run.store, run.samples[4].concept)
     row = next(row for shard in images["target"].indices for row in images["target"].folder.read(shard).to_pylist()
                if row["prompt_id"] == prompt_id(run.samples[4]))
-    judge = ColourJudge()
+    judge = tiny_adapters.ColourJudge()
     mine, theirs = (judge.embed([judge.cut(image).face])[0] for image in (
         Concept("", (row["image"],)).pictures()[0], person.pictures()[0]))
     assert distances.distance[4, 0] == pytest.approx(1 - mine @ theirs, abs=1e-6)
