@@ -20,7 +20,7 @@ from hgdpo_core.models import Model, check_lora, find_model
 from hgdpo_core.models.files import is_lora
 from hgdpo_core.models.personaliser import find_adapter
 from hgdpo_core.presets import DEFAULT_PRESET, PARTI_PROMPTS, build_config
-from hgdpo_core.prompts import PromptList, Sample, read_prompts, save_prompts
+from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.syntax import check_syntax
 from hgdpo_core.run import shell_command
 from hgdpo_core.scorers import require_scorers
@@ -57,7 +57,7 @@ class ComparisonRun:
         if self.people is None or self.config.concepts is None:
             return prompts
         count = min(self.config.concepts.prompts_per_concept or len(prompts), len(prompts))
-        return tuple(Sample(prompts[(number * count + place) % len(prompts)], person.id)
+        return tuple(person.sample(prompts[(number * count + place) % len(prompts)])
                      for number, person in enumerate(self.people.concepts) for place in range(count))
 
     @property

@@ -1,7 +1,9 @@
 """Concepts: people, each by one image or several, that a personalised model is conditioned on.
 
-`read_concepts` reads a folder: each image file is a person, and each subfolder is one with several images. In the
-store a concept is `concepts/<id>/`: its images as they were, and `concept.json` with its name and faces.
+`read_concepts` reads a folder: each image file is a person, and each subfolder is one with several images. A text
+beside it, `NAME.txt`, says what prompts call the person, in a first line ("a woman"), and may describe in a second what
+scorers should find ("a woman with red hair"): both take the place of `{person}` in prompts. In the store a concept is
+`concepts/<id>/`: its images as they were, and `concept.json` with its name and faces.
 """
 
 import hashlib
@@ -16,7 +18,9 @@ from PIL import Image
 from hgdpo_core.errors import InputError, StorageError
 from hgdpo_core.images import IMAGE_SUFFIXES, decode_image
 from hgdpo_core.progress import count_of
+from hgdpo_core.prompts.samples import PERSON, Sample
 from hgdpo_core.storage import Store
+from hgdpo_core.storage.text_files import decode_text
 
 Box = tuple[float, float, float, float]
 """A face: left, top, width and height in pixels of the image as `decode_image` turns it."""
@@ -32,11 +36,19 @@ class Concept:
     """Of the file or folder, without a suffix; for people to read."""
     images: tuple[bytes, ...]
     faces: tuple[Box, ...] = ()
+    called: str = "a person"
+    description: str | None = None
+    """For scorers; None where they read what the model reads."""
 
     @cached_property
     def id(self) -> str:
         """First 16 hex digits of the sha256 of the images' bytes in their order."""
         return hashlib.sha256(b"".join(self.images)).hexdigest()[:16]
+
+    def sample(self, prompt: str) -> Sample:
+        """A prompt for this person."""
+        caption = prompt.replace(PERSON, self.description) if self.description and PERSON in prompt else None
+        return Sample(prompt.replace(PERSON, self.called), self.id, caption)
 
     def pictures(self) -> list[Image.Image]:
         """The images, decoded."""
@@ -96,13 +108,26 @@ def read_concepts(folder: str | Path, images_per_concept: int | None = None,
         raise InputError(f"{empty} holds no image: expected files that end in {', '.join(IMAGE_SUFFIXES[:4])}, one per "
                          "person, or a folder of them per person")
     used = {name: found[:images_per_concept] for name, found in files.items()}
-    concepts = [Concept(name, tuple(path.read_bytes() for path in found)) for name, found in used.items()]
+    concepts = [Concept(name, tuple(path.read_bytes() for path in found), **_read_words(root / f"{name}.txt"))
+                for name, found in used.items()]
+    texts = sum((root / f"{name}.txt").is_file() for name in used)
     _refuse_unreadable(used, concepts)
     _refuse_twins(concepts)
     if find_faces is not None:
         concepts = _with_faces(used, concepts, find_faces)
-    return ConceptList(tuple(concepts), ignored=entries - listed,
+    return ConceptList(tuple(concepts), ignored=entries - listed - texts,
                        surplus=listed - sum(len(found) for found in used.values()))
+
+
+def _read_words(path: Path) -> dict[str, str]:
+    """What a person is called and how they are described; {} without a text."""
+    if not path.is_file():
+        return {}
+    lines = [line.strip() for line in decode_text(path.read_bytes(), str(path)).splitlines() if line.strip()]
+    if not 1 <= len(lines) <= 2:
+        raise InputError(f"{path} has {len(lines)} lines of text: expected what prompts call the person (a woman), and "
+                         "at most one more that describes them for scorers")
+    return dict(zip(("called", "description"), lines, strict=False))
 
 
 def _visible(folder: Path) -> list[Path]:

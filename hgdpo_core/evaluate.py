@@ -14,7 +14,7 @@ from hgdpo_core.images import decode_image
 from hgdpo_core.metrics import ColourShift, WinRate, paired_scores, win_rate
 from hgdpo_core.models import Model
 from hgdpo_core.parallel import thread_map
-from hgdpo_core.prompts import concept_of, prompt_id
+from hgdpo_core.prompts import caption_of, concept_of, prompt_id
 from hgdpo_core.scorers import defect_limit
 from hgdpo_core.stages.identities import people_of, read_distances
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
@@ -115,7 +115,7 @@ def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapp
     identity = {"target": target.folder.key, "tuned": tuned.folder.key, "prompts": list(prompts),
                 "scores": {name: [target_scores[name].key, tuned_scores[name].key] for name in target_scores}}
     if faces is not None:
-        identity |= {"concepts": people_of(prompts), "margin": faces.margin,
+        identity |= {"concepts": people_of(prompts), "captions": list(map(caption_of, prompts)), "margin": faces.margin,
                      "identities": {name: [folder.key for folder in both] for name, both in faces.folders.items()}}
     evaluation_id = f"{len(prompts)}-{content_hash(identity)}"
     before = {name: image_scores(folder, target, prompts) for name, folder in target_scores.items()}

@@ -2,7 +2,7 @@
 gradients, and a judge who knows them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,15 @@ def attention_shapes(unet: UNet2DConditionModel) -> Shapes:
 
 def save_ip_adapter(path: Path, unet: Any, layout: str, *, embedding: int = ENCODER["projection_dim"],
                     tokens: int = ENCODER["hidden_size"], dtype: torch.dtype = torch.float32,
-                    fill: Callable[..., torch.Tensor] = torch.randn) -> Path:
+                    scale: float = 0.2) -> Path:
     """An IP-Adapter as a file of the public layout."""
     generator = torch.Generator().manual_seed(5)
     shapes = {**{f"image_proj.{name}": shape for name, shape in image_shapes(
         layout, unet.config.cross_attention_dim, embedding, tokens).items()},
         **{f"ip_adapter.{name}": shape for name, shape in attention_shapes(unet).items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: (0.2 * fill(shape, generator=generator)).to(dtype) if fill is torch.randn else
-               fill(shape, dtype=dtype) for name, shape in shapes.items()}, path)
+    save_file({name: (scale * torch.randn(shape, generator=generator)).to(dtype) if scale else
+               torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}, path)
     return path
 
 

@@ -24,7 +24,7 @@ from hgdpo_core.models.personaliser import PersonalText
 from hgdpo_core.models.sampling import initial_noise, sample_latents
 from hgdpo_core.parallel import count_threads, parallel_map
 from hgdpo_core.progress import ShouldStop, never_stop
-from hgdpo_core.prompts import concept_of, image_seed, prompt_id
+from hgdpo_core.prompts import caption_of, concept_of, image_seed, prompt_id
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ class ImageGenerator:
     def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
         """Rows of SCHEMA for every candidate of the prompts: in order, but prompts with longer embeddings last.
 
-        Beside those columns: `in_float32`, whether the image could be decoded in float32 only; `concept`, None without.
+        Beside those columns: `in_float32`, whether the image could be decoded in float32 only; `concept` and `caption`,
+        None without.
 
         Batches cross prompts of equally long embeddings and are cut at fixed positions, so a shard gives the same bits.
         One batch is encoded while the next is sampled; on a CPU a small model samples a batch per core.
@@ -136,8 +137,9 @@ class ImageGenerator:
         return attention_by(self.sampler.attention)
 
     def _row(self, prompt: str, index: int, pixels: np.ndarray, in_float32: bool) -> dict:
-        return {"prompt_id": prompt_id(prompt), "prompt": prompt, "concept": concept_of(prompt), "index": index,
-                "seed": self.seed(prompt, index), "image": encode_image(pixels, self.pool.image_format),
+        return {"prompt_id": prompt_id(prompt), "prompt": prompt, "concept": concept_of(prompt),
+                "caption": caption_of(prompt), "index": index, "seed": self.seed(prompt, index),
+                "image": encode_image(pixels, self.pool.image_format),
                 "width": self.sampler.width, "height": self.sampler.height, "in_float32": in_float32}
 
 

@@ -11,7 +11,7 @@ from hgdpo_core.prompts.lists import (
     read_prompts,
     save_prompts,
 )
-from hgdpo_core.prompts.samples import Sample, as_sample, concept_of
+from hgdpo_core.prompts.samples import PERSON, Sample, as_sample, caption_of, concept_of
 
-__all__ = ["PromptList", "Sample", "as_sample", "clean_prompts", "concept_of", "image_seed", "load_prompts",
-           "prompt_id", "read_prompts", "save_prompts"]
+__all__ = ["PERSON", "PromptList", "Sample", "as_sample", "caption_of", "clean_prompts", "concept_of", "image_seed",
+           "load_prompts", "prompt_id", "read_prompts", "save_prompts"]

@@ -2,27 +2,34 @@
 
 from typing import Any
 
+PERSON = "{person}"
+"""In a prompt: stands for what a concept calls its person."""
+
 
 class Sample(str):
     """A prompt with a concept: its text wherever text is read, but another sample for each concept.
 
-    `concept` is the concept's id. Two samples are equal, and have one id and one seed, where text and concept are. A
-    plain str is a sample without a concept; ids and seeds of those stay what they were.
+    Two samples are equal, and have one id and one seed, where text, concept and caption are. A plain str is a sample
+    without a concept; ids and seeds of those stay what they were.
     """
 
-    __slots__ = ("concept",)
+    __slots__ = ("caption", "concept")
 
     concept: str
+    """The concept's id."""
+    caption: str | None
+    """What scorers read instead of the text, which leaves to the concept's image how the person looks."""
 
-    def __new__(cls, text: str, concept: str) -> "Sample":
+    def __new__(cls, text: str, concept: str, caption: str | None = None) -> "Sample":
         sample = super().__new__(cls, text)
-        sample.concept = concept
+        sample.concept, sample.caption = concept, caption
         return sample
 
     @property
     def key(self) -> str:
-        """What ids and seeds are made of; no prompt holds the zero byte and 16 hex digits by accident."""
-        return f"{str(self)}\0{self.concept}"
+        """What ids and seeds are made of."""
+        parts = (str(self), self.concept, *(() if self.caption is None else (self.caption,)))
+        return "\0".join(parts)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sample) and self.key == other.key
@@ -34,7 +41,7 @@ class Sample(str):
         return hash(self.key)
 
     def __reduce__(self) -> Any:
-        return Sample, (str(self), self.concept)
+        return Sample, (str(self), self.concept, self.caption)
 
 
 def sample_key(prompt: str) -> str:
@@ -47,6 +54,11 @@ def concept_of(prompt: str) -> str | None:
     return prompt.concept if isinstance(prompt, Sample) else None
 
 
-def as_sample(text: str, concept: str | None) -> str:
+def caption_of(prompt: str) -> str | None:
+    """What scorers read of a sample, where that is not its text."""
+    return prompt.caption if isinstance(prompt, Sample) else None
+
+
+def as_sample(text: str, concept: str | None, caption: str | None = None) -> str:
     """The sample of a text and a concept's id; the text itself without a concept."""
-    return text if concept is None else Sample(text, concept)
+    return text if concept is None else Sample(text, concept, caption)

@@ -20,7 +20,7 @@ from hgdpo_core.models.image_generator import ImageGenerator, chunks
 from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.models.racing import Ended, Score, race, relative_cost
 from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.prompts import as_sample, concept_of, prompt_id
+from hgdpo_core.prompts import as_sample, caption_of, concept_of, prompt_id
 from hgdpo_core.prompts.samples import sample_key
 from hgdpo_core.scorers import find_scorer, load_configured_scorer
 from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, shards_like
@@ -38,8 +38,8 @@ ENDED_SCHEMA = pa.schema([
     ("prompt_id", pa.string()), ("prompt", pa.string()), ("index", pa.int32()), ("seed", pa.int64()),
     ("step", pa.int32()), ("score", pa.float32()), ("reason", pa.string()),
 ])
-CONCEPT = pa.field("concept", pa.string())
-"""A further column of tables of samples that have one."""
+CONCEPT, CAPTION = pa.field("concept", pa.string()), pa.field("caption", pa.string())
+"""Further columns of tables of samples with concepts; a caption is what scorers read where that is not the prompt."""
 PLAN_SCHEMA = pa.schema([("shard", pa.int32()), ("prompt_id", pa.string()), ("prompt", pa.string())])
 
 
@@ -286,7 +286,8 @@ def _recover_plan(folder: ShardFolder, manifests: Mapping[int, ShardManifest],
         if not texts.keys() & set(ids):
             continue
         if not texts.keys() >= set(ids):
-            columns = ["prompt_id", "prompt", *(["concept"] if "concept" in manifest.columns else [])]
+            further = [name for name in (CONCEPT.name, CAPTION.name) if name in manifest.columns]
+            columns = ["prompt_id", "prompt", *further]
             rows = folder.read_columns(index, columns, manifest=manifest)
             texts = dict(zip(rows["prompt_id"].to_pylist(), read_samples(rows), strict=True))
         shards.append(PlannedShard(index, tuple(texts[key] for key in ids)))
@@ -297,14 +298,15 @@ def _write_plan(store: Store, key: str, shards: Sequence[PlannedShard]) -> None:
     rows = [(shard.index, prompt) for shard in shards for prompt in shard.prompts]
     schema = with_concepts(PLAN_SCHEMA, [prompt for _, prompt in rows])
     table = pa.Table.from_pylist([{"shard": index, "prompt_id": prompt_id(prompt), "prompt": prompt,
-                                   "concept": concept_of(prompt)} for index, prompt in rows], schema=schema)
+                                   "concept": concept_of(prompt), "caption": caption_of(prompt)}
+                                  for index, prompt in rows], schema=schema)
     named = [(index, sample_key(prompt)) for index, prompt in rows]
     write_table(store, f"{key}/plan/{shards[0].index:05d}-{content_hash(named)}.parquet", table)
 
 
 def with_concepts(schema: pa.Schema, prompts: Iterable[str]) -> pa.Schema:
-    """The columns of a table of prompts, with one for their concepts where some have one."""
-    return schema.append(CONCEPT) if any(concept_of(prompt) for prompt in prompts) else schema
+    """The columns of a table of prompts, with those for concepts where some have one."""
+    return schema.append(CONCEPT).append(CAPTION) if any(map(concept_of, prompts)) else schema
 
 
 def read_samples(table: pa.Table) -> list[str]:
@@ -312,4 +314,13 @@ def read_samples(table: pa.Table) -> list[str]:
     prompts = table["prompt"].to_pylist()
     if CONCEPT.name not in table.column_names:
         return prompts
-    return [as_sample(*row) for row in zip(prompts, table[CONCEPT.name].to_pylist(), strict=True)]
+    columns = (table[name].to_pylist() for name in (CONCEPT.name, CAPTION.name))
+    return list(map(as_sample, prompts, *columns))
+
+
+def read_captions(table: pa.Table) -> list[str]:
+    """What scorers read of each row: its caption where it has one, else its prompt."""
+    prompts = table["prompt"].to_pylist()
+    if CAPTION.name not in table.column_names:
+        return prompts
+    return [caption or prompt for prompt, caption in zip(prompts, table[CAPTION.name].to_pylist(), strict=True)]

@@ -98,7 +98,8 @@ class EvaluationPairs:
     def keys(self) -> list[str]:
         """The prompts, of a personalised comparison each with its person."""
         prompts = self.config["prompts"]
-        return list(map(as_sample, prompts, self.config.get("concepts") or [None] * len(prompts)))
+        nothing = [None] * len(prompts)
+        return list(map(as_sample, prompts, *(self.config.get(name, nothing) for name in ("concepts", "captions"))))
 
     def read(self, keys: Sequence[str]) -> Iterator[Candidate | str]:
         """The prompts' pairs."""

@@ -19,10 +19,11 @@ from hgdpo_core.comparison_run import open_comparison, plan_comparison
 from hgdpo_core.concepts import Concept, crop_face, load_concept, read_concepts, save_concept
 from hgdpo_core.config import JudgeConfig, PoolConfig
 from hgdpo_core.errors import ConfigError, HGDPOError, InputError, ModelError
-from hgdpo_core.images import encode_image
+from hgdpo_core.images import decode_image, encode_image
 from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.prompts import Sample, image_seed, prompt_id
 from hgdpo_core.report.summary import write_comparison_report
+from hgdpo_core.scorers import load_scorer
 from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.identities import SCHEMA, IdentityStage, read_distances
 from hgdpo_core.stages.pool import SCHEMA as POOL_SCHEMA
@@ -210,6 +211,31 @@ def test_a_stored_concept_is_the_same_and_no_other(tmp_path):
     store.write_bytes(f"concepts/{concept.id}/image-001", b"three")
     with pytest.raises(HGDPOError, match="holds other images than those of its id"):
         load_concept(store, concept.id)
+
+
+def test_what_prompts_and_scorers_call_a_person(tmp_path, compare, judge_folder):
+    people = tiny_adapters.save_people(tmp_path / "named", 2)
+    (people / "person-0.txt").write_text("a woman\n\na woman with red hair\n")
+    (tmp_path / "prompts.txt").write_text("{person} waves\na street\n")
+    run = compare(concepts=str(people))
+    assert run.people.describe() == "2 people by 2 images"
+    first, second = (person.id for person in run.people.concepts)
+    assert list(run.samples) == [
+        Sample("a woman waves", first, "a woman with red hair waves"), Sample("a street", first),
+        Sample("a person waves", second), Sample("a street", second)]
+    assert len(set(map(prompt_id, run.samples))) == 4
+    plans = pipeline.generate_evaluation(run, {"target": run.target})
+    scores = pipeline.score_evaluation(run, plans)["target"]["pickscore"]
+    rows, scored = plans["target"].folder.read(0).to_pylist(), scores.read(0).to_pylist()
+    assert [row["caption"] for row in rows] == ["a woman with red hair waves", None, None, None]
+    scorer = load_scorer("pickscore", source=str(judge_folder))
+    expected = scorer.score([decode_image(row["image"]) for row in rows],
+                            ["a woman with red hair waves", *(row["prompt"] for row in rows[1:])])
+    assert [row["score"] for row in scored] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert scored[0]["score"] != pytest.approx(scorer.score([decode_image(rows[0]["image"])], ["a woman waves"]).item())
+    (people / "person-1.txt").write_text("a\nb\nc")
+    with pytest.raises(InputError, match="person-1.txt has 3 lines of text"):
+        read_concepts(people)
 
 
 @pytest.mark.parametrize(("box", "expected"), [

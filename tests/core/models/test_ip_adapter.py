@@ -7,6 +7,7 @@ import pytest
 import tiny
 import tiny_adapters
 import torch
+from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
@@ -130,12 +131,18 @@ def test_a_prompt_without_a_concept_is_refused(folder, target, people):
         generate(model, [Sample("a man", "0000")], people)
 
 
+def sd15_unet():
+    """The architecture alone."""
+    with init_empty_weights():
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SD15_CONFIGS / "unet"))
+
+
 @pytest.mark.parametrize("layout", tiny_adapters.LAYOUTS)
 def test_the_public_files_of_sd15_fit_it(layout, tmp_path, target):
     """The exact shapes: 768 wide text, ViT-H/14 with 1280 wide tokens and a 1024 wide embedding; only headers count."""
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SD15_CONFIGS / "unet"))
+    unet = sd15_unet()
     file = tiny_adapters.save_ip_adapter(tmp_path / "adapter.safetensors", unet, layout, embedding=1024, tokens=1280,
-                                         dtype=torch.float16, fill=torch.zeros)
+                                         dtype=torch.float16, scale=0)
     assert len(tiny_adapters.attention_shapes(unet)) == 32
     tiny_adapters.save_encoder(tmp_path / "image_encoder", hidden_size=1280, num_attention_heads=16,
                                num_hidden_layers=1, projection_dim=1024)
@@ -192,3 +199,30 @@ def test_broken_weights_are_refused_when_they_load(folder, target, tmp_path):
 
     with pytest.raises(ModelError, match="holds NaN or infinity in adapter's image_proj.latents"):
         load_backbone(replace(target, personaliser=find_adapter(change(tmp_path, folder, edit), target)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", tiny_adapters.LAYOUTS)
+def test_full_size_images_are_those_of_plain_diffusers(layout, tmp_path, people):
+    """SD 1.5's own UNet with random weights, and an adapter of the public shapes: one small image, two steps."""
+    target = find_model(TargetConfig(source=str(tiny.save_wide_target(tmp_path / "target")), dtype="float32"))
+    tiny_adapters.save_ip_adapter(tmp_path / "adapter.safetensors", sd15_unet(), layout, embedding=1024, tokens=1280,
+                                  scale=0.1)
+    tiny_adapters.save_encoder(tmp_path / "image_encoder", hidden_size=1280, num_attention_heads=16,
+                               projection_dim=1024)
+    sample = Sample(PROMPTS[0], people[0].id)
+    ours = generate(personal(target, tmp_path / "adapter.safetensors", strength=1.0), [sample], people)
+    (seed, pixels), = ours.values()
+    plain = load_pipeline(target)
+    bare = np.asarray(plain_image(plain, seed))
+    plain.load_ip_adapter(str(tmp_path), subfolder="", weight_name="adapter.safetensors",
+                          image_encoder_folder="image_encoder")
+    image = np.asarray(plain_image(plain, seed, ip_adapter_image=people[0].pictures()[0]))
+    assert np.abs(image.astype(int) - pixels).max() <= 1
+    assert np.abs(image.astype(int) - bare).max() > 1  # the adapter does something
+
+
+def plain_image(pipeline, seed, **adapter):
+    pipeline.scheduler = make_scheduler(pipeline.scheduler.config)
+    return pipeline(PROMPTS[0], width=32, height=32, num_inference_steps=3, guidance_scale=3.0,
+                    generator=torch.Generator().manual_seed(seed), **adapter).images[0]
