@@ -53,12 +53,24 @@ class ComparisonRun:
     @property
     def samples(self) -> tuple[str, ...]:
         """What images are generated for: the prompts, or each person with all or some of them."""
+        people = (None,) if self.people is None else self.people.concepts
+        return tuple(person.sample(prompt) if person else prompt
+                     for person, prompts in zip(people, self._prompts_of_people, strict=True) for prompt in prompts)
+
+    @property
+    def sample_prompts(self) -> tuple[str, ...]:
+        """The prompt of each sample, as it was written."""
+        return tuple(prompt for prompts in self._prompts_of_people for prompt in prompts)
+
+    @property
+    def _prompts_of_people(self) -> list[Sequence[str]]:
+        """The prompts of each person, in turn others where there are not all for each."""
         prompts = self.evaluation_prompts.prompts
         if self.people is None or self.config.concepts is None:
-            return prompts
+            return [prompts]
         count = min(self.config.concepts.prompts_per_concept or len(prompts), len(prompts))
-        return tuple(person.sample(prompts[(number * count + place) % len(prompts)])
-                     for number, person in enumerate(self.people.concepts) for place in range(count))
+        return [[prompts[(number * count + place) % len(prompts)] for place in range(count)]
+                for number in range(len(self.people.concepts))]
 
     @property
     def models(self) -> dict[str, Model]:

@@ -119,7 +119,7 @@ def read_concepts(folder: str | Path, images_per_concept: int | None = None,
                        surplus=listed - sum(len(found) for found in used.values()))
 
 
-def _read_words(path: Path) -> dict[str, str]:
+def _read_words(path: Path) -> dict[str, Any]:
     """What a person is called and how they are described; {} without a text."""
     if not path.is_file():
         return {}

@@ -124,7 +124,8 @@ def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapp
         look_at_images(plan, prompts) for plan in (target, tuned))
     result = Comparison(
         evaluation_id, list(prompts),
-        {name: _win_rate(after[name], before[name], prompts) for name in before},
+        {name: faces.win_rate(after[name], before[name], prompts) if faces else win_rate(after[name], before[name])
+         for name in before},
         {name: scores.mean(axis=1).tolist() for name, scores in before.items()},
         {name: scores.mean(axis=1).tolist() for name, scores in after.items()},
         tuned_colours.total().shift_from(target_colours.total()), tuned.model.lora and tuned.model.lora.weight,
@@ -146,26 +147,27 @@ def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapp
     return result
 
 
-def _win_rate(after: np.ndarray, before: np.ndarray, prompts: Sequence[str]) -> WinRate:
-    """Of scores [P, K]: exact over prompts; of samples with concepts over people and prompts, both of which recur."""
-    if not any(map(concept_of, prompts)):
-        return win_rate(after, before)
-    a, b = (side.mean(axis=1) for side in paired_scores("win_rate", after, before))
-    return clustered_win_rate(a > b, a < b, int((a == b).sum()), people_of(prompts), list(map(str, prompts)))
-
-
 @dataclass(frozen=True)
 class FacePairs:
-    """Identity distances of both models' images: name of the judge -> folders of target and tuned model."""
+    """What a personalised comparison has beside scores: both models' identity distances, and what recurs in samples."""
 
     folders: Mapping[str, tuple[ShardFolder, ShardFolder]]
+    """Name of the judge -> distances of target and tuned model."""
+    prompts: Sequence[str]
+    """Of each sample, as they were written: with one person's words or another's a prompt is the same."""
     margin: float
+
+    def win_rate(self, after: np.ndarray, before: np.ndarray, samples: Sequence[str]) -> WinRate:
+        """Of scores [P, K], with its interval over people and prompts."""
+        a, b = (side.mean(axis=1) for side in paired_scores("win_rate", after, before))
+        return clustered_win_rate(a > b, a < b, int((a == b).sum()), people_of(samples), self.prompts)
 
     def changes(self, target: PoolPlan, tuned: PoolPlan, samples: Sequence[str]) -> dict[str, IdentityChange]:
         """What each judge finds."""
-        people, texts = people_of(samples), list(map(str, samples))
+        people = people_of(samples)
         return {name: identity_change(read_distances(before, target, samples), read_distances(after, tuned, samples),
-                                      people, texts, self.margin) for name, (before, after) in self.folders.items()}
+                                      people, self.prompts, self.margin)
+                for name, (before, after) in self.folders.items()}
 
 
 def image_scores(scores: ShardFolder, plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:

@@ -257,7 +257,7 @@ def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], sco
     faces = None
     if identities is not None and isinstance(run, ComparisonRun) and run.config.concepts is not None:
         faces = FacePairs({name: (folder, identities[tuned][name]) for name, folder in identities["target"].items()},
-                          run.config.concepts.margin)
+                          run.sample_prompts, run.config.concepts.margin)
     return compare(run.store, images["target"], images[tuned], scores["target"], scores[tuned], run.samples,
                    run.config.evaluation, faces)
 

@@ -224,6 +224,7 @@ def test_what_prompts_and_scorers_call_a_person(tmp_path, compare, judge_folder)
         Sample("a woman waves", first, "a woman with red hair waves"), Sample("a street", first),
         Sample("a person waves", second), Sample("a street", second)]
     assert len(set(map(prompt_id, run.samples))) == 4
+    assert run.sample_prompts == ("{person} waves", "a street") * 2
     plans = pipeline.generate_evaluation(run, {"target": run.target})
     scores = pipeline.score_evaluation(run, plans)["target"]["pickscore"]
     rows, scored = plans["target"].folder.read(0).to_pylist(), scores.read(0).to_pylist()
