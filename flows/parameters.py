@@ -177,7 +177,7 @@ WORLDS = Parameter("worlds", "plain: the run's own scorer ranks the pools; tinte
                    "warm tints; default: both for a built-in scorer, plain otherwise", kind="several", metavar="WORLD")
 COMPARISONS = Parameter("comparisons", "which tables and charts of the paper to measure: pool_size, loser_rank, "
                         "dataset_size, statistics, beta, lora_weight; default: these. Only by name: length "
-                        "(of training), baselines (Table 1)", kind="several", metavar="NAME")
+                        "(of training), baselines (Table 1), personalised (Table 4)", kind="several", metavar="NAME")
 SPLIT = Parameter("split", "built-in prompts to measure on: test, or validation to choose settings by", "test")
 ABLATE = (*INPUTS, SEEDS, WORLDS, COMPARISONS, SPLIT, PLAN_ONLY, SHARD_RUNNER)
 

@@ -119,7 +119,7 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
         raise ConfigError(f"lora_weights is {list(config.lora_weights)}, but the tuned model {tuned} is not a LoRA: "
                           "leave it out")
     require_scorers(config.evaluation.scorers, option="--scorers ")
-    people, detector = (None, None) if config.concepts is None else _open_people(config.concepts)
+    people, detector = (None, None) if config.concepts is None else open_people(config.concepts)
     store.check_writable()
     options = {"preset": preset, "root": store.root, "target": target, "tuned": tuned, "base": base, "prompts": prompts,
                "images-per-prompt": images_per_prompt, "lora-weight": lora_weight,
@@ -177,7 +177,7 @@ def _concept_settings(preset: str, concepts: str | None, personaliser: str | Non
             "judges": tuple(judges or (DEFAULT_JUDGES.get(preset, "sface"),))}
 
 
-def _open_people(config: ConceptsConfig) -> tuple[ConceptList, Path | None]:
+def open_people(config: ConceptsConfig) -> tuple[ConceptList, Path | None]:
     """The people, each with a face where one is needed, and the detector that found it; the judges are there too."""
     for judge in config.judges:
         locate_judge(judge)
