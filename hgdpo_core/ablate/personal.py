@@ -134,6 +134,7 @@ def personal_run(ablation: Ablation, target: Model, tuned: Model) -> ComparisonR
         sampler=run.config.sampler, evaluation=run.config.evaluation, workers=run.config.workers,
         pool=DrawingConfig.model_validate(run.config.pool.model_dump(include=set(DrawingConfig.model_fields))))
     adapter = find_adapter(settings.concepts.personaliser, target)
-    both = (replace(model, personaliser=adapter) for model in (target, tuned))
-    return ComparisonRun(config, run.store, ablation.ablation_id, *both, (), ablation.concept_prompts, ablation.command,
-                         ablation.people, ablation.detector)
+    return ComparisonRun(
+        config, run.store, ablation.ablation_id, replace(target, personaliser=adapter),
+        replace(tuned, personaliser=adapter), (), ablation.concept_prompts, ablation.command, ablation.people,
+        ablation.detector)

@@ -254,10 +254,10 @@ def _personal_table(personal: Personal) -> AblationTable:
                      NOTHING if published is None else f"{published:.2f}"))
     samples, trainings = len(personal.people.of_vote), len(next(iter(personal.gains.values())))
     notes = (
-        f"{personal.people.count} people, {personal.prompts.count} prompts, {samples} samples of each model, {trainings} "
-        "trainings; intervals by resampling people, prompts and trainings, which errs towards wide. By a scorer: how "
-        "often the image with the LoRA scores above the one without; by a judge of identity: how often its face is "
-        "nearer to the person.",
+        f"{personal.people.count} people, {personal.prompts.count} prompts, {samples} samples of each model, "
+        f"{trainings} trainings; intervals by resampling people, prompts and trainings, which errs towards wide. By a "
+        "scorer: how often the image with the LoRA scores above the one without; by a judge of identity: how often its "
+        "face is nearer to the person.",
         f"Identity is kept where the whole 90 % interval is within 50 ± {100 * personal.margin:g} %, which was set "
         "before the images were seen, and changed where all of it is outside. The control: how often the judge prefers "
         "the target's image with the adapter on to that with it off; at "
