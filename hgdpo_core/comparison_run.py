@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hgdpo_core import __version__
+from hgdpo_core.built_in import SOURCE, is_built_in
 from hgdpo_core.concepts import ConceptList, read_concepts, save_concept
 from hgdpo_core.config import ComparisonConfig, ConceptsConfig, DrawingConfig, RunConfig
 from hgdpo_core.config.base import apply_overrides, content_hash, validate
@@ -27,8 +28,7 @@ from hgdpo_core.scorers import require_scorers
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.roots import default_root
 
-DEFAULT_JUDGES = {"figures": "figures"}
-"""By preset; sface for any other."""
+DEFAULT_JUDGE = "sface"
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,11 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
     changes = {"images_per_prompt": images_per_prompt, "lora_weight": lora_weight,
                "prompts": None if prompts is None else {"source": prompts}}
     # a preset requires training prompts too; nothing here reads them
-    config = _build(build_config(preset, target=target, prompts=prompts or PARTI_PROMPTS), scorers, changes,
+    base_config = build_config(preset, target=target, prompts=prompts or PARTI_PROMPTS)
+    config = _build(base_config, scorers, changes,
                     {"tuned": tuned, "base": base, "target_lora_weight": target_lora_weight,
                      "lora_weights": tuple(lora_weights or ()),
-                     "concepts": _concept_settings(preset, concepts, personaliser, judges)})
+                     "concepts": _concept_settings(base_config, concepts, personaliser, judges)})
     if overrides:
         config = apply_overrides(config, overrides)
     store = Store(default_root() if root is None else root)
@@ -161,7 +162,7 @@ def _build(preset: RunConfig, scorers: Sequence[str] | None, evaluation: Mapping
         "evaluation": {**preset.evaluation.model_dump(), **changes}, "workers": preset.workers.model_dump()})
 
 
-def _concept_settings(preset: str, concepts: str | None, personaliser: str | None,
+def _concept_settings(config: RunConfig, concepts: str | None, personaliser: str | None,
                       judges: Sequence[str] | None) -> dict[str, Any] | None:
     """The settings of a personalised comparison; InputError where only a part of it is given."""
     if concepts is None:
@@ -174,7 +175,7 @@ def _concept_settings(preset: str, concepts: str | None, personaliser: str | Non
         raise InputError("concepts are given without a personaliser: give an IP-Adapter for SD 1.5, such as "
                          "ip-adapter-plus-face_sd15.safetensors of h94/IP-Adapter, or one that was trained here")
     return {"source": concepts, "personaliser": {"source": personaliser},
-            "judges": tuple(judges or (DEFAULT_JUDGES.get(preset, "sface"),))}
+            "judges": tuple(judges or (SOURCE if is_built_in(config.target.source) else DEFAULT_JUDGE,))}
 
 
 def open_people(config: ConceptsConfig) -> tuple[ConceptList, Path | None]:

@@ -4,9 +4,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from hgdpo_core.built_in import SOURCE
 from hgdpo_core.config.base import NO_ID, StageConfig, number
 
-JUDGE_NAMES = ("sface", "arcface", "vggface", "figures")
+JUDGE_NAMES = ("sface", "arcface", "vggface", SOURCE)
 
 
 class PersonaliserConfig(StageConfig):
