@@ -14,6 +14,7 @@ from hgdpo_core.config.concepts import JudgeConfig as JudgeConfig
 from hgdpo_core.config.concepts import PersonaliserConfig as PersonaliserConfig
 from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.config.training import AlignPropConfig, DpoConfig, SftConfig
+from hgdpo_core.config.training import InstantBoothConfig as InstantBoothConfig
 from hgdpo_core.config.training import LoraConfig as LoraConfig
 from hgdpo_core.config.training import TrainingConfig as TrainingConfig
 from hgdpo_core.config.training import WinnersConfig as WinnersConfig

@@ -157,6 +157,14 @@ class ClipText:
     def count_cut(self, captions: Sequence[str]) -> int:
         return sum(len(ids) > self.chunk_length for ids in self._pipeline.tokenizer(list(captions)).input_ids)
 
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The token behind each row of each prompt's embedding, as `encode` makes it."""
+        return [self.reader.token_ids(prompt) for prompt in prompts]
+
+    def single_token(self, word: str) -> int:
+        """The id of a word that is one token; ModelError for one that is more."""
+        return self.reader.single_token(word)
+
     def reading(self, syntax: PromptSyntax) -> "ClipText":
         return ClipText(self._pipeline, self._model.reading(syntax))
 
