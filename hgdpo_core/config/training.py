@@ -74,6 +74,8 @@ class InstantBoothConfig(TrainingConfig):
                                        "shut", "none", default=1e-3, gt=0, le=1)
     batch_size: int = number("images of a process together", "images", default=16, ge=1)
     max_steps: int | None = number("length of the training; overrides epochs", "optimizer steps", default=40_000, ge=1)
+    image_encoder: str | None = Field(default=None, description="folder of a CLIP image encoder, which is frozen and "
+                                      "kept with the adapter, as CLIP ViT-L/14's")
     concept_word: str = Field(default="sks", description="the word before the person in captions and prompts; one "
                               "token, which nothing else uses")
 

@@ -27,10 +27,10 @@ class IdentityNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 24, 5, 2, 2)
-        self.blocks = nn.Sequential(Block(24, 32, 1), Block(32, 64, 2), Block(64, 96, 2), Block(96, 96, 1))
-        self.norm = nn.GroupNorm(8, 96)
-        self.embedding = nn.Linear(96 * 16, EMBEDDING)
+        self.stem = nn.Conv2d(3, 16, 5, 2, 2)
+        self.blocks = nn.Sequential(Block(16, 32, 2), Block(32, 48, 1), Block(48, 64, 2))
+        self.norm = nn.GroupNorm(8, 64)
+        self.embedding = nn.Linear(64 * 16, EMBEDDING)
         self.heads = nn.Linear(EMBEDDING, sum(SIZES))
 
     def features(self, images: Tensor) -> Tensor:

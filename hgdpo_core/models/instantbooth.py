@@ -26,7 +26,7 @@ from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from hgdpo_core.errors import ModelError, first_line
-from hgdpo_core.models.backbone import Backbone, Conditioning, TextConditioner
+from hgdpo_core.models.backbone import Backbone, Conditioning, Denoiser, TextConditioner
 from hgdpo_core.models.files import read_config
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.model import Model
@@ -121,6 +121,8 @@ class ConceptNetwork(nn.Module):
 class PassThrough(nn.Module):
     """In the place of diffusers' network of box positions: the blocks get what it is given."""
 
+    denoiser: "tuple[InstantBoothDenoiser]"
+
     def forward(self, objs: Any) -> Any:
         return objs
 
@@ -128,10 +130,11 @@ class PassThrough(nn.Module):
 class InstantBoothDenoiser(UnetDenoiser):
     """A UNet that reads a concept beside the text; without one, it computes as it did before."""
 
-    def __init__(self, network: Any, concepts: ConceptNetwork):
+    def __init__(self, network: Any, concepts: ConceptNetwork, encoder: "ImageEncoder"):
         super().__init__(network)
-        self.concepts = concepts
+        self.concepts, self.encoder = concepts, encoder
         concepts.put_into(network)
+        network.position_net.denoiser = (self,)  # no submodule: it would be its own
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         if STATES in conditioning.extra:
@@ -147,6 +150,11 @@ class InstantBoothDenoiser(UnetDenoiser):
             return {}
         tokens = self.concepts.tokens(conditioning.extra[STATES])
         return {"cross_attention_kwargs": {"gligen": {"objs": (tokens, conditioning.extra[STRENGTHS][:, :1, None])}}}
+
+
+def attached_adapter(denoiser: Denoiser) -> InstantBoothDenoiser:
+    """What reads the adapter that was put into a denoiser's network."""
+    return denoiser.network.position_net.denoiser[0]
 
 
 class ImageEncoder:
@@ -196,15 +204,18 @@ SMALL_IMAGE = 64
 # -- an adapter's folder
 
 
-def save_instantbooth(concepts: ConceptNetwork, encoder: ImageEncoder, folder: Path, *, half: bool = False) -> None:
-    """Write an adapter: its config, its weights as safetensors, and the image encoder that it reads."""
+def save_instantbooth(concepts: ConceptNetwork, encoder: ImageEncoder, folder: Path) -> None:
+    """Write an adapter, as float32 safetensors with its config, and the image encoder that it reads."""
+    save_concepts(concepts, folder)
+    encoder.network.save_pretrained(folder / ENCODER)
+
+
+def save_concepts(concepts: ConceptNetwork, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write an adapter without its image encoder."""
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = torch.float16 if half else torch.float32
     save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in concepts.state_dict().items()},
               folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(asdict(concepts.shape), indent=1) + "\n")
-    encoder.network.to(dtype).save_pretrained(folder / ENCODER)
-    encoder.network.to(torch.float32)
 
 
 def load_concepts(folder: Path) -> ConceptNetwork:
@@ -268,7 +279,7 @@ class InstantBooth(Personaliser):
         unet = backbone.denoiser.network
         concepts = load_concepts(self.adapter.path).to(unet.device, unet.dtype)
         self.encoder.network.to(unet.device)
-        denoiser = InstantBoothDenoiser(unet, concepts)
+        denoiser = InstantBoothDenoiser(unet, concepts, self.encoder)
         return replace(backbone, denoiser=denoiser.eval().requires_grad_(False))
 
     def encode(self, images: Sequence[Image.Image]) -> ConceptEmbedding:
@@ -301,11 +312,17 @@ class InstantBooth(Personaliser):
 
 def concept_places(text: TextConditioner, prompts: Sequence[str], word: str) -> list[torch.Tensor]:
     """Where each prompt has the concept's word, bool [L]; ModelError for a prompt without it."""
-    assert isinstance(text, ClipText), "an InstantBooth adapter is one of Stable Diffusion 1.x"
-    token = text.single_token(word)
+    token = require_word(text, word)
+    assert isinstance(text, ClipText)
     found = [torch.tensor([each == token for each in ids]) for ids in text.token_ids(prompts)]
     missing = next((prompt for prompt, where in zip(prompts, found, strict=True) if not where.any()), None)
     if missing is not None:
         raise ModelError(f"the prompt {str(missing)!r:.80} has no word {word}: expected it before the person, as in "
                          f'"a {word} woman, waving, in a park"')
     return found
+
+
+def require_word(text: TextConditioner, word: str) -> int:
+    """The token of a concept's word; ModelError where it is more than one token."""
+    assert isinstance(text, ClipText), "an InstantBooth adapter is one of Stable Diffusion 1.x"
+    return text.single_token(word)

@@ -64,10 +64,11 @@ class TextEncoder:
         return ids + [self._tokenizer.pad_token_id] * (len(self._negative) - len(ids))
 
     def single_token(self, word: str) -> int:
-        """The id of a word that is one token; ModelError for one that is more."""
+        """The id of a word that is one token; ModelError for one that is more, or unknown."""
         ids = self._tokenizer(word, add_special_tokens=False).input_ids
-        if len(ids) != 1:
-            raise ModelError(f"{word!r} is {len(ids)} tokens of this text encoder: expected a word that is one token")
+        if len(ids) != 1 or ids[0] in self._tokenizer.all_special_ids:
+            raise ModelError(f"{word!r} is {len(ids)} tokens of this text encoder, or unknown: expected a word that is "
+                             "one token of its own")
         return ids[0]
 
     def _frames(self, prompt: str) -> tuple[Sequence[list[int]], Sequence[list[float]]]:

@@ -6,11 +6,12 @@ from typing import cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from ..dataset import HELD_OUT_SEED, to_model_range
+from ..dataset import to_model_range
 from ..identities import CONCEPT_PX, TRAITS, augment_concept, concept_image, draw_people, draw_view
 from .loop import Plan, in_batches, open_in_float32, save_tensors, train
 
@@ -70,12 +71,18 @@ def concept_images(split: str, count: int, *, seed: int, path: Path) -> tuple[Te
 
 def augmented(images: Tensor, rng: np.random.Generator) -> Tensor:
     """uint8 `[B,64,64,3]` to float32 `[B,3,64,64]` in [-1, 1], each augmented."""
-    from PIL import Image
     turned = [np.asarray(augment_concept(Image.fromarray(image), rng)) for image in images.numpy()]
     return to_model_range(np.stack(turned))
 
 
-def train_encoder(folder: Path, plan: Plan, *, images: int, seed: int, work: Path) -> None:
+@torch.no_grad()
+def evaluate_encoder(model: EncoderWithHeads, count: int, *, seed: int, path: Path) -> dict[str, float]:
+    """How often each trait of test people is read from their concept image."""
+    pictures, traits = concept_images("test", count, seed=seed, path=path)
+    return trait_accuracy(model(to_model_range(pictures.numpy()))[0], traits)
+
+
+def train_encoder(folder: Path, plan: Plan, *, images: int, seed: int, work: Path) -> EncoderWithHeads:
     """Train the encoder on concept images of people of its own split, and write it as a transformers folder in fp16."""
     seed += SEED
     pictures, traits = concept_images("encoder", images, seed=seed, path=work / "concepts.safetensors")
@@ -91,3 +98,5 @@ def train_encoder(folder: Path, plan: Plan, *, images: int, seed: int, work: Pat
     average = train(model, loss_of, plan, name="concept encoder", seed=seed, checkpoint=work / "checkpoint.pt")
     cast(CLIPVisionModel, nn.Module.half(average.encoder)).save_pretrained(folder)
     open_in_float32(folder)
+    nn.Module.float(average.encoder)
+    return average

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..dataset import to_model_range, to_pixels
 from ..identities import cut_out, distinct_people, draw_view
-from ..identity_judge import SIZES, IdentityNetwork, embed_people, save_identity_judge
+from ..identity_judge import IdentityNetwork, embed_people, save_identity_judge
+from .concept_encoder import trait_loss
 from .judge_data import augment
 from .loop import Plan, in_batches, save_tensors, train
 from .vae import decode, encode
 
-PLAN = Plan(steps=1500, batch=32, learning_rate=1e-3)
+PLAN = Plan(steps=600, batch=32, learning_rate=2e-3, warm_up=50, average=0.99)
 PEOPLE = 3000
 SEED = 4000  # apart from the other networks'
 TEMPERATURE = 0.1
@@ -42,7 +43,7 @@ def person_views(vae: AutoencoderKL, split: str, count: int, *, seed: int, path:
 
 
 def train_identity_judge(folder: Path, vae: AutoencoderKL, plan: Plan, *, people: int, seed: int,
-                         work: Path) -> None:
+                         work: Path) -> IdentityNetwork:
     """Train the judge on people of its own split, and write it."""
     seed += SEED
     images, traits = person_views(vae, "judge", people, seed=seed, path=work / "people.safetensors")
@@ -57,6 +58,7 @@ def train_identity_judge(folder: Path, vae: AutoencoderKL, plan: Plan, *, people
 
     average = train(network, loss_of, plan, name="identity judge", seed=seed, checkpoint=work / "checkpoint.pt")
     save_identity_judge(average, folder)
+    return average
 
 
 def contrast(first: Tensor, second: Tensor) -> Tensor:
@@ -64,12 +66,6 @@ def contrast(first: Tensor, second: Tensor) -> Tensor:
     closeness = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T / TEMPERATURE
     right = torch.arange(len(closeness))
     return (F.cross_entropy(closeness, right) + F.cross_entropy(closeness.T, right)) / 2
-
-
-def trait_loss(logits: Tensor, answers: Tensor) -> Tensor:
-    """Cross entropy of logits `[B, sum of SIZES]`, summed over the traits `[B,7]`."""
-    parts = logits.float().split(SIZES, dim=-1)
-    return torch.stack([F.cross_entropy(part, answers[:, i]) for i, part in enumerate(parts)]).sum()
 
 
 def evaluate_identity_judge(network: IdentityNetwork, vae: AutoencoderKL, count: int, *, seed: int,

@@ -9,14 +9,16 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 from hgdpo_core.config import InstantBoothConfig, TargetConfig
 from hgdpo_core.models import Backbone, find_model, load_backbone
 from hgdpo_core.models.instantbooth import (
+    ENCODER,
     ImageEncoder,
     InstantBoothDenoiser,
     concept_places,
-    save_instantbooth,
+    save_concepts,
 )
 from hgdpo_core.storage import Store
 from hgdpo_core.training.base import Hooks, TrainingResult
@@ -27,14 +29,12 @@ from hgdpo_core.training.loop import run_training
 
 from ..dataset import to_model_range
 from ..identities import CONCEPT_WORD, View, concept_image, draw_people, draw_view
-from .loop import in_batches, save_tensors
-from .vae import encode
+from .loop import Plan, in_batches, save_tensors
+from .vae import encode, load_vae
 
 IMAGES = 10000
 SEED = 5000  # apart from the other networks'
-PLAN = InstantBoothConfig(max_steps=3000, batch_size=32, learning_rate=1e-3, linear_learning_rate=1e-3,
-                          gate_learning_rate=1e-2, warmup_steps=100, concept_word=CONCEPT_WORD, mixed_precision="no",
-                          log_every=50, checkpoint_every=250)
+PLAN = Plan(steps=1000, batch=32, learning_rate=1e-3, warm_up=100)
 
 
 def draw_pairs(count: int, seed: int) -> list[tuple[View, View]]:
@@ -86,17 +86,27 @@ def read_prompts(backbone: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor
     return embeds[rows], places[rows]
 
 
-def train_personaliser(folder: Path, target: Path, encoder_folder: Path, plan: InstantBoothConfig, *, images: int,
-                       work: Path) -> TrainingResult:
-    """Train the adapter beside the frozen target, on people of its own split, and write it in fp16."""
+def settings_of(plan: Plan, seed: int) -> InstantBoothConfig:
+    """The objective's settings; the learning rate stays what it is after the warm-up."""
+    return InstantBoothConfig(max_steps=plan.steps, batch_size=plan.batch, learning_rate=plan.learning_rate,
+                              linear_learning_rate=plan.learning_rate, gate_learning_rate=10 * plan.learning_rate,
+                              warmup_steps=plan.warm_up, concept_word=CONCEPT_WORD, mixed_precision="no", seed=seed,
+                              log_every=50, checkpoint_every=250)
+
+
+def train_personaliser(folder: Path, target: Path, plan: Plan, *, images: int, seed: int, work: Path) -> TrainingResult:
+    """Train the adapter beside the frozen target, on people of its own split, and write it in fp16 into `folder`, which
+    holds its image encoder."""
     backbone = load_backbone(find_model(TargetConfig(source=str(target))), dtype="float32")
-    vae = backbone.codec.vae  # type: ignore[attr-defined]
-    tensors, prompts = render_pairs(vae, images, seed=plan.seed + SEED, path=work / "pairs.safetensors")
+    tensors, prompts = render_pairs(load_vae(target / "vae"), images, seed=seed + SEED,
+                                    path=work / "pairs.safetensors")
     source = RenderedConcepts(tensors, *read_prompts(backbone, prompts))
-    encoder = ImageEncoder.load(encoder_folder)
-    objective = prepare_instantbooth(backbone.denoiser, backbone.schedule, plan, encoder)
-    checkpoints = Checkpoints(Store(str(work)), "checkpoints")
-    result = run_training(objective, source, plan, checkpoints, Hooks(on_log=lambda row: print(row, flush=True)))
+    settings = settings_of(plan, seed)
+    encoder = ImageEncoder.load(folder / ENCODER)
+    objective = prepare_instantbooth(backbone.denoiser, backbone.schedule, settings, encoder)
+    with tqdm(total=plan.steps, desc="personaliser", mininterval=2) as bar:
+        result = run_training(objective, source, settings, Checkpoints(Store(str(work)), "checkpoints"),
+                              Hooks(progress=lambda done, *_: bar.update(done - bar.n)))
     assert isinstance(objective.denoiser, InstantBoothDenoiser)
-    save_instantbooth(objective.denoiser.concepts, encoder, folder, half=True)
+    save_concepts(objective.denoiser.concepts, folder, torch.float16)
     return result

@@ -8,6 +8,7 @@ the 20 have the same class word; concepts show the person in another pose and pl
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -26,14 +27,16 @@ from hgdpo_core.prompts import Sample
 from hgdpo_core.statistics.intervals import mean_interval
 
 from .. import inspector_path, target_path
+from ..dataset import HELD_OUT_SEED, to_model_range
 from ..identities import Person, View, concept_image, distinct_people, draw_view
 from ..identity_judge import IdentityNetwork, embed_people, load_identity_judge
-from ..inspector import inspect, load_inspector
-from ..people import PEOPLE, PLACES, POSES
+from ..inspector import Inspector, attribute_indices, load_inspector
+from ..people import PEOPLE, PLACES, POSES, VOCABULARIES
 
 AMONG = 20
 STEPS, GUIDANCE, BATCH = 10, 1.5, 32
-SEED = 2**40
+STRENGTH, TOKEN_STRENGTH = 0.6, 1.0
+"""beta and alpha, chosen on validation people (docs/EXPERIMENTS.md)."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +83,21 @@ def generate_views(backbone: Backbone, prompts: Sequence[str]) -> np.ndarray:
         part = prompts[first:first + BATCH]
         texts = backbone.text.encode(part)
         joined = type(texts[0]).join(texts)
-        noise = initial_noise([SEED + first + i for i in range(len(part))], *backbone.latent_shape((64, 64)))
+        noise = initial_noise([HELD_OUT_SEED + first + i for i in range(len(part))], *backbone.latent_shape((64, 64)))
         latents = sample_latents(backbone.denoiser, backbone.schedule.solver(), joined,
                                  backbone.text.negative(joined.length), noise, steps=STEPS, guidance_scale=GUIDANCE)
         images.append(backbone.codec.decode(latents).pixels)
     return np.concatenate(images)
 
 
-def open_personalised(target: Path, adapter: Path, strength: float | None, token_strength: float) -> Backbone:
+def open_personalised(target: Path, adapter: Path, strength: float, token_strength: float) -> Backbone:
     """The target with the adapter, for people cut out already."""
     model = find_model(TargetConfig(source=str(target)))
     settings = PersonaliserConfig(source=str(adapter), strength=strength, token_strength=token_strength, crop=None)
     return personalise(load_backbone(model, dtype="float32"), find_adapter(settings, model))
 
 
-def generate_both(cases: Sequence[Case], target: Path, adapter: Path, strength: float | None,
+def generate_both(cases: Sequence[Case], target: Path, adapter: Path, strength: float,
                   token_strength: float) -> tuple[np.ndarray, np.ndarray]:
     """Images `[people * prompts,64,64,3]` with the adapter and without, from the same prompts and seeds."""
     on = open_personalised(target, adapter, strength, token_strength)
@@ -120,12 +123,9 @@ def measure(cases: Sequence[Case], images: np.ndarray, judge: IdentityNetwork) -
     return np.stack(found), np.stack(closeness)
 
 
-def follow(cases: Sequence[Case], images: np.ndarray) -> dict[str, float]:
+def follow(cases: Sequence[Case], images: np.ndarray, inspector: Inspector) -> dict[str, float]:
     """What the inspector sees: how often pose and place are as asked, and hair, top and trousers the concept's."""
-    from ..dataset import to_model_range
-    from ..inspector import attribute_indices
-    from ..people import VOCABULARIES
-    logits = load_inspector(inspector_path())(to_model_range(images))
+    logits = inspector(to_model_range(images))
     wanted = torch.tensor([attribute_indices(case.person.figure(view.pose, view.place))
                            for case in cases for view in case.asked])
     return {name: round(float((logits[i].argmax(-1) == wanted[:, i]).float().mean()), 3)
@@ -133,16 +133,18 @@ def follow(cases: Sequence[Case], images: np.ndarray) -> dict[str, float]:
 
 
 def evaluate_personaliser(target: Path, adapter: Path, judge_folder: Path, *, split: str = "test", people: int = 64,
-                          prompts: int = 8, strength: float | None = None, token_strength: float = 0.4,
-                          seed: int = 9) -> dict:
+                          prompts: int = 8, strength: float = STRENGTH, token_strength: float = TOKEN_STRENGTH,
+                          seed: int = 9, inspector_folder: Path | None = None) -> dict:
     """Rates with 95 % intervals over people, adapter on and off."""
     cases, judge = draw_cases(split, people, prompts, seed), load_identity_judge(judge_folder)
     on, off = generate_both(cases, target, adapter, strength, token_strength)
     (found, near), (found_off, near_off) = (measure(cases, images, judge) for images in (on, off))
     preferred = (near > near_off).mean(1)
+    inspector = load_inspector(inspector_folder or inspector_path())
     return {"people": people, "prompts": people * prompts, "split": split, "strength": strength,
             "token_strength": token_strength, "top_1_on": _rate(found.mean(1)), "top_1_off": _rate(found_off.mean(1)),
-            "prefers_on": _rate(preferred), "inspector_on": follow(cases, on), "inspector_off": follow(cases, off)}
+            "prefers_on": _rate(preferred),
+            "inspector_on": follow(cases, on, inspector), "inspector_off": follow(cases, off, inspector)}
 
 
 def _rate(per_person: np.ndarray) -> dict[str, float | None]:
@@ -159,13 +161,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--people", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--strength", type=float)
-    parser.add_argument("--token-strength", type=float, default=0.4)
+    parser.add_argument("--strength", type=float, default=STRENGTH)
+    parser.add_argument("--token-strength", type=float, default=TOKEN_STRENGTH)
     options = parser.parse_args(arguments)
     found = evaluate_personaliser(options.target, options.adapter, options.judge, split=options.split,
                                   people=options.people, prompts=options.prompts, strength=options.strength,
                                   token_strength=options.token_strength)
-    print(json.dumps(found, indent=1))
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from hgdpo_core.training.instantbooth import attach_new
 
 SAMPLER = SamplerConfig(width=32, height=32, steps=3, guidance_scale=3.0)
 POOL = PoolConfig(images_per_prompt=1, batch_size=4)
-PROMPT = "a V woman in a red top"
-SETTINGS = InstantBoothConfig(concept_word="V")
+PROMPT = "a on woman in a red top"
+# Of the tiny tokenizer's words, one that is a single token.
+SETTINGS = InstantBoothConfig(concept_word="on")
 
 
 def save_adapter(target, folder, *, trained: bool):
@@ -87,9 +88,9 @@ def test_the_concept_is_where_its_word_is(target, folder, people, syntax):
     model = replace(personal(target, folder), prompt_syntax=syntax)
     text = load_backbone(model, dtype="float32").text
     text.learn(people[0].id, people[0].pictures())
-    (found,) = text.encode([Sample("a red V woman", people[0].id)])
-    tokens = text.text.token_ids(["a red V woman"])[0]
-    assert found.extra["concept_places"][0].tolist() == [token == text.text.single_token("V") for token in tokens]
+    (found,) = text.encode([Sample("a red on woman", people[0].id)])
+    tokens = text.text.token_ids(["a red on woman"])[0]
+    assert found.extra["concept_places"][0].tolist() == [token == text.text.single_token("on") for token in tokens]
     assert int(found.extra["concept_places"].sum()) == 1
     assert not text.negative(found.length).extra["concept_places"].any()
 
@@ -104,12 +105,13 @@ def test_a_lora_lands_on_its_own_layers_and_changes_images(target, folder, peopl
     adapted = attach_new(adapted, SETTINGS, encoder)
     for denoiser in (own, adapted):
         add_lora(denoiser.network, 4, 0, denoiser.lora_targets)
-    layers = [{name for name, _ in denoiser.network.named_parameters() if "lora_" in name} for denoiser in (own, adapted)]
+    layers = [{name for name, _ in denoiser.network.named_parameters() if "lora_" in name}
+              for denoiser in (own, adapted)]
     assert layers[0] == layers[1] and len(layers[0]) > 0
     assert not any("fuser" in name for name in layers[1])
 
 
-@pytest.mark.parametrize(("prompt", "message"), [("a woman in a red top", "has no word V")])
+@pytest.mark.parametrize(("prompt", "message"), [("a woman in a red top", "has no word on")])
 def test_a_prompt_without_the_word_is_refused(target, folder, people, prompt, message):
     with pytest.raises(ModelError, match=message):
         generate(personal(target, folder), people[0], prompt)
@@ -142,3 +144,10 @@ def test_other_widths_and_broken_files_are_refused(target, folder, tmp_path):
     encoder = {"hidden_size": 24, "patch_size": 8}
     assert "24 wide" in broken("encoder", lambda copy: CLIPVisionModel(CLIPVisionConfig(
         **{**tiny_adapters.ENCODER, **encoder})).save_pretrained(copy / ENCODER))
+
+
+def test_a_word_of_several_tokens_or_none_is_refused(target):
+    text = load_backbone(target, dtype="float32").text
+    for word in ("woman's", "blue", "V"):
+        with pytest.raises(ModelError, match="one token of its own"):
+            text.single_token(word)
