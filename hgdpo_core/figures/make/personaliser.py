@@ -34,7 +34,7 @@ from .vae import encode, load_vae
 
 IMAGES = 10000
 SEED = 5000  # apart from the other networks'
-PLAN = Plan(steps=1000, batch=32, learning_rate=1e-3, warm_up=100)
+PLAN = Plan(steps=750, batch=32, learning_rate=1e-3, warm_up=100)
 
 
 def draw_pairs(count: int, seed: int) -> list[tuple[View, View]]:

@@ -35,7 +35,7 @@ from ..people import PEOPLE, PLACES, POSES, VOCABULARIES
 
 AMONG = 20
 STEPS, GUIDANCE, BATCH = 10, 1.5, 32
-STRENGTH, TOKEN_STRENGTH = 0.6, 1.0
+STRENGTH, TOKEN_STRENGTH = 1.0, 1.0
 """beta and alpha, chosen on validation people (docs/EXPERIMENTS.md)."""
 
 
