@@ -1,20 +1,29 @@
 """Training an InstantBooth adapter: the target stays as it is, gates open, a resumed training ends the same."""
 
+import json
+
 import pytest
 import tiny_adapters
 import torch
 from tiny import SD15, tiny_unet, trainable
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from hgdpo_core.config import InstantBoothConfig
-from hgdpo_core.errors import InputError, StoppedError
+from hgdpo_core.config import InstantBoothConfig, PersonaliserConfig, TargetConfig
+from hgdpo_core.errors import ConfigError, InputError, StoppedError
+from hgdpo_core.image_sets.sets import read_image_set
+from hgdpo_core.models import find_model
 from hgdpo_core.models.instantbooth import ImageEncoder
+from hgdpo_core.models.personaliser import find_adapter
+from hgdpo_core.stages.base import Worker
+from hgdpo_core.stages.concept_latents import ConceptLatentStage, concept_latent_folder
 from hgdpo_core.storage import Store
+from hgdpo_core.storage.shards import read_table
 from hgdpo_core.training.base import Hooks
 from hgdpo_core.training.checkpoints import Checkpoints
 from hgdpo_core.training.data import epoch_order, sample_generator
 from hgdpo_core.training.instantbooth import ConceptBatch, move_concepts, prepare_instantbooth
 from hgdpo_core.training.loop import run_training
+from hgdpo_core.training.tune import tune
 
 
 class People:
@@ -108,3 +117,49 @@ def test_concepts_are_moved_by_their_own_generator_alone():
 def test_a_caption_without_the_word_is_refused():
     with pytest.raises(InputError, match="lacks the concept's word"):
         train(settings(), People(places=False))
+
+
+# -- on a user's images
+
+
+def save_images(folder, captions):
+    folder.mkdir()
+    lines = []
+    for number, caption in enumerate(captions):
+        tiny_adapters.picture(number, 96).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return read_image_set(str(folder))
+
+
+def faces_of(image):
+    """By the colour of its first pixel: the images of `save_images` differ there."""
+    wide = {tiny_adapters.picture(1, 96).getpixel((0, 0)): [], tiny_adapters.picture(2, 96).getpixel((0, 0)): [
+        (8.0, 8.0, 30.0, 30.0), (50.0, 8.0, 20.0, 20.0)], tiny_adapters.picture(3, 96).getpixel((0, 0)): [
+        (8.0, 8.0, 6.0, 6.0)]}
+    return wide.get(image.getpixel((0, 0)), [(30.0, 20.0, 30.0, 36.0)])
+
+
+def test_images_without_exactly_one_face_are_rejected_and_the_rest_train_an_adapter(target_folder, tmp_path):
+    store, model = Store(str(tmp_path / "root")), find_model(TargetConfig(source=str(target_folder), dtype="float32"))
+    images = save_images(tmp_path / "images", ["a on woman", "a on man", "a on girl", "a on boy", "a woman",
+                                               "a on man runs"])
+    folder = concept_latent_folder(store, images, model, (32, 32), "by colour", "on")
+    ConceptLatentStage(images, folder, model, find_faces=faces_of).make(Worker("cpu"))
+    (shard,) = folder.manifests()
+    assert folder.manifests()[shard].rows == 2
+    rejected = read_table(store, f"{folder.key}/rejected/shard-{shard:05d}.parquet").to_pylist()
+    assert [row["reason"].partition(":")[0] for row in rejected] == [
+        "it shows no face", "it shows 2 faces", "its face is 13 pixels wide with its surroundings",
+        "its caption has no word on"]
+    torch.manual_seed(5)
+    encoder = tmp_path / "encoder"
+    CLIPVisionModel(CLIPVisionConfig(**{**tiny_adapters.ENCODER, "patch_size": 8})).save_pretrained(encoder)
+    config = settings(max_steps=2, concept_word="on", image_encoder=str(encoder))
+    tuned = tune("instantbooth", model, folder, [shard], config)
+    assert tuned.model_id.startswith("instantbooth-") and tuned.log[-1]["gate"] > 0
+    assert tune("instantbooth", model, folder, [shard], config).existing
+    adapter = find_adapter(PersonaliserConfig(source=str(tuned.path), crop=None), model)
+    assert adapter.name == "instantbooth" and adapter.strength == 0.3
+    with pytest.raises(ConfigError, match="image_encoder is not given"):
+        tune("instantbooth", model, folder, [shard], settings(concept_word="on"))
