@@ -162,9 +162,9 @@ class ImageEncoder:
 
     def __init__(self, network: CLIPVisionModel):
         self.network: Any = network.eval().requires_grad_(False)
-        size = network.config.image_size
+        size: Any = network.config.image_size
         # A miniature's images are in [-1, 1]; CLIP's have the mean and deviation of its own data.
-        plain = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if size <= SMALL_IMAGE else {}
+        plain: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if size <= SMALL_IMAGE else {}
         self.prepare = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size},
                                              **plain)
 

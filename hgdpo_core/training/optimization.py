@@ -20,8 +20,8 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str,
     "adam8bit" is bitsandbytes' 8-bit Adam (paper D.2), which keeps the states of tensors under 4096 elements
     in 32 bit; where bitsandbytes does not work, torch's AdamW is used instead, with a warning.
     """
-    parameters = list(parameters)
-    first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+    groups: list[Any] = list(parameters)
+    first = groups[0]["params"][0] if isinstance(groups[0], dict) else groups[0]
     rate, betas, decay = config.learning_rate, config.adam_betas, config.weight_decay
     if config.optimizer == "adam8bit":
         try:
@@ -33,8 +33,8 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str,
             logger.warning("optimizer adam8bit needs bitsandbytes, which does not work here (%s): using torch's AdamW, "
                            "whose states take 6 bytes more for each trained weight", str(error).partition("\n")[0])
         else:
-            return AdamW8bit(parameters, lr=rate, betas=betas, weight_decay=decay)
-    return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay)
+            return AdamW8bit(groups, lr=rate, betas=betas, weight_decay=decay)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=decay)
 
 
 def _try_step(optimizer: Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer], device: torch.device) -> None:

@@ -105,8 +105,11 @@ def train_personaliser(folder: Path, target: Path, plan: Plan, *, images: int, s
     encoder = ImageEncoder.load(folder / ENCODER)
     objective = prepare_instantbooth(backbone.denoiser, backbone.schedule, settings, encoder)
     with tqdm(total=plan.steps, desc="personaliser", mininterval=2) as bar:
+        def show(done: int, total: int, unit: str) -> None:
+            bar.update(done - bar.n)
+
         result = run_training(objective, source, settings, Checkpoints(Store(str(work)), "checkpoints"),
-                              Hooks(progress=lambda done, *_: bar.update(done - bar.n)))
+                              Hooks(progress=show))
     assert isinstance(objective.denoiser, InstantBoothDenoiser)
     save_concepts(objective.denoiser.concepts, folder, torch.float16)
     return result
