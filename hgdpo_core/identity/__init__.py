@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hgdpo_core.built_in import find_identity_judge
 from hgdpo_core.concepts import Box, FindFaces
 from hgdpo_core.config import JudgeConfig
 from hgdpo_core.errors import ModelError
 from hgdpo_core.identity.detector import FaceDetector
+from hgdpo_core.identity.figures import FiguresJudge
 from hgdpo_core.identity.judges import (
     ArcFace,
     Cut,
@@ -45,8 +47,13 @@ class JudgeSource:
     finds_faces: bool = True
     """Whether it needs the detector; else its `load` is given its own weights twice."""
 
+    built_in: bool = False
+    """Whether its weights come with the package, and no others are read."""
+
     def find(self, source: str | None) -> Path:
         """The weights; ModelError, in one line, where they are not there."""
+        if self.built_in:
+            return find_identity_judge()
         if source is None and self.repository is None:
             raise ModelError(f"{self.title} has no weights that we may fetch: get {self.names[0]} ({self.provenance}) "
                              f"and name it as concepts.judges=...={self.names[0]}")
@@ -60,7 +67,9 @@ JUDGES: dict[str, JudgeSource] = {
                            None, lambda path, detector: ArcFace(path, load_detector(detector))),
     "vggface": JudgeSource("VGGFace", "facenet-pytorch v2.2.9, MIT, trained on VGGFace2, whose images are for research",
                            ("20180402-114759-vggface2.safetensors", "20180402-114759-vggface2.pt"), None,
-                           lambda path, detector: VggFace(path, load_detector(detector)))}
+                           lambda path, detector: VggFace(path, load_detector(detector))),
+    "figures": JudgeSource("Identity judge of the figures setting", "in the package, trained on drawings", (), None,
+                           lambda path, _: FiguresJudge(path), finds_faces=False, built_in=True)}
 
 
 def judge_title(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from PIL import Image
 
+from hgdpo_core.built_in import find_personaliser, is_built_in
 from hgdpo_core.config import PersonaliserConfig, PromptSyntax
 from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ModelError
@@ -103,7 +104,7 @@ class Adapter:
 
 def find_adapter(config: PersonaliserConfig, model: "Model") -> Adapter:
     """The adapter that the settings name, checked against the model; ModelError, in one line, if it cannot be used."""
-    path = Path(config.source).expanduser()
+    path = find_personaliser() if is_built_in(config.source) else Path(config.source).expanduser()
     if not path.exists():
         raise ModelError(f"the personaliser {config.source} does not exist: expected an IP-Adapter for SD 1.5 as a "
                          ".safetensors file, or a folder that was trained here")

@@ -148,7 +148,7 @@ def run_identity_judge(run: Run, work: Path) -> dict:
     vae = run.vae()
     judge = make_identity.train_identity_judge(run.output / "identity", vae, run.plan("identity_judge"),
                                                people=run.examples("identity_judge"), seed=run.seed, work=work)
-    return make_identity.evaluate_identity_judge(judge, vae, max(run.samples, 4 * AMONG), seed=HELD_OUT_SEED,
+    return make_identity.evaluate_identity_judge(judge, vae, max(run.samples, 8 * AMONG), seed=HELD_OUT_SEED,
                                                  path=work / "test.safetensors")
 
 

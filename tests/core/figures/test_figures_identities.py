@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hgdpo_core.concepts import read_concepts
-from hgdpo_core.figures import render, sample_figure
+from hgdpo_core.config import JudgeConfig, PersonaliserConfig, TargetConfig
+from hgdpo_core.figures import identity_path, personaliser_path, render, sample_figure, target_path
 from hgdpo_core.figures.identities import (
     PEOPLE_SPLITS,
     View,
@@ -17,8 +18,11 @@ from hgdpo_core.figures.identities import (
     split_of_person,
     write_concepts,
 )
-from hgdpo_core.figures.make.personaliser_evaluation import AMONG, draw_cases
+from hgdpo_core.figures.make.personaliser_evaluation import AMONG, draw_cases, evaluate_personaliser
 from hgdpo_core.figures.people import caption, parse_caption
+from hgdpo_core.identity import embed_concept, load_judge
+from hgdpo_core.models import find_model
+from hgdpo_core.models.personaliser import find_adapter
 
 GOLDEN = "33e1350877262d57ba260951ad75ef70de6f58696d1a1ca3884128b2c1b89773"
 
@@ -92,3 +96,20 @@ def test_cases_ask_for_other_poses_and_places_and_distractors_have_the_same_clas
         assert all(v.person.person == case.person.person and v.person != case.person for v in case.others)
         assert all(v.pose != case.concept.pose and v.place != case.concept.place for v in case.asked)
         assert len({v.pose for v in case.asked}) == 3
+
+
+def test_the_shipped_adapter_shows_the_right_person():
+    """A small part of what docs/EXPERIMENTS.md measures."""
+    found = evaluate_personaliser(target_path(), personaliser_path(), identity_path(), split="validation", people=8,
+                                  prompts=2)
+    assert found["top_1_on"]["rate"] >= 0.5 and found["prefers_on"]["rate"] > 0.8
+    assert found["top_1_on"]["rate"] >= 3 * found["top_1_off"]["rate"]
+
+
+def test_the_built_in_adapter_and_judge_are_found_by_name(tmp_path):
+    judge = load_judge(JudgeConfig(name="figures"), None)
+    people = read_concepts(write_concepts(tmp_path, 3)).concepts
+    near = np.stack([embed_concept(judge, each.pictures(), each.name) for each in people])
+    assert near.shape == (3, 64) and (near @ near.T).argmax(1).tolist() == [0, 1, 2]
+    model = find_model(TargetConfig(source="figures"))
+    assert find_adapter(PersonaliserConfig(source="figures", crop=None), model).path == personaliser_path()
