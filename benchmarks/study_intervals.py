@@ -20,8 +20,8 @@ import numpy as np
 from scipy.special import expit
 
 from hgdpo_core.metrics import WinRate
+from hgdpo_core.statistics.clusters import win_rate_of_votes
 from hgdpo_core.statistics.intervals import percentile_interval
-from hgdpo_core.study.statistics import win_rate_of_votes
 
 DRAWS = 400
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(61)

@@ -199,7 +199,7 @@ def _publish(summary: dict[str, Any], folder: Path) -> str:
 
 
 def _print_summary(summary: dict[str, Any], publish: str | None) -> None:
-    from hgdpo_core.rendering.parts import describe_rate
+    from hgdpo_core.rendering.parts import describe_identity, describe_rate
 
     report = _publish(summary, Path(publish)) if publish else summary["artifacts"]["report"]
     print("\n" + "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["timings"].items()))
@@ -210,6 +210,9 @@ def _print_summary(summary: dict[str, Any], publish: str | None) -> None:
     for scorer, change in summary["defect_rate"].items():
         print(f"{scorer}: {100 * change['target']:.1f} % of the target's images are defective, "
               f"{100 * change['tuned']:.1f} % of the tuned model's")
+    for judge, change in summary.get("identity", {}).items():
+        print(f"{judge}: the person is nearer by the tuned model on {describe_rate(change['win_rate'])}; "
+              f"{describe_identity(change)}")
     for warning in summary.get("warnings", ()):
         print(f"warning: {warning['message']}")
     if "lora" in summary["artifacts"]:

@@ -11,7 +11,7 @@ from flows.runner import ShardRunnerName
 from hgdpo_core.comparison_run import ComparisonRun, weight_name
 from hgdpo_core.execution.runner import Runner
 from hgdpo_core.progress import StageProgress, StageTimes
-from tasks.evaluate import compare_models, compare_weight
+from tasks.evaluate import compare_models, compare_weight, judge_identity
 from tasks.generate import generate_evaluation
 from tasks.people import make_study_of
 from tasks.prepare import prepare_comparison, show_comparison_plan, show_settings
@@ -31,6 +31,9 @@ def hgdpo_evaluate(
     lora_weight: float | None = p.LORA_WEIGHT.field(),
     target_lora_weight: float | None = p.TARGET_LORA_WEIGHT.field(),
     lora_weights: list[float] | None = p.LORA_WEIGHTS.field(),
+    concepts: str | None = p.CONCEPTS.field(),
+    personaliser: str | None = p.PERSONALISER.field(),
+    judges: list[str] | None = p.JUDGES.field(),
     preset: str = p.PRESET.field(),
     root: str | None = p.ROOT.field(),
     overrides: dict[str, Any] = p.OVERRIDES.field(),
@@ -40,13 +43,15 @@ def hgdpo_evaluate(
 ) -> dict[str, Any] | State[Any]:
     """Compare any two models or LoRA weights; returns the summary. Finished images and scores are used again."""
     explain_own_errors()
-    refuse_relative_paths(root=root, tuned=tuned, target=target, base=base, prompts=prompts)
+    refuse_relative_paths(root=root, tuned=tuned, target=target, base=base, prompts=prompts, concepts=concepts,
+                          personaliser=personaliser)
     times = StageTimes()
     with times.stage("prepare", makes=False):
         run = prepare_comparison(
             preset=preset, root=root, tuned=tuned, target=target, base=base, prompts=prompts, scorers=scorers,
             images_per_prompt=images_per_prompt, lora_weight=lora_weight, target_lora_weight=target_lora_weight,
-            lora_weights=lora_weights, overrides=overrides)
+            lora_weights=lora_weights, concepts=concepts, personaliser=personaliser, judges=judges,
+            overrides=overrides)
     name_this_run(run.config.tuned, "against", run.config.target.source, run.run_id)
     if plan_only:
         return {"plan": show_comparison_plan(run)}
@@ -61,8 +66,10 @@ def _compare(run: ComparisonRun, runner: Runner, study: int | None, times: Stage
         images = generate_evaluation(run, run.models, runner, on)
     with times.stage("evaluation"):
         scores = score_evaluation(run, images, runner, on)
-        comparison = compare_models(run, images, scores)
-        others = {who: compare_weight(run, images, scores, who) for who in images if who not in ("target", "tuned")}
+        faces = judge_identity(run, images, runner, on) if run.people else None
+        comparison = compare_models(run, images, scores, faces)
+        others = {who: compare_weight(run, images, scores, who, faces) for who in images
+                  if who not in ("target", "tuned")}
     if study:
         with times.stage("study"):
             make_study_of(run.store, comparison, study, on)

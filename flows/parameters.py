@@ -159,8 +159,16 @@ EVALUATION_SCORERS = Parameter("scorers", "scorers by name, or name=source; defa
                                metavar="NAME[=SOURCE],...")
 IMAGES_PER_PROMPT = Parameter("images_per_prompt", "images per prompt and model; default: the preset's",
                               read=int)
+CONCEPTS = Parameter("concepts", "people who agreed to it: a folder with an image of each, or a folder of images of "
+                     "each; both models are personalised by one adapter (paper Table 4)", metavar="FOLDER")
+PERSONALISER = Parameter("personaliser", "the adapter that reads the concepts: an IP-Adapter for SD 1.5, as a "
+                         ".safetensors file with the folder image_encoder beside it, or one that was trained here",
+                         metavar="FILE")
+JUDGES = Parameter("judges", "judges of identity: sface, arcface=FILE, vggface=FILE; default: sface, for figures their "
+                   "own", read=read_names, metavar="NAME[=FILE],...")
 EVALUATE = (TUNED, EVALUATION_TARGET, BASE, EVALUATION_PROMPTS, EVALUATION_SCORERS, IMAGES_PER_PROMPT, LORA_WEIGHT,
-            TARGET_LORA_WEIGHT, LORA_WEIGHTS, PRESET, ROOT, OVERRIDES, MAKE_STUDY, PLAN_ONLY, SHARD_RUNNER)
+            TARGET_LORA_WEIGHT, LORA_WEIGHTS, CONCEPTS, PERSONALISER, JUDGES, PRESET, ROOT, OVERRIDES, MAKE_STUDY,
+            PLAN_ONLY, SHARD_RUNNER)
 
 # -- of hgdpo ablate
 
@@ -169,7 +177,7 @@ WORLDS = Parameter("worlds", "plain: the run's own scorer ranks the pools; tinte
                    "warm tints; default: both for a built-in scorer, plain otherwise", kind="several", metavar="WORLD")
 COMPARISONS = Parameter("comparisons", "which tables and charts of the paper to measure: pool_size, loser_rank, "
                         "dataset_size, statistics, beta, lora_weight; default: these. Only by name: length "
-                        "(of training), baselines (Table 1)", kind="several", metavar="NAME")
+                        "(of training), baselines (Table 1), personalised (Table 4)", kind="several", metavar="NAME")
 SPLIT = Parameter("split", "built-in prompts to measure on: test, or validation to choose settings by", "test")
 ABLATE = (*INPUTS, SEEDS, WORLDS, COMPARISONS, SPLIT, PLAN_ONLY, SHARD_RUNNER)
 

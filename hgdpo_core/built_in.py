@@ -60,6 +60,27 @@ def find_scorer_weights(name: str) -> Path:
     return {"pickscore": figures.judge_path, "inspector": figures.inspector_path}[name]()
 
 
+def find_personaliser() -> Path:
+    """The folder of the built-in target's InstantBooth adapter."""
+    from hgdpo_core import figures
+
+    return figures.personaliser_path()
+
+
+def find_identity_judge() -> Path:
+    """The folder of the built-in judge of identity."""
+    from hgdpo_core import figures
+
+    return figures.identity_path()
+
+
+def write_concepts(folder: Path, count: int, *, split: str = "test") -> Path:
+    """A folder of so many people cut out of an image each, as `read_concepts` reads it; the same for the same split."""
+    from hgdpo_core.figures.identities import write_concepts
+
+    return write_concepts(folder, count, split=split)
+
+
 def source_of(path: Path) -> str | None:
     """The source under which a folder of the package's own models is found; None for any other folder."""
     from hgdpo_core import figures

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from hgdpo_core import __version__
-from hgdpo_core.config import ComparisonConfig, DrawingConfig, RunConfig
+from hgdpo_core.built_in import SOURCE, is_built_in
+from hgdpo_core.concepts import ConceptList, read_concepts, save_concept
+from hgdpo_core.config import ComparisonConfig, ConceptsConfig, DrawingConfig, RunConfig
 from hgdpo_core.config.base import apply_overrides, content_hash, validate
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.evaluate import plan_evaluation
+from hgdpo_core.identity import face_finder, find_detector, locate_judge, needs_detector
 from hgdpo_core.models import Model, check_lora, find_model
 from hgdpo_core.models.files import is_lora
+from hgdpo_core.models.personaliser import find_adapter
 from hgdpo_core.presets import DEFAULT_PRESET, PARTI_PROMPTS, build_config
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.syntax import check_syntax
@@ -23,6 +27,8 @@ from hgdpo_core.run import shell_command
 from hgdpo_core.scorers import require_scorers
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.roots import default_root
+
+DEFAULT_JUDGE = "sface"
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,32 @@ class ComparisonRun:
     evaluation_prompts: PromptList
     command: str
     """Shell line that starts this comparison again."""
+    people: ConceptList | None = None
+    """Whose images condition all models beside the prompts; None for a comparison by prompts alone."""
+    detector: Path | None = None
+    """Weights of the face detector, where judges of identity need one."""
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """What images are generated for: the prompts, or each person with all or some of them."""
+        people = (None,) if self.people is None else self.people.concepts
+        return tuple(person.sample(prompt) if person else prompt
+                     for person, prompts in zip(people, self._prompts_of_people, strict=True) for prompt in prompts)
+
+    @property
+    def sample_prompts(self) -> tuple[str, ...]:
+        """The prompt of each sample, as it was written."""
+        return tuple(prompt for prompts in self._prompts_of_people for prompt in prompts)
+
+    @property
+    def _prompts_of_people(self) -> list[Sequence[str]]:
+        """The prompts of each person, in turn others where there are not all for each."""
+        prompts = self.evaluation_prompts.prompts
+        if self.people is None or self.config.concepts is None:
+            return [prompts]
+        count = min(self.config.concepts.prompts_per_concept or len(prompts), len(prompts))
+        return [[prompts[(number * count + place) % len(prompts)] for place in range(count)]
+                for number in range(len(self.people.concepts))]
 
     @property
     def models(self) -> dict[str, Model]:
@@ -55,11 +87,13 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
                     target: str | None = None, base: str | None = None, prompts: str | None = None,
                     scorers: Sequence[str] | None = None, images_per_prompt: int | None = None,
                     lora_weight: float | None = None, target_lora_weight: float | None = None,
-                    lora_weights: Sequence[float] | None = None,
+                    lora_weights: Sequence[float] | None = None, concepts: str | None = None,
+                    personaliser: str | None = None, judges: Sequence[str] | None = None,
                     overrides: Mapping[str, Any] | None = None) -> ComparisonRun:
     """Build the config, check root, prompts, models and scorers, and write `runs/<run_id>/config.json`.
 
     `scorers` are names, or `name=source`; a name alone is the preset's scorer of that name, else the public one.
+    With `concepts`, a folder of people's images, both models are personalised by the same adapter, `personaliser`.
     What is None is the preset's. ConfigError, InputError, ModelError or StorageError name in one line what is wrong.
     """
     if tuned is None:
@@ -67,9 +101,11 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
     changes = {"images_per_prompt": images_per_prompt, "lora_weight": lora_weight,
                "prompts": None if prompts is None else {"source": prompts}}
     # a preset requires training prompts too; nothing here reads them
-    config = _build(build_config(preset, target=target, prompts=prompts or PARTI_PROMPTS), scorers, changes,
+    base_config = build_config(preset, target=target, prompts=prompts or PARTI_PROMPTS)
+    config = _build(base_config, scorers, changes,
                     {"tuned": tuned, "base": base, "target_lora_weight": target_lora_weight,
-                     "lora_weights": tuple(lora_weights or ())})
+                     "lora_weights": tuple(lora_weights or ()),
+                     "concepts": _concept_settings(base_config, concepts, personaliser, judges)})
     if overrides:
         config = apply_overrides(config, overrides)
     store = Store(default_root() if root is None else root)
@@ -84,24 +120,28 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
         raise ConfigError(f"lora_weights is {list(config.lora_weights)}, but the tuned model {tuned} is not a LoRA: "
                           "leave it out")
     require_scorers(config.evaluation.scorers, option="--scorers ")
+    people, detector = (None, None) if config.concepts is None else open_people(config.concepts)
     store.check_writable()
     options = {"preset": preset, "root": store.root, "target": target, "tuned": tuned, "base": base, "prompts": prompts,
                "images-per-prompt": images_per_prompt, "lora-weight": lora_weight,
                "target-lora-weight": target_lora_weight,
                "lora-weights": ",".join(map(str, lora_weights)) if lora_weights else None,
-               "scorers": ",".join(scorers) if scorers else None}
+               "scorers": ",".join(scorers) if scorers else None, "concepts": concepts, "personaliser": personaliser,
+               "judges": ",".join(judges) if judges else None}
     command = shell_command("evaluate", options, overrides or {})
     run = ComparisonRun(config, store, f"evaluate-{content_hash(config.identity('run'))}", *models,
-                        _sweep(models[1], config.lora_weights), evaluation_prompts, command)
+                        _sweep(models[1], config.lora_weights), evaluation_prompts, command, people, detector)
     save_prompts(store, evaluation_prompts)
+    for person in people.concepts if people else ():
+        save_concept(store, person)
     store.write_json(run.key("config.json"), {"code_version": __version__, **config.model_dump(mode="json")})
     return run
 
 
 def plan_comparison(run: ComparisonRun) -> list[dict[str, Any]]:
     """What a comparison would generate and what exists, a row per model, without generating it."""
-    config, prompts = run.config, run.evaluation_prompts.prompts
-    plans = {name: plan_evaluation(run.store, model, config.sampler, config.pool, config.evaluation, prompts)
+    config, samples = run.config, run.samples
+    plans = {name: plan_evaluation(run.store, model, config.sampler, config.pool, config.evaluation, samples)
              for name, model in run.models.items()}
     return [{"stage": name, "pool_id": plan.pool_id, "shards": len(plan.shards), "missing_shards": len(plan.missing),
              "images": plan.images, "missing_images": plan.missing_images} for name, plan in plans.items()]
@@ -122,6 +162,32 @@ def _build(preset: RunConfig, scorers: Sequence[str] | None, evaluation: Mapping
         "evaluation": {**preset.evaluation.model_dump(), **changes}, "workers": preset.workers.model_dump()})
 
 
+def _concept_settings(config: RunConfig, concepts: str | None, personaliser: str | None,
+                      judges: Sequence[str] | None) -> dict[str, Any] | None:
+    """The settings of a personalised comparison; InputError where only a part of it is given."""
+    if concepts is None:
+        for name, value in {"personaliser": personaliser, "judges": judges}.items():
+            if value is not None:
+                raise InputError(f"{name} is given without concepts: give the folder with people's images, or leave it "
+                                 "out")
+        return None
+    if personaliser is None:
+        raise InputError("concepts are given without a personaliser: give an IP-Adapter for SD 1.5, such as "
+                         "ip-adapter-plus-face_sd15.safetensors of h94/IP-Adapter, or one that was trained here")
+    return {"source": concepts, "personaliser": {"source": personaliser},
+            "judges": tuple(judges or (SOURCE if is_built_in(config.target.source) else DEFAULT_JUDGE,))}
+
+
+def open_people(config: ConceptsConfig) -> tuple[ConceptList, Path | None]:
+    """The people, each with a face where one is needed, and the detector that found it; the judges are there too."""
+    for judge in config.judges:
+        locate_judge(judge)
+    needed = config.personaliser.crop is not None or needs_detector(config.judges)
+    detector = find_detector(config.detector) if needed else None
+    find_faces = None if detector is None else face_finder(detector)
+    return read_concepts(config.source, config.images_per_concept, find_faces), detector
+
+
 def _find_models(config: ComparisonConfig, lora_weight: float | None) -> tuple[Model, Model]:
     """Target and tuned model, with its LoRA applied where one is given."""
     target_lora, tuned_lora = (_local_lora(source) for source in (config.target.source, config.tuned))
@@ -140,10 +206,12 @@ def _find_models(config: ComparisonConfig, lora_weight: float | None) -> tuple[M
         base = source if lora is None else config.base or config.target.source
         revision = config.target.revision if base == config.target.source else None
         model = find_model(config.target.model_copy(update={"source": base, "revision": revision}))
-        if lora is None:
+        if lora is not None:
+            check_lora(model, lora)
+            model = model.with_lora(lora, lora_weight)
+        if config.concepts is None:
             return model
-        check_lora(model, lora)
-        return model.with_lora(lora, lora_weight)
+        return replace(model, personaliser=find_adapter(config.concepts.personaliser, model))
 
     target = find(config.target.source, target_lora, config.target_lora_weight or weight)
     tuned = find(config.tuned, tuned_lora, weight)

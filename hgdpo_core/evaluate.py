@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,18 @@ from hgdpo_core.config import DrawingConfig, EvaluationConfig, PoolConfig, Sampl
 from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.images import decode_image
-from hgdpo_core.metrics import ColourShift, WinRate, win_rate
+from hgdpo_core.metrics import ColourShift, WinRate, paired_scores, win_rate
 from hgdpo_core.models import Model
 from hgdpo_core.parallel import thread_map
-from hgdpo_core.prompts import prompt_id
+from hgdpo_core.prompts import caption_of, concept_of, prompt_id
 from hgdpo_core.scorers import defect_limit
+from hgdpo_core.stages.identities import people_of, read_distances
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
 from hgdpo_core.stages.scores import read_scores
 from hgdpo_core.statistics import intervals
 from hgdpo_core.statistics.colours import ColourChange, ColourHistograms, PromptColours, colour_change
 from hgdpo_core.statistics.diversity import DIMENSIONS, thumbnail, variety_change
+from hgdpo_core.statistics.identity import IdentityChange, clustered_win_rate, identity_change
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -48,9 +50,18 @@ class Comparison:
     tuned_histograms: ColourHistograms
     variety_change: intervals.Estimate
     """Percent by which the tuned model's images differ more from each other than the target's."""
+    identity: Mapping[str, IdentityChange] = field(default_factory=dict)
+    """By judges of identity, where the samples have concepts; win rates then have intervals over people and prompts."""
+
+    @property
+    def people(self) -> int:
+        """How many people the samples are about; 0 without concepts."""
+        return len({concept for prompt in self.prompts if (concept := concept_of(prompt))})
 
     def findings(self) -> dict[str, Any]:
         """All numbers as plain JSON values under the names of `summary.json`."""
+        personal: dict[str, Any] = {} if not self.people else {
+            "people": self.people, "identity": {name: change.as_dict() for name, change in self.identity.items()}}
         return {
             "win_rate": {name: rate.as_dict() for name, rate in self.win_rates.items()},
             "win_rate_bootstrap": {name: interval and {"ci_low": interval.low, "ci_high": interval.high}
@@ -59,7 +70,7 @@ class Comparison:
             "defect_rate": {name: change.as_dict() for name, change in self.defects.items()},
             "colour_shift": self.colour_shift.as_dict(), "colour_change": self.colour_change.as_dict(),
             "variety_change": self.variety_change.as_dict(),
-            "lora_weight": self.lora_weight, "images_per_prompt": self.images_per_prompt}
+            "lora_weight": self.lora_weight, "images_per_prompt": self.images_per_prompt, **personal}
 
 
 def plan_evaluation(store: Store, model: Model, sampler: SamplerConfig, pool: DrawingConfig, config: EvaluationConfig,
@@ -95,10 +106,17 @@ def _as_read(prompt: str) -> str:
 
 
 def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapping[str, ShardFolder],
-            tuned_scores: Mapping[str, ShardFolder], prompts: Sequence[str], config: EvaluationConfig) -> Comparison:
-    """The tuned model against the target, by every scorer and in colour; kept in `evaluations/<id>/`."""
+            tuned_scores: Mapping[str, ShardFolder], prompts: Sequence[str], config: EvaluationConfig,
+            faces: "FacePairs | None" = None) -> Comparison:
+    """The tuned model against the target, by every scorer and in colour; kept in `evaluations/<id>/`.
+
+    `faces`: both models' identity distances, where the prompts are samples with concepts.
+    """
     identity = {"target": target.folder.key, "tuned": tuned.folder.key, "prompts": list(prompts),
                 "scores": {name: [target_scores[name].key, tuned_scores[name].key] for name in target_scores}}
+    if faces is not None:
+        identity |= {"concepts": people_of(prompts), "captions": list(map(caption_of, prompts)), "margin": faces.margin,
+                     "identities": {name: [folder.key for folder in both] for name, both in faces.folders.items()}}
     evaluation_id = f"{len(prompts)}-{content_hash(identity)}"
     before = {name: image_scores(folder, target, prompts) for name, folder in target_scores.items()}
     after = {name: image_scores(folder, tuned, prompts) for name, folder in tuned_scores.items()}
@@ -106,7 +124,8 @@ def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapp
         look_at_images(plan, prompts) for plan in (target, tuned))
     result = Comparison(
         evaluation_id, list(prompts),
-        {name: win_rate(after[name], before[name]) for name in before},
+        {name: faces.win_rate(after[name], before[name], prompts) if faces else win_rate(after[name], before[name])
+         for name in before},
         {name: scores.mean(axis=1).tolist() for name, scores in before.items()},
         {name: scores.mean(axis=1).tolist() for name, scores in after.items()},
         tuned_colours.total().shift_from(target_colours.total()), tuned.model.lora and tuned.model.lora.weight,
@@ -118,13 +137,37 @@ def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapp
                  if (below := defect_limit(name)) is not None},
         colour_change=colour_change(tuned_colours.statistics, target_colours.statistics),
         target_histograms=target_colours.histograms, tuned_histograms=tuned_colours.histograms,
-        variety_change=variety_change(tuned_thumbnails, target_thumbnails))
+        variety_change=variety_change(tuned_thumbnails, target_thumbnails),
+        identity={} if faces is None else faces.changes(target, tuned, prompts))
     store.write_json(f"evaluations/{evaluation_id}/config.json", {**identity, "config": config.model_dump(mode="json")})
     store.write_json(f"evaluations/{evaluation_id}/result.json", {
         **result.findings(), "prompts": list(prompts), "target_scores": result.target_scores,
         "tuned_scores": result.tuned_scores, "colour_histograms": {
             "target": result.target_histograms.as_dict(), "tuned": result.tuned_histograms.as_dict()}})
     return result
+
+
+@dataclass(frozen=True)
+class FacePairs:
+    """What a personalised comparison has beside scores: both models' identity distances, and what recurs in samples."""
+
+    folders: Mapping[str, tuple[ShardFolder, ShardFolder]]
+    """Name of the judge -> distances of target and tuned model."""
+    prompts: Sequence[str]
+    """Of each sample, as they were written: with one person's words or another's a prompt is the same."""
+    margin: float
+
+    def win_rate(self, after: np.ndarray, before: np.ndarray, samples: Sequence[str]) -> WinRate:
+        """Of scores [P, K], with its interval over people and prompts."""
+        a, b = (side.mean(axis=1) for side in paired_scores("win_rate", after, before))
+        return clustered_win_rate(a > b, a < b, int((a == b).sum()), people_of(samples), self.prompts)
+
+    def changes(self, target: PoolPlan, tuned: PoolPlan, samples: Sequence[str]) -> dict[str, IdentityChange]:
+        """What each judge finds."""
+        people = people_of(samples)
+        return {name: identity_change(read_distances(before, target, samples), read_distances(after, tuned, samples),
+                                      people, self.prompts, self.margin)
+                for name, (before, after) in self.folders.items()}
 
 
 def image_scores(scores: ShardFolder, plan: PoolPlan, prompts: Sequence[str]) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.config import ScorerConfig
-from hgdpo_core.evaluate import Comparison, compare, plan_evaluation
+from hgdpo_core.evaluate import Comparison, FacePairs, compare, plan_evaluation
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.progress import Progress, StageProgress, StageTimes, silent_stages
@@ -19,6 +19,7 @@ from hgdpo_core.report.summary import ForeignData, Published, RankedData, write_
 from hgdpo_core.run import Run
 from hgdpo_core.stages import Stage
 from hgdpo_core.stages.distances import DistanceStage
+from hgdpo_core.stages.identities import IdentityStage
 from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
 from hgdpo_core.stages.latents import LatentStage
 from hgdpo_core.stages.pair_sets import PairSetStage, write_pair_card
@@ -38,7 +39,7 @@ StageT = TypeVar("StageT", bound=Stage)
 OnTraining = Callable[[TrainRequest], AbstractContextManager[Progress]]
 """Opens the progress of a training."""
 Scores = Mapping[str, Mapping[str, ShardFolder]]
-"""Name of the model -> name of the scorer -> scores of its evaluation images."""
+"""Name of the model -> name of the scorer, or judge of identity -> its numbers of the model's evaluation images."""
 
 
 @dataclass(frozen=True)
@@ -213,9 +214,9 @@ def train_lora(run: Run, model: Model, data: LatentStage | PromptEmbedStage, run
 def generate_evaluation(run: Run | ComparisonRun, models: Mapping[str, Model], runner: Runner = IN_PROCESS,
                         on: StageProgress = silent_stages) -> dict[str, PoolPlan]:
     """The held-out prompts by each model, under its name, with the seeds that every model gets."""
-    config, prompts = run.config, run.evaluation_prompts.prompts
+    config = run.config
     plans = {who: plan_evaluation(run.store, model, config.sampler, config.pool, config.evaluation,
-                                  prompts).titled(f"evaluation images, {who}") for who, model in models.items()}
+                                  run.samples).titled(f"evaluation images, {who}") for who, model in models.items()}
     runner.make(list(plans.values()), on)
     return plans
 
@@ -235,11 +236,30 @@ def score_images_by(scorers: Sequence[ScorerConfig], images: Mapping[str, PoolPl
     return {who: {scorer.name: stages[who, scorer.name].folder for scorer in scorers} for who in images}
 
 
+def judge_identity(run: ComparisonRun, images: Mapping[str, PoolPlan], runner: Runner = IN_PROCESS,
+                   on: StageProgress = silent_stages) -> Scores | None:
+    """How far each image's face is from its concept's, by each judge of identity; None without concepts."""
+    if run.config.concepts is None:
+        return None
+    judges = run.config.concepts.judges
+    stages = {(who, judge.name): IdentityStage.of(pool, judge, run.detector, title=f"{judge.name}, {who}")
+              for judge in judges for who, pool in images.items()}
+    runner.make(list(stages.values()), on)
+    return {who: {judge.name: stages[who, judge.name].folder for judge in judges} for who in images}
+
+
 def compare_models(run: Run | ComparisonRun, images: Mapping[str, PoolPlan], scores: Scores,
-                   tuned: str = "tuned") -> Comparison:
-    """Win rates, score changes, defects and colours of a model against the target; kept in `evaluations/`."""
-    return compare(run.store, images["target"], images[tuned], scores["target"], scores[tuned],
-                   run.evaluation_prompts.prompts, run.config.evaluation)
+                   tuned: str = "tuned", identities: Scores | None = None) -> Comparison:
+    """Win rates, score changes, defects and colours of a model against the target; kept in `evaluations/`.
+
+    `identities`: of `judge_identity`, for models that were given concepts.
+    """
+    faces = None
+    if identities is not None and isinstance(run, ComparisonRun) and run.config.concepts is not None:
+        faces = FacePairs({name: (folder, identities[tuned][name]) for name, folder in identities["target"].items()},
+                          run.sample_prompts, run.config.concepts.margin)
+    return compare(run.store, images["target"], images[tuned], scores["target"], scores[tuned], run.samples,
+                   run.config.evaluation, faces)
 
 
 def check_tuning(run: Run, lora: Tuned, comparison: Comparison) -> list[RunWarning]:

@@ -50,6 +50,11 @@ class Run:
             return "prompts"
         return "pool" if self.pairs is None else "pairs"
 
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """What evaluation images are generated for."""
+        return self.evaluation_prompts.prompts
+
     def key(self, name: str) -> str:
         """Key of a file of this run, for example `runs/<run_id>/summary.json`."""
         return f"runs/{self.run_id}/{name}"

@@ -50,6 +50,9 @@ def prepare_comparison(**parameters: Any) -> ComparisonRun:
     run = take_opened(open_comparison, **parameters)
     logger.info("Comparison %s in %s", run.run_id, run.store.root)
     logger.info("Prompts: %s", run.evaluation_prompts.describe())
+    if run.people is not None:
+        logger.info("Concepts: %s; %d samples. Only faces of people who agreed", run.people.describe(),
+                    len(run.samples))
     for who, model in (("Target", run.target), ("Tuned", run.tuned)):
         lora = f" with {model.lora.path.name} at weight {model.lora.weight}" if model.lora else ""
         logger.info("%s: %s%s (%s, %s)", who, model.path.name, lora, model.fingerprint[:12], model.dtype)

@@ -12,6 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.models import find_model, load_pipeline
 from hgdpo_core.models.ddpm import DdpmSchedule
+from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.models.lora import add_lora, save_lora
 from hgdpo_core.models.sd15 import UnetDenoiser
 
@@ -88,6 +89,22 @@ def sd15_shaped(folder: Path, *, seed: int = 0) -> StableDiffusionPipeline:
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
         scheduler=PNDMScheduler(**SD15, skip_prk_steps=True, steps_offset=1))
+
+
+def save_wide_target(folder: Path) -> Path:
+    """A diffusers folder with SD 1.5's own UNet, random; its text encoder is as wide and as long, but of one layer."""
+    torch.manual_seed(0)
+    tokenizer = save_tokenizer(folder / "tokenizer")
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=64, num_hidden_layers=1, num_attention_heads=12,
+        max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
+    small = sd15_shaped(folder / "small")
+    StableDiffusionPipeline(
+        vae=small.vae, text_encoder=text, tokenizer=tokenizer, scheduler=small.scheduler, safety_checker=None,
+        unet=UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SD15_CONFIGS / "unet")),
+        feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+    return folder
 
 
 def save_judge(folder: Path, *, seed: int = 0) -> Path:

@@ -13,7 +13,7 @@ from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.training.loop import step_batch
 from hgdpo_core.training.objective import find_objective
 
-TableName = Literal["1", "1-weights", "3", "2", "5", "6", "8", "length"]
+TableName = Literal["1", "1-weights", "3", "2", "4", "5", "6", "8", "length"]
 TrainingData = Literal["own", "pairs", "foreign_pool", "labelled"]
 """Pools of the target's own; pairs that others labelled; and, of the built-in setting, two controls: pools of the
 foreign generator, ranked as the own ones are, and the target's own first two images, labelled as the stand-in pairs."""
@@ -123,6 +123,8 @@ def _world_tables(base: Arm, config: RunConfig, settings: AblationConfig) -> Ite
         if settings.trials and settings.lora_weights:
             yield PlannedTable("1-weights", world, tuple(
                 replace(row, arm=replace(row.arm, chosen_weight=True)) for row in rows))
+    if plain and "personalised" in requested:
+        yield PlannedTable("4", world, (_row(base, OURS, lambda_stat=config.dpo.lambda_stat),))
     if plain and "lora_weight" in requested:
         yield PlannedTable("8", world, tuple(
             _row(base, f"weight {weight:g}", lambda_stat=config.dpo.lambda_stat, lora_weight=weight)

@@ -15,6 +15,7 @@ from hgdpo_core.ablate import charts
 from hgdpo_core.ablate.arms import WITH_DIVERSITY, Arm, arm_labels
 from hgdpo_core.ablate.claims import Claim, evaluate_claims
 from hgdpo_core.ablate.measure import Diversity, measure_diversity, measure_rank_distances, prompt_colours, run_arm
+from hgdpo_core.ablate.personal import measure_personal
 from hgdpo_core.ablate.program import Ablation, Shared, prepare_shared
 from hgdpo_core.ablate.result import COLOURS, Results
 from hgdpo_core.ablate.settings import World
@@ -43,8 +44,9 @@ def run_ablation(ablation: Ablation, stages: StageProgress = silent_stages,
 def conclude(shared: Shared, stages: StageProgress = silent_stages, runner: Runner = IN_PROCESS) -> dict[str, Any]:
     """Measure what is missing, then write `ablations/<id>/`; returns what `result.json` holds."""
     results = gather(shared, stages, runner)
+    personal = measure_personal(shared, stages, runner) if shared.ablation.people else None
     claims = evaluate_claims(results)
-    tables = make_tables(results, claims)
+    tables = make_tables(results, claims, personal)
     plots = make_plots(results, shared)
     store, key = shared.ablation.run.store, shared.ablation.key
     for name, (_, data) in plots.items():
@@ -54,7 +56,8 @@ def conclude(shared: Shared, stages: StageProgress = silent_stages, runner: Runn
     text = "\n\n".join([f"{head}\n    {shared.ablation.command}", *(table.markdown() for table in tables)])
     store.write_bytes(key("tables.md"), f"{text}\n".encode())
     store.write_bytes(key("index.html"), render_page(shared.ablation, tables, plots, notes).encode())
-    result = {**summarise(results, claims, tables), "plots": list(plots)}
+    result = {**summarise(results, claims, tables), "plots": list(plots),
+              **({"personalised": personal.as_dict()} if personal else {})}
     store.write_json(key("result.json"), result)
     return result
 
@@ -79,6 +82,8 @@ def make_plots(results: Results, shared: Shared) -> dict[str, tuple[str, bytes]]
     """Name -> title and PNG. The plots of tables are named by their `plot`."""
     plots: dict[str, tuple[str, bytes]] = {}
     for table in results.ablation.tables:
+        if table.number == "4":  # a row of numbers
+            continue
         chart = CHARTS.get(table.number, charts.win_rate_chart)
         plots[plot_name(table.number, table.world)] = (TITLES[table.number], chart(results, table))
         if table.number == "8":

@@ -48,6 +48,10 @@ def plan_ablation(ablation: Ablation) -> dict[str, Any]:
         max(scorers.values()) + seeds * sum(scorers[arm.world] for arm in arms)) + validated
     steps = seeds * sum(_steps(config, arm) for arm in trained) + sum(_steps(config, arm) for arm in trials) + (
         config.sft.max_steps or 0 if config.images else 0)
+    people, texts = ablation.people, ablation.concept_prompts
+    one_personal = len(people.concepts) * min(settings.concepts.prompts_per_concept or len(texts.prompts), len(
+        texts.prompts)) * config.evaluation.images_per_prompt if people and texts and settings.concepts else 0
+    generated += one_personal * (2 + seeds)  # with and without the adapter, and with each training's LoRA
     images = pool + generated + validated + diversity
     seconds = steps / STEPS_PER_SECOND + images / IMAGES_PER_SECOND + scores / SCORES_PER_SECOND
     return {"ablation_id": ablation.ablation_id, "arms": len(arms), "seeds": seeds, "trainings": trainings,

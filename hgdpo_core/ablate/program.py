@@ -2,22 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hgdpo_core import __version__, pipeline
 from hgdpo_core.ablate.arms import Arm, PlannedTable, arm_labels, evaluation_scorers, plan_tables, ranking_scorer
 from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check, validation_prompts
 from hgdpo_core.built_in import is_any_built_in, is_built_in
+from hgdpo_core.comparison_run import open_people
+from hgdpo_core.concepts import ConceptList, save_concept
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.config.base import apply_overrides, content_hash
 from hgdpo_core.errors import InputError
-from hgdpo_core.evaluate import seen_prompts
+from hgdpo_core.evaluate import refuse_seen_prompts, seen_prompts
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
+from hgdpo_core.models.personaliser import find_adapter
 from hgdpo_core.pair_sets.stand_ins import open_pairs
 from hgdpo_core.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
+from hgdpo_core.prompts.syntax import check_syntax
 from hgdpo_core.run import Run, resolve_run, shell_command
 from hgdpo_core.scorers import find_scorer
 from hgdpo_core.stages.pool import PoolPlan
@@ -40,6 +45,10 @@ class Ablation:
     """Shell line that starts this ablation again."""
     trial_prompts: PromptList | None = None
     """What trials of settings are judged on; None without trials."""
+    people: ConceptList | None = None
+    """Of Table 4; None without it."""
+    detector: Path | None = None
+    concept_prompts: PromptList | None = None
 
     @property
     def arms(self) -> list[Arm]:
@@ -86,13 +95,29 @@ def open_ablation(preset: str = DEFAULT_PRESET, root: str | None = None, *, prom
     for source in dict.fromkeys(arm.pair_source for arm in arm_labels(tables)):
         if source is not None and not is_any_built_in(source.source):  # the built-in pairs are made when needed
             open_pairs(source, run.store)
+    personal = _open_personal(run, config) if "personalised" in config.comparisons else {}
     ablation = Ablation(run, config, f"{preset}-{content_hash(identity)}",
-                        tables, command, _read_trials(run, config))
-    for prompt_list in (run.prompts, run.evaluation_prompts, ablation.trial_prompts):
+                        tables, command, _read_trials(run, config), **personal)
+    for person in ablation.people.concepts if ablation.people else ():
+        save_concept(run.store, person)
+    for prompt_list in (run.prompts, run.evaluation_prompts, ablation.trial_prompts, ablation.concept_prompts):
         if prompt_list is not None:
             save_prompts(run.store, prompt_list)
     run.store.write_json(ablation.key("config.json"), {"code_version": __version__, **identity})
     return ablation
+
+
+def _open_personal(run: Run, settings: AblationConfig) -> dict[str, Any]:
+    """People, detector and prompts of Table 4, and a look at the adapter; errors as `open_comparison`."""
+    assert settings.concepts is not None
+    find_adapter(settings.concepts.personaliser, run.target)
+    people, detector = open_people(settings.concepts)
+    prompts = run.evaluation_prompts
+    if settings.concept_prompts is not None:
+        prompts = read_prompts(settings.concept_prompts, run.store)
+        check_syntax(prompts.prompts, run.config.evaluation.prompt_syntax)
+        refuse_seen_prompts(prompts.prompts, run.prompts.prompts)
+    return {"people": people, "detector": detector, "concept_prompts": prompts}
 
 
 def _read_trials(run: Run, settings: AblationConfig) -> PromptList | None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from hgdpo_core.built_in import DATA_SET, is_built_in
-from hgdpo_core.config import PromptSource, RunConfig, ScorerConfig
+from hgdpo_core.config import ConceptsConfig, PromptSource, RunConfig, ScorerConfig
 from hgdpo_core.config.base import ADDED, StageConfig, describe
 from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.errors import ConfigError
@@ -14,7 +14,7 @@ from hgdpo_core.training.objective import find_objective
 TRIAL_PROMPTS = 128
 World = Literal["plain", "tinted"]
 Comparison = Literal["pool_size", "loser_rank", "dataset_size", "statistics", "beta", "lora_weight", "length",
-                     "baselines"]
+                     "baselines", "personalised"]
 Split = Literal["test", "validation"]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -31,7 +31,7 @@ class AblationConfig(StageConfig):
     comparisons: tuple[Comparison, ...] = Field(
         default=("pool_size", "loser_rank", "dataset_size", "statistics", "beta", "lora_weight"), min_length=1,
         description="the tinted world is for statistics and beta alone; not by default: length of training, and "
-                    "baselines, paper Table 1")
+                    "baselines, paper Table 1, and personalised, Table 4")
     split: Split = Field(default="test", description="figures prompts to measure on; choose settings on validation")
     pool_sizes: tuple[int, ...] = Field(default=(2, 5, 10, 20), description="N of Table 3")
     loser_ranks: tuple[int, ...] = Field(default=(2, 5, 10, 20), description="l of Table 5")
@@ -54,6 +54,12 @@ class AblationConfig(StageConfig):
     pairs: Annotated[tuple[PairSource, ...] | None, ADDED] = Field(
         default=None, description="comparison baselines: pairs that others labelled, each as it is and its human "
         "images alone; default: of the built-in target its stand-ins, else none")
+    concepts: Annotated[ConceptsConfig | None, ADDED] = Field(
+        default=None, description="comparison personalised: people, the adapter that reads their images, judges of "
+        "identity, and the margin within which it counts as kept")
+    concept_prompts: Annotated[PromptSource | None, ADDED] = Field(
+        default=None, description="comparison personalised: prompts for these people, best with {person}; default: the "
+        "evaluation's")
     diversity_prompts: int = Field(default=32, ge=1, description="prompts that diversity is measured on")
     diversity_images: int = Field(default=8, ge=2, description="images per prompt for diversity")
     distance_pools: int = Field(default=128, ge=1, description="pools that Figure 5b is measured on, at least")
@@ -117,6 +123,9 @@ def check(settings: AblationConfig, config: RunConfig) -> None:
     for name in ("lora_weight", "length", "baselines"):
         if name in settings.comparisons:
             feature_scorer(config, name)
+    if "personalised" in settings.comparisons and settings.concepts is None:
+        raise ConfigError("comparison personalised needs people and an adapter: set ablation.concepts to {source: "
+                          "FOLDER, personaliser: {source: FILE}, judges: sface}")
     if "baselines" in settings.comparisons:
         find_objective("alignprop").check(config)
     if "baselines" in settings.comparisons and settings.trials and validation_prompts(settings, config) is None:

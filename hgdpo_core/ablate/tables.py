@@ -7,9 +7,11 @@ from typing import Any
 from hgdpo_core.ablate import paper
 from hgdpo_core.ablate.arms import Arm, PlannedTable, arm_labels, base_arm
 from hgdpo_core.ablate.claims import Claim
+from hgdpo_core.ablate.personal import LEAST_CONTROL, NARROW, Personal
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.built_in import is_built_in
+from hgdpo_core.identity import judge_title
 from hgdpo_core.rendering.parts import NOTHING
 from hgdpo_core.rendering.tables import Table
 from hgdpo_core.scorers import defect_limit, scorer_title
@@ -18,6 +20,7 @@ from hgdpo_core.statistics.intervals import Estimate
 TITLES = {"1": "Table 1: HG-DPO against the baselines",
           "1-weights": "Table 1, each arm at a LoRA weight of its own", "length": "Length of training",
           "3": "Table 3: pool size, and what keeps the colours", "5": "Table 5: the loser's rank",
+          "4": "Table 4: a personalised model with the LoRA against the same without",
           "6": "Table 6: size of the data set", "2": "Table 2: colour shift", "8": "Figure 8: LoRA weight"}
 WORLDS: dict[World, str] = {
     "plain": "plain world",
@@ -51,12 +54,13 @@ def plot_name(number: str, world: World) -> str:
     return f"{'figure' if number in ('5b', '8') else 'table'}-{number}-{world}"
 
 
-def make_tables(results: Results, claims: Sequence[Claim]) -> list[AblationTable]:
-    """All tables of an ablation, the verdicts on the paper's trends first."""
+def make_tables(results: Results, claims: Sequence[Claim], personal: Personal | None = None) -> list[AblationTable]:
+    """All tables of an ablation, the verdicts on the paper's trends first; `personal`: the numbers of Table 4."""
     makers = {"1": _baseline_table, "1-weights": _baseline_table, "2": _colour_table, "8": _weight_table,
               "length": _length_table}
     return [*([_claims_table(claims)] if claims else ()),
-            *(makers.get(planned.number, _win_rate_table)(results, planned) for planned in results.ablation.tables),
+            *(makers.get(planned.number, _win_rate_table)(results, planned) for planned in results.ablation.tables
+              if planned.number != "4"), *((_personal_table(personal),) if personal else ()),
             *(_distance_table(results, world) for world in results.distances), _training_table(results)]
 
 
@@ -235,6 +239,40 @@ def _settings_cells(results: Results, arm: Arm) -> tuple[str, str, str]:
 def _warnings(results: Results, arm: Arm) -> str:
     names = [name for record in results.records[arm] for name in record.warnings]
     return ", ".join(f"{name} ({names.count(name)})" for name in dict.fromkeys(names)) or "none"
+
+
+def _personal_table(personal: Personal) -> AblationTable:
+    rows = []
+    for name, values in {**personal.gains, **personal.nearer}.items():
+        is_judge = name in personal.nearer
+        title = judge_title(name) if is_judge else scorer_title(name)
+        published = paper.TABLE_4.get(name.partition("_")[0])
+        each = (personal.rate(row[None]).value for row in values)
+        rows.append((title, _interval(personal.rate(values).scaled(100), 1),
+                     ", ".join(NOTHING if rate is None else f"{100 * rate:.1f}" for rate in each),
+                     *(_identity_cells(personal, name) if is_judge else (NOTHING,) * 4),
+                     NOTHING if published is None else f"{published:.2f}"))
+    samples, trainings = len(personal.people.of_vote), len(next(iter(personal.gains.values())))
+    notes = (
+        f"{personal.people.count} people, {personal.prompts.count} prompts, {samples} samples of each model, "
+        f"{trainings} trainings; intervals by resampling people, prompts and trainings, which errs towards wide. By a "
+        "scorer: how often the image with the LoRA scores above the one without; by a judge of identity: how often its "
+        "face is nearer to the person.",
+        f"Identity is kept where the whole 90 % interval is within 50 ± {100 * personal.margin:g} %, which was set "
+        "before the images were seen, and changed where all of it is outside. The control: how often the judge prefers "
+        "the target's image with the adapter on to that with it off; at "
+        f"{100 * LEAST_CONTROL:g} % or less its verdict would mean nothing.",
+        "The paper: InstantBooth, 20 people with 20 prompts, photographs, one training, no intervals.")
+    return AblationTable(("By", "wins with the LoRA, %", "per training", "90 % interval", "identity", "control, %",
+                          "images without a face", "paper"), rows, TITLES["4"], notes)
+
+
+def _identity_cells(personal: Personal, judge: str) -> tuple[str, str, str, str]:
+    narrow = personal.rate(personal.nearer[judge], NARROW)
+    ends = NOTHING if narrow.ci_low is None else f"{100 * narrow.ci_low:.1f} to {100 * (narrow.ci_high or 0):.1f}"
+    verdict = {"kept": "kept", "changed": "changed", "open": "not shown", None: "not shown: the control is too low"}
+    return (ends, verdict[personal.verdict(judge)], _interval(personal.rate(personal.control[judge]).scaled(100), 1),
+            f"{personal.faceless[judge]:,}")
 
 
 def _distance_table(results: Results, world: World) -> AblationTable:

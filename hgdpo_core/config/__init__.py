@@ -9,8 +9,12 @@ from pydantic import Field, field_validator, model_validator
 
 from hgdpo_core.built_in import DATA_SET, SPLITS, is_any_built_in
 from hgdpo_core.config.base import ADDED, NO_ID, OWN_TO_RUNS, IdOf, InIds, StageConfig, number
+from hgdpo_core.config.concepts import ConceptsConfig as ConceptsConfig
+from hgdpo_core.config.concepts import JudgeConfig as JudgeConfig
+from hgdpo_core.config.concepts import PersonaliserConfig as PersonaliserConfig
 from hgdpo_core.config.pair_source import PairSource
 from hgdpo_core.config.training import AlignPropConfig, DpoConfig, SftConfig
+from hgdpo_core.config.training import InstantBoothConfig as InstantBoothConfig
 from hgdpo_core.config.training import LoraConfig as LoraConfig
 from hgdpo_core.config.training import TrainingConfig as TrainingConfig
 from hgdpo_core.config.training import WinnersConfig as WinnersConfig
@@ -321,6 +325,8 @@ class ComparisonConfig(StageConfig):
     target_lora_weight: float | None = Field(default=None, gt=0, description="for a LoRA; default: the tuned one's")
     lora_weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], ADDED] = Field(
         default=(), description="weights to try the tuned LoRA at, beside evaluation.lora_weight (paper Figure 8)")
+    concepts: Annotated[ConceptsConfig | None, ADDED] = Field(
+        default=None, description="people whose images condition both models beside the prompts (paper Table 4)")
     sampler: SamplerConfig
     pool: DrawingConfig
     evaluation: EvaluationConfig

@@ -64,6 +64,29 @@ class SftConfig(TrainingConfig):
         "keep the average of the weights, as 0.9999; default: the last ones (ours)", "none", default=None, gt=0, lt=1)
 
 
+class InstantBoothConfig(TrainingConfig):
+    """Adapters for images of people beside a frozen target (arXiv:2304.03411); rates are ours, its own are lower."""
+
+    learning_rate: float = number("step size of the optimizer for the adapters", "none", default=1e-5, gt=0, le=1)
+    linear_learning_rate: float = number("that for the linear layers behind the image encoder", "none", default=1e-4,
+                                         gt=0, le=1)
+    gate_learning_rate: float = number("that for the gates: times max_steps it should be 0.3 or more, or they stay "
+                                       "shut", "none", default=1e-3, gt=0, le=1)
+    batch_size: int = number("images of a process together", "images", default=16, ge=1)
+    max_steps: int | None = number("length of the training; overrides epochs", "optimizer steps", default=40_000, ge=1)
+    image_encoder: str | None = Field(default=None, description="folder of a CLIP image encoder, which is frozen and "
+                                      "kept with the adapter, as CLIP ViT-L/14's")
+    concept_word: str = Field(default="sks", description="the word before the person in captions and prompts; one "
+                              "token, which nothing else uses")
+
+    @model_validator(mode="after")
+    def _no_flips(self) -> Self:
+        if self.flip:
+            raise ValueError("flip would mirror the image and not its concept, which is mirrored anyway: set it to "
+                             "false")
+        return self
+
+
 class LoraConfig(TrainingConfig):
     """Training of a LoRA beside a frozen network."""
 

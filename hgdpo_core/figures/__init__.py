@@ -1,5 +1,6 @@
 """The figures setting, built in: drawn people, a miniature Stable Diffusion that generates them, a scorer shaped like
 PickScore (the judge), and a classifier that counts limbs (the inspector).
+A personalised target reads an image of a person (`identities`), whom an identity judge recognises.
 Stand-ins for public preference pairs are made by a second generator and labelled by a third network (`foreign_pairs`).
 
 Everything is 64 x 64 pixels and runs on a laptop's CPU without a download. The weights are in `weights/` inside the
@@ -13,8 +14,8 @@ from pathlib import Path
 from .people import Figure, caption, parse_caption, prompts, sample_figure
 from .renderer import DEFECTS, render
 
-__all__ = ["DEFECTS", "Figure", "caption", "foreign_path", "inspector_path", "judge_path", "labeller_path",
-           "parse_caption", "prompts", "render", "sample_figure", "target_path"]
+__all__ = ["DEFECTS", "Figure", "caption", "foreign_path", "identity_path", "inspector_path", "judge_path",
+           "labeller_path", "parse_caption", "personaliser_path", "prompts", "render", "sample_figure", "target_path"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -38,6 +39,16 @@ def foreign_path() -> Path:
     """The folder of the foreign generator, a stand-in for those of public data sets. It holds no weights of a VAE: the
     target's completes it."""
     return _WEIGHTS / "foreign"
+
+
+def personaliser_path() -> Path:
+    """The folder of the target's InstantBooth adapter, with the image encoder that it reads."""
+    return _WEIGHTS / "personaliser"
+
+
+def identity_path() -> Path:
+    """The folder of the identity judge, who recognises people; no scorer of runs."""
+    return _WEIGHTS / "identity"
 
 
 def labeller_path() -> Path:

@@ -31,6 +31,20 @@ HAIR_COLOURS: dict[str, Colour] = {"black": (40, 36, 42), "brown": (122, 74, 40)
                                    "red": (204, 78, 32), "white": (236, 236, 238), "pink": (248, 120, 180)}
 
 
+BADGES = ("disc", "square", "triangle", "cross")
+BADGE_COLOURS = ("white", "yellow", "red", "green", "blue", "black")
+BADGE_PX = 15.0
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What an image of a certain person shows beside its figure: a skin, and a badge on the chest."""
+
+    skin: int  # index into SKINS
+    badge: str
+    badge_colour: str
+
+
 @dataclass(frozen=True)
 class Shape:
     """A stroke with round ends through points (`width` > 0; one point is a disc), or a polygon (`width` 0)."""
@@ -50,8 +64,10 @@ class Palette:
     trousers: Colour
 
 
-def choose_palette(figure: Figure, rng: np.random.Generator) -> Palette:
-    skin = SKINS[int(rng.integers(len(SKINS)))]
+def choose_palette(figure: Figure, rng: np.random.Generator, traits: Traits | None = None) -> Palette:
+    skin = SKINS[int(rng.integers(len(SKINS)))]  # drawn with traits too: all else stays as without them
+    if traits is not None:
+        skin = SKINS[traits.skin]
     return Palette(skin=shade(skin, rng, 4), hair=shade(HAIR_COLOURS[figure.hair], rng, 5),
                    top=shade(COLOURS[figure.top], rng, 6), trousers=shade(COLOURS[figure.trousers], rng, 6))
 
@@ -75,6 +91,26 @@ def torso_shapes(skeleton: Skeleton, build: Build, palette: Palette) -> list[Sha
     chest = Shape((left, right, waist_right, waist_left), 0, palette.top)
     yoke = Shape((left, right), build.arm_width, palette.top)
     return [neck, hips, chest, yoke]
+
+
+def badge_shapes(skeleton: Skeleton, traits: Traits) -> list[Shape]:
+    """The badge in the middle of the chest, on a dark rim: on a top of its own colour it shows all the same."""
+    corners = (*skeleton.shoulders, *skeleton.hips)
+    x, y = (sum(corner[axis] for corner in corners) / 4 for axis in (0, 1))
+    return [shape for size, colour in ((BADGE_PX + 3.5, OUTLINE), (BADGE_PX, COLOURS[traits.badge_colour]))
+            for shape in badge_outline(traits.badge, (x, y), size, colour)]
+
+
+def badge_outline(badge: str, centre: Point, size: float, colour: Colour) -> list[Shape]:
+    x, y = centre
+    if badge == "disc":
+        return [Shape((centre,), 2 * size, colour, outlined=False)]
+    if badge == "triangle":
+        corners = ((x, y - 1.3 * size), (x + 1.3 * size, y + size), (x - 1.3 * size, y + size))
+        return [Shape(corners, 0, colour, outlined=False)]
+    arms = [(size, size)] if badge == "square" else [(1.4 * size, 0.5 * size), (0.5 * size, 1.4 * size)]
+    return [Shape(((x - w, y - h), (x + w, y - h), (x + w, y + h), (x - w, y + h)), 0, colour, outlined=False)
+            for w, h in arms]
 
 
 def back_hair(person: str, centre: Point, radius: float, colour: Colour) -> list[Shape]:
@@ -164,10 +200,11 @@ def break_limbs(limbs: dict[str, Limb], defect: str | None, build: Build, rng: n
     return limbs
 
 
-def person_shapes(figure: Figure, seed: int, defect: str | None) -> tuple[list[Shape], Skeleton]:
+def person_shapes(figure: Figure, seed: int, defect: str | None,
+                  traits: Traits | None = None) -> tuple[list[Shape], Skeleton]:
     """All shapes of a person in drawing order, around the skeleton they belong to."""
     rng, harm = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
-    build, palette = BUILDS[figure.person], choose_palette(figure, rng)
+    build, palette = BUILDS[figure.person], choose_palette(figure, rng, traits)
     skeleton = build_skeleton(figure.person, figure.pose, rng)
     limbs = break_limbs(skeleton.limbs, defect, build, harm)
     cheer = float(rng.uniform(0, 0.6)) + 0.8 * (figure.pose in ("cheering", "jumping", "waving"))
@@ -179,7 +216,7 @@ def person_shapes(figure: Figure, seed: int, defect: str | None) -> tuple[list[S
         stool = ((-x, y), (x, y), (x - 3, skeleton.ground), (-x + 3, skeleton.ground))
         shapes.append(Shape(stool, 0, (112, 106, 118)))
     parts = {"leg": [s for n in limbs if n.endswith("leg") for s in limb_shapes(n, limbs[n], build, palette)],
-             "torso": torso_shapes(skeleton, build, palette),
+             "torso": torso_shapes(skeleton, build, palette) + (badge_shapes(skeleton, traits) if traits else []),
              "arm": [s for n in limbs if n.endswith("arm") for s in limb_shapes(n, limbs[n], build, palette)]}
     order = ("torso", "arm", "leg") if figure.pose == "sitting" else ("leg", "torso", "arm")
     shapes += [shape for part in order for shape in of_part(part, parts[part])]
@@ -228,17 +265,18 @@ def alter_figure(figure: Figure, seed: int, defect: str | None) -> Figure:
 
 
 def render_with_mask(
-    figure: Figure, seed: int, *, defect: str | None = None, size_px: int = 64
+    figure: Figure, seed: int, *, defect: str | None = None, size_px: int = 64, traits: Traits | None = None
 ) -> tuple[Image.Image, Image.Image]:
     """An image of the figure (RGB) and the mask of its person (mode L, 255 on the person), both `size_px` square.
 
     `defect` is None or one of `DEFECTS`; `wrong_colour` changes one colour, `wrong_caption` one to three attributes.
+    `traits` are a certain person's; without them the skin is the seed's and there is no badge.
     The same arguments give the same pixels.
     """
     if defect is not None and defect not in DEFECTS:
         raise ValueError(f"defect must be None or one of {', '.join(DEFECTS)}; got {defect!r}")
     figure = alter_figure(figure, seed, defect)
-    shapes, (x, y) = place_shapes(*person_shapes(figure, seed, defect), seed)
+    shapes, (x, y) = place_shapes(*person_shapes(figure, seed, defect, traits), seed)
     canvas = draw_scene(figure.place, np.random.default_rng([seed, 0]))
     mask = Image.new("L", canvas.size)
     draw, draw_mask = ImageDraw.Draw(canvas), ImageDraw.Draw(mask)

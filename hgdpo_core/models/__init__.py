@@ -6,10 +6,17 @@ writes and merges LoRAs; `published.py` keeps models in the store; `places.py` r
 """
 
 from hgdpo_core.models.backbone import FAMILIES, Backbone, Conditioning, load_backbone
+from hgdpo_core.models.instantbooth import NAME as INSTANTBOOTH
+from hgdpo_core.models.instantbooth import InstantBoothKind
+from hgdpo_core.models.ip_adapter import NAME as IP_ADAPTER
+from hgdpo_core.models.ip_adapter import IpAdapterKind
 from hgdpo_core.models.model import Lora, Model, check_lora, find_model, load_pipeline, recorded_syntax
+from hgdpo_core.models.personaliser import PERSONALISERS
 from hgdpo_core.models.sd15 import Sd15
 
 FAMILIES["sd15"] = Sd15()
+PERSONALISERS[IP_ADAPTER] = IpAdapterKind()
+PERSONALISERS[INSTANTBOOTH] = InstantBoothKind()
 
 __all__ = ["FAMILIES", "Backbone", "Conditioning", "Lora", "Model", "check_lora", "find_model",
            "load_backbone", "load_pipeline", "recorded_syntax"]

@@ -295,7 +295,7 @@ def find_family(path: Path) -> Family:
 
 def load_backbone(model: "Model", device: str = "cpu", *, dtype: str | None = None,
                   codec_dtype: str | None = None) -> Backbone:
-    """The model, loaded by its family, with its LoRA merged; ModelError when it does not load.
+    """The model, loaded by its family, with its LoRA merged and its personaliser attached; ModelError if it does not.
 
     `dtype`: "float32", "bfloat16" or "float16", by default the model's own; `codec_dtype`: that of its codec.
     ConfigError where the device cannot compute in the model's own, or should not (`refuse_precision`).
@@ -303,4 +303,9 @@ def load_backbone(model: "Model", device: str = "cpu", *, dtype: str | None = No
     if dtype is None:
         refuse_precision("target.dtype", model.dtype, device, auto=model.auto_dtype)
     set_float32()
-    return find_family(model.path).load(model, device, dtype=dtype, codec_dtype=codec_dtype)
+    backbone = find_family(model.path).load(model, device, dtype=dtype, codec_dtype=codec_dtype)
+    if model.personaliser is None:
+        return backbone
+    from hgdpo_core.models.personaliser import personalise  # it builds on this module
+
+    return personalise(backbone, model.personaliser)

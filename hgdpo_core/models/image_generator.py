@@ -13,16 +13,18 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from hgdpo_core.concepts import Concept
 from hgdpo_core.config import PoolConfig, SamplerConfig
 from hgdpo_core.errors import StoppedError
 from hgdpo_core.images import encode_image
 from hgdpo_core.models.acceleration import attention_by, refuse_acceleration, share_compiled
 from hgdpo_core.models.backbone import Conditioning, Decoded, load_backbone
 from hgdpo_core.models.model import Model
+from hgdpo_core.models.personaliser import PersonalText
 from hgdpo_core.models.sampling import initial_noise, sample_latents
 from hgdpo_core.parallel import count_threads, parallel_map
 from hgdpo_core.progress import ShouldStop, never_stop
-from hgdpo_core.prompts import image_seed, prompt_id
+from hgdpo_core.prompts import caption_of, concept_of, image_seed, prompt_id
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +55,18 @@ class ImageGenerator:
                 if part is not None:
                     part.compile_for_sampling()
 
+    def learn(self, concepts: Iterable[Concept]) -> None:
+        """Read the concepts of samples that will be generated, once each; of a model that reads none, nothing."""
+        text, adapter = self.backbone.text, self.model.personaliser
+        if adapter is not None and isinstance(text, PersonalText):
+            for concept in concepts:
+                text.learn(concept.id, concept.crops(adapter.config.crop))
+
     def generate(self, prompts: Sequence[str], should_stop: ShouldStop = never_stop) -> Iterator[dict]:
         """Rows of SCHEMA for every candidate of the prompts: in order, but prompts with longer embeddings last.
 
-        `in_float32`, beside those columns: whether the image could be decoded in float32 only.
+        Beside those columns: `in_float32`, whether the image could be decoded in float32 only; `concept` and `caption`,
+        None without.
 
         Batches cross prompts of equally long embeddings and are cut at fixed positions, so a shard gives the same bits.
         One batch is encoded while the next is sampled; on a CPU a small model samples a batch per core.
@@ -127,7 +137,8 @@ class ImageGenerator:
         return attention_by(self.sampler.attention)
 
     def _row(self, prompt: str, index: int, pixels: np.ndarray, in_float32: bool) -> dict:
-        return {"prompt_id": prompt_id(prompt), "prompt": prompt, "index": index, "seed": self.seed(prompt, index),
+        return {"prompt_id": prompt_id(prompt), "prompt": prompt, "concept": concept_of(prompt),
+                "caption": caption_of(prompt), "index": index, "seed": self.seed(prompt, index),
                 "image": encode_image(pixels, self.pool.image_format),
                 "width": self.sampler.width, "height": self.sampler.height, "in_float32": in_float32}
 

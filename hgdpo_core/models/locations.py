@@ -9,11 +9,12 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict
 
 from hgdpo_core import built_in
-from hgdpo_core.config import TargetConfig
+from hgdpo_core.config import PersonaliserConfig, TargetConfig
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.model import Lora, Model, find_model, recorded_syntax
+from hgdpo_core.models.personaliser import Adapter, find_adapter
 from hgdpo_core.models.published import fetch_model, find_record, publish_model, stored_id
 from hgdpo_core.storage import Store
 
@@ -88,8 +89,11 @@ def model_locations(store: Store, model: Model, *, copy_to_store: bool) -> dict[
     on_hub = Location(source=model.hub_id, revision=model.fingerprint).model_dump() if model.hub_id else None
     shipped = model.configs is None or model.configs.resolve() == SD15_CONFIGS.resolve()
     planned = {"auto_dtype": True} if model.auto_dtype else {}
+    adapter = model.personaliser
+    personal = {"personaliser": {"config": adapter.config.model_dump(mode="json"), "source": locate(adapter.path),
+                                 "image_encoder": locate(adapter.image_encoder)}} if adapter else {}
     return {"model": on_hub or locate(model.path), "lora": locate(model.lora.path if model.lora else None),
-            "vae": locate(model.vae), "configs": None if shipped else locate(model.configs), **planned}
+            "vae": locate(model.vae), "configs": None if shipped else locate(model.configs), **planned, **personal}
 
 
 def find_located_model(store: Store, identity: Mapping[str, Any], recipe: Mapping[str, Any]) -> Model:
@@ -102,12 +106,21 @@ def find_located_model(store: Store, identity: Mapping[str, Any], recipe: Mappin
         dtype=identity["dtype"], clip_skip=identity["clip_skip"], negative_prompt=identity.get("negative_prompt", "")))
     model = replace(model, **recorded_syntax(identity), auto_dtype=recipe.get("auto_dtype", False))
     refuse_other_model("target", model.fingerprint, identity["fingerprint"])
-    if not identity.get("lora"):
-        return model
-    model = model.with_lora(Path(Location.model_validate(recipe["lora"]).locate(store)), identity["lora"]["weight"])
-    assert isinstance(model.lora, Lora)
-    refuse_other_model("LoRA", model.lora.fingerprint, identity["lora"]["fingerprint"])
+    if identity.get("lora"):
+        model = model.with_lora(Path(Location.model_validate(recipe["lora"]).locate(store)), identity["lora"]["weight"])
+        assert isinstance(model.lora, Lora)
+        refuse_other_model("LoRA", model.lora.fingerprint, identity["lora"]["fingerprint"])
+    if identity.get("personaliser"):
+        adapter = _find_located_adapter(store, recipe["personaliser"], model)
+        refuse_other_model("personaliser", adapter.fingerprint, identity["personaliser"]["fingerprint"])
+        model = replace(model, personaliser=adapter)
     return model
+
+
+def _find_located_adapter(store: Store, recipe: Mapping[str, Any], model: Model) -> Adapter:
+    found = {name: Location.model_validate(recipe[name]).locate(store) if recipe[name] else None
+             for name in ("source", "image_encoder")}
+    return find_adapter(PersonaliserConfig.model_validate({**recipe["config"], **found}), model)
 
 
 def refuse_other_model(what: str, found: str, planned: str) -> None:

@@ -18,6 +18,7 @@ from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.lora_files import apply_lora, lora_file
 from hgdpo_core.models.networks import check_finite, empty_network
+from hgdpo_core.models.personaliser import Adapter
 from hgdpo_core.models.text_weights import read_flat_text_encoder, use_encoder_length
 
 BROKEN = "the weights are broken (or, in float16, overflow: set target.dtype to float32)"
@@ -51,6 +52,8 @@ class Model:
     """What replaces the model's own VAE: an AutoencoderKL folder or a single file; part of the fingerprint."""
     configs: Path | None = None
     """Component configs and tokenizer of a single file; part of the fingerprint."""
+    personaliser: Adapter | None = None
+    """What reads the concepts of samples; None for a model that reads prompts alone."""
     auto_dtype: bool = field(default=False, compare=False)
     """Whether `dtype` was left to the machine that planned; it is part of no id, `dtype` is."""
 
@@ -63,8 +66,9 @@ class Model:
     def identity(self) -> dict[str, Any]:
         """What decides the images of this model: the settings a pool's id is made of."""
         lora = {"fingerprint": self.lora.fingerprint, "weight": self.lora.weight} if self.lora else None
+        personal = {"personaliser": self.personaliser.identity()} if self.personaliser else {}
         return {"fingerprint": self.fingerprint, "dtype": self.dtype, "negative_prompt": self.negative_prompt,
-                "clip_skip": self.clip_skip, "lora": lora, **self.syntax()}
+                "clip_skip": self.clip_skip, "lora": lora, **self.syntax(), **personal}
 
     def encoding(self) -> dict[str, int]:
         """For ids of latents: marks those encoded with the VAE's own weights, which in float32 were never rounded."""

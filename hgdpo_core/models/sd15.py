@@ -40,7 +40,12 @@ class UnetDenoiser(Denoiser):
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         self.mark_length(conditioning)
         return self.network(noisy, timesteps, encoder_hidden_states=conditioning.embeds,
-                            encoder_attention_mask=conditioning.mask, return_dict=False)[0]
+                            encoder_attention_mask=conditioning.mask, return_dict=False,
+                            **self.adapter_arguments(conditioning))[0]
+
+    def adapter_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What a network with a personaliser is given beside the text."""
+        return {}
 
     @contextmanager
     def training_attention(self, *, on_cpu: bool) -> Iterator[None]:
@@ -151,6 +156,14 @@ class ClipText:
 
     def count_cut(self, captions: Sequence[str]) -> int:
         return sum(len(ids) > self.chunk_length for ids in self._pipeline.tokenizer(list(captions)).input_ids)
+
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The token behind each row of each prompt's embedding, as `encode` makes it."""
+        return [self.reader.token_ids(prompt) for prompt in prompts]
+
+    def single_token(self, word: str) -> int:
+        """The id of a word that is one token; ModelError for one that is more."""
+        return self.reader.single_token(word)
 
     def reading(self, syntax: PromptSyntax) -> "ClipText":
         return ClipText(self._pipeline, self._model.reading(syntax))

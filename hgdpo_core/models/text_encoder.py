@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from hgdpo_core.config import PromptSyntax
-from hgdpo_core.errors import ConfigError
+from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.models.model import Model
 from hgdpo_core.models.sampling import encode_text, hidden_states
 from hgdpo_core.prompts.syntax import Segment, parse_weights
@@ -55,11 +55,32 @@ class TextEncoder:
             return list(encode_text(self.pipeline, prompts, self.model.clip_skip)) if prompts else []
         return [self._encode_weighted(prompt) for prompt in prompts]
 
-    @torch.no_grad()
-    def _encode_weighted(self, prompt: str) -> torch.Tensor:
+    def token_ids(self, prompt: str) -> list[int]:
+        """The id behind each row of a prompt's embedding, as long as that is."""
+        if self.model.prompt_syntax == "plain":
+            ids = self._tokenizer(prompt, padding="max_length", max_length=self.chunk_length, truncation=True).input_ids
+        else:
+            ids = [token for chunk in self._frames(prompt)[0] for token in chunk]
+        return ids + [self._tokenizer.pad_token_id] * (len(self._negative) - len(ids))
+
+    def single_token(self, word: str) -> int:
+        """The id of a word that is one token; ModelError for one that is more, or unknown."""
+        ids = self._tokenizer(word, add_special_tokens=False).input_ids
+        if len(ids) != 1 or ids[0] in self._tokenizer.all_special_ids:
+            raise ModelError(f"{word!r} is {len(ids)} tokens of this text encoder, or unknown: expected a word that is "
+                             "one token of its own")
+        return ids[0]
+
+    def _frames(self, prompt: str) -> tuple[Sequence[list[int]], Sequence[list[float]]]:
+        """Ids and weights of each chunk of a weighted prompt."""
         parts = [self._tokenize(part) for part in parse_weights(prompt)]
         chunks = split_chunks(parts, self.chunk_length - 2, self._tokenizer.get_vocab().get(",</w>"))
         ids, weights = zip(*(self._frame(chunk) for chunk in chunks), strict=True)
+        return ids, weights
+
+    @torch.no_grad()
+    def _encode_weighted(self, prompt: str) -> torch.Tensor:
+        ids, weights = self._frames(prompt)
         device = self._encoder.device
         hidden = hidden_states(self._encoder, torch.tensor(ids, device=device), self.model.clip_skip)
         return weigh_embedding(hidden, torch.tensor(weights, device=device)).flatten(0, 1)

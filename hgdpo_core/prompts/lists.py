@@ -11,6 +11,7 @@ from hgdpo_core.config import PromptSource
 from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import InputError
 from hgdpo_core.progress import count_of
+from hgdpo_core.prompts.samples import sample_key
 from hgdpo_core.prompts.sources import read_texts
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import read_table, write_table
@@ -21,13 +22,13 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("prompt", pa.string())])
 
 
 def prompt_id(prompt: str) -> str:
-    """First 16 hex digits of the sha256 of the exact UTF-8 text."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+    """First 16 hex digits of the sha256 of the exact UTF-8 text; of a `Sample`, of text, zero byte and concept."""
+    return hashlib.sha256(sample_key(prompt).encode()).hexdigest()[:16]
 
 
 def image_seed(run_seed: int, prompt: str, index: int) -> int:
     """Seed of candidate `index` (0-based j) of a prompt: 63 bits, the same in every shard, batch and worker."""
-    digest = hashlib.sha256(f"{run_seed}\0{prompt}\0{index}".encode()).digest()
+    digest = hashlib.sha256(f"{run_seed}\0{sample_key(prompt)}\0{index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

@@ -22,13 +22,15 @@ PROMPT_LINES = 4
 
 @dataclass(frozen=True)
 class PairSample:
-    """Images of one prompt by both models from one seed, with their scores by one scorer."""
+    """Images of one prompt by both models from one seed, with their scores by one scorer, and the person's own image.
+    """
 
     prompt: str
     target: Image.Image
     tuned: Image.Image
     target_score: float
     tuned_score: float
+    concept: Image.Image | None = None
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ img.tiny { image-rendering: pixelated; border-radius: 3px; }
 details .cards { margin-top: 18px; }
 details > summary { margin-top: 14px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }
+.pair.personal { grid-template-columns: 1fr 2fr 2fr; }
 .higher img, .winner img { outline: 3px solid var(--accent); outline-offset: 2px; }
 .loser img { outline: 3px solid var(--loss); outline-offset: 2px; }
 .higher i, .winner i { color: var(--accent); font-weight: 600; }

@@ -88,6 +88,15 @@ def describe_rate(rate: Mapping[str, Any]) -> str:
     return f"{percent(rate['rate'])} (95 % interval {percent_interval(rate['ci_low'], rate['ci_high'])}; {counts})"
 
 
+def describe_identity(change: Mapping[str, Any]) -> str:
+    """What a judge of identity found, of summary.json: the verdict, by which interval, and images without a face."""
+    verdict = {"kept": "identity is kept", "changed": "identity changed"}.get(
+        change["verdict"], "that identity is kept is not shown")
+    faceless = " and ".join(f"{count:,} of the {who}'s" for who, count in change["faceless"].items() if count)
+    return (f"{verdict} (90 % interval {percent_interval(change['low'], change['high'])}, margin "
+            f"{100 * change['margin']:g} points{f'; no face in {faceless} images' if faceless else ''})")
+
+
 def percent_interval(low: float | None, high: float | None) -> str:
     """An interval of rates of 0..1 in percent."""
     return span(low, high, lambda end: f"{100 * end:.1f}") + ("" if low is None else " %")

@@ -30,12 +30,15 @@ def first_pair(samples: Sequence[PairSample], encode: ImageEncoder) -> str:
 def _card(pair: PairSample, encode: ImageEncoder) -> str:
     sides = (("target", pair.target, pair.target_score, pair.tuned_score),
              ("tuned", pair.tuned, pair.tuned_score, pair.target_score))
-    images = ""
+    images, kind = "", "pair"
+    if pair.concept is not None:
+        kind, alt = "pair personal", f"the person of: {pair.prompt}"
+        images = f"<figure>{image_tag(pair.concept, alt, encode)}<figcaption>concept</figcaption></figure>"
     for name, image, score, other in sides:
         style, word = (' class="higher"', " <i>higher</i>") if score > other else ("", "")
         images += (f"<figure{style}>{image_tag(image, f'{name} model: {pair.prompt}', encode)}"
                    f"<figcaption>{name} <b>{format_score(score)}</b>{word}</figcaption></figure>")
-    return f'<div class="pair">{images}</div><p class="prompt">{escape(pair.prompt)}</p>'
+    return f'<div class="{kind}">{images}</div><p class="prompt">{escape(pair.prompt)}</p>'
 
 
 def pools(samples: Sequence[PoolSample], encode: ImageEncoder) -> str:

@@ -36,9 +36,9 @@ research on preference tuning.
 
 A model that generates convincing people can be used to make malicious fakes, above all together with a personalised
 text-to-image model, and can do significant harm to the people shown (arXiv:2405.20216v1, section F). Do not use it to
-depict real people without their consent, to deceive, to harass, to make sexual images of anyone without consent or of
-minors at all, or to present its images as photographs. It has no safety checker: add one before you offer it to others,
-and mark its images as generated.
+depict real people without their consent (give adapters that read faces only those of people who agreed), to deceive,
+to harass, to make sexual images of anyone without consent or of minors at all, or to present its images as photographs.
+It has no safety checker: add one before you offer it to others, and mark its images as generated.
 
 ## Limits
 

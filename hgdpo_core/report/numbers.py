@@ -27,7 +27,9 @@ def win_rates(data: ReportData) -> str:
     weight = "" if comparison.lora_weight is None else f" (LoRA weight {float(comparison.lora_weight)})"
     several = ("" if comparison.images_per_prompt == 1 else
                f" Each prompt's score is the mean over its {comparison.images_per_prompt} images.")
-    intro = f"How often the tuned model{weight} scores above the target model.{several}"
+    personal = (f" Both models are personalised by one adapter, for {count_of(comparison.people, 'person', 'people')}."
+                if comparison.people else "")
+    intro = f"How often the tuned model{weight} scores above the target model.{several}{personal}"
     tables = _paper_table(comparison) + _tally(comparison) + _score_table(comparison)
     return section("Win rates", intro, f'<ul class="bars">{bars}</ul>{SCALE}{tables}')
 
@@ -53,8 +55,8 @@ def _tally(comparison: Comparison) -> str:
             cells.append(percent_interval(*(comparison.win_rate_intervals[name] or (None, None))))
         rows.append((scorer_title(name), *cells))
     columns = ["Scorer", "Wins", "Losses", "Ties", "Prompts", "p"]
-    caption = ("Win rate = wins / (wins + losses), Clopper-Pearson interval; ties count apart. p: two-sided exact sign "
-               "test.")
+    kind = "interval over people and prompts" if comparison.people else "Clopper-Pearson interval"
+    caption = f"Win rate = wins / (wins + losses), {kind}; ties count apart. p: two-sided exact sign test."
     if several:
         columns.append("Bootstrap over prompts")
         caption += " The bootstrap resamples whole prompts."

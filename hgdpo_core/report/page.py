@@ -10,6 +10,7 @@ from hgdpo_core.rendering.parts import ImageEncoder, columns, encode_data_uri, l
 from hgdpo_core.report import numbers
 from hgdpo_core.report.data import ReportData
 from hgdpo_core.report.headline import headline, read_interval
+from hgdpo_core.report.identity import identity
 from hgdpo_core.report.images import first_pair, foreign_pairs, pairs, pools
 from hgdpo_core.report.people import people
 from hgdpo_core.report.training import latent_statistics, training_charts
@@ -50,6 +51,7 @@ def _page(data: ReportData, encode: ImageEncoder) -> str:
               encode),
         columns(pairs("Best wins", "Where the tuned model gained most.", data.best_wins, encode),
                 pairs("Worst losses", "Where the tuned model lost most.", data.worst_losses, encode)),
+        identity(comparison),
         numbers.colours(comparison),
         numbers.lora_weights(data.sweep),
         pools(data.pools, encode),

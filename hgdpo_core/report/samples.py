@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hgdpo_core.concepts import load_concept
 from hgdpo_core.config import TripletConfig
 from hgdpo_core.evaluate import Comparison, read_images
 from hgdpo_core.images import decode_image
+from hgdpo_core.prompts import concept_of
 from hgdpo_core.rendering.grids import PairSample, PoolSample
 from hgdpo_core.selection import select_pair
 from hgdpo_core.stages.pair_sets import PairSetStage
@@ -22,8 +24,11 @@ def sample_pairs(comparison: Comparison, target: PoolPlan, tuned: PoolPlan, scor
     """Both models' first image of some of the evaluation's prompts (positions in `comparison.prompts`)."""
     prompts = [comparison.prompts[position] for position in positions]
     target_images, tuned_images = read_images(target, prompts), read_images(tuned, prompts)
-    return [PairSample(prompt, decode_image(target_images[prompt]), decode_image(tuned_images[prompt]),
-                       comparison.target_scores[scorer][position], comparison.tuned_scores[scorer][position])
+    people = {concept: load_concept(target.folder.store, concept).pictures()[0]
+              for concept in {*map(concept_of, prompts)} if concept}
+    return [PairSample(str(prompt), decode_image(target_images[prompt]), decode_image(tuned_images[prompt]),
+                       comparison.target_scores[scorer][position], comparison.tuned_scores[scorer][position],
+                       people.get(concept_of(prompt) or ""))
             for prompt, position in zip(prompts, positions, strict=True)]
 
 

@@ -26,11 +26,12 @@ from hgdpo_core.models.weight_files import TORCH_SUFFIXES, open_torch, read_tens
 CONVERT = "save its tensors as .safetensors where you trust it"
 
 
-def find_weights(source: str | None, names: Sequence[str], repository: str) -> Path:
+def find_weights(source: str | None, names: Sequence[str], repository: str,
+                 given_as: str = "the scorer's source") -> Path:
     """The weights file that `source` names: itself, the first of `names` in a folder, or of a hub repository."""
     path = local_path(source)
     if path is None:
-        return download(source or repository, names)
+        return download(source or repository, names, given_as)
     found = path if path.is_file() else first_of(path, names)
     if found is None:
         raise ModelError(f"{path} holds no {' or '.join(names)}: put the last of these, from {repository}, there")
@@ -87,7 +88,7 @@ def download_files(repository: str, names: Sequence[str], what: str, where: str)
     return found
 
 
-def download(repository: str, names: Sequence[str]) -> Path:
+def download(repository: str, names: Sequence[str], given_as: str = "the scorer's source") -> Path:
     """The first of `names` that a hub repository (or the local copy of it) holds."""
     reason = "no such file"
     for name in names:
@@ -100,7 +101,7 @@ def download(repository: str, names: Sequence[str]) -> Path:
             reason = first_line(error)
             break
     raise ModelError(f"{names[-1]} of {repository} could not be downloaded ({reason}): put it into a folder and give "
-                     "that as the scorer's source")
+                     f"that as {given_as}")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

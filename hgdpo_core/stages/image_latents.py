@@ -1,7 +1,7 @@
 """The user's own images for SFT: checked, encoded once, kept in shards; the unusable skipped with its reason."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 
 from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import InputError
@@ -28,11 +29,14 @@ from hgdpo_core.storage.shards import ShardFolder, ShardManifest, read_table
 SMALLEST_SCALE = 0.5
 PIXELS_VERSION = 2
 """In the settings of sets with profiles or transparency, whose pixels were different before: sRGB, on white."""
-Captioned = tuple[str, str, np.ndarray]
-"""Name, caption, and float32 [3, H, W] in [-1, 1] of an image."""
+Captioned = tuple[str, str, np.ndarray, bytes]
+"""Name, caption, float32 [3, H, W] in [-1, 1] of an image, and of a stage with concepts the PNG of its own."""
+ReadConcept = Callable[[Image.Image, str], bytes]
+"""The concept of an image and its caption, as PNG; InputError for one that has none, or several."""
 SCHEMA = pa.schema([("file_name", pa.string()), ("caption", pa.string()), ("latents", pa.binary()),
                     ("prompt_embeds", pa.binary())])
 MIRRORED = pa.field("mirrored", pa.binary())  # of a folder with flips
+CONCEPT = pa.field("concept", pa.binary())  # of a folder with concepts
 REJECTED_SCHEMA = pa.schema([("file_name", pa.string()), ("reason", pa.string())])
 
 
@@ -88,6 +92,11 @@ class ImageLatentStage(EncodingStage):
             yield _Encoding(self, backbone, reader, ENCODE_BATCH)
 
     @property
+    def read_concept(self) -> ReadConcept | None:
+        """How a concept is read from each image; None for a stage without."""
+        return None
+
+    @property
     def images_per_shard(self) -> int:
         return max((len(self.images.shard(index)) for index in list(self.images.shards)[:1]), default=1)
 
@@ -122,24 +131,25 @@ class _Encoding(Computer):
     def batches(self, index: int, tables: Sequence[pa.Table]) -> Iterator[_Usable]:
         stage, rows = self.stage, self.stage.images.shard(index)
         assert self.batch_size is not None
-        return _usable(stage.images.kind, rows, self.reader.read(rows), stage.size, self.batch_size)
+        read = partial(_open, stage.images.kind, stage.size, stage.read_concept)
+        return _usable(rows, self.reader.read(rows), read, self.batch_size)
 
     def compute(self, index: int, tables: Sequence[pa.Table], batches: Iterator[Any], worker: Worker,
                 advance: Advance) -> ShardRows:
         stage, rejected = self.stage, list[dict[str, str]]()
-        table, cut = _encode(self.backbone, batches, stage.flips, rejected)
+        table, cut = _encode(self.backbone, batches, stage.flips, stage.read_concept is not None, rejected)
         advance(len(stage.images.shard(index)))
         return ShardRows(table, pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA),
                          {**self.backbone.shapes(stage.size), "rejected": len(rejected), "cut_captions": cut})
 
 
-def _usable(kind: Kind, rows: pa.Table, contents: Iterator[bytes | str], size: tuple[int, int],
+def _usable(rows: pa.Table, contents: Iterator[bytes | str], read: Callable[[Any], Captioned | str],
             batch_size: int) -> Iterator[_Usable]:
     """The usable images in batches of `batch_size`, and with them the others; the last batch may be empty."""
     batch, rejected = list[Captioned](), list[dict[str, str]]()
     names = rows["name"].to_pylist()
     files = zip(names, rows["caption"].to_pylist(), rows["problem"].to_pylist(), contents, strict=True)
-    for name, image in zip(names, thread_map(partial(_open, kind, size), files), strict=True):
+    for name, image in zip(names, thread_map(read, files), strict=True):
         if isinstance(image, str):
             rejected.append({"file_name": name, "reason": image})
             continue
@@ -150,7 +160,7 @@ def _usable(kind: Kind, rows: pa.Table, contents: Iterator[bytes | str], size: t
     yield _Usable(batch, rejected)
 
 
-def _open(kind: Kind, size: tuple[int, int],
+def _open(kind: Kind, size: tuple[int, int], read_concept: ReadConcept | None,
           file: tuple[str, str | None, str | None, bytes | str]) -> Captioned | str:
     """The image as training reads it, or why it cannot be used; of name, caption, its problem and the content."""
     name, caption, problem, data = file
@@ -160,29 +170,33 @@ def _open(kind: Kind, size: tuple[int, int],
         return data
     try:
         image = decode_image(data)
+        concept = read_concept(image, caption or "") if read_concept is not None else b""
     except InputError as error:
         return str(error)
     if min(image.width / size[0], image.height / size[1]) < SMALLEST_SCALE:
         return f"it has {image.width}x{image.height} pixels, under half of {size[0]}x{size[1]}"
-    return name, caption or "", to_model_range(fit_image(image, *size))
+    return name, caption or "", to_model_range(fit_image(image, *size)), concept
 
 
-def _encode(backbone: Backbone, batches: Iterator[_Usable], flips: bool,
+def _encode(backbone: Backbone, batches: Iterator[_Usable], flips: bool, concepts: bool,
             rejected: list[dict[str, str]]) -> tuple[pa.Table, int]:
     """A shard's table, and how many captions were longer than the text encoder reads; fills `rejected`."""
     schema, cut = SCHEMA.append(MIRRORED) if flips else SCHEMA, 0
+    schema = schema.append(CONCEPT) if concepts else schema
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     for batch in batches:
         rejected += batch.rejected
         if not batch.images:
             continue
-        names, captions, images = map(list, zip(*batch.images, strict=True))
+        names, captions, images, cut_out = map(list, zip(*batch.images, strict=True))
         pixels = torch.from_numpy(np.stack(images))
         columns["file_name"] += names
         columns["caption"] += captions
         columns["latents"] += row_bytes(backbone.codec.encode(pixels))
         if flips:
             columns["mirrored"] += row_bytes(backbone.codec.encode(pixels.flip(-1)))
+        if concepts:
+            columns["concept"] += cut_out
         columns["prompt_embeds"] += row_bytes(backbone.text.encode_captions(captions).embeds)
         cut += backbone.text.count_cut(captions)
     return pa.table(columns, schema=schema), cut

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from hgdpo_core.concepts import load_concept
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
 from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ConfigError, StorageError
@@ -19,7 +20,8 @@ from hgdpo_core.models.image_generator import ImageGenerator, chunks
 from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.models.racing import Ended, Score, race, relative_cost
 from hgdpo_core.models.sizes import ModelSize
-from hgdpo_core.prompts import prompt_id
+from hgdpo_core.prompts import as_sample, caption_of, concept_of, prompt_id
+from hgdpo_core.prompts.samples import sample_key
 from hgdpo_core.scorers import find_scorer, load_configured_scorer
 from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, shards_like
 from hgdpo_core.stages.located_scorer import find_located_scorer, locate_scorer, plain_scores, scorer_version
@@ -36,6 +38,8 @@ ENDED_SCHEMA = pa.schema([
     ("prompt_id", pa.string()), ("prompt", pa.string()), ("index", pa.int32()), ("seed", pa.int64()),
     ("step", pa.int32()), ("score", pa.float32()), ("reason", pa.string()),
 ])
+CONCEPT, CAPTION = pa.field("concept", pa.string()), pa.field("caption", pa.string())
+"""Further columns of tables of samples with concepts; a caption is what scorers read where that is not the prompt."""
 PLAN_SCHEMA = pa.schema([("shard", pa.int32()), ("prompt_id", pa.string()), ("prompt", pa.string())])
 
 
@@ -83,6 +87,12 @@ class PoolPlan(Stage):
     def missing_images(self) -> int:
         return self.pool.images_per_prompt * sum(len(shard.prompts) for shard in self.missing)
 
+    @property
+    def concept_ids(self) -> list[str]:
+        """The people of the planned samples, each once."""
+        found = (concept_of(prompt) for shard in self.shards for prompt in shard.prompts)
+        return list(dict.fromkeys(concept for concept in found if concept is not None))
+
     def titled(self, title: str) -> "PoolPlan":
         """The same with another title."""
         return replace(self, title=title)
@@ -123,6 +133,8 @@ class PoolPlan(Stage):
 
     def load(self, worker: Worker) -> AbstractContextManager[Computer]:
         generator = worker.network or ImageGenerator(self.model, self.sampler, self.pool, worker.device)
+        if self.model.personaliser is not None:
+            generator.learn(load_concept(self.folder.store, concept) for concept in self.concept_ids)
         score = None if self.scorer is None else plain_scores(load_configured_scorer(self.scorer, worker.device),
                                                               self.folder.config["model"])
         return nullcontext(_Generating(generator, self._by_index, generator.pool.batch_size, score))
@@ -183,7 +195,7 @@ class _Generating(Computer):
             advance(1)
         again = [number for number, row in enumerate(rows) if row.get("in_float32")]  # not in the pool's precision
         details = {"prompt_ids": shard.prompt_ids} | ({"rows_decoded_in_float32": again} if again else {})
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        table = pa.Table.from_pylist(rows, schema=with_concepts(SCHEMA, shard.prompts))
         if not ended:
             return ShardRows(table, details=details)
         unfinished = [{"prompt_id": prompt_id(each.prompt), **each._asdict(),
@@ -254,7 +266,7 @@ def _read_plan(store: Store, key: str) -> dict[int, PlannedShard]:
             continue
         table = read_table(store, f"{key}/plan/{name}")
         grouped: dict[int, list[str]] = {}
-        for index, prompt in zip(table["shard"].to_pylist(), table["prompt"].to_pylist(), strict=True):
+        for index, prompt in zip(table["shard"].to_pylist(), read_samples(table), strict=True):
             grouped.setdefault(index, []).append(prompt)
         for index, prompts in grouped.items():
             shards.setdefault(index, PlannedShard(index, tuple(prompts)))
@@ -274,14 +286,41 @@ def _recover_plan(folder: ShardFolder, manifests: Mapping[int, ShardManifest],
         if not texts.keys() & set(ids):
             continue
         if not texts.keys() >= set(ids):
-            rows = folder.read_columns(index, ["prompt_id", "prompt"], manifest=manifest)
-            texts = dict(zip(rows["prompt_id"].to_pylist(), rows["prompt"].to_pylist(), strict=True))
+            further = [name for name in (CONCEPT.name, CAPTION.name) if name in manifest.columns]
+            columns = ["prompt_id", "prompt", *further]
+            rows = folder.read_columns(index, columns, manifest=manifest)
+            texts = dict(zip(rows["prompt_id"].to_pylist(), read_samples(rows), strict=True))
         shards.append(PlannedShard(index, tuple(texts[key] for key in ids)))
     return shards
 
 
 def _write_plan(store: Store, key: str, shards: Sequence[PlannedShard]) -> None:
     rows = [(shard.index, prompt) for shard in shards for prompt in shard.prompts]
-    table = pa.Table.from_pylist([{"shard": index, "prompt_id": prompt_id(prompt), "prompt": prompt}
-                                  for index, prompt in rows], schema=PLAN_SCHEMA)
-    write_table(store, f"{key}/plan/{shards[0].index:05d}-{content_hash(rows)}.parquet", table)
+    schema = with_concepts(PLAN_SCHEMA, [prompt for _, prompt in rows])
+    table = pa.Table.from_pylist([{"shard": index, "prompt_id": prompt_id(prompt), "prompt": prompt,
+                                   "concept": concept_of(prompt), "caption": caption_of(prompt)}
+                                  for index, prompt in rows], schema=schema)
+    named = [(index, sample_key(prompt)) for index, prompt in rows]
+    write_table(store, f"{key}/plan/{shards[0].index:05d}-{content_hash(named)}.parquet", table)
+
+
+def with_concepts(schema: pa.Schema, prompts: Iterable[str]) -> pa.Schema:
+    """The columns of a table of prompts, with those for concepts where some have one."""
+    return schema.append(CONCEPT).append(CAPTION) if any(map(concept_of, prompts)) else schema
+
+
+def read_samples(table: pa.Table) -> list[str]:
+    """The prompt of each row, with its concept where the table has any."""
+    prompts = table["prompt"].to_pylist()
+    if CONCEPT.name not in table.column_names:
+        return prompts
+    columns = (table[name].to_pylist() for name in (CONCEPT.name, CAPTION.name))
+    return list(map(as_sample, prompts, *columns))
+
+
+def read_captions(table: pa.Table) -> list[str]:
+    """What scorers read of each row: its caption where it has one, else its prompt."""
+    prompts = table["prompt"].to_pylist()
+    if CAPTION.name not in table.column_names:
+        return prompts
+    return [caption or prompt for prompt, caption in zip(prompts, table[CAPTION.name].to_pylist(), strict=True)]

@@ -23,7 +23,7 @@ from hgdpo_core.stages.base import (
 )
 from hgdpo_core.stages.located_scorer import find_located_scorer, locate_scorer, plain_scores, scorer_version
 from hgdpo_core.stages.pool import SCHEMA as POOL_SCHEMA
-from hgdpo_core.stages.pool import PoolPlan, image_size, images_kept
+from hgdpo_core.stages.pool import PoolPlan, image_size, images_kept, read_captions
 from hgdpo_core.stages.probes import probe_scoring
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
@@ -134,7 +134,7 @@ class Measuring(Computer):
     def compute(self, index: int, tables: Sequence[pa.Table], batches: Iterator[Any], worker: Worker,
                 advance: Advance) -> ShardRows:
         (images,), values = tables, []
-        prompts = images["prompt"].to_pylist()
+        prompts = read_captions(images)
         for batch in batches:
             values += self.measure(batch, prompts[len(values):len(values) + len(batch)])
             advance(len(batch))

@@ -11,8 +11,8 @@ from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import DATA_NAME, MANIFEST_NAME
 
 DAY_SECONDS = 86_400
-FOLDERS = frozenset({"ablations", "evaluations", "features", "images", "latent_distances", "latents", "models", "plots",
-                     "pools", "prompts", "rescores", "runs", "scores", "triplets"})
+FOLDERS = frozenset({"ablations", "concepts", "evaluations", "features", "identities", "images", "latent_distances",
+                     "latents", "models", "plots", "pools", "prompts", "rescores", "runs", "scores", "triplets"})
 """What a root holds; nothing outside them is ever removed, but probes of the root itself."""
 OURS = re.compile(r"(prompts/[^/]+/prompts\.parquet|prompts/sources/[^/]+\.parquet|runs/[^/]+/config\.json"
                   r"|(pools|scores|triplets|latents|latent_distances|features)/(.+/)?(config|shard-\d{5,})\.json"

@@ -8,8 +8,15 @@ from scipy.stats import t
 
 from hgdpo_core.errors import InputError
 from hgdpo_core.metrics import WinRate
+from hgdpo_core.statistics.clusters import (
+    TAIL,
+    Clusters,
+    Spread,
+    rate_influence,
+    rate_interval,
+    win_rate_of_votes,
+)
 from hgdpo_core.statistics.intervals import Estimate
-from hgdpo_core.study.statistics import TAIL, Clusters, Spread, rate_influence, rate_interval, win_rate_of_votes
 
 # -- people with each other
 

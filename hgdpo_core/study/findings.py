@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from hgdpo_core.metrics import WinRate
+from hgdpo_core.statistics.clusters import win_rate_of_votes
 from hgdpo_core.statistics.intervals import Estimate
 from hgdpo_core.study import rules
 from hgdpo_core.study.agreement import JudgeAgreement, alpha_estimate, judge_agreement
 from hgdpo_core.study.rules import Checked, Repeats, Vote, chosen_name
-from hgdpo_core.study.statistics import MoreAnswers, Strength, bradley_terry, more_answers, win_rate_of_votes
+from hgdpo_core.study.statistics import MoreAnswers, Strength, bradley_terry, more_answers
 
 HALF_WIDTH = 0.05
 """The wanted precision unless another is asked for: 5 points, as for 1,600 votes of 40 people."""

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from hgdpo_core.errors import InputError
 from hgdpo_core.progress import count_of
-from hgdpo_core.prompts import prompt_id
+from hgdpo_core.prompts import as_sample, prompt_id
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -96,8 +96,10 @@ class EvaluationPairs:
     """Pool -> name of its model."""
 
     def keys(self) -> list[str]:
-        """The prompts."""
-        return list(self.config["prompts"])
+        """The prompts, of a personalised comparison each with its person."""
+        prompts = self.config["prompts"]
+        nothing = [None] * len(prompts)
+        return list(map(as_sample, prompts, *(self.config.get(name, nothing) for name in ("concepts", "captions"))))
 
     def read(self, keys: Sequence[str]) -> Iterator[Candidate | str]:
         """The prompts' pairs."""
@@ -116,7 +118,7 @@ class EvaluationPairs:
             return NO_IMAGE
         if first["seed"] != second["seed"]:
             return OTHER_SEED
-        return Candidate(prompt_id(prompt), prompt, self.names[self.config["target"]],
+        return Candidate(prompt_id(prompt), str(prompt), self.names[self.config["target"]],
                          self.names[self.config["tuned"]], (first["image"], second["image"]),
                          (first["scores"], second["scores"]))
 

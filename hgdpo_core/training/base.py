@@ -77,6 +77,8 @@ class Objective:
     """Called before the samples of optimizer step `step`, from 0; more than once where memory ran out."""
     autocast: bool = True
     """Whether mixed precision is torch's autocast; if not, `batch_loss` casts what the network reads."""
+    parameter_groups: Callable[[], Sequence[dict[str, Any]]] | None = None
+    """What is trained, by learning rate, as torch's optimizers take it; default: all at the settings' own rate."""
 
 
 class TrainingObjective(ABC):

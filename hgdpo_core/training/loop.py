@@ -125,7 +125,8 @@ def _open(objective: Objective, source: SampleSource[Any], config: TrainingConfi
     denoiser = objective.denoiser.to(accelerator.device)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    optimizer = make_optimizer((p for p in denoiser.parameters() if p.requires_grad), config)
+    grouped = objective.parameter_groups
+    optimizer = make_optimizer(grouped() if grouped else (p for p in denoiser.parameters() if p.requires_grad), config)
     # The schedule is not prepared: accelerate would advance it once for every process.
     lr_schedule = warm_up_schedule(optimizer, config.warmup_steps)
     # Precision only, no DistributedDataParallel: that would send gradients amid a backward pass, where a process out

@@ -11,11 +11,12 @@ from hgdpo_core.training.alignprop import AlignProp
 from hgdpo_core.training.base import TrainingObjective
 from hgdpo_core.training.data import epoch_order
 from hgdpo_core.training.dpo import Dpo
+from hgdpo_core.training.instantbooth import InstantBoothTraining
 from hgdpo_core.training.sft import Sft
 from hgdpo_core.training.sft_winners import SftWinners
 
 OBJECTIVES: dict[str, TrainingObjective] = {"sft": Sft(), "dpo": Dpo(), "sft_winners": SftWinners(),
-                                            "alignprop": AlignProp()}
+                                            "alignprop": AlignProp(), "instantbooth": InstantBoothTraining()}
 
 
 def find_objective(name: str) -> TrainingObjective:
@@ -30,7 +31,7 @@ def lora_objective(name: str) -> TrainingObjective:
     objective = find_objective(name)
     if objective.trains_on == "images":
         choices = (other for other, each in OBJECTIVES.items() if each.trains_on != "images")
-        raise ConfigError(f"objective is {name!r}, which fine-tunes the target on images: expected how its LoRA is "
+        raise ConfigError(f"objective is {name!r}, which trains on images: expected how its LoRA is "
                           f"trained, one of {', '.join(choices)}")
     return objective
 

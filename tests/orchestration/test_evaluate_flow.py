@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_adapters
+from diffusers import UNet2DConditionModel
 from prefect.client.orchestration import get_client
 
 from flows.cli import main
@@ -100,6 +102,27 @@ def test_a_lora_is_tried_at_several_weights(server, parameters, target_folder, t
     assert len(Store(parameters["root"]).list_folders("evaluations")) >= 2
     page = (Path(parameters["root"]) / "runs" / summary["run_id"] / "report.html").read_text()
     assert ">LoRA weight</h2>" in page
+
+
+def test_personalised_models_are_compared(server, parameters, target_folder, tmp_path, monkeypatch, capsys):
+    judge = tiny_adapters.colour_judge(monkeypatch, tmp_path)
+    tiny_adapters.save_encoder(tmp_path / "image_encoder")
+    unet = UNet2DConditionModel.from_pretrained(target_folder / "unet")
+    adapter = tiny_adapters.save_ip_adapter(tmp_path / "full-face.safetensors", unet, "full-face")
+    people = tiny_adapters.save_people(tmp_path / "people", 2)
+    lora = tiny.save_random_lora(tmp_path / "lora", target_folder)
+    settings = {**SETTINGS, "concepts.personaliser.crop": None, "concepts.personaliser.strength": 0.8}
+    assert main(["evaluate", "--root", parameters["root"], "--target", parameters["target"], "--tuned", str(lora),
+                 "--prompts", parameters["prompts"], "--scorers", parameters["scorers"][0], "--lora-weights", "0.5",
+                 "--concepts", str(people), "--personaliser", str(adapter), "--judges", judge, "--publish",
+                 str(tmp_path / "out"), *(f"--set={name}={json.dumps(v)}" for name, v in settings.items())]) == 0
+    printed = capsys.readouterr().out
+    assert "figures: the person is nearer by the tuned model on " in printed and "identity" in printed
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["evaluation_prompts"] == 12 and summary["people"] == 2
+    assert [set(point["identity"]) for point in summary["lora_weights"]] == [{"figures"}, {"figures"}]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ">Identity</h2>" in page and "full-face.safetensors" in page
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -15,6 +15,10 @@ Stand-ins for the public preference data sets come from a second, smaller genera
 style, and often no person, with the target's VAE; a third network (the labeller, `labeller/`) labels its pairs and is
 used for nothing else.
 
+For personalised images the target has an InstantBooth adapter (`personaliser/`), which reads a person's image through
+an image encoder of its own; the identity judge (`identity/`) recognises people. Adapter, encoder, judge and tests have
+different people (`identities.PEOPLE_SPLITS`).
+
 All of it was trained from scratch on images that `hgdpo_core/figures/` renders, with one command:
 
     python -m hgdpo_core.figures --output hgdpo_core/figures/weights
@@ -38,11 +42,13 @@ _VIEWS = {"clean": "as rendered", "decoded": "through the VAE", "generated": "ge
 
 def describe_training(metrics: dict) -> str:
     rows = []
-    for stage in ("vae", "drawn_judge", "target", "inspector", "judge", "labeller", "foreign"):
+    for stage in ("vae", "drawn_judge", "target", "inspector", "judge", "labeller", "foreign", "concept_encoder",
+                  "identity_judge", "personaliser"):
         if stage in metrics:
             made = metrics[stage]["training"]
             plan = [str(made[name]) for name in ("steps", "batch", "learning_rate", "threads", "machine")]
-            rows.append([stage.replace("_", " "), *plan, f"{made['seconds'] / 60:.1f}"])
+            seconds = made.get("seconds") or metrics[stage]["metrics"]["seconds"]
+            rows.append([stage.replace("_", " "), *plan, f"{seconds / 60:.1f}"])
     header = ["network", "steps", "batch", "learning rate", "CPU threads", "machine", "minutes"]
     return (Table(header, rows, "Training").markdown() + "\n\nAdamW, bf16 autocast, moving average of the weights. "
             "Minutes are wall-clock time, on a machine\nthat may have had other work to do.")
@@ -113,6 +119,32 @@ def describe_foreign(made: dict) -> str:
             f"the VAE for {won['people']:.1%} of the people and {won['still lives']:.1%} of the still lives.")
 
 
+def describe_encoder(made: dict) -> str:
+    rows = [[name.replace("_", " "), f"{rate:.1%}"] for name, rate in made["reads"].items()]
+    text = f"How often it reads each trait of a test person from their image, of {made['pictures']}:"
+    return Table(["trait", "read right"], rows, "Concept encoder", [text]).markdown()
+
+
+def describe_identity(made: dict) -> str:
+    return (f"## Identity judge\n\nOf {made['images']} test people, it finds {made['top_1_of_20']:.1%} among 20 of the "
+            "same class word, by a drawing in another pose and place through the VAE.")
+
+
+def describe_personaliser(made: dict) -> str:
+    def rate(found: dict) -> str:
+        return f"{found['rate']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
+
+    on, off = made["inspector_on"], made["inspector_off"]
+    rows = [[name, f"{on[name]:.1%}", f"{off[name]:.1%}"] for name in on]
+    text = (f"Over {made['people']} test people and {made['prompts']} prompts for other poses and places than the "
+            f"concept's, at beta {made['strength']} and alpha {made['token_strength']}: the identity judge finds the "
+            f"right person among 20 of the same class word for {rate(made['top_1_on'])} of the images, without the "
+            f"adapter for {rate(made['top_1_off'])}; it prefers the image with the adapter for "
+            f"{rate(made['prefers_on'])}. Intervals of 95 % resample people. What the inspector reads as asked, or as "
+            "the concept has it:")
+    return Table(["attribute", "with the adapter", "without"], rows, "Personalised target", [text]).markdown()
+
+
 def write_card(path: Path, metrics: dict) -> None:
     """Write the card from the stages that `metrics` holds."""
     parts = [_INTRODUCTION, describe_training(metrics)]
@@ -122,6 +154,10 @@ def write_card(path: Path, metrics: dict) -> None:
     if "judge" in metrics:
         parts.append(describe_target(metrics["judge"]["metrics"]["target"]))
     for stage, describe in (("labeller", describe_labeller), ("foreign", describe_foreign)):
+        if stage in metrics:
+            parts.append(describe(metrics[stage]["metrics"]))
+    for stage, describe in (("concept_encoder", describe_encoder), ("identity_judge", describe_identity),
+                            ("personaliser", describe_personaliser)):
         if stage in metrics:
             parts.append(describe(metrics[stage]["metrics"]))
     path.write_text("\n\n".join([*parts, _LIMITS]))

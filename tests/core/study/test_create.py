@@ -13,10 +13,11 @@ from flows.cli import main
 from hgdpo_core.config.study import StudyConfig
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.images import decode_image
+from hgdpo_core.prompts import Sample
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, read_table
 from hgdpo_core.study.create import OTHER_SIZE, SAME_IMAGE, UNREADABLE, create_study
-from hgdpo_core.study.sources import NO_IMAGE, NO_PROMPT, NOT_WINNER, OTHER_SEED
+from hgdpo_core.study.sources import NO_IMAGE, NO_PROMPT, NOT_WINNER, OTHER_SEED, open_sources
 from hgdpo_core.study.study import StudyImages, make_noise, open_study
 from hgdpo_core.study.votes import PAIRS
 
@@ -32,6 +33,17 @@ def create(store, *sources, **settings):
 
 def pairs_of(study):
     return read_table(study.store, f"{study.key}/pairs.parquet")
+
+
+def test_samples_of_several_people_are_told_apart(store):
+    samples = [Sample("a woman", person * 16) for person in "abc"]
+    key = make_evaluation(store, prompts=samples)
+    config = store.read_json(f"{key}/config.json")
+    store.write_json(f"{key}/config.json", {**config, "concepts": [sample.concept for sample in samples]})
+    source, = open_sources(store, [key])
+    pairs = list(source.read(source.keys()))
+    assert [pair.prompt for pair in pairs] == ["a woman"] * 3 and len({pair.prompt_id for pair in pairs}) == 3
+    assert len({pair.images for pair in pairs}) == 3
 
 
 def test_an_evaluation_becomes_pairs_of_its_two_models(store):

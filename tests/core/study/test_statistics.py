@@ -9,14 +9,8 @@ from scipy.special import expit, logit
 
 from benchmarks.study_intervals import SETTINGS, Design, coverage_designs, measure
 from hgdpo_core.errors import InputError
-from hgdpo_core.study.statistics import (
-    Clusters,
-    bradley_terry,
-    more_answers,
-    rate_influence,
-    two_way_spread,
-    win_rate_of_votes,
-)
+from hgdpo_core.statistics.clusters import Clusters, rate_influence, two_way_spread, win_rate_of_votes
+from hgdpo_core.study.statistics import bradley_terry, more_answers
 
 T_975 = {3: 3.182446, 4: 2.776445, 9: 2.262157}
 """Student's t, by degrees of freedom, from a table."""

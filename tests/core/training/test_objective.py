@@ -174,5 +174,5 @@ def test_an_unknown_objective_is_refused_in_one_line(model, latents):
 
 
 def test_each_objective_is_listed_under_its_own_name():
-    assert list(OBJECTIVES) == ["sft", "dpo", "sft_winners", "alignprop"]
+    assert list(OBJECTIVES) == ["sft", "dpo", "sft_winners", "alignprop", "instantbooth"]
     assert [objective.name for objective in OBJECTIVES.values()] == list(OBJECTIVES)
