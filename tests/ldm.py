@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 UNET_NAMES = (("time_embedding.linear_1.", "time_embed.0."), ("time_embedding.linear_2.", "time_embed.2."),
@@ -75,6 +75,54 @@ def original_state(pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]
     state |= {text_key(name): tensor for name, tensor in text.state_dict().items()}
     positions = torch.arange(text.config.max_position_embeddings)[None]
     return state | {text_key("embeddings.position_ids"): positions}
+
+
+# -- Stable Diffusion XL
+
+SDXL_UNET = (("add_embedding.linear_1.", "label_emb.0.0."), ("add_embedding.linear_2.", "label_emb.0.2."))
+OPEN_CLIP = (("layer_norm1.", "ln_1."), ("layer_norm2.", "ln_2."), ("self_attn.out_proj.", "attn.out_proj."),
+             ("mlp.fc1.", "mlp.c_fc."), ("mlp.fc2.", "mlp.c_proj."))
+
+
+def sdxl_unet_key(name: str) -> str:
+    """As `unet_key`; the lowest level has attention, so its upsampler is the third of its entry."""
+    for ours, theirs in SDXL_UNET:
+        if name.startswith(ours):
+            return f"model.diffusion_model.{theirs}{name.removeprefix(ours)}"
+    return unet_key(name).replace("output_blocks.2.1.conv", "output_blocks.2.2.conv")
+
+
+def open_clip_state(encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The second text encoder's weights as OpenCLIP has them: query, key and value in one, the projection turned."""
+    given = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
+    state = {"token_embedding.weight": given["embeddings.token_embedding.weight"],
+             "positional_embedding": given["embeddings.position_embedding.weight"],
+             "ln_final.weight": given["final_layer_norm.weight"], "ln_final.bias": given["final_layer_norm.bias"],
+             "text_projection": given["text_projection.weight"].T, "logit_scale": torch.zeros(())}
+    for name, tensor in given.items():
+        found = re.match(r"encoder\.layers\.(\d+)\.(.*)", name)
+        if found is None or found[2].startswith(("self_attn.q", "self_attn.k", "self_attn.v")):
+            continue
+        rest = found[2]
+        for ours, theirs in OPEN_CLIP:
+            rest = rest.replace(ours, theirs)
+        state[f"transformer.resblocks.{found[1]}.{rest}"] = tensor
+    for layer in range(encoder.config.num_hidden_layers):
+        for kind in ("weight", "bias"):
+            parts = [given[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            state[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
+    return {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in state.items()}
+
+
+def save_sdxl_file(pipeline: StableDiffusionXLPipeline, path: Path, *marks: str) -> Path:
+    """One .safetensors file under the original names; `marks`: further keys, such as v_pred."""
+    state = {sdxl_unet_key(name): tensor for name, tensor in pipeline.unet.state_dict().items()}
+    state |= vae_state(pipeline.vae) | open_clip_state(pipeline.text_encoder_2)
+    state |= {f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}": tensor
+              for name, tensor in pipeline.text_encoder.state_dict().items()}
+    state |= {mark: torch.zeros(0) for mark in marks}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return path
 
 
 def save_single_file(pipeline: StableDiffusionPipeline, path: Path) -> Path:

@@ -2,19 +2,35 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from hgdpo_core.config import TargetConfig
-from hgdpo_core.models import find_model, load_pipeline
+from hgdpo_core.models import Model, find_model, load_pipeline
 from hgdpo_core.models.ddpm import DdpmSchedule
 from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.models.lora import add_lora, save_lora
 from hgdpo_core.models.sd15 import UnetDenoiser
+from hgdpo_core.models.text_encoder import TextEncoder
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
         "prediction_type": "epsilon"}
@@ -70,6 +86,39 @@ def save_target(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon"
     StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def text_encoder(model: Model) -> TextEncoder:
+    """The text encoder of a model of the SD 1.5 family."""
+    pipeline = cast(Any, load_pipeline(model))
+    return TextEncoder(pipeline.text_encoder, pipeline.tokenizer, model)
+
+
+def save_sdxl(folder: Path, *, seed: int = 0, **scheduler: Any) -> Path:
+    """A Stable Diffusion XL folder with random weights, narrow, in its block structure: 32x32 pixels, latents 4x4."""
+    torch.manual_seed(seed)
+    tokenizer, second = (save_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2"))
+    second.pad_token = "!"
+    encoders = {}
+    for name, kind, width in (("text_encoder", CLIPTextModel, 32), ("text_encoder_2", CLIPTextModelWithProjection, 48)):
+        encoders[name] = kind(CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=3,
+            num_attention_heads=4, max_position_embeddings=24, projection_dim=40, pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, hidden_act="gelu"))
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=(32, 64, 64), layers_per_block=2, cross_attention_dim=80, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4, 4),
+        transformer_layers_per_block=(1, 1, 2), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 40)
+    vae = AutoencoderKL(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+                        scaling_factor=0.13025, down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4)
+    chain = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                                   timestep_spacing="leading", **scheduler)
+    StableDiffusionXLPipeline(vae=vae, tokenizer=tokenizer, tokenizer_2=second, unet=unet, scheduler=chain,
+                              add_watermarker=False, **encoders).save_pretrained(folder)
     return folder
 
 

@@ -57,6 +57,8 @@ class TargetConfig(StageConfig):
     component_configs: str | None = Field(
         default=None, description="diffusers folder with the component configs and tokenizer of a single file (needed "
                                   "for v-prediction); default: Stable Diffusion 1.5's, which come with this package")
+    family: Annotated[str | None, NO_ID] = Field(
+        default=None, description="sd15 or sdxl: a model of another family is refused; default: as its files say")
     negative_prompt: str = Field(default="", description="what guidance leads away from")
     clip_skip: int | None = number("last layers of the text encoder to skip: 1 is A1111's Clip skip 2", "layers",
                                    default=None, ge=1)

@@ -33,6 +33,12 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 
+SIZES = "sizes"
+"""In `Conditioning.extra`, float32 [B, 6], for denoisers that read it: height and width of an image before scaling and
+cropping, top and left of the crop in the scaled image, height and width of the crop (SDXL, arXiv:2307.01952, 2.2).
+Without it they are those of an image that is generated: its own size, no crop."""
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """What a denoiser is conditioned on for B images: text embeddings [B, L, D], and whatever else its family reads.
@@ -70,12 +76,16 @@ class Conditioning:
         return self._map(lambda tensor: torch.cat([tensor] * times))
 
     def replaced(self, rows: torch.Tensor, other: "Conditioning") -> Self:
-        """The same with `other`, of one text, in the rows where `rows`, bool [B], is True."""
+        """The same with the text of `other`, which is one, in the rows where `rows`, bool [B], is True.
+
+        What is in `extra` is not of the text, as the size of an image, and stays.
+        """
         def choose(own: torch.Tensor, their: torch.Tensor) -> torch.Tensor:
             over = rows.to(own.device).reshape(-1, *[1] * (own.ndim - 1))
             return torch.where(over, their.to(own.device), own)
 
-        return self._map(choose, other)
+        of_text = replace(self, extra={})._map(choose, replace(other, extra={}))
+        return replace(of_text, extra=self.extra)
 
     @classmethod
     def join(cls, parts: "Sequence[Conditioning]") -> "Conditioning":
@@ -101,6 +111,8 @@ class Denoiser(nn.Module, ABC):
     """
 
     lora_targets: ClassVar[tuple[str, ...]]
+    reads_sizes: ClassVar[bool] = False
+    """Whether it reads SIZES."""
     is_compiled = False
 
     def __init__(self, network: Any):
@@ -220,6 +232,8 @@ class TextConditioner(Protocol):
     """Tokens that are read at once."""
     width: int
     """Numbers of a token's embedding."""
+    pooled_width: int | None
+    """Numbers of a text's pooled embedding, in families that have one."""
 
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         """One conditioning of one text per prompt, no shorter than the negative prompt's; ConfigError for clip_skip."""
@@ -231,6 +245,10 @@ class TextConditioner(Protocol):
 
     def encode_captions(self, captions: Sequence[str]) -> Conditioning:
         """Of B captions together, read plainly and cut at `chunk_length`."""
+        ...
+
+    def dropped_caption(self) -> Conditioning:
+        """What stands in training for a caption that is left out: the sampler's unconditional text, of one text."""
         ...
 
     def count_cut(self, captions: Sequence[str]) -> int:
@@ -260,15 +278,23 @@ class Backbone:
         return self.codec.channels, size[1] // self.codec.factor, size[0] // self.codec.factor
 
     def shapes(self, size: Size) -> dict[str, list[int]]:
-        """Of one image's latents and of one chunk of a prompt's embedding, as a manifest records them."""
-        return {"latent_shape": [*self.latent_shape(size)], "embeds_shape": [self.text.chunk_length, self.text.width]}
+        """Of one image's latents and of one chunk of a prompt's embedding, as a manifest records them.
+
+        And of the pooled embedding, in families that have one.
+        """
+        pooled = {"pooled_shape": [self.text.pooled_width]} if self.text.pooled_width else {}
+        return {"latent_shape": [*self.latent_shape(size)], "embeds_shape": [self.text.chunk_length, self.text.width],
+                **pooled}
 
 
 class Family(Protocol):
-    """A family of models: how its files are recognised and checked, and how one is loaded."""
+    """A family of models: how its files are recognised and checked, and how one is loaded.
+
+    One that reads single files too is a `FileFamily`.
+    """
 
     def recognises(self, path: Path) -> bool:
-        """Whether a model's folder is of this family, by its configs."""
+        """Whether a model's folder, or single file, is of this family, by its configs or its tensors' names."""
         ...
 
     def check_folder(self, path: Path, *, own_vae: bool) -> None:
@@ -278,8 +304,23 @@ class Family(Protocol):
         """
         ...
 
+    def check_lora(self, model: "Model", path: Path) -> None:
+        """Refuse, before anything loads, a LoRA that is broken or that this model cannot take as a whole."""
+        ...
+
     def load(self, model: "Model", device: str, *, dtype: str | None, codec_dtype: str | None) -> Backbone:
         """The model in `dtype` (default: its own), its codec in `codec_dtype` (default: as the rest)."""
+        ...
+
+
+class FileFamily(Family, Protocol):
+    """A family whose models come as single files as well, which hold neither configs nor tokenizers."""
+
+    configs: Path
+    """A diffusers folder with what a single file lacks."""
+
+    def check_file(self, path: Path, configs: Path, *, own_vae: bool) -> None:
+        """As `check_folder`, for a single file that is read with these configs."""
         ...
 
 
@@ -291,6 +332,16 @@ DEFAULT_FAMILY = "sd15"
 def find_family(path: Path) -> Family:
     """The family that recognises a model's files; else SD 1.5, which reads single files and names what is wrong."""
     return next((family for family in FAMILIES.values() if family.recognises(path)), FAMILIES[DEFAULT_FAMILY])
+
+
+def family_name(path: Path) -> str:
+    """The name of the family that a model's files are of."""
+    return next(name for name, family in FAMILIES.items() if family is find_family(path))
+
+
+def check_lora(model: "Model", path: Path) -> None:
+    """Refuse, before anything loads, a LoRA that is broken or that this model cannot take as a whole."""
+    find_family(model.path).check_lora(model, path)
 
 
 def load_backbone(model: "Model", device: str = "cpu", *, dtype: str | None = None,

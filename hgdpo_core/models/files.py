@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import snapshot_download
@@ -13,9 +13,9 @@ from huggingface_hub import snapshot_download
 from hgdpo_core.built_in import find_target, find_vae, is_any_built_in, is_built_in, shared_vae
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.config.base import content_hash
-from hgdpo_core.errors import ModelError, first_line
+from hgdpo_core.errors import ConfigError, ModelError, first_line
 from hgdpo_core.models import weight_files
-from hgdpo_core.models.backbone import find_family
+from hgdpo_core.models.backbone import FAMILIES, FileFamily, family_name, find_family
 from hgdpo_core.models.fingerprints import fingerprint_path, refuse_special_files
 from hgdpo_core.models.hub import find_or_download, looks_like_hub_id
 from hgdpo_core.models.lora_files import LORA_NAME, is_lora, lora_file
@@ -29,6 +29,7 @@ __all__ = ["LORA_NAME", "PARTS", "SD15_CONFIGS", "TargetFiles", "check_channels"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SD15_CONFIGS = Path(__file__).parent / "sd15"
 PARTS = ("unet", "vae", "text_encoder")
+TITLES = {"sd15": "a model of the SD 1.5 family", "sdxl": "a model of the Stable Diffusion XL family"}
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,32 @@ def find_files(config: TargetConfig) -> TargetFiles:
     refuse_special_files(path)
     if is_lora(path):
         raise ModelError(f"{path} is a LoRA: expected a whole model (diffusers folder, single file or hub id)")
-    configs, vae = None, config.vae or shared_vae(config.source)
+    refuse_other_family(path, config.family)
+    family, configs, vae = find_family(path), None, config.vae or shared_vae(config.source)
     if path.is_file():
-        configs = Path(config.component_configs).expanduser() if config.component_configs else SD15_CONFIGS
+        shipped = cast(FileFamily, family).configs
+        configs = Path(config.component_configs).expanduser() if config.component_configs else shipped
         refuse_special_files(configs)
     elif config.component_configs:
         raise ModelError(f"target.component_configs is for a single file, and {path} is a folder with its own: "
                          "leave it out")
     if configs is not None:
-        check_files(path, configs, own_vae=vae is None)
+        cast(FileFamily, family).check_file(path, configs, own_vae=vae is None)
     else:
-        find_family(path).check_folder(path, own_vae=vae is None)
+        family.check_folder(path, own_vae=vae is None)
     return TargetFiles(path, _find_vae(vae) if vae else None, configs, commit)
+
+
+def refuse_other_family(path: Path, expected: str | None) -> None:
+    """ModelError for a model of another family than the settings are for."""
+    if expected is None:
+        return
+    if expected not in FAMILIES:
+        raise ConfigError(f"target.family is {expected!r}: expected one of {', '.join(FAMILIES)}")
+    found = family_name(path)
+    if found != expected:
+        raise ModelError(f"{path} is {TITLES.get(found, found)}, these settings are for "
+                         f"{TITLES.get(expected, expected)}: use --preset {found}, or the model that was meant")
 
 
 def _locate(config: TargetConfig) -> tuple[Path, str | None]:
@@ -123,7 +138,7 @@ def check_vae(path: Path) -> None:
     if path.is_file():
         infos = read_tensor_infos(path)
         weight_files.check_vae_file(path, infos)
-        check_single_vae(path, infos, read_config(SD15_CONFIGS / "vae" / "config.json"))
+        check_single_vae(path, infos, read_config(SD15_CONFIGS / "vae" / "config.json"))  # SDXL's has its shapes
         return
     config = read_config(path / "config.json")
     if config.get("_class_name") != "AutoencoderKL":

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict
 from hgdpo_core import built_in
 from hgdpo_core.config import PersonaliserConfig, TargetConfig
 from hgdpo_core.errors import ModelError
-from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.model import Lora, Model, find_model, recorded_syntax
 from hgdpo_core.models.personaliser import Adapter, find_adapter
@@ -87,7 +86,8 @@ def model_locations(store: Store, model: Model, *, copy_to_store: bool) -> dict[
         return Location.of(store, path, copy_to_store=copy_to_store).model_dump() if path else None
 
     on_hub = Location(source=model.hub_id, revision=model.fingerprint).model_dump() if model.hub_id else None
-    shipped = model.configs is None or model.configs.resolve() == SD15_CONFIGS.resolve()
+    package = Path(__file__).parent.resolve()  # such configs are on every worker
+    shipped = model.configs is None or model.configs.resolve().parent == package
     planned = {"auto_dtype": True} if model.auto_dtype else {}
     adapter = model.personaliser
     personal = {"personaliser": {"config": adapter.config.model_dump(mode="json"), "source": locate(adapter.path),

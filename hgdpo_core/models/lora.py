@@ -1,5 +1,6 @@
 """The policy: the target's UNet with a LoRA applied. With the LoRA off, the same network is the reference."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from hgdpo_core.errors import ModelError
 from hgdpo_core.models.lora_files import read_notes
 from hgdpo_core.models.weight_files import load_safetensors
 
+SDXL_ONLY = "unet.up_blocks.0.attentions."  # SD 1.5's lowest level has no attention
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -124,7 +126,8 @@ def write_kohya_lora(source: Path, path: Path) -> None:
     """A diffusers LoRA file again as `path`, with the key names that kohya's scripts, A1111 and ComfyUI read.
 
     `lora_unet_<layer>.lora_down.weight`, `.lora_up.weight` and `.alpha` = rank, the same numbers in the same
-    precision. ModelError for a LoRA whose alpha is not its rank: the converter writes alpha = rank whatever it was.
+    precision; layers of SDXL by the names of its original UNet, which A1111 reads no others of. ModelError for a LoRA
+    whose alpha is not its rank: the converter writes alpha = rank whatever it was.
     """
     state, metadata = load_safetensors(source)
     notes = read_notes(source, metadata)
@@ -135,9 +138,24 @@ def write_kohya_lora(source: Path, path: Path) -> None:
                         for name in ("unet", "text_encoder") if {f"{name}.lora_alpha", f"{name}.r"} <= notes.keys())
     _refuse_other_scale((name, float(tensor), max(ranks)) for name, tensor in state.items() if name.endswith(".alpha"))
     rank, state = str(max(ranks)), {name: tensor for name, tensor in state.items() if not name.endswith(".alpha")}
+    is_sdxl = any(name.startswith(SDXL_ONLY) for name in state)
+    state = {_original_name(name) if is_sdxl else name: tensor for name, tensor in state.items()}
     save_file(convert_state_dict_to_kohya(state), path, metadata={
-        "ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora", "ss_network_dim": rank,
-        "ss_network_alpha": rank})
+        "ss_base_model_version": "sdxl_base_v1-0" if is_sdxl else "sd_v1", "ss_network_module": "networks.lora",
+        "ss_network_dim": rank, "ss_network_alpha": rank})
+
+
+def _original_name(name: str) -> str:
+    """A layer of diffusers' SDXL UNet by its original name: `up_blocks.1.attentions.2` is `output_blocks.5.1`.
+
+    Each of its blocks has three entries in the original lists; the first of `input_blocks` is the first convolution.
+    """
+    name = name.replace("mid_block.attentions.0.", "middle_block.1.")
+    for blocks, original, first in (("down_blocks", "input_blocks", 1), ("up_blocks", "output_blocks", 0)):
+        if found := re.match(rf"unet\.{blocks}\.(\d+)\.attentions\.(\d+)\.", name):
+            number = 3 * int(found[1]) + int(found[2]) + first
+            return f"unet.{original}.{number}.1.{name[found.end():]}"
+    return name
 
 
 def _refuse_other_scale(alphas: Iterable[tuple[str, float, int]]) -> None:

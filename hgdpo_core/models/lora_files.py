@@ -144,5 +144,5 @@ def apply_lora(pipeline: StableDiffusionPipeline, path: Path) -> None:
 
 
 def _count_layers(pipeline: StableDiffusionPipeline) -> int:
-    parts = (cast(Any, pipeline).unet, cast(Any, pipeline).text_encoder)
-    return sum(isinstance(module, LoraLayer) for part in parts if part is not None for module in part.modules())
+    parts = [part for part in cast(Any, pipeline).components.values() if isinstance(part, torch.nn.Module)]
+    return sum(isinstance(module, LoraLayer) for part in parts for module in part.modules())

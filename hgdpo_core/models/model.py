@@ -1,6 +1,6 @@
 """The target model and the tuned one: found, checked and fingerprinted without loading; loaded when work needs them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,13 +102,36 @@ def find_model(config: TargetConfig) -> Model:
                  auto_dtype=config.dtype == "auto")
 
 
-def check_lora(model: Model, path: Path) -> None:
+@dataclass(frozen=True)
+class PipelineKind:
+    """A class of diffusers pipelines, as `load_pipeline` reads one."""
+
+    title: str
+    pipeline: Any
+    configs: Path
+    """The component configs that come with this package."""
+    check: Callable[..., None]
+    """Refuses what is not a whole model: (path, configs, own_vae=, loads=)."""
+    options: Mapping[str, Any]
+    """Of the class, to leave out what changes images."""
+    text_parts: Mapping[str, str]
+    """Its text encoders, and their tokenizers."""
+    file_parts: Callable[[Model, torch.dtype], dict[str, Any]]
+    """Components of a single file that diffusers would read in another way."""
+
+
+SD15 = PipelineKind("Stable Diffusion 1.5", StableDiffusionPipeline, SD15_CONFIGS, check_files,
+                    {"safety_checker": None, "requires_safety_checker": False}, {"text_encoder": "tokenizer"},
+                    lambda model, dtype: read_flat_text_encoder(model.path, str(model.configs), dtype))
+
+
+def check_lora_of(model: Model, path: Path, kind: PipelineKind) -> None:
     """Refuse, before anything loads, a LoRA that is broken or that this model cannot take as a whole."""
     configs = model.configs or model.path
-    parts: dict[str, Any] = dict.fromkeys(("vae", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
-    for part in ("unet", "text_encoder"):
+    parts: dict[str, Any] = dict.fromkeys(("vae", "scheduler", "feature_extractor", *kind.text_parts.values()))
+    for part in ("unet", *kind.text_parts):
         parts[part] = empty_network(configs, part, read_config(configs / part / "config.json"))
-    apply_lora(StableDiffusionPipeline(**parts, requires_safety_checker=False), path)
+    apply_lora(kind.pipeline(**parts, **kind.options), path)
 
 
 def recorded_syntax(settings: Mapping[str, Any]) -> dict[str, PromptSyntax]:
@@ -116,8 +139,8 @@ def recorded_syntax(settings: Mapping[str, Any]) -> dict[str, PromptSyntax]:
     return {name: settings.get(name, "plain") for name in ("prompt_syntax", "negative_syntax")}
 
 
-def load_pipeline(model: Model, device: str = "cpu", *, dtype: str | None = None,
-                  vae_dtype: str | None = None) -> StableDiffusionPipeline:
+def load_pipeline(model: Model, device: str = "cpu", *, dtype: str | None = None, vae_dtype: str | None = None,
+                  kind: PipelineKind = SD15) -> StableDiffusionPipeline:
     """The model as a plain diffusers pipeline in `dtype` (default: the model's own), without a safety checker.
 
     A LoRA is merged in float32 before the cast, so that its weight acts exactly and sampling takes no longer; a
@@ -126,14 +149,14 @@ def load_pipeline(model: Model, device: str = "cpu", *, dtype: str | None = None
     """
     final_dtype = DTYPES[dtype or model.dtype]
     load_dtype = torch.float32 if model.lora or vae_dtype else final_dtype
-    vae = _load_vae(model.vae, load_dtype) if model.vae else None
-    check_files(model.path, model.configs, own_vae=vae is None, loads=True)
-    with _naming(model.path, "Stable Diffusion 1.5"):
-        pipeline = _read_pipeline(model, load_dtype, vae)
+    vae = _load_vae(model.vae, load_dtype, kind) if model.vae else None
+    kind.check(model.path, model.configs, own_vae=vae is None, loads=True)
+    with _naming(model.path, kind.title):
+        pipeline = _read_pipeline(model, load_dtype, vae, kind)
     check_channels(model.path, pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels)
     own = {name: part for name, part in pipeline.components.items() if name != "vae" or vae is None}
     check_finite(model.path, own, BROKEN)
-    use_encoder_length(pipeline)
+    use_encoder_length(pipeline, kind.text_parts)
     if model.lora:
         apply_lora(pipeline, model.lora.path)
         pipeline.fuse_lora(lora_scale=model.lora.weight)
@@ -160,26 +183,25 @@ def _naming(path: Path, what: str) -> Iterator[None]:
         raise ModelError(f"{path} does not load as {what}: {first_line(error)}") from None
 
 
-def _read_pipeline(model: Model, dtype: torch.dtype, vae: AutoencoderKL | None) -> StableDiffusionPipeline:
+def _read_pipeline(model: Model, dtype: torch.dtype, vae: AutoencoderKL | None,
+                   kind: PipelineKind) -> StableDiffusionPipeline:
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     given: dict[str, Any] = {"vae": vae} if vae is not None else {}
     if model.path.is_file():
-        text_encoder = read_flat_text_encoder(model.path, str(model.configs), dtype)
-        given |= {"text_encoder": text_encoder} if text_encoder else {}
-        return StableDiffusionPipeline.from_single_file(
-            str(model.path), config=str(model.configs), safety_checker=None, **given, **options)
-    return StableDiffusionPipeline.from_pretrained(
-        model.path, safety_checker=None, requires_safety_checker=False, **given, **options)
+        given |= kind.file_parts(model, dtype)
+        own = {name: value for name, value in kind.options.items() if name != "requires_safety_checker"}
+        return kind.pipeline.from_single_file(str(model.path), config=str(model.configs), **own, **given, **options)
+    return kind.pipeline.from_pretrained(model.path, **kind.options, **given, **options)
 
 
-def _load_vae(path: Path, dtype: torch.dtype) -> AutoencoderKL:
+def _load_vae(path: Path, dtype: torch.dtype, kind: PipelineKind) -> AutoencoderKL:
     """The VAE that replaces a model's own; errors name its own file."""
     check_vae(path)
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
-    with _naming(path, "a VAE of Stable Diffusion 1.5"):
+    with _naming(path, f"a VAE of {kind.title}"):
         if path.is_dir():
             vae = AutoencoderKL.from_pretrained(path, **options)
         else:
-            vae = AutoencoderKL.from_single_file(str(path), config=str(SD15_CONFIGS), subfolder="vae", **options)
+            vae = AutoencoderKL.from_single_file(str(path), config=str(kind.configs), subfolder="vae", **options)
     check_finite(path, {"vae": vae}, BROKEN)
     return vae

@@ -17,7 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models.hub import quiet_transformers
@@ -36,7 +36,8 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "unet": UNet2DConditionModel.from_config, "vae": AutoencoderKL.from_config,
-    "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig(**config))}
+    "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig(**config)),
+    "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config))}
 
 
 def empty_network(path: Path, part: str, config: Mapping[str, Any]) -> torch.nn.Module:
@@ -135,10 +136,10 @@ def component_infos(folder: Path) -> dict[str, TensorInfo]:
 def check_component(folder: Path, part: str, config: Mapping[str, Any]) -> None:
     """ModelError where a diffusers component folder does not hold exactly the weights of its config."""
     given = {name: info.shape for name, info in component_infos(folder).items()}
-    compare_shapes(folder, part, _plain_names(given), _plain_names(expected_shapes(folder, part, config)))
+    compare_shapes(folder, part, plain_names(given), plain_names(expected_shapes(folder, part, config)))
 
 
-def _plain_names(shapes: Shapes) -> Shapes:
+def plain_names(shapes: Shapes) -> Shapes:
     """Names without what only some versions of the libraries write, and all of them read."""
     return {_plain_name(name): shape for name, shape in shapes.items()}
 
@@ -154,10 +155,10 @@ def _plain_name(name: str) -> str:
 def check_single_networks(path: Path, infos: Mapping[str, TensorInfo], configs: Mapping[str, Mapping[str, Any]], *,
                           own_vae: bool) -> None:
     """ModelError where a single file does not hold exactly the networks of `configs` (unet, vae, text_encoder)."""
-    _compare_converted(path, "unet", _below(infos, UNET), configs["unet"], convert_ldm_unet_checkpoint)
-    given = {name.removeprefix(TEXT).removeprefix(WRAPPER): info.shape for name, info in _below(infos, TEXT).items()}
+    compare_converted(path, "unet", below(infos, UNET), configs["unet"], convert_ldm_unet_checkpoint)
+    given = {name.removeprefix(TEXT).removeprefix(WRAPPER): info.shape for name, info in below(infos, TEXT).items()}
     given = {name: shape for name, shape in given.items() if not name.startswith(UNREAD_TEXT)}
-    expected = _plain_names(expected_shapes(path, "text_encoder", configs["text_encoder"]))
+    expected = plain_names(expected_shapes(path, "text_encoder", configs["text_encoder"]))
     compare_shapes(path, "text_encoder", given, expected)
     if own_vae:
         check_single_vae(path, infos, configs["vae"])
@@ -165,16 +166,16 @@ def check_single_networks(path: Path, infos: Mapping[str, TensorInfo], configs: 
 
 def check_single_vae(path: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
     """ModelError where a single file, with or without the prefix of a checkpoint, does not hold exactly this VAE."""
-    found = _below(infos, VAE) or dict(infos)
+    found = below(infos, VAE) or dict(infos)
     found = {name: info for name, info in found.items() if not name.removeprefix(VAE).startswith(UNREAD_VAE)}
-    _compare_converted(path, "vae", found, config, convert_ldm_vae_checkpoint)
+    compare_converted(path, "vae", found, config, convert_ldm_vae_checkpoint)
 
 
-def _below(infos: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
+def below(infos: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
     return {name: info for name, info in infos.items() if name.startswith(prefix)}
 
 
-def _compare_converted(path: Path, part: str, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
+def compare_converted(path: Path, part: str, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
                        convert: Callable[..., dict[str, torch.Tensor]]) -> None:
     """The same with diffusers' own renaming, run on tensors without storage."""
     expected = expected_shapes(path, part, config)

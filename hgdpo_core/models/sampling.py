@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch.utils.checkpoint import checkpoint
 
 from hgdpo_core.models.backbone import Conditioning
 
+Hidden = Callable[[Any, torch.Tensor, int | None], torch.Tensor]
+"""(encoder, token ids, clip_skip) -> what the network is conditioned on; `hidden_states` is SD 1.5's."""
 Denoise = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 """A `Denoiser`, or a function like it."""
 
@@ -48,12 +50,17 @@ def initial_noise(seeds: Sequence[int], channels: int, height: int, width: int) 
 
 
 @torch.no_grad()
-def encode_text(pipeline: StableDiffusionPipeline, texts: Sequence[str], clip_skip: int | None) -> torch.Tensor:
+def encode_text(encoder: Any, tokenizer: Any, texts: Sequence[str], clip_skip: int | None,
+                hidden: "Hidden | None" = None) -> torch.Tensor:
     """Text embeddings [B, L, D] in the text encoder's precision; texts are cut at the encoder's length."""
-    tokenizer = pipeline.tokenizer
+    return (hidden or hidden_states)(encoder, token_ids(encoder, tokenizer, texts), clip_skip)
+
+
+def token_ids(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    """Token ids [B, L] on the encoder's device."""
     ids = tokenizer(list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                     return_tensors="pt").input_ids
-    return hidden_states(pipeline.text_encoder, ids.to(pipeline.device), clip_skip)
+    return ids.to(encoder.device)
 
 
 def hidden_states(text_encoder: Any, ids: torch.Tensor, clip_skip: int | None) -> torch.Tensor:

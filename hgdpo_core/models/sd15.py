@@ -19,9 +19,9 @@ from hgdpo_core.config import PromptSyntax
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.backbone import Backbone, Conditioning, Decoded, Denoiser
 from hgdpo_core.models.ddpm import DdpmSchedule
-from hgdpo_core.models.files import check_files, read_config
+from hgdpo_core.models.files import SD15_CONFIGS, check_files, read_config
 from hgdpo_core.models.lora import ATTENTION_LINEARS, save_lora
-from hgdpo_core.models.model import Model, load_pipeline
+from hgdpo_core.models.model import SD15, Model, check_lora_of, load_pipeline
 from hgdpo_core.models.sampling import encode_text
 from hgdpo_core.models.text_encoder import TextEncoder
 
@@ -139,11 +139,12 @@ class ClipText:
         self._model = model
         self.chunk_length: int = self._pipeline.tokenizer.model_max_length
         self.width: int = self._pipeline.text_encoder.config.hidden_size
+        self.pooled_width: int | None = None
 
     @cached_property
     def reader(self) -> TextEncoder:
         """Made when prompts are read: it embeds the negative prompt, which captions do not need."""
-        return TextEncoder(self._pipeline, self._model)
+        return TextEncoder(self._pipeline.text_encoder, self._pipeline.tokenizer, self._model)
 
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         return [Conditioning(embeds[None]) for embeds in self.reader.encode(prompts)]
@@ -152,7 +153,11 @@ class ClipText:
         return Conditioning(self.reader.negative(length))
 
     def encode_captions(self, captions: Sequence[str]) -> Conditioning:
-        return Conditioning(encode_text(self._pipeline, captions, self._model.clip_skip))
+        parts = self._pipeline
+        return Conditioning(encode_text(parts.text_encoder, parts.tokenizer, captions, self._model.clip_skip))
+
+    def dropped_caption(self) -> Conditioning:
+        return self.encode_captions([""])
 
     def count_cut(self, captions: Sequence[str]) -> int:
         return sum(len(ids) > self.chunk_length for ids in self._pipeline.tokenizer(list(captions)).input_ids)
@@ -172,12 +177,20 @@ class ClipText:
 class Sd15:
     """The family as `FAMILIES` holds it."""
 
+    configs = SD15_CONFIGS
+
     def recognises(self, path: Path) -> bool:
         index = path / "model_index.json"
         return index.is_file() and read_config(index).get("_class_name") == PIPELINE
 
     def check_folder(self, path: Path, *, own_vae: bool) -> None:
         check_files(path, None, own_vae=own_vae)
+
+    def check_file(self, path: Path, configs: Path, *, own_vae: bool) -> None:
+        check_files(path, configs, own_vae=own_vae)
+
+    def check_lora(self, model: Model, path: Path) -> None:
+        check_lora_of(model, path, SD15)
 
     def load(self, model: Model, device: str, *, dtype: str | None, codec_dtype: str | None) -> Backbone:
         return make_backbone(load_pipeline(model, device, dtype=dtype, vae_dtype=codec_dtype), model)
@@ -189,9 +202,10 @@ def make_backbone(pipeline: StableDiffusionPipeline, model: Model) -> Backbone:
     return Backbone(denoiser=UnetDenoiser(loaded.unet), schedule=DdpmSchedule(loaded.scheduler.config),
                     codec=KlCodec(loaded.vae, loaded.vae_scale_factor, model.vae or model.path),
                     text=ClipText(pipeline, model),
-                    save=partial(_save, loaded), save_lora=partial(save_lora, loaded.unet))
+                    save=partial(save_pipeline, loaded), save_lora=partial(save_lora, loaded.unet))
 
 
-def _save(pipeline: Any, folder: Path) -> None:
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write a whole pipeline; its UNet goes to the CPU."""
     pipeline.unet.to("cpu").requires_grad_(False)
     pipeline.save_pretrained(folder, safe_serialization=True)

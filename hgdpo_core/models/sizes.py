@@ -42,12 +42,14 @@ def model_size(path: Path) -> ModelSize:
         return ModelSize()
     if path.is_file():
         tensors = read_header(path)
-        parts = {"denoiser": UNET, "codec": VAE, "text": TEXT_ENCODER}
+        parts = {"denoiser": UNET, "codec": VAE, "text": (TEXT_ENCODER, "conditioner.")}
         found = {part: {name: info for name, info in tensors.items() if name.startswith(prefix)}
                  for part, prefix in parts.items()}
     else:
-        folders = {"denoiser": "unet", "codec": "vae", "text": "text_encoder"}
-        found = {part: _tensors(path / folder) for part, folder in folders.items()}
+        folders = {"denoiser": ["unet"], "codec": ["vae"], "text": ["text_encoder", "text_encoder_2"]}
+        found = {part: {(folder, name): info for folder in names for name, info in _tensors(path / folder).items()}
+                 for part, names in folders.items()}
+        found["denoiser"] = {name: info for (_, name), info in found["denoiser"].items()}
         known = _from_configs(path)
     known |= {part: sum(math.prod(info.shape) for info in tensors.values()) for part, tensors in found.items()
               if tensors}
@@ -63,8 +65,10 @@ def _from_configs(folder: Path) -> dict[str, Any]:
     known: dict[str, Any] = {}
     if "latent_channels" in vae and "block_out_channels" in vae:
         known |= {"latent_channels": vae["latent_channels"], "scale_factor": 2 ** (len(vae["block_out_channels"]) - 1)}
+    second = _json(folder / "text_encoder_2/config.json")  # of SDXL
     if "hidden_size" in text and "max_position_embeddings" in text:
-        known["text_numbers"] = text["max_position_embeddings"] * text["hidden_size"]
+        width = text["hidden_size"] + second.get("hidden_size", 0)
+        known["text_numbers"] = text["max_position_embeddings"] * width + second.get("projection_dim", 0)
     return known
 
 

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 
 from hgdpo_core.config import PromptSyntax
 from hgdpo_core.errors import ConfigError, ModelError
 from hgdpo_core.models.model import Model
-from hgdpo_core.models.sampling import encode_text, hidden_states
+from hgdpo_core.models.sampling import Hidden, encode_text, hidden_states, token_ids
 from hgdpo_core.prompts.syntax import Segment, parse_weights
 
 COMMA_REACH = 20  # A1111's "comma padding backtrack": a full chunk is cut at a comma this near to its end
@@ -26,18 +25,18 @@ Token = tuple[int, float]
 
 
 class TextEncoder:
-    """The text encoder of a loaded pipeline under a target's settings."""
+    """A text encoder of a loaded pipeline under a target's settings."""
 
-    def __init__(self, pipeline: StableDiffusionPipeline, model: Model):
+    def __init__(self, encoder: Any, tokenizer: Any, model: Model, hidden: Hidden = hidden_states):
         """ConfigError when the encoder has fewer layers than `clip_skip` skips."""
-        self.pipeline, self.model = pipeline, model
-        self._encoder: Any = pipeline.text_encoder
-        self._tokenizer: Any = pipeline.tokenizer
+        self.model = model
+        self._encoder, self._tokenizer, self._hidden = encoder, tokenizer, hidden
         layers = self._encoder.config.num_hidden_layers
         if model.clip_skip is not None and model.clip_skip > layers:
             raise ConfigError(f"target.clip_skip is {model.clip_skip}, but the text encoder of {model.path.name} has "
                               f"{layers} layers: skip fewer (it counts as diffusers does: 1 is A1111's Clip skip 2)")
         self.chunk_length: int = self._tokenizer.model_max_length
+        self._comma = self._tokenizer.get_vocab().get(",</w>")
         self._negative = self._encode([model.negative_prompt], model.negative_syntax)[0]
         self._empty: torch.Tensor | None = None
 
@@ -50,9 +49,20 @@ class TextEncoder:
         """The negative prompt's embedding [1, length, D], to pair with prompts of that length."""
         return self._pad(self._negative, length)[None]
 
+    def encode_plain(self, texts: Sequence[str]) -> torch.Tensor:
+        """[B, 77, D] of plain texts, cut there."""
+        return encode_text(self._encoder, self._tokenizer, texts, self.model.clip_skip, self._hidden)
+
+    def first_ids(self, prompts: Sequence[str], syntax: PromptSyntax) -> torch.Tensor:
+        """Token ids [B, 77] of each prompt's first chunk, on the encoder's device."""
+        if syntax == "plain":
+            return token_ids(self._encoder, self._tokenizer, prompts)
+        ids = [self._frame(self._split(prompt)[0])[0] for prompt in prompts]
+        return torch.tensor(ids, device=self._encoder.device)
+
     def _encode(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[torch.Tensor]:
         if syntax == "plain":
-            return list(encode_text(self.pipeline, prompts, self.model.clip_skip)) if prompts else []
+            return list(self.encode_plain(prompts)) if prompts else []
         return [self._encode_weighted(prompt) for prompt in prompts]
 
     def token_ids(self, prompt: str) -> list[int]:
@@ -73,17 +83,20 @@ class TextEncoder:
 
     def _frames(self, prompt: str) -> tuple[Sequence[list[int]], Sequence[list[float]]]:
         """Ids and weights of each chunk of a weighted prompt."""
-        parts = [self._tokenize(part) for part in parse_weights(prompt)]
-        chunks = split_chunks(parts, self.chunk_length - 2, self._tokenizer.get_vocab().get(",</w>"))
-        ids, weights = zip(*(self._frame(chunk) for chunk in chunks), strict=True)
+        ids, weights = zip(*(self._frame(chunk) for chunk in self._split(prompt)), strict=True)
         return ids, weights
 
     @torch.no_grad()
     def _encode_weighted(self, prompt: str) -> torch.Tensor:
         ids, weights = self._frames(prompt)
         device = self._encoder.device
-        hidden = hidden_states(self._encoder, torch.tensor(ids, device=device), self.model.clip_skip)
+        hidden = self._hidden(self._encoder, torch.tensor(ids, device=device), self.model.clip_skip)
         return weigh_embedding(hidden, torch.tensor(weights, device=device)).flatten(0, 1)
+
+    def _split(self, prompt: str) -> list[list[Token]]:
+        """The prompt's chunks."""
+        parts = [self._tokenize(part) for part in parse_weights(prompt)]
+        return split_chunks(parts, self.chunk_length - 2, self._comma)
 
     def _tokenize(self, part: Sequence[Segment]) -> list[Token]:
         ids = self._tokenizer([segment.text for segment in part], add_special_tokens=False,
@@ -102,7 +115,7 @@ class TextEncoder:
         if missing <= 0:
             return embed
         if self._empty is None:
-            self._empty = encode_text(self.pipeline, [""], self.model.clip_skip)[0]
+            self._empty = self.encode_plain([""])[0]
         return torch.cat([embed, *[self._empty] * missing])
 
 

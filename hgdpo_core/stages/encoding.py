@@ -1,18 +1,22 @@
 """What the stages have in common that put images through a model's VAE."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 
 from hgdpo_core.images import to_model_range
-from hgdpo_core.models import Backbone, Model, load_backbone
+from hgdpo_core.models import Backbone, Conditioning, Model, load_backbone
 from hgdpo_core.models.locations import model_locations
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.stages.base import Probe, Stage
 from hgdpo_core.stages.probes import probe_encoding
+
+POOLED = pa.field("pooled_embeds", pa.binary())
+"""Of the folders of families whose texts have a pooled embedding."""
 
 
 class EncodingStage(Stage):
@@ -56,6 +60,26 @@ def latent_settings(stage: str, model: Model, size: tuple[int, int]) -> dict[str
     """What decides latents and text embeddings of any images of (width, height) pixels."""
     return {"stage": stage, "fingerprint": model.fingerprint, "dtype": model.dtype, "clip_skip": model.clip_skip,
             "width": size[0], "height": size[1]}
+
+
+def text_columns(texts: Conditioning) -> dict[str, list[bytes]]:
+    """Columns of B texts of one length: `prompt_embeds`, and in families that have them `pooled_embeds`."""
+    pooled = {} if texts.pooled is None else {POOLED.name: row_bytes(texts.pooled)}
+    return {"prompt_embeds": row_bytes(texts.embeds), **pooled}
+
+
+def with_pooled(schema: pa.Schema, backbone: Backbone) -> pa.Schema:
+    """A schema, and the column of pooled embeddings in families that have them."""
+    return schema.append(POOLED) if backbone.text.pooled_width else schema
+
+
+def prompt_columns(backbone: Backbone, prompts: Sequence[str]) -> dict[str, list[bytes]]:
+    """`text_columns` of prompts as the sampler is given them, each of its own length."""
+    columns: dict[str, list[bytes]] = {"prompt_embeds": []} | ({POOLED.name: []} if backbone.text.pooled_width else {})
+    for text in backbone.text.encode(prompts):
+        for name, cells in text_columns(text).items():
+            columns[name] += cells
+    return columns
 
 
 def stack_pixels(images: Iterable[Image.Image]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from hgdpo_core.models import Backbone, Model
 from hgdpo_core.models.locations import find_located_model
 from hgdpo_core.parallel import thread_map
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker
-from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes
+from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes, text_columns, with_pooled
 from hgdpo_core.stages.probes import ENCODE_BATCH
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest, read_table
@@ -29,14 +29,15 @@ from hgdpo_core.storage.shards import ShardFolder, ShardManifest, read_table
 SMALLEST_SCALE = 0.5
 PIXELS_VERSION = 2
 """In the settings of sets with profiles or transparency, whose pixels were different before: sRGB, on white."""
-Captioned = tuple[str, str, np.ndarray, bytes]
-"""Name, caption, float32 [3, H, W] in [-1, 1] of an image, and of a stage with concepts the PNG of its own."""
+Captioned = tuple[str, str, np.ndarray, tuple[int, ...], bytes]
+"""Name, caption, float32 [3, H, W] in [-1, 1] and `sizes_of` of an image; of a stage with concepts the PNG of its own."""
 ReadConcept = Callable[[Image.Image, str], bytes]
 """The concept of an image and its caption, as PNG; InputError for one that has none, or several."""
 SCHEMA = pa.schema([("file_name", pa.string()), ("caption", pa.string()), ("latents", pa.binary()),
                     ("prompt_embeds", pa.binary())])
 MIRRORED = pa.field("mirrored", pa.binary())  # of a folder with flips
 CONCEPT = pa.field("concept", pa.binary())  # of a folder with concepts
+SIZES_COLUMN = pa.field("sizes", pa.binary())  # of families whose network reads them, six float32
 REJECTED_SCHEMA = pa.schema([("file_name", pa.string()), ("reason", pa.string())])
 
 
@@ -175,20 +176,28 @@ def _open(kind: Kind, size: tuple[int, int], read_concept: ReadConcept | None,
         return str(error)
     if min(image.width / size[0], image.height / size[1]) < SMALLEST_SCALE:
         return f"it has {image.width}x{image.height} pixels, under half of {size[0]}x{size[1]}"
-    return name, caption or "", to_model_range(fit_image(image, *size)), concept
+    return name, caption or "", to_model_range(fit_image(image, *size)), sizes_of(image.size, size), concept
+
+
+def sizes_of(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, ...]:
+    """The six numbers of SIZES for an image of (width, height) pixels that `fit_image` brings to a size."""
+    scale = max(size[0] / original[0], size[1] / original[1])
+    left, top = ((round(side * scale) - cut) // 2 for side, cut in zip(original, size, strict=True))
+    return original[1], original[0], top, left, size[1], size[0]
 
 
 def _encode(backbone: Backbone, batches: Iterator[_Usable], flips: bool, concepts: bool,
             rejected: list[dict[str, str]]) -> tuple[pa.Table, int]:
     """A shard's table, and how many captions were longer than the text encoder reads; fills `rejected`."""
-    schema, cut = SCHEMA.append(MIRRORED) if flips else SCHEMA, 0
+    schema, cut = with_pooled(SCHEMA.append(MIRRORED) if flips else SCHEMA, backbone), 0
     schema = schema.append(CONCEPT) if concepts else schema
+    schema = schema.append(SIZES_COLUMN) if backbone.denoiser.reads_sizes else schema
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     for batch in batches:
         rejected += batch.rejected
         if not batch.images:
             continue
-        names, captions, images, cut_out = map(list, zip(*batch.images, strict=True))
+        names, captions, images, sizes, cut_out = map(list, zip(*batch.images, strict=True))
         pixels = torch.from_numpy(np.stack(images))
         columns["file_name"] += names
         columns["caption"] += captions
@@ -197,7 +206,10 @@ def _encode(backbone: Backbone, batches: Iterator[_Usable], flips: bool, concept
             columns["mirrored"] += row_bytes(backbone.codec.encode(pixels.flip(-1)))
         if concepts:
             columns["concept"] += cut_out
-        columns["prompt_embeds"] += row_bytes(backbone.text.encode_captions(captions).embeds)
+        if backbone.denoiser.reads_sizes:
+            columns[SIZES_COLUMN.name] += row_bytes(torch.tensor(sizes))
+        for name, cells in text_columns(backbone.text.encode_captions(captions)).items():
+            columns[name] += cells
         cut += backbone.text.count_cut(captions)
     return pa.table(columns, schema=schema), cut
 

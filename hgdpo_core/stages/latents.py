@@ -21,7 +21,7 @@ from hgdpo_core.images import decode_image, to_model_range
 from hgdpo_core.models import Backbone, Model
 from hgdpo_core.models.locations import find_located_model
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Worker, prepare_batches
-from hgdpo_core.stages.encoding import EncodingStage, latent_settings, row_bytes
+from hgdpo_core.stages.encoding import EncodingStage, latent_settings, prompt_columns, row_bytes, with_pooled
 from hgdpo_core.stages.pair_sets import PairSetStage
 from hgdpo_core.stages.probes import ENCODE_BATCH
 from hgdpo_core.stages.triplets import TripletStage
@@ -111,16 +111,16 @@ class _Encoding(Computer):
     def compute(self, index: int, tables: Sequence[pa.Table], batches: Iterator[Any], worker: Worker,
                 advance: Advance) -> ShardRows:
         (rows,) = tables
-        texts = self.backbone.text.encode(rows["caption"].to_pylist())
+        texts = prompt_columns(self.backbone, rows["caption"].to_pylist())
         latents: dict[str, list[bytes]] = {name: [] for name in (*IMAGES, *(MIRRORED if self.flips else ()))}
         for name, pixels in batches:
             latents[name] += row_bytes(self.backbone.codec.encode(pixels))
             if self.flips:
                 latents[f"{name}_mirrored"] += row_bytes(self.backbone.codec.encode(pixels.flip(-1)))
-        embeds = [text.embeds[0].float().cpu().numpy().tobytes() for text in texts]
-        schema = pa.schema([*SCHEMA, *((name, pa.binary()) for name in MIRRORED if self.flips)])
+        schema = pa.schema([*with_pooled(SCHEMA, self.backbone),
+                            *((name, pa.binary()) for name in MIRRORED if self.flips)])
         advance(rows.num_rows)
-        return ShardRows(pa.table({"prompt_id": rows["prompt_id"], "prompt_embeds": embeds, **latents}, schema=schema),
+        return ShardRows(pa.table({"prompt_id": rows["prompt_id"], **texts, **latents}, schema=schema),
                          details=self.backbone.shapes(self.size))
 
     def _prepare(self, data: bytes) -> np.ndarray:

@@ -13,7 +13,7 @@ from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.models.sizes import FLOAT_BYTES, ModelSize
 from hgdpo_core.prompts import PromptList, load_prompts, prompt_id, save_prompts
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Stage, Worker
-from hgdpo_core.stages.encoding import latent_settings
+from hgdpo_core.stages.encoding import latent_settings, prompt_columns, with_pooled
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder, ShardManifest
 
@@ -85,8 +85,8 @@ class _Embedding(Computer):
                 advance: Advance) -> ShardRows:
         worker.check_stop(PromptEmbedStage.doing)
         prompts = list(self.stage.of_shard(index))
-        embeds = [text.embeds[0].float().cpu().numpy().tobytes() for text in self.backbone.text.encode(prompts)]
+        texts = prompt_columns(self.backbone, prompts)
         advance(len(prompts))
         size = self.stage.folder.config["width"], self.stage.folder.config["height"]
-        return ShardRows(pa.table({"prompt_id": [prompt_id(prompt) for prompt in prompts], "prompt": prompts,
-                                   "prompt_embeds": embeds}, schema=SCHEMA), details=self.backbone.shapes(size))
+        return ShardRows(pa.table({"prompt_id": [prompt_id(prompt) for prompt in prompts], "prompt": prompts, **texts},
+                                  schema=with_pooled(SCHEMA, self.backbone)), details=self.backbone.shapes(size))

@@ -9,9 +9,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hgdpo_core.errors import InputError
 from hgdpo_core.models import Conditioning
+from hgdpo_core.models.backbone import SIZES
 from hgdpo_core.stages.latents import MIRRORED
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -34,7 +35,8 @@ class PairBatch:
     """B pairs: scaled latents `[B,C,h,w]` of winners and losers, text embeddings `[B,L,D]`; float32.
 
     `prompt_mask`, bool `[B,L]`, is True where an embedding is its prompt's own; None where none is padded. The
-    mirrored latents are those of the mirrored images; only a training with `flip` reads them.
+    mirrored latents are those of the mirrored images; only a training with `flip` reads them. `pooled`, `[B,P]`, are
+    pooled embeddings in families that have them.
     """
 
     winner_latents: torch.Tensor
@@ -43,27 +45,40 @@ class PairBatch:
     prompt_mask: torch.Tensor | None = None
     winner_mirrored: torch.Tensor | None = None
     loser_mirrored: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
 
     @property
     def conditioning(self) -> Conditioning:
         """Of each pair once."""
-        return Conditioning(self.prompt_embeds, self.prompt_mask)
+        return Conditioning(self.prompt_embeds, self.prompt_mask, self.pooled)
+
+    def with_pooled(self, shape: Sequence[int]) -> Self:
+        """The same with random pooled embeddings."""
+        return replace(self, pooled=torch.randn(len(self.prompt_embeds), *shape))
 
 
 @dataclass(frozen=True)
 class ImageBatch:
     """B captioned images: scaled latents `[B,C,h,w]` and text embeddings `[B,L,D]`; float32.
 
-    `mirrored` are the latents of the mirrored images; only a training with `flip` reads them.
+    `mirrored` are the latents of the mirrored images; only a training with `flip` reads them. `pooled`, `[B,P]`, and
+    `sizes`, `[B,6]`, are for families that read them.
     """
 
     latents: torch.Tensor
     prompt_embeds: torch.Tensor
     mirrored: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
 
     @property
     def conditioning(self) -> Conditioning:
-        return Conditioning(self.prompt_embeds)
+        return Conditioning(self.prompt_embeds, pooled=self.pooled,
+                            extra={} if self.sizes is None else {SIZES: self.sizes})
+
+    def with_pooled(self, shape: Sequence[int]) -> Self:
+        """The same with random pooled embeddings."""
+        return replace(self, pooled=torch.randn(len(self.prompt_embeds), *shape))
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,11 @@ class PromptBatch:
 
     prompts: Sequence[str]
     conditionings: Sequence[Conditioning]
+
+    def with_pooled(self, shape: Sequence[int]) -> Self:
+        """The same with random pooled embeddings."""
+        return replace(self, conditionings=[replace(text, pooled=torch.randn(1, *shape))
+                                            for text in self.conditionings])
 
 
 class SampleSource(Protocol[BatchT_co]):
@@ -213,6 +233,17 @@ class LatentRows:
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
         return padded, None if bool(mask.all()) else mask
 
+    def stack_pooled(self, rows: Sequence[int]) -> torch.Tensor | None:
+        """Pooled embeddings [B, P]; None in families without."""
+        has_pooled = "pooled_shape" in self.manifests[self._shard_of(rows[0])].details
+        return self.stack(rows, "pooled_embeds", "pooled_shape") if has_pooled else None
+
+    def stack_sizes(self, rows: Sequence[int]) -> torch.Tensor | None:
+        """SIZES [B, 6]; None in families that do not read them."""
+        if "sizes" not in self.tables[self._shard_of(rows[0])].column_names:
+            return None
+        return torch.tensor(np.stack([np.frombuffer(self._cell(row, "sizes"), dtype=np.float32) for row in rows]))
+
     def _embed(self, row: int) -> torch.Tensor:
         chunks = self._value(row, "prompt_embeds", "embeds_shape")
         return torch.tensor(chunks.reshape(-1, chunks.shape[-1]))
@@ -243,7 +274,7 @@ class LatentPairs(LatentRows):
             mirrored = (None, None)
             if self.flips:
                 mirrored = tuple(self.stack(indices, side, "latent_shape") for side in MIRRORED)
-            return PairBatch(winner, loser, embeds, mask, *mirrored)
+            return PairBatch(winner, loser, embeds, mask, *mirrored, pooled=self.stack_pooled(indices))
 
 
 class Winners(LatentPairs):
@@ -265,8 +296,10 @@ class EmbeddedPrompts(LatentRows):
 
     def batch(self, indices: Sequence[int]) -> PromptBatch:
         with self.fetching(indices):
-            return PromptBatch([self._cell(row, "prompt") for row in indices],
-                               [Conditioning(self._embed(row)[None]) for row in indices])
+            pooled = self.stack_pooled(indices)
+            texts = [Conditioning(self._embed(row)[None], pooled=None if pooled is None else pooled[[number]])
+                     for number, row in enumerate(indices)]
+            return PromptBatch([self._cell(row, "prompt") for row in indices], texts)
 
 
 class LatentImages(LatentRows):
@@ -276,4 +309,5 @@ class LatentImages(LatentRows):
         with self.fetching(indices):
             return ImageBatch(latents=self.stack(indices, "latents", "latent_shape"),
                               prompt_embeds=self.stack(indices, "prompt_embeds", "embeds_shape"),
-                              mirrored=self.stack(indices, "mirrored", "latent_shape") if self.flips else None)
+                              mirrored=self.stack(indices, "mirrored", "latent_shape") if self.flips else None,
+                              pooled=self.stack_pooled(indices), sizes=self.stack_sizes(indices))

@@ -40,7 +40,7 @@ class RandomSamples:
     """Endless random samples of an objective, for a probe."""
 
     def __init__(self, objective: TrainingObjective, shapes: Mapping[str, Sequence[int]]):
-        self._objective, self._shapes = objective, (shapes["latent_shape"], shapes["embeds_shape"])
+        self._objective, self._shapes = objective, shapes
 
     def __len__(self) -> int:
         return 1024
@@ -49,4 +49,5 @@ class RandomSamples:
         return epoch_order(len(self), seed, epoch)
 
     def batch(self, indices: Sequence[int]) -> Any:
-        return self._objective.random_batch(len(indices), *self._shapes)
+        batch = self._objective.random_batch(len(indices), self._shapes["latent_shape"], self._shapes["embeds_shape"])
+        return batch.with_pooled(self._shapes["pooled_shape"]) if "pooled_shape" in self._shapes else batch

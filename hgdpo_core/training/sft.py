@@ -96,7 +96,7 @@ class Sft(TrainingObjective):
     def prepare(self, backbone: Backbone, model: Model, config: SftConfig) -> Objective:
         """The empty text is embedded as captions were: by an encoder in the model's own precision."""
         reader = load_backbone(model, "cpu" if count_processes() > 1 else default_device())
-        empty = reader.text.encode_captions([""]).to("cpu", torch.float32)
+        empty = reader.text.dropped_caption().to("cpu", torch.float32)
         return prepare_sft(backbone.denoiser, backbone.schedule, config, empty)
 
     def save(self, backbone: Backbone, folder: Path, model_id: str) -> str:

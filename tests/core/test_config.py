@@ -74,8 +74,8 @@ def test_mistakes_are_one_line(overrides, message):
 
 
 def test_unknown_presets_and_missing_parts():
-    with pytest.raises(ConfigError, match="no preset 'sdxl'; there are figures, sd15"):
-        build_config("sdxl")
+    with pytest.raises(ConfigError, match="no preset 'flux'; there are figures, sd15, sdxl"):
+        build_config("flux")
     with pytest.raises(ConfigError, match="give target and prompts"):
         build_config("sd15")
 

@@ -244,7 +244,7 @@ def test_evaluation_prompts_must_not_occur_in_training(server, parameters):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--preset", "sdxl"], "no preset 'sdxl'"),
+    (["--preset", "flux"], "no preset 'flux'"),
     (["--prompts", "nowhere.txt"], "there is no prompt file"),
     (["--target", "/no/such/model"], "does not exist"),
     (["--root", "/proc/hgdpo"], "/proc/hgdpo"),

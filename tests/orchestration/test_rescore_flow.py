@@ -219,7 +219,7 @@ def test_score_command_for_files(judge_folder, tmp_path, capsys):
     (["rescore", "--scorer", "beauty"], "scorer 'beauty'"),
     (["rescore", "--scorer", "pickscore=/no/where"], "does not exist"),
     (["rescore", "--set", "scorer.batch_size=3"], "name the preset"),
-    (["rescore", "--preset", "sdxl"], "no preset 'sdxl'"),
+    (["rescore", "--preset", "flux"], "no preset 'flux'"),
     (["rescore", "--root", "/proc/hgdpo"], "/proc/hgdpo"),
     (["score", "--csv", "x.csv"], "go with image files"),
     (["score", "/no/such/folder", "--scorer", "pickscore"], "not a folder"),

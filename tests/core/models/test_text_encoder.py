@@ -24,9 +24,13 @@ def pipeline(target_folder):
     return loaded
 
 
+def plain_text(pipeline, texts, clip_skip):
+    return encode_text(pipeline.text_encoder, pipeline.tokenizer, texts, clip_skip)
+
+
 def reader(pipeline, target_folder, **settings) -> TextEncoder:
     settings = {"source": str(target_folder), "dtype": "float32", "prompt_syntax": "a1111"} | settings
-    return TextEncoder(pipeline, find_model(TargetConfig(**settings)))
+    return TextEncoder(pipeline.text_encoder, pipeline.tokenizer, find_model(TargetConfig(**settings)))
 
 
 def tokens(count: int, commas: tuple[int, ...] = ()) -> list[tuple[int, float]]:
@@ -87,12 +91,12 @@ def test_an_embedding_without_a_mean_is_weighted_and_not_scaled():
 
 def test_a_short_prompt_without_weights_is_the_plain_one(pipeline, target_folder):
     for clip_skip in (None, 1):
-        plain = encode_text(pipeline, ["a woman in a red top"], clip_skip)
+        plain = plain_text(pipeline, ["a woman in a red top"], clip_skip)
         weighted = reader(pipeline, target_folder, clip_skip=clip_skip)
         for text in ("a woman in a red top", "(a woman:1.0) in a (red:1) top", "(a woman in a red top:1)"):
             (found,) = weighted.encode([text])
             assert torch.equal(found, plain[0]), (clip_skip, text)
-    assert not torch.equal(plain, encode_text(pipeline, ["a woman in a red top"], None))
+    assert not torch.equal(plain, plain_text(pipeline, ["a woman in a red top"], None))
 
 
 @pytest.mark.parametrize(("text", "weight"), [("(red:1.5)", 1.5), ("(red:0.5)", 0.5), ("[red]", 1 / 1.1)])
@@ -113,8 +117,8 @@ def test_a_weight_moves_its_own_tokens_against_the_others(pipeline, target_folde
 def test_plain_text_keeps_its_brackets_and_is_cut(pipeline, target_folder):
     plain = reader(pipeline, target_folder, prompt_syntax="plain", negative_prompt="(blurry:1.4)")
     for text in ("(red:1.5) top", "a red top " * 40):
-        assert torch.equal(plain.encode([text])[0], encode_text(pipeline, [text], None)[0])
-    assert torch.equal(plain.negative(LENGTH), encode_text(pipeline, ["(blurry:1.4)"], None))
+        assert torch.equal(plain.encode([text])[0], plain_text(pipeline, [text], None)[0])
+    assert torch.equal(plain.negative(LENGTH), plain_text(pipeline, ["(blurry:1.4)"], None))
 
 
 # -- length
@@ -123,7 +127,7 @@ def test_plain_text_keeps_its_brackets_and_is_cut(pipeline, target_folder):
 def test_a_long_prompt_is_chunks_of_its_own(pipeline, target_folder):
     """BREAK puts the cut where we want it: each chunk is then the plain embedding of its words."""
     (found,) = reader(pipeline, target_folder).encode(["a woman BREAK in a red top"])
-    expected = [encode_text(pipeline, [text], None)[0] for text in ("a woman", "in a red top")]
+    expected = [plain_text(pipeline, [text], None)[0] for text in ("a woman", "in a red top")]
     torch.testing.assert_close(found, torch.cat(expected))
     (long,) = reader(pipeline, target_folder).encode(["a red top " * 22])
     ids = pipeline.tokenizer("a red top " * 22, add_special_tokens=False).input_ids
@@ -131,17 +135,17 @@ def test_a_long_prompt_is_chunks_of_its_own(pipeline, target_folder):
 
 
 def test_the_shorter_of_prompt_and_negative_prompt_is_padded_with_the_empty_text(pipeline, target_folder):
-    empty = encode_text(pipeline, [""], None)[0]
+    empty = plain_text(pipeline, [""], None)[0]
     short = reader(pipeline, target_folder, negative_prompt="(blurry:1.4)")
     assert len(short.encode(["a man"])[0]) == LENGTH
     negative = short.negative(3 * LENGTH)[0]
     assert torch.equal(negative[:LENGTH], short.negative(LENGTH)[0])
     assert torch.equal(negative[LENGTH:], torch.cat([empty, empty]))
-    assert not torch.equal(negative[:LENGTH], encode_text(pipeline, ["blurry"], None)[0])  # it is weighted too
+    assert not torch.equal(negative[:LENGTH], plain_text(pipeline, ["blurry"], None)[0])  # it is weighted too
 
     long = reader(pipeline, target_folder, negative_prompt="blurry BREAK bad BREAK ugly")
     (padded,) = long.encode(["a man"])
-    assert torch.equal(padded, torch.cat([encode_text(pipeline, ["a man"], None)[0], empty, empty]))
+    assert torch.equal(padded, torch.cat([plain_text(pipeline, ["a man"], None)[0], empty, empty]))
     assert long.negative(3 * LENGTH).shape == (1, 3 * LENGTH, 32)
 
 

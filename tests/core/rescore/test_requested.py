@@ -77,7 +77,7 @@ def test_names_without_a_store_mean_the_public_checkpoint():
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"names": ["beauty"]}, "scorer 'beauty': name: there is no such scorer; there are aesthetic, clip"),
     ({"names": ["pickscore", "pickscore=/b"]}, "pickscore is named twice"),
-    ({"preset": "sdxl"}, "no preset 'sdxl'"),
+    ({"preset": "flux"}, "no preset 'flux'"),
     ({"overrides": {"scorer.batch_size": 3}}, "name the preset"),
     ({"preset": "figures", "overrides": {"scorer.size": 3}}, "is not a setting"),
 ])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from tiny import SD15, tiny_unet, trainable
@@ -21,9 +22,8 @@ from hgdpo_core.errors import InputError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.images import decode_image
 from hgdpo_core.losses import denoising_error
-from hgdpo_core.models import find_model, load_pipeline
+from hgdpo_core.models import find_model
 from hgdpo_core.models.ddpm import draw_timesteps
-from hgdpo_core.models.text_encoder import TextEncoder
 from hgdpo_core.prompts import image_seed, prompt_id
 from hgdpo_core.prompts.syntax import strip_syntax
 from hgdpo_core.scorers import load_scorer
@@ -80,7 +80,7 @@ def difference(a, b):
 
 def test_plain_diffusers_draws_the_same_image_from_the_same_embeddings(made, model):
     _, _, images, *_ = made
-    encoder = TextEncoder(load_pipeline(model), model)
+    encoder = tiny.text_encoder(model)
     pipeline = StableDiffusionPipeline.from_pretrained(model.path)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -134,7 +134,7 @@ def test_scores_are_of_the_words_and_tables_keep_the_text(made, judge_folder):
 
 def test_training_conditions_on_exactly_what_the_sampler_used(made, model):
     _, _, _, _, triplets, latents = made
-    encoder = TextEncoder(load_pipeline(model), model)
+    encoder = tiny.text_encoder(model)
     pairs = LatentPairs(latents, [0])
     captions = triplets.read(0)["caption"].to_pylist()
     for row, caption in enumerate(captions):
