@@ -51,7 +51,10 @@ def export_run(store: Store, folder: Path, run_id: str | None = None, *, fused: 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(lora / LORA_NAME, folder / LORA_NAME)
-        write_kohya_lora(folder / LORA_NAME, folder / kohya_name)
+        if (lora / kohya_name).exists():
+            shutil.copyfile(lora / kohya_name, folder / kohya_name)
+        else:  # of an earlier version, which trained SD 1.5 alone
+            write_kohya_lora(folder / LORA_NAME, folder / kohya_name)
         written = [folder / LORA_NAME, folder / kohya_name]
         if tuned is not None:
             _copy_base(tuned.path, folder / BASE_NAME)

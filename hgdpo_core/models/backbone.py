@@ -113,6 +113,8 @@ class Denoiser(nn.Module, ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     reads_sizes: ClassVar[bool] = False
     """Whether it reads SIZES."""
+    original_names: ClassVar[bool] = False
+    """Whether a LoRA for other tools names layers as the original network does, not as diffusers'."""
     is_compiled = False
 
     def __init__(self, network: Any):

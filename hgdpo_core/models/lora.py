@@ -21,7 +21,6 @@ from hgdpo_core.errors import ModelError
 from hgdpo_core.models.lora_files import read_notes
 from hgdpo_core.models.weight_files import load_safetensors
 
-SDXL_ONLY = "unet.up_blocks.0.attentions."  # SD 1.5's lowest level has no attention
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -122,12 +121,12 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
     StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers={**lora_state(unet)})
 
 
-def write_kohya_lora(source: Path, path: Path) -> None:
+def write_kohya_lora(source: Path, path: Path, *, original_names: bool = False) -> None:
     """A diffusers LoRA file again as `path`, with the key names that kohya's scripts, A1111 and ComfyUI read.
 
     `lora_unet_<layer>.lora_down.weight`, `.lora_up.weight` and `.alpha` = rank, the same numbers in the same
-    precision; layers of SDXL by the names of its original UNet, which A1111 reads no others of. ModelError for a LoRA
-    whose alpha is not its rank: the converter writes alpha = rank whatever it was.
+    precision; with `original_names` the layers are those of SDXL's original UNet, for A1111 reads no others of that
+    family. ModelError for a LoRA whose alpha is not its rank: the converter writes alpha = rank whatever it was.
     """
     state, metadata = load_safetensors(source)
     notes = read_notes(source, metadata)
@@ -138,10 +137,9 @@ def write_kohya_lora(source: Path, path: Path) -> None:
                         for name in ("unet", "text_encoder") if {f"{name}.lora_alpha", f"{name}.r"} <= notes.keys())
     _refuse_other_scale((name, float(tensor), max(ranks)) for name, tensor in state.items() if name.endswith(".alpha"))
     rank, state = str(max(ranks)), {name: tensor for name, tensor in state.items() if not name.endswith(".alpha")}
-    is_sdxl = any(name.startswith(SDXL_ONLY) for name in state)
-    state = {_original_name(name) if is_sdxl else name: tensor for name, tensor in state.items()}
+    state = {_original_name(name) if original_names else name: tensor for name, tensor in state.items()}
     save_file(convert_state_dict_to_kohya(state), path, metadata={
-        "ss_base_model_version": "sdxl_base_v1-0" if is_sdxl else "sd_v1", "ss_network_module": "networks.lora",
+        "ss_base_model_version": "sdxl_base_v1-0" if original_names else "sd_v1", "ss_network_module": "networks.lora",
         "ss_network_dim": rank, "ss_network_alpha": rank})
 
 

@@ -30,7 +30,7 @@ SDXL = PipelineKind("Stable Diffusion XL", StableDiffusionXLPipeline, CONFIGS, c
 class SdxlDenoiser(UnetDenoiser):
     """A UNet that also reads pooled embeddings and sizes."""
 
-    reads_sizes = True
+    reads_sizes = original_names = True
 
     def __init__(self, network: Any, factor: int):
         """`factor`: pixels per side of a latent pixel."""
@@ -112,6 +112,12 @@ class SdxlText:
 
     def count_cut(self, captions: Sequence[str]) -> int:
         return sum(len(ids) > self.chunk_length for ids in self._pipeline.tokenizer(list(captions)).input_ids)
+
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [self.readers[0].token_ids(prompt) for prompt in prompts]
+
+    def single_token(self, word: str) -> int:
+        return self.readers[0].single_token(word)
 
     def reading(self, syntax: PromptSyntax) -> "SdxlText":
         return SdxlText(self._pipeline, self._model.reading(syntax))

@@ -30,7 +30,7 @@ SMALLEST_SCALE = 0.5
 PIXELS_VERSION = 2
 """In the settings of sets with profiles or transparency, whose pixels were different before: sRGB, on white."""
 Captioned = tuple[str, str, np.ndarray, tuple[int, ...], bytes]
-"""Name, caption, float32 [3, H, W] in [-1, 1] and `sizes_of` of an image; of a stage with concepts the PNG of its own."""
+"""Name, caption, float32 [3, H, W] in [-1, 1] and `sizes_of` of an image; with concepts, the PNG of its own."""
 ReadConcept = Callable[[Image.Image, str], bytes]
 """The concept of an image and its caption, as PNG; InputError for one that has none, or several."""
 SCHEMA = pa.schema([("file_name", pa.string()), ("caption", pa.string()), ("latents", pa.binary()),

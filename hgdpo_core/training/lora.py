@@ -61,7 +61,8 @@ class LoraObjective(TrainingObjective):
 
     def save(self, backbone: Backbone, folder: Path, model_id: str) -> str:
         backbone.save_lora(folder)
-        write_kohya_lora(folder / LORA_NAME, folder / f"{model_id}-kohya.safetensors")
+        write_kohya_lora(folder / LORA_NAME, folder / f"{model_id}-kohya.safetensors",
+                         original_names=backbone.denoiser.original_names)
         return "lora"
 
     def trained_numbers(self, size: ModelSize, config: LoraConfig) -> int:

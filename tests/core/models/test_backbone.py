@@ -95,7 +95,7 @@ def test_a_conditioning_changes_as_a_whole():
     assert all(len(tensor) == 7 for tensor in tensors(conditioning(1.0, 1).expand(7)))
     mixed = conditioning(1.0).replaced(torch.tensor([False, True]), conditioning(0.0, 1))
     assert [tensor.flatten(1)[:, 0].tolist() for tensor in (mixed.embeds, mixed.pooled, mixed.extra["sizes"])] == [
-        [1.0, 0.0]] * 3
+        [1.0, 0.0], [1.0, 0.0], [1.0, 1.0]]  # a text is replaced, the image and its size stay
     half = conditioning(1.0).to("cpu", torch.bfloat16)
     assert [tensor.dtype for tensor in tensors(half)] == [torch.bfloat16, torch.bool, torch.bfloat16, torch.bfloat16]
     assert Conditioning(torch.zeros(1, 2, 3)).repeat(2).pooled is None

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import ldm
@@ -19,6 +20,7 @@ from hgdpo_core.errors import ModelError
 from hgdpo_core.models import Model, find_model, load_pipeline
 from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.models.locations import find_located_model, model_locations
+from hgdpo_core.models.model import SD15
 from hgdpo_core.storage import Store
 from hgdpo_core.training.tune import Tuned
 
@@ -140,8 +142,9 @@ def test_another_vae_is_used_and_is_part_of_the_identity(location, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 def test_a_vae_in_a_single_file_loads_under_original_names(tmp_path, monkeypatch, location, prefix):
-    for module in ("model", "files"):
-        monkeypatch.setattr(f"hgdpo_core.models.{module}.SD15_CONFIGS", location / "configs")
+    monkeypatch.setattr("hgdpo_core.models.files.SD15_CONFIGS", location / "configs")
+    narrow = replace(SD15, configs=location / "configs")
+    monkeypatch.setitem(load_pipeline.__kwdefaults__, "kind", narrow)
     other = tiny.sd15_shaped(tmp_path / "tokenizer", seed=5)
     state = {prefix + name.removeprefix("first_stage_model."): tensor.contiguous()
              for name, tensor in ldm.vae_state(other.vae).items()}
@@ -215,7 +218,7 @@ def test_other_folders_are_refused_by_their_configs(location, tmp_path):
 
     refuse(change("2", "unet/config.json", cross_attention_dim=1024), "is Stable Diffusion 2 .*1024 wide")
     refuse(change("inpainting", "unet/config.json", in_channels=9), "takes 9 input channels: .*an inpainting model")
-    refuse(change("xl", "model_index.json", _class_name="StableDiffusionXLPipeline"), "StableDiffusionXLPipeline")
+    refuse(change("xl", "model_index.json", _class_name="StableDiffusionXLPipeline"), "text_encoder_2/config.json is missing")
     broken = change("broken", "unet/config.json")
     (broken / "unet" / "config.json").write_text("{")
     refuse(broken, "config.json cannot be read")

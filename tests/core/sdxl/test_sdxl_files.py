@@ -105,7 +105,7 @@ def test_a_lora_for_other_tools_is_the_same_lora(sdxl_folder, tmp_path):
             torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
     saved = lora_state(unet)
     save_lora(unet, tmp_path)
-    write_kohya_lora(tmp_path / LORA_NAME, tmp_path / "kohya.safetensors")
+    write_kohya_lora(tmp_path / LORA_NAME, tmp_path / "kohya.safetensors", original_names=True)
     keys = load_file(tmp_path / "kohya.safetensors").keys()
     layer = (r"lora_unet_(input_blocks_[45678]_1|middle_block_1|output_blocks_[0-5]_1)_transformer_blocks_\d_attn[12]"
              r"_to_")
