@@ -47,9 +47,8 @@ def model_size(path: Path) -> ModelSize:
                  for part, prefix in parts.items()}
     else:
         folders = {"denoiser": ["unet"], "codec": ["vae"], "text": ["text_encoder", "text_encoder_2"]}
-        found = {part: {(folder, name): info for folder in names for name, info in _tensors(path / folder).items()}
+        found = {part: {f"{folder}.{name}": info for folder in names for name, info in _tensors(path / folder).items()}
                  for part, names in folders.items()}
-        found["denoiser"] = {name: info for (_, name), info in found["denoiser"].items()}
         known = _from_configs(path)
     known |= {part: sum(math.prod(info.shape) for info in tensors.values()) for part, tensors in found.items()
               if tensors}

@@ -218,7 +218,8 @@ def test_other_folders_are_refused_by_their_configs(location, tmp_path):
 
     refuse(change("2", "unet/config.json", cross_attention_dim=1024), "is Stable Diffusion 2 .*1024 wide")
     refuse(change("inpainting", "unet/config.json", in_channels=9), "takes 9 input channels: .*an inpainting model")
-    refuse(change("xl", "model_index.json", _class_name="StableDiffusionXLPipeline"), "text_encoder_2/config.json is missing")
+    refuse(change("xl", "model_index.json", _class_name="StableDiffusionXLPipeline"),
+           "text_encoder_2/config.json is missing")
     broken = change("broken", "unet/config.json")
     (broken / "unet" / "config.json").write_text("{")
     refuse(broken, "config.json cannot be read")
