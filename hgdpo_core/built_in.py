@@ -4,8 +4,11 @@ another a second target, whose images stand in for those of public preference da
 The only file outside `figures/` and the preset that resolves the names.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from hgdpo_core.errors import InputError
 
@@ -18,6 +21,10 @@ FOREIGN_SOURCE = "figures-foreign"
 generators and prompts of public preference data sets."""
 SPLITS = ("train", "validation", "test")
 SFT_IMAGES = 512
+PEOPLE, PROMPTS_PER_PERSON = 64, 8
+"""Of Table 4."""
+STRENGTH, TOKEN_STRENGTH = 1.0, 1.0
+"""Of the built-in adapter, chosen on validation people (docs/EXPERIMENTS.md)."""
 STAND_IN_PAIRS = 640
 FOREIGN_GUIDANCE = 3.0
 """What the foreign generator is sampled with: it was evaluated so (weights/README.md)."""
@@ -74,11 +81,27 @@ def find_identity_judge() -> Path:
     return figures.identity_path()
 
 
-def write_concepts(folder: Path, count: int, *, split: str = "test") -> Path:
-    """A folder of so many people cut out of an image each, as `read_concepts` reads it; the same for the same split."""
-    from hgdpo_core.figures.identities import write_concepts
+def concept_settings() -> dict[str, Any]:
+    """Settings of a personalised comparison of the built-in target."""
+    personaliser = {"source": SOURCE, "strength": STRENGTH, "token_strength": TOKEN_STRENGTH, "crop": None}
+    return {"source": SOURCE, "personaliser": personaliser, "prompts_per_concept": PROMPTS_PER_PERSON, "judges": SOURCE}
 
-    return write_concepts(folder, count, split=split)
+
+def concept_prompts() -> tuple[str, ...]:
+    """Prompts for the built-in people; `{person}` stands for each of them."""
+    from hgdpo_core.figures import concepts
+
+    return tuple(concepts.concept_prompts())
+
+
+@contextmanager
+def people_folder() -> Iterator[Path]:
+    """Inside, a folder with an image of each of the built-in people, who no training has seen."""
+    from hgdpo_core.figures.concepts import write_people
+
+    with TemporaryDirectory() as folder:
+        write_people(Path(folder), PEOPLE)
+        yield Path(folder)
 
 
 def source_of(path: Path) -> str | None:
@@ -87,7 +110,8 @@ def source_of(path: Path) -> str | None:
 
     if path.resolve() == figures.foreign_path().resolve():
         return FOREIGN_SOURCE
-    own = (figures.target_path, figures.judge_path, figures.inspector_path, find_vae)
+    own = (figures.target_path, figures.judge_path, figures.inspector_path, figures.personaliser_path,
+           figures.identity_path, find_vae)
     return SOURCE if path.resolve() in {folder().resolve() for folder in own} else None
 
 

@@ -5,12 +5,13 @@ Everything a user can get wrong is checked here, before any model loads.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hgdpo_core import __version__
-from hgdpo_core.built_in import SOURCE, is_built_in
+from hgdpo_core.built_in import SOURCE, concept_prompts, concept_settings, is_built_in, people_folder
 from hgdpo_core.concepts import ConceptList, read_concepts, save_concept
 from hgdpo_core.config import ComparisonConfig, ConceptsConfig, DrawingConfig, RunConfig
 from hgdpo_core.config.base import apply_overrides, content_hash, validate
@@ -109,7 +110,10 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
     if overrides:
         config = apply_overrides(config, overrides)
     store = Store(default_root() if root is None else root)
-    evaluation_prompts = read_prompts(config.evaluation.prompts, store)
+    if prompts is None and config.concepts is not None and is_built_in(config.concepts.source):
+        evaluation_prompts = PromptList(concept_prompts())
+    else:
+        evaluation_prompts = read_prompts(config.evaluation.prompts, store)
     check_syntax([config.target.negative_prompt], config.target.prompt_syntax)
     check_syntax(evaluation_prompts.prompts, config.evaluation.prompt_syntax)
     models = _find_models(config, lora_weight)
@@ -171,6 +175,9 @@ def _concept_settings(config: RunConfig, concepts: str | None, personaliser: str
                 raise InputError(f"{name} is given without concepts: give the folder with people's images, or leave it "
                                  "out")
         return None
+    if is_built_in(concepts):
+        given = {"personaliser": personaliser and {"source": personaliser, "crop": None}, "judges": judges}
+        return {**concept_settings(), **{name: value for name, value in given.items() if value}}
     if personaliser is None:
         raise InputError("concepts are given without a personaliser: give an IP-Adapter for SD 1.5, such as "
                          "ip-adapter-plus-face_sd15.safetensors of h94/IP-Adapter, or one that was trained here")
@@ -185,7 +192,8 @@ def open_people(config: ConceptsConfig) -> tuple[ConceptList, Path | None]:
     needed = config.personaliser.crop is not None or needs_detector(config.judges)
     detector = find_detector(config.detector) if needed else None
     find_faces = None if detector is None else face_finder(detector)
-    return read_concepts(config.source, config.images_per_concept, find_faces), detector
+    with people_folder() if is_built_in(config.source) else nullcontext(Path(config.source)) as folder:
+        return read_concepts(folder, config.images_per_concept, find_faces), detector
 
 
 def _find_models(config: ComparisonConfig, lora_weight: float | None) -> tuple[Model, Model]:

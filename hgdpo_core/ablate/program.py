@@ -8,7 +8,7 @@ from typing import Any
 from hgdpo_core import __version__, pipeline
 from hgdpo_core.ablate.arms import Arm, PlannedTable, arm_labels, evaluation_scorers, plan_tables, ranking_scorer
 from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check, validation_prompts
-from hgdpo_core.built_in import is_any_built_in, is_built_in
+from hgdpo_core.built_in import concept_prompts, concept_settings, is_any_built_in, is_built_in
 from hgdpo_core.comparison_run import open_people
 from hgdpo_core.concepts import ConceptList, save_concept
 from hgdpo_core.config import ScorerConfig
@@ -74,8 +74,11 @@ def open_ablation(preset: str = DEFAULT_PRESET, root: str | None = None, *, prom
     given = dict(overrides or {})
     own = {name.removeprefix(PREFIX): given.pop(name) for name in list(given) if name.startswith(PREFIX)}
     base = build_config(preset, target=target, prompts=prompts, images=images)
-    defaults = {} if is_built_in(base.scorer.source) else {"worlds": ("plain",)}  # others have preferences enough
+    # others than the built-in scorer have preferences enough
+    defaults: dict[str, Any] = {} if is_built_in(base.scorer.source) else {"worlds": ("plain",)}
     chosen = {name: value for name, value in (settings or {}).items() if value is not None}
+    if is_built_in(base.target.source) and "personalised" in {**chosen, **own}.get("comparisons", ()):
+        defaults["concepts"] = concept_settings()
     config = build_settings({**defaults, **chosen, **own})
     varied = apply_overrides(base, given)
     check(config, varied)
@@ -113,6 +116,8 @@ def _open_personal(run: Run, settings: AblationConfig) -> dict[str, Any]:
     find_adapter(settings.concepts.personaliser, run.target)
     people, detector = open_people(settings.concepts)
     prompts = run.evaluation_prompts
+    if is_built_in(settings.concepts.source):
+        prompts = PromptList(concept_prompts())
     if settings.concept_prompts is not None:
         prompts = read_prompts(settings.concept_prompts, run.store)
         check_syntax(prompts.prompts, run.config.evaluation.prompt_syntax)

@@ -35,20 +35,20 @@ def inspector_path() -> Path:
     return _WEIGHTS / "inspector"
 
 
-def foreign_path() -> Path:
-    """The folder of the foreign generator, a stand-in for those of public data sets. It holds no weights of a VAE: the
-    target's completes it."""
-    return _WEIGHTS / "foreign"
-
-
 def personaliser_path() -> Path:
-    """The folder of the target's InstantBooth adapter, with the image encoder that it reads."""
+    """The folder of the target's InstantBooth adapter, with its image encoder."""
     return _WEIGHTS / "personaliser"
 
 
 def identity_path() -> Path:
-    """The folder of the identity judge, who recognises people; no scorer of runs."""
+    """The folder of the judge of identity."""
     return _WEIGHTS / "identity"
+
+
+def foreign_path() -> Path:
+    """The folder of the foreign generator, a stand-in for those of public data sets. It holds no weights of a VAE: the
+    target's completes it."""
+    return _WEIGHTS / "foreign"
 
 
 def labeller_path() -> Path:

@@ -7,10 +7,8 @@ image encoder, the identity judge and the evaluation are based never meet.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -138,19 +136,6 @@ def cut_out(image: Image.Image, mask: Image.Image, margin: int = 2) -> Image.Ima
     square = Image.new("RGB", (side, side), BACKDROP)
     square.paste(alone, (-left, -top))
     return square.resize((CONCEPT_PX, CONCEPT_PX), Image.Resampling.BILINEAR)
-
-
-def write_concepts(folder: Path, count: int, *, split: str = "test", seed: int = 0) -> Path:
-    """Write concept images of `count` people of a split, and `people.jsonl` with the traits of each (file_name, person,
-    hair ...): what full captions say of them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng, lines = np.random.default_rng([seed, 33]), []
-    for number, person in enumerate(distinct_people(split, count, seed)):
-        name = f"{number:03d}-{person.person}.png"
-        concept_image(draw_view(person, rng)).save(folder / name)
-        lines.append(json.dumps({"file_name": name, **asdict(person)}))
-    (folder / "people.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 def augment_concept(image: Image.Image, rng: np.random.Generator) -> Image.Image:
