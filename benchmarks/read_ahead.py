@@ -86,7 +86,8 @@ class FakeLatentStage(LatentStage):
     seconds: float = 0.0
 
     def backbone(self, device: str) -> Backbone:
-        text = SimpleNamespace(encode=lambda prompts: [Conditioning(torch.zeros(1, 77, 768))] * len(prompts))
+        text = SimpleNamespace(encode=lambda prompts: [Conditioning(torch.zeros(1, 77, 768))] * len(prompts),
+                               pooled_width=None)
         fake: Any = SimpleNamespace(codec=FakeCodec(self.seconds), text=text, shapes=lambda size: {})
         return fake
 

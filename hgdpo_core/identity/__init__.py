@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hgdpo_core.built_in import find_identity_judge
+from hgdpo_core.built_in import SOURCE, find_identity_judge
 from hgdpo_core.concepts import Box, FindFaces
 from hgdpo_core.config import JudgeConfig
 from hgdpo_core.errors import ModelError
@@ -68,7 +68,7 @@ JUDGES: dict[str, JudgeSource] = {
     "vggface": JudgeSource("VGGFace", "facenet-pytorch v2.2.9, MIT, trained on VGGFace2, whose images are for research",
                            ("20180402-114759-vggface2.safetensors", "20180402-114759-vggface2.pt"), None,
                            lambda path, detector: VggFace(path, load_detector(detector))),
-    "figures": JudgeSource("Identity judge of the figures setting", "in the package, trained on drawings", (), None,
+    SOURCE: JudgeSource("Identity judge of the figures setting", "in the package, trained on drawings", (), None,
                            lambda path, _: FiguresJudge(path), finds_faces=False, built_in=True)}
 
 

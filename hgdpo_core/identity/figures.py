@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from hgdpo_core.built_in import SOURCE
 from hgdpo_core.figures.identities import CONCEPT_PX
 from hgdpo_core.figures.identity_judge import embed_people, load_identity_judge
 from hgdpo_core.identity.judges import Cut, IdentityJudge
@@ -14,7 +15,7 @@ from hgdpo_core.identity.judges import Cut, IdentityJudge
 class FiguresJudge(IdentityJudge):
     """`figures/identity_judge.py` behind the seam of the judges of photographs; `path` is its folder."""
 
-    name = "figures"
+    name = SOURCE
 
     def __init__(self, path: Path):
         self._network = load_identity_judge(path)

@@ -152,8 +152,7 @@ def test_a_run_by_that_objective_gives_a_lora_that_plain_diffusers_loads(target_
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("sft", "objective is 'sft', which fine-tunes the target on images: expected how its LoRA is trained, one of dpo, "
-            "sft_winners"),
+    ("sft", "objective is 'sft', which trains on images: expected how its LoRA is trained, one of dpo, sft_winners"),
     ("ppo", "there is no training objective 'ppo': expected one of")])
 def test_another_objective_is_refused_before_anything_loads(name, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
