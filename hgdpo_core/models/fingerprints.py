@@ -62,6 +62,8 @@ def _config_hash(path: Path) -> str | None:
         return None
     if isinstance(config, dict):
         config = {key: value for key, value in config.items() if key not in SAVERS_NOTES}
+        if "local_files_only" in config:  # transformers notes HF_HUB_OFFLINE here: hashed as if it had been unset
+            config["local_files_only"] = False
     return content_hash({"config": config}, length=64)
 
 

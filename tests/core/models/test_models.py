@@ -30,6 +30,13 @@ def test_the_fingerprint_follows_the_weights_and_not_the_location(target_folder,
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(index | {"_diffusers_version": "9", "_name_or_path": "there"}))
     assert find(copy).fingerprint == find(target_folder).fingerprint
+    noted = copy / "tokenizer" / "tokenizer_config.json"
+    config, found = json.loads(noted.read_text()), set[str]()
+    for offline in (True, False):  # what transformers writes with HF_HUB_OFFLINE, and without
+        noted.write_text(json.dumps(config | {"local_files_only": offline}))
+        found.add(find(copy).fingerprint)
+    assert len(found) == 1
+    noted.write_text(json.dumps(config))
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
