@@ -60,8 +60,8 @@ class TargetConfig(StageConfig):
     family: Annotated[str | None, NO_ID] = Field(
         default=None, description="sd15 or sdxl: a model of another family is refused; default: as its files say")
     negative_prompt: str = Field(default="", description="what guidance leads away from")
-    clip_skip: int | None = number("last layers of the text encoder to skip: 1 is A1111's Clip skip 2", "layers",
-                                   default=None, ge=1)
+    clip_skip: int | None = number("last layers of the text encoder to skip: 1 is A1111's Clip skip 2; of SDXL, "
+                                   "which skips one anyway, as many more", "layers", default=None, ge=1)
     dtype: Dtype = Field(default="auto", description="precision of sampling; auto: what the planning machine "
                          "does fast: bfloat16, on an older GPU float16, else float32, which a worker with a GPU "
                          "then refuses")

@@ -338,7 +338,8 @@ def find_family(path: Path) -> Family:
 
 def family_name(path: Path) -> str:
     """The name of the family that a model's files are of."""
-    return next(name for name, family in FAMILIES.items() if family is find_family(path))
+    found = find_family(path)
+    return next(name for name, family in FAMILIES.items() if family is found)
 
 
 def check_lora(model: "Model", path: Path) -> None:

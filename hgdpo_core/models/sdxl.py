@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from hgdpo_core.config import PromptSyntax
+from hgdpo_core.errors import ConfigError
 from hgdpo_core.models.backbone import SIZES, Backbone, Conditioning
 from hgdpo_core.models.ddpm import DdpmSchedule
 from hgdpo_core.models.files import read_config
@@ -59,7 +60,14 @@ class SdxlDenoiser(UnetDenoiser):
 
 
 def penultimate(encoder: Any, ids: torch.Tensor, clip_skip: int | None) -> torch.Tensor:
-    """Hidden states [B, L, D] before the encoder's last layer, not normed; `clip_skip` skips more, as in diffusers."""
+    """Hidden states [B, L, D] before the encoder's last layer, not normed; `clip_skip` skips more, as in diffusers.
+
+    ConfigError where it leaves none.
+    """
+    layers = encoder.config.num_hidden_layers
+    if clip_skip is not None and clip_skip >= layers:
+        raise ConfigError(f"target.clip_skip is {clip_skip}, but a text encoder of this model has {layers} layers, of "
+                          "which SDXL leaves out the last one anyway: skip fewer")
     return encoder(ids, output_hidden_states=True).hidden_states[-(2 + (clip_skip or 0))]
 
 

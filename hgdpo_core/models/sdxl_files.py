@@ -1,5 +1,6 @@
 """The files of a Stable Diffusion XL model, recognised and checked without loading: a folder, or a single file."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,13 @@ SIZES_READ = 6  # the refiner reads 5
 
 def is_single_file(path: Path) -> bool:
     """Whether a file has the second text encoder of Stable Diffusion XL under its original name."""
-    return path.suffix in WEIGHT_SUFFIXES and any(name.startswith(TEXT_2) for name in read_tensor_infos(path))
+    state = path.stat()
+    return path.suffix in WEIGHT_SUFFIXES and _has_second_encoder(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)  # a file is asked for its family whenever it is found or loaded; a .ckpt is read whole
+def _has_second_encoder(path: Path, size: int, changed: int) -> bool:
+    return any(name.startswith(TEXT_2) for name in read_tensor_infos(path))
 
 
 def check_files(path: Path, configs: Path | None, *, own_vae: bool, loads: bool = False) -> None:
