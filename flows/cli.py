@@ -12,6 +12,7 @@ from typing import Any
 
 from flows.caption_command import caption
 from flows.pairs_command import pairs
+from flows.personalise_command import personalise
 from flows.score_commands import rescore, score
 from flows.study_command import STUDY_COMMANDS
 from flows.terminal import call_opened, open_store, plan_text
@@ -221,8 +222,8 @@ def _print_summary(summary: dict[str, Any], publish: str | None) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "run": run, "plan": plan, "ablate": ablate, "evaluate": evaluate, "rescore": rescore, "score": score,
-    "caption": caption, "export": export, "pairs": pairs, "settings": settings, "gc": collect}
+    "run": run, "plan": plan, "ablate": ablate, "evaluate": evaluate, "personalise": personalise, "rescore": rescore,
+    "score": score, "caption": caption, "export": export, "pairs": pairs, "settings": settings, "gc": collect}
 
 
 class _Command(argparse.ArgumentParser):

@@ -170,6 +170,18 @@ EVALUATE = (TUNED, EVALUATION_TARGET, BASE, EVALUATION_PROMPTS, EVALUATION_SCORE
             TARGET_LORA_WEIGHT, LORA_WEIGHTS, CONCEPTS, PERSONALISER, JUDGES, PRESET, ROOT, OVERRIDES, MAKE_STUDY,
             PLAN_ONLY, SHARD_RUNNER)
 
+# -- of hgdpo personalise
+
+PEOPLE_IMAGES = IMAGES.changed(help="images of people who agreed to it, one person each, with captions that have the "
+                               "concept word before the person (a sks woman, waving): a folder, or webdataset .tar or "
+                               ".parquet files; path, URL or pattern; default: the preset's")
+ADAPTER_TARGET = TARGET.changed(help="the model that stays as it is: diffusers folder, .safetensors file or hub id; "
+                                "default: the preset's", metavar="MODEL")
+TARGET_RUN = Parameter("run_id", "take the target of this finished run, fine-tuned where it was, as the paper does",
+                       option="--run", metavar="RUN")
+ADAPTER_PRESET = PRESET.changed(suggested=("figures", "sd15"))
+PERSONALISE = (PEOPLE_IMAGES, ADAPTER_TARGET, TARGET_RUN, ADAPTER_PRESET, ROOT, OVERRIDES, PLAN_ONLY, SHARD_RUNNER)
+
 # -- of hgdpo ablate
 
 SEEDS = Parameter("seeds", "number of trainings per arm", 3, read=int, least=1)
@@ -267,9 +279,10 @@ COLLECT = (ROOT, Parameter("dry_run", "list what would be deleted, and delete no
 
 COMMAND_LINES: dict[str, tuple[Parameter, ...]] = {
     "run": (*RUN, PUBLISH, JSON), "plan": (*INPUTS, PROBE, JSON), "ablate": (*ABLATE, JSON),
-    "evaluate": (*EVALUATE, PUBLISH, JSON), "rescore": (*RESCORE, JSON), "score": SCORE, "caption": CAPTION,
-    "export": EXPORT, "pairs": PAIRS, "settings": (PRESET,), "gc": COLLECT, "study create": STUDY_CREATE,
-    "study serve": STUDY_SERVE, "study results": STUDY_RESULTS, "study forget": STUDY_FORGET}
+    "evaluate": (*EVALUATE, PUBLISH, JSON), "personalise": (*PERSONALISE, JSON), "rescore": (*RESCORE, JSON),
+    "score": SCORE, "caption": CAPTION, "export": EXPORT, "pairs": PAIRS, "settings": (PRESET,), "gc": COLLECT,
+    "study create": STUDY_CREATE, "study serve": STUDY_SERVE, "study results": STUDY_RESULTS,
+    "study forget": STUDY_FORGET}
 """Command -> its options: those of its flow, then those of the command line alone."""
 
 

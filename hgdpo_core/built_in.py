@@ -4,7 +4,7 @@ another a second target, whose images stand in for those of public preference da
 The only file outside `figures/` and the preset that resolves the names.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,8 @@ FOREIGN_SOURCE = "figures-foreign"
 generators and prompts of public preference data sets."""
 SPLITS = ("train", "validation", "test")
 SFT_IMAGES = 512
+PEOPLE_IMAGES = 2048
+"""Images that an adapter of the built-in target is trained on."""
 PEOPLE, PROMPTS_PER_PERSON = 64, 8
 """Of Table 4."""
 STRENGTH, TOKEN_STRENGTH = 1.0, 1.0
@@ -131,15 +133,27 @@ def find_images(store: "Store") -> Path:
     A store that writes nothing gets those of the root where they exist.
     """
     from hgdpo_core.figures.dataset import write_image_folder
+
+    return _rendered(store, f"{SOURCE}-{SFT_IMAGES}", lambda folder: write_image_folder(folder, SFT_IMAGES, seed=0))
+
+
+def find_people_images(store: "Store") -> Path:
+    """The folder of images of people with concept prompts, for an adapter; kept as `find_images` keeps its own."""
+    from hgdpo_core.figures.concepts import write_people_images
+
+    return _rendered(store, f"{SOURCE}-people-{PEOPLE_IMAGES}",
+                     lambda folder: write_people_images(folder, PEOPLE_IMAGES))
+
+
+def _rendered(store: "Store", name: str, write: Callable[[Path], object]) -> Path:
     from hgdpo_core.storage import DryStore
     from hgdpo_core.storage.scratch import cache_folder
 
-    name = f"{SOURCE}-{SFT_IMAGES}"
     folder = (store.local_path("images") or cache_folder()) / name
     if isinstance(store, DryStore) and not _is_complete(folder):
         folder = cache_folder(name)
     if not _is_complete(folder):
-        write_image_folder(folder, SFT_IMAGES, seed=0)
+        write(folder)
     return folder
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from hgdpo_core import __version__
 from hgdpo_core.built_in import SOURCE, concept_prompts, concept_settings, is_built_in, people_folder
 from hgdpo_core.concepts import ConceptList, read_concepts, save_concept
-from hgdpo_core.config import ComparisonConfig, ConceptsConfig, DrawingConfig, RunConfig
+from hgdpo_core.config import ComparisonConfig, ConceptsConfig, DrawingConfig, RunConfig, TargetConfig
 from hgdpo_core.config.base import apply_overrides, content_hash, validate
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.evaluate import plan_evaluation
@@ -124,7 +124,7 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
         raise ConfigError(f"lora_weights is {list(config.lora_weights)}, but the tuned model {tuned} is not a LoRA: "
                           "leave it out")
     require_scorers(config.evaluation.scorers, option="--scorers ")
-    people, detector = (None, None) if config.concepts is None else open_people(config.concepts)
+    people, detector = (None, None) if config.concepts is None else open_people(config.concepts, config.target)
     store.check_writable()
     options = {"preset": preset, "root": store.root, "target": target, "tuned": tuned, "base": base, "prompts": prompts,
                "images-per-prompt": images_per_prompt, "lora-weight": lora_weight,
@@ -185,13 +185,20 @@ def _concept_settings(config: RunConfig, concepts: str | None, personaliser: str
             "judges": tuple(judges or (SOURCE if is_built_in(config.target.source) else DEFAULT_JUDGE,))}
 
 
-def open_people(config: ConceptsConfig) -> tuple[ConceptList, Path | None]:
-    """The people, each with a face where one is needed, and the detector that found it; the judges are there too."""
+def open_people(config: ConceptsConfig, target: TargetConfig) -> tuple[ConceptList, Path | None]:
+    """The people, each with a face where one is needed, and the detector that found it, None if no judge needs one.
+
+    Drawn people of the built-in target are found by its own finder. The judges are there too.
+    """
     for judge in config.judges:
         locate_judge(judge)
-    needed = config.personaliser.crop is not None or needs_detector(config.judges)
-    detector = find_detector(config.detector) if needed else None
-    find_faces = None if detector is None else face_finder(detector)
+    judged, cropped = needs_detector(config.judges), config.personaliser.crop is not None
+    if judged and is_built_in(config.detector):
+        raise ConfigError(f"concepts.detector is {config.detector}, which finds drawn faces, but a judge of "
+                          "photographs needs the public one: leave it out")
+    drawn = is_built_in(target.source) and not judged
+    detector = find_detector(config.detector or (SOURCE if drawn else None)) if judged or cropped else None
+    find_faces = face_finder(detector) if judged or cropped else None
     with people_folder() if is_built_in(config.source) else nullcontext(Path(config.source)) as folder:
         return read_concepts(folder, config.images_per_concept, find_faces), detector
 

@@ -6,6 +6,8 @@ from hgdpo_core.config import (
     AlignPropConfig,
     DpoConfig,
     EvaluationConfig,
+    InstantBoothConfig,
+    PersonaliseConfig,
     PoolConfig,
     PromptSource,
     RunConfig,
@@ -16,7 +18,8 @@ from hgdpo_core.config import (
     TripletConfig,
     WorkersConfig,
 )
-from hgdpo_core.errors import ConfigError
+from hgdpo_core.config.concepts import CROP
+from hgdpo_core.errors import ConfigError, InputError
 
 PAPER_SCORERS = ("hps_v2.0", "imagereward", "aesthetic", "clip")
 """The paper's scorers beside PickScore (Table 1)."""
@@ -104,6 +107,16 @@ def sdxl(target: str | None = None, prompts: str | None = None) -> RunConfig:
     })
 
 
+INSTANTBOOTH: dict[str, InstantBoothConfig] = {
+    "figures": InstantBoothConfig(
+        max_steps=300, batch_size=32, learning_rate=1e-3, linear_learning_rate=1e-3, gate_learning_rate=1e-2,
+        warmup_steps=30, mixed_precision="no", checkpoint_every=50, image_encoder="figures", concept_word="V"),
+    "sd15": InstantBoothConfig(batch_size=4, global_batch_size=16, gradient_checkpointing=True, tracker="tensorboard",
+                               image_encoder="openai/clip-vit-large-patch14")}
+"""How each preset trains an adapter: sd15 with the batch of arXiv:2304.03411, with our rates and steps."""
+FIGURES_CROP = 3.5  # the whole person, of whom the built-in concepts are cut out too
+
+
 def _given(preset: str, target: str | None, prompts: str | None) -> tuple[str, str]:
     if target is None or prompts is None:
         missing = " and ".join(name for name, value in (("target", target), ("prompts", prompts)) if value is None)
@@ -129,3 +142,23 @@ def build_config(preset: str, *, target: str | None = None, prompts: str | None 
         raise ConfigError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     config = PRESETS[preset](target, prompts)
     return config if images is None else config.model_copy(update={"images": images})
+
+
+def build_personalise_config(preset: str, *, target: str | None = None, images: str | None = None,
+                             finished: TargetConfig | None = None) -> PersonaliseConfig:
+    """A preset's training of an adapter, for the user's model and images; `finished` is the target of a finished run.
+
+    ConfigError for a preset without one, InputError where images or target are missing, or both targets are given.
+    """
+    if preset not in INSTANTBOOTH:
+        raise ConfigError(f"preset {preset!r} trains no adapter of people; there are {', '.join(INSTANTBOOTH)}")
+    if finished is not None and target is not None:
+        raise InputError("target and run both name the model to train beside: leave one of them out")
+    base = build_config(preset, target=finished.source if finished else target, prompts=PARTI_PROMPTS)
+    built_in = preset == "figures"
+    if images is None and not built_in:
+        raise InputError("there are no images to train on: give images, captioned ones of people who agreed")
+    return PersonaliseConfig(
+        preset=preset, images=images or "figures", target=finished or base.target, width=base.sampler.width,
+        height=base.sampler.height, crop=FIGURES_CROP if built_in else CROP, instantbooth=INSTANTBOOTH[preset],
+        workers=base.workers)

@@ -114,7 +114,7 @@ def _open_personal(run: Run, settings: AblationConfig) -> dict[str, Any]:
     """People, detector and prompts of Table 4, and a look at the adapter; errors as `open_comparison`."""
     assert settings.concepts is not None
     find_adapter(settings.concepts.personaliser, run.target)
-    people, detector = open_people(settings.concepts)
+    people, detector = open_people(settings.concepts, run.config.target)
     prompts = run.evaluation_prompts
     if is_built_in(settings.concepts.source):
         prompts = PromptList(concept_prompts())

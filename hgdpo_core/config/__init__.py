@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from hgdpo_core.built_in import DATA_SET, SPLITS, is_any_built_in
 from hgdpo_core.config.base import ADDED, NO_ID, OWN_TO_RUNS, IdOf, InIds, StageConfig, number
+from hgdpo_core.config.concepts import CROP
 from hgdpo_core.config.concepts import ConceptsConfig as ConceptsConfig
 from hgdpo_core.config.concepts import JudgeConfig as JudgeConfig
 from hgdpo_core.config.concepts import PersonaliserConfig as PersonaliserConfig
@@ -315,6 +316,24 @@ class RunConfig(StageConfig):
                 raise ValueError(f"triplets.{name} needs whole pools, but of a raced one (pool.race) only "
                                  f"{self.pool.images_kept} images of a prompt are finished: leave one of them out")
         return self
+
+
+class PersonaliseConfig(StageConfig):
+    """An InstantBooth adapter, trained on images of people beside a frozen target (`hgdpo personalise`)."""
+
+    preset: str
+    images: str = Field(description='captioned images of one person each, who agreed: folder, .tar or .parquet files '
+                        'at a path, URL or pattern; "figures" is built in')
+    target: TargetConfig
+    width: int = number("width that images are trained at, a multiple of 8", "pixels", ge=8, multiple_of=8)
+    height: int = number("height that images are trained at, a multiple of 8", "pixels", ge=8, multiple_of=8)
+    detector: str | None = Field(default=None, description='weights of the face detector YuNet: a file, or a folder '
+                                 'that holds it; "figures" finds drawn faces; default: the public ones, for the '
+                                 'built-in target "figures"')
+    crop: float = number("side of the square of an image that is its concept, in sides of the face's box", "none",
+                         default=CROP, ge=1, le=10)
+    instantbooth: InstantBoothConfig
+    workers: Annotated[WorkersConfig, NO_ID] = WorkersConfig()
 
 
 class ComparisonConfig(StageConfig):

@@ -8,6 +8,7 @@ from hgdpo_core.built_in import SOURCE
 from hgdpo_core.config.base import NO_ID, StageConfig, number
 
 JUDGE_NAMES = ("sface", "arcface", "vggface", SOURCE)
+CROP = 2.2
 
 
 class PersonaliserConfig(StageConfig):
@@ -21,7 +22,7 @@ class PersonaliserConfig(StageConfig):
                                     "default: 0.6 and 0.3", "none", default=None, ge=0, le=2)
     token_strength: float = number("factor of InstantBooth's concept token (alpha)", "none", default=0.4, ge=0, le=2)
     crop: float | None = number("side of the square that the adapter sees, in sides of the face's box; none: the whole "
-                                "image, and no face is looked for", "none", default=2.2, ge=1, le=10)
+                                "image, and no face is looked for", "none", default=CROP, ge=1, le=10)
 
 
 class JudgeConfig(StageConfig):
@@ -58,8 +59,9 @@ class ConceptsConfig(StageConfig):
     prompts_per_concept: int | None = number("use only so many of the prompts for each person, other ones for the next "
                                              "person; default: all", "prompts", default=None, ge=1)
     judges: tuple[JudgeConfig, ...] = Field(min_length=1, description='short: "sface,arcface=my/w600k_r50.onnx"')
-    detector: str | None = Field(default=None, description="weights of the face detector YuNet: a file, or a folder "
-                                 "that holds it; default: the public ones")
+    detector: str | None = Field(default=None, description='weights of the face detector YuNet: a file, or a folder '
+                                 'that holds it; "figures" finds drawn faces; default: the public ones, for the '
+                                 'built-in target "figures" where no judge needs them')
     margin: float = number("identity counts as kept where the 90 % interval of its win rate is within 0.5 +- this; "
                            "fixed before the images are seen (ours)", "none", default=0.075, gt=0, lt=0.5)
 

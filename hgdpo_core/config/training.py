@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hgdpo_core.config.base import ADDED, OWN_TO_RUNS, InIds, StageConfig, number
+from hgdpo_core.config.base import ADDED, NO_ID, OWN_TO_RUNS, InIds, StageConfig, number
 
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 Optimizer = Literal["adam8bit", "adamw"]
@@ -74,8 +74,9 @@ class InstantBoothConfig(TrainingConfig):
                                        "shut", "none", default=1e-3, gt=0, le=1)
     batch_size: int = number("images of a process together", "images", default=16, ge=1)
     max_steps: int | None = number("length of the training; overrides epochs", "optimizer steps", default=40_000, ge=1)
-    image_encoder: str | None = Field(default=None, description="folder of a CLIP image encoder, which is frozen and "
-                                      "kept with the adapter, as CLIP ViT-L/14's")
+    image_encoder: Annotated[str | None, NO_ID] = Field(  # the fingerprint of its files enters
+        default=None, description='a CLIP image encoder, which is frozen and kept with the adapter: folder or hub id; '
+        '"figures" is built in')
     concept_word: str = Field(default="sks", description="the word before the person in captions and prompts; one "
                               "token, which nothing else uses")
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,14 @@ def export_run(store: Store, folder: Path, run_id: str | None = None, *, fused: 
     is missing or not finished, ModelError for a target that is not the run's, StorageError for a full disk.
     """
     config, summary = _read_run(store, run_id or _only_run(store))
-    # summaries of earlier versions name the LoRA by its URL alone
-    lora_id = summary.get("lora_id") or summary["artifacts"]["lora"].rstrip("/").rpartition("/")[2]
+    lora_id = _lora_id(summary)
     lora = fetch_model(store, lora_id)
     if lora is None:
         raise InputError(f"{store.url(f'models/{lora_id}')} is gone: start the run again, it makes what is missing")
     weight = summary["lora_weight"]
-    tuned = _find_tuned(store, lora_id)
+    tuned = _find_base(store, config, lora_id)
     moved = {"source": target} if target is not None else {}
     base = tuned or (_find_target(store, lora_id, config.target.model_copy(update=moved)) if fused else None)
-    if config.images is not None and tuned is None:
-        raise InputError(f"the fine-tuned model that {lora_id} was trained on is gone from {store.url('models')}: "
-                         "start the run again, it makes what is missing")
     kohya_name = f"{lora_id}-kohya.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,6 +101,29 @@ def _read_run(store: Store, run_id: str) -> tuple[RunConfig, dict[str, Any]]:
                          f"{', '.join(_list_finished(store)) or 'none yet'}")
     config.pop("code_version", None)
     return validate(RunConfig, config), store.read_object(f"runs/{run_id}/summary.json", win_rate=dict)
+
+
+def find_run_target(store: Store, run_id: str) -> TargetConfig:
+    """The model that a finished run's LoRA was trained on, fine-tuned where the run had images; errors as `export_run`.
+    """
+    config, summary = _read_run(store, run_id)
+    base = _find_base(store, config, _lora_id(summary))
+    own = {"source": str(base.path), "revision": None, "vae": None, "component_configs": None} if base else {}
+    return config.target.model_copy(update=own)
+
+
+def _lora_id(summary: Mapping[str, Any]) -> str:
+    # summaries of earlier versions name the LoRA by its URL alone
+    return summary.get("lora_id") or summary["artifacts"]["lora"].rstrip("/").rpartition("/")[2]
+
+
+def _find_base(store: Store, config: RunConfig, lora_id: str) -> Model | None:
+    """As `_find_tuned`; InputError where a run had images and its fine-tuned model is gone."""
+    tuned = _find_tuned(store, lora_id)
+    if config.images is not None and tuned is None:
+        raise InputError(f"the fine-tuned model that {lora_id} was trained on is gone from {store.url('models')}: "
+                         "start the run again, it makes what is missing")
+    return tuned
 
 
 def _find_tuned(store: Store, lora_id: str) -> Model | None:

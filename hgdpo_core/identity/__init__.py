@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hgdpo_core.built_in import SOURCE, find_identity_judge
+from hgdpo_core.built_in import SOURCE, find_identity_judge, is_built_in
 from hgdpo_core.concepts import Box, FindFaces
 from hgdpo_core.config import JudgeConfig
 from hgdpo_core.errors import ModelError
+from hgdpo_core.figures import faces
 from hgdpo_core.identity.detector import FaceDetector
 from hgdpo_core.identity.figures import FiguresJudge
 from hgdpo_core.identity.judges import (
@@ -25,6 +26,7 @@ from hgdpo_core.identity.judges import (
     identity_fingerprint,
 )
 from hgdpo_core.identity.sessions import require_onnxruntime
+from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.scorers.weights import find_weights
 
 DETECTOR, DETECTOR_REPOSITORY = "face_detection_yunet_2023mar.onnx", "opencv/face_detection_yunet"
@@ -77,11 +79,13 @@ def judge_title(name: str) -> str:
     return JUDGES[name].title if name in JUDGES else name
 
 
-def find_detector(source: str | None) -> Path:
-    """The face detector's weights: a file, a folder that holds them, or the public ones; ModelError if none is there.
+def find_detector(source: str | None) -> Path | None:
+    """The face detector's weights: a file, a folder that holds them, or the public ones; None for drawn faces.
 
-    ConfigError where onnxruntime, which runs it, is not installed.
+    ModelError if none is there; ConfigError where onnxruntime, which runs it, is not installed.
     """
+    if is_built_in(source):
+        return None
     require_onnxruntime()
     return find_weights(source, (DETECTOR,), DETECTOR_REPOSITORY, "concepts.detector")
 
@@ -92,8 +96,16 @@ def load_detector(path: Path) -> FaceDetector:
     return FaceDetector(path)
 
 
-def face_finder(path: Path) -> FindFaces:
-    """Boxes of an image's faces, the largest first, by the detector in this file."""
+def detector_fingerprint(detector: Path | None) -> str:
+    """What stands in ids for a detector of `find_detector`."""
+    return faces.VERSION if detector is None else fingerprint_path(detector)
+
+
+def face_finder(path: Path | None) -> FindFaces:
+    """Boxes of an image's faces, the largest first, by the detector in this file; of drawn faces for None."""
+    if path is None:
+        return faces.find_faces
+
     def find(image: object) -> Sequence[Box]:
         return [face.box for face in load_detector(path).find(image)]  # pyright: ignore[reportArgumentType]
 
@@ -128,6 +140,6 @@ def _source(judge: JudgeConfig) -> JudgeSource:
     return JUDGES[judge.name]
 
 
-__all__ = ["DETECTOR", "JUDGES", "Cut", "IdentityJudge", "JudgeSource", "embed_concept", "face_finder",
-           "find_detector", "find_judge", "judge_title", "load_detector", "load_judge", "locate_judge",
+__all__ = ["DETECTOR", "JUDGES", "Cut", "IdentityJudge", "JudgeSource", "detector_fingerprint", "embed_concept",
+           "face_finder", "find_detector", "find_judge", "judge_title", "load_detector", "load_judge", "locate_judge",
            "needs_detector"]

@@ -15,24 +15,38 @@ adapter changes no bit. Guidance's unconditional branch is the target's own.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-from hgdpo_core.errors import ModelError, first_line
-from hgdpo_core.models.backbone import Backbone, Conditioning, Denoiser, TextConditioner
+from hgdpo_core.built_in import find_personaliser, is_built_in
+from hgdpo_core.config.base import content_hash
+from hgdpo_core.errors import ConfigError, ModelError, first_line
+from hgdpo_core.models.backbone import (
+    DEFAULT_FAMILY,
+    Backbone,
+    Conditioning,
+    Denoiser,
+    TextConditioner,
+    family_name,
+)
 from hgdpo_core.models.files import read_config
-from hgdpo_core.models.hub import quiet_transformers
+from hgdpo_core.models.fingerprints import fingerprint_path
+from hgdpo_core.models.hub import find_or_download, quiet_transformers
 from hgdpo_core.models.model import Model
 from hgdpo_core.models.networks import check_finite, compare_shapes, component_files, empty_network, refuse_report
 from hgdpo_core.models.personaliser import Adapter, ConceptEmbedding, Personaliser
 from hgdpo_core.models.sd15 import ClipText, UnetDenoiser
+from hgdpo_core.models.text_encoder import single_token
+from hgdpo_core.models.tokenizers import load_clip_tokenizer
 from hgdpo_core.models.weight_files import load_safetensors, read_header
 
 NAME = "instantbooth"
@@ -178,7 +192,7 @@ class ImageEncoder:
         except Exception as error:  # the libraries fail in many ways on files that are not what they are called
             raise ModelError(f"{folder} does not load as a CLIP image encoder: {first_line(error)}") from None
         network, report = loaded
-        refuse_report(str(folder), report)
+        refuse_report(str(folder), report, UNREAD)
         check_finite(folder, {"image encoder": network})
         return cls(network)
 
@@ -199,6 +213,42 @@ class ImageEncoder:
 
 
 SMALL_IMAGE = 64
+UNREAD = ("text_model.", "text_projection", "visual_projection", "logit_scale")
+"""Of a whole CLIP, beside its image encoder."""
+
+
+def find_image_encoder(source: str | None) -> Path:
+    """The folder of a CLIP image encoder, alone or in a whole CLIP: of this machine, a hub id, or built in.
+
+    ModelError, in one line, where it is not there or is no CLIP; ConfigError for None.
+    """
+    if source is None:
+        raise ConfigError("instantbooth.image_encoder is not given: expected a CLIP image encoder, a folder or a hub "
+                          "id such as openai/clip-vit-large-patch14")
+    if is_built_in(source):
+        return find_personaliser() / ENCODER
+    download = partial(snapshot_download, source, allow_patterns=["config.json", "*.safetensors"])
+    folder = find_or_download("instantbooth.image_encoder", source, download, "a folder with config.json and "
+                              "model.safetensors of a CLIP image encoder, or a hub id")
+    kind = str(read_config(folder / "config.json").get("model_type"))
+    if not kind.startswith("clip"):
+        raise ModelError(f"{folder} holds a model of the type {kind}: expected a CLIP image encoder")
+    component_files(folder)
+    return folder
+
+
+def encoder_fingerprint(folder: Path) -> str:
+    """sha256 (64 hex digits) of what is read of an image encoder's folder: its config and its weights."""
+    files = [folder / "config.json", *component_files(folder)]
+    return content_hash([fingerprint_path(file) for file in files], length=64)
+
+
+def check_trainable(model: Model, word: str) -> None:
+    """ModelError, before anything loads, for a target of another family, or a concept word that is not one token."""
+    if (family := family_name(model.path)) != DEFAULT_FAMILY:
+        raise ModelError(f"{model.path} is a model of the family {family}: an InstantBooth adapter is one of Stable "
+                         "Diffusion 1.x")
+    single_token(load_clip_tokenizer((model.configs or model.path) / "tokenizer"), word)
 
 
 # -- an adapter's folder
@@ -207,7 +257,8 @@ SMALL_IMAGE = 64
 def save_instantbooth(concepts: ConceptNetwork, encoder: ImageEncoder, folder: Path) -> None:
     """Write an adapter, as float32 safetensors with its config, and the image encoder that it reads."""
     save_concepts(concepts, folder)
-    encoder.network.save_pretrained(folder / ENCODER)
+    with quiet_transformers():
+        encoder.network.save_pretrained(folder / ENCODER)
 
 
 def save_concepts(concepts: ConceptNetwork, folder: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -75,11 +75,7 @@ class TextEncoder:
 
     def single_token(self, word: str) -> int:
         """The id of a word that is one token; ModelError for one that is more, or unknown."""
-        ids = self._tokenizer(word, add_special_tokens=False).input_ids
-        if len(ids) != 1 or ids[0] in self._tokenizer.all_special_ids:
-            raise ModelError(f"{word!r} is {len(ids)} tokens of this text encoder, or unknown: expected a word that is "
-                             "one token of its own")
-        return ids[0]
+        return single_token(self._tokenizer, word)
 
     def _frames(self, prompt: str) -> tuple[Sequence[list[int]], Sequence[list[float]]]:
         """Ids and weights of each chunk of a weighted prompt."""
@@ -117,6 +113,15 @@ class TextEncoder:
         if self._empty is None:
             self._empty = self.encode_plain([""])[0]
         return torch.cat([embed, *[self._empty] * missing])
+
+
+def single_token(tokenizer: Any, word: str) -> int:
+    """The id of a word that is one token; ModelError for one that is more, or unknown."""
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1 or ids[0] in tokenizer.all_special_ids:
+        raise ModelError(f"{word!r} is {len(ids)} tokens of this text encoder, or unknown: expected a word that is "
+                         "one token of its own")
+    return ids[0]
 
 
 def split_chunks(parts: Sequence[Sequence[Token]], size: int, comma: int | None) -> list[list[Token]]:

@@ -6,36 +6,36 @@ word: which person would the word be?
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 from PIL import Image
 
 from hgdpo_core.concepts import FindFaces, crop_face
 from hgdpo_core.config.base import content_hash
+from hgdpo_core.config.concepts import CROP
 from hgdpo_core.errors import InputError
-from hgdpo_core.image_sets import open_located_images
+from hgdpo_core.identity import detector_fingerprint, face_finder
 from hgdpo_core.image_sets.sets import ImageSet
 from hgdpo_core.models import Model
-from hgdpo_core.models.locations import find_located_model
-from hgdpo_core.progress import count_of
+from hgdpo_core.models.locations import Location, refuse_other_model
 from hgdpo_core.stages.encoding import latent_settings
-from hgdpo_core.stages.image_latents import ImageLatentStage, ReadConcept
+from hgdpo_core.stages.image_latents import ImageLatentStage, ReadConcept, find_skipped
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 
-CROP = 2.2  # sides of the face's box, as `concepts.personaliser.crop`
 SMALLEST_CONCEPT, LARGEST_CONCEPT = 32, 448
 """Pixels per side: smaller ones hold no likeness, larger ones are halved by every image encoder."""
 
 
 def concept_latent_folder(store: Store, images: ImageSet, model: Model, size: tuple[int, int],
-                          detector: str, word: str) -> ShardFolder:
-    """The folder of an image set's latents and concepts; `detector` names what finds faces, by its fingerprint, and
-    `word` stands before the person in every caption."""
+                          detector: str, word: str, crop: float = CROP) -> ShardFolder:
+    """The folder of an image set's latents and concepts; `detector` names what finds faces, by its fingerprint,
+    `word` stands before the person in every caption, `crop` is the concept's side in sides of the face's box."""
     settings = {**latent_settings("concept_latents", model, size), "images_id": images.id, "detector": detector,
-                "crop": CROP, "word": word, **model.encoding()}
+                "crop": crop, "word": word, **model.encoding()}
     return ShardFolder.create(store, f"latents/concepts-{images.id}/{content_hash(settings)}", settings)
 
 
@@ -46,38 +46,57 @@ class ConceptLatentStage(ImageLatentStage):
     name, doing = "concept_latents", "encoding images of people"
 
     title: str = "latents of people"
-    find_faces: FindFaces | None = field(default=None, kw_only=True)
-    """By default the public detector."""
+    detector: Path | None = field(default=None, kw_only=True)
+    """Weights of what finds faces; None for drawn ones."""
 
     @property
     def read_concept(self) -> ReadConcept:
-        find = self.find_faces or _public_detector()
-        return lambda image, caption: cut_face(image, caption, find, self.folder.config["word"])
+        find, word, crop = face_finder(self.detector), self.folder.config["word"], self.folder.config["crop"]
+        return lambda image, caption: cut_face(image, caption, find, word, crop)
+
+    def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
+        found = self.detector and Location.of(self.folder.store, self.detector, copy_to_store=copy_to_store)
+        return {**super().recipe(copy_to_store=copy_to_store), "detector": found and found.model_dump()}
 
     @classmethod
     def open(cls, folder: ShardFolder, recipe: Mapping[str, Any], indices: Sequence[int]) -> Self:
-        store = folder.store
-        return cls(open_located_images(store, recipe["images"], recipe["images_id"]), folder,
-                   find_located_model(store, folder.config, recipe), requested=tuple(indices))
+        found = recipe["detector"] and Location.model_validate(recipe["detector"]).locate(folder.store)
+        detector = Path(found) if found else None
+        refuse_other_model("face detector", detector_fingerprint(detector), folder.config["detector"])
+        return replace(super().open(folder, recipe, indices), detector=detector)
+
+    def counts(self) -> "PeopleCounts":
+        """How many images can be trained on, and how many are refused, by reason; when all shards are made."""
+        used = sum(manifest.rows for manifest in self.existing().values())
+        return PeopleCounts(len(self.images), used, find_skipped(self.folder, len(self.images)).kinds)
 
 
-def _public_detector() -> FindFaces:
-    from hgdpo_core.identity import face_finder, find_detector
+class PeopleCounts(NamedTuple):
+    """`images` is `used` and all of `refused` together."""
 
-    return face_finder(find_detector(None))
+    images: int
+    used: int
+    refused: dict[str, int]
 
 
-def cut_face(image: Image.Image, caption: str, find_faces: FindFaces, word: str) -> bytes:
+def has_word(caption: str, word: str) -> bool:
+    """Whether a caption has the concept's word, alone."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption) is not None
+
+
+def cut_face(image: Image.Image, caption: str, find_faces: FindFaces, word: str, crop: float = CROP) -> bytes:
     """PNG of the square around the only face of an image; InputError where there is none, several, or a tiny one, or
     where the caption lacks the word, alone."""
-    if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption) is None:
+    if not has_word(caption, word):
         raise InputError(f"its caption has no word {word}: expected it before the person")
     boxes = find_faces(image)
-    if len(boxes) != 1:
-        raise InputError(f"it shows {'no face' if not boxes else count_of(len(boxes), 'face')}: expected exactly one")
-    face = crop_face(image, boxes[0], CROP)
+    if not boxes:
+        raise InputError("it shows no face: expected exactly one")
+    if len(boxes) > 1:
+        raise InputError(f"it shows several faces: expected exactly one, not {len(boxes)}")
+    face = crop_face(image, boxes[0], crop)
     if min(face.size) < SMALLEST_CONCEPT:
-        raise InputError(f"its face is {face.width} pixels wide with its surroundings: expected at least "
+        raise InputError(f"its face is too small: {face.width} pixels wide with its surroundings, expected at least "
                          f"{SMALLEST_CONCEPT}")
     face.thumbnail((LARGEST_CONCEPT, LARGEST_CONCEPT))
     file = BytesIO()

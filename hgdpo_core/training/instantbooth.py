@@ -5,10 +5,10 @@ adapter. The image encoder reads each concept turned, scaled, moved and mirrored
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,12 +31,16 @@ from hgdpo_core.models.instantbooth import (
     NetworkShape,
     attached_adapter,
     concept_places,
+    encoder_fingerprint,
+    find_image_encoder,
     require_word,
     save_instantbooth,
 )
+from hgdpo_core.models.locations import Location, refuse_other_model
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.rendering.charts import ChartSpec
 from hgdpo_core.stages.concept_latents import SMALLEST_CONCEPT
+from hgdpo_core.storage import Store
 from hgdpo_core.training.base import OPTIMIZER_CHARTS, Objective, TrainingObjective
 from hgdpo_core.training.data import LatentRows
 from hgdpo_core.training.parts import Generators, cast_frozen, draw_noise, resolve_precision
@@ -44,6 +48,18 @@ from hgdpo_core.training.sft import prediction_error
 
 TURN, ZOOM, SHIFT = 15.0, 0.15, 0.15
 """Most of what a concept is turned by (degrees), scaled by (fraction) and moved by (of half its side)."""
+
+
+class InstantBoothSettings(InstantBoothConfig):
+    """The settings of a training, with what decides its id beside them."""
+
+    encoder_fingerprint: str
+
+    @classmethod
+    def of(cls, config: InstantBoothConfig) -> Self:
+        """With the fingerprint of the image encoder that they name; ConfigError or ModelError where there is none."""
+        fingerprint = encoder_fingerprint(find_image_encoder(config.image_encoder))
+        return cls.model_validate({**config.model_dump(), "encoder_fingerprint": fingerprint})
 
 
 @dataclass(frozen=True)
@@ -152,24 +168,32 @@ class InstantBoothTraining(TrainingObjective):
     has cached (`stages/concept_latents.py`). No run trains it: `tune` makes an adapter that runs are evaluated with."""
 
     name, title = "instantbooth", "InstantBooth adapter"
-    section, trains_on, config, samples = "instantbooth", "images", InstantBoothConfig, PeopleRows
+    section, trains_on, config, samples = "instantbooth", "images", InstantBoothSettings, PeopleRows
     charts = (ChartSpec("Loss", ("loss",), "denoising error of the personalised target"),
               ChartSpec("Gates", ("gate",), "mean of |tanh(gamma)|, 0 at the start"), *OPTIMIZER_CHARTS)
 
-    def settings(self, config: RunConfig) -> InstantBoothConfig:
+    def settings(self, config: RunConfig) -> InstantBoothSettings:
         raise ConfigError("an InstantBooth adapter is trained on images of people, apart from a run: expected another "
                           "objective")
+
+    def locate(self, store: Store, config: InstantBoothSettings, *, copy_to_store: bool) -> dict[str, Any]:
+        found = Location.of_source(store, config.image_encoder, copy_to_store=copy_to_store)
+        return {"image_encoder": found.model_dump()}
+
+    def find_located(self, store: Store, config: InstantBoothSettings,
+                     locations: Mapping[str, Any]) -> InstantBoothSettings:
+        source = Location.model_validate(locations["image_encoder"]).locate(store)
+        found = InstantBoothSettings.of(config.model_copy(update={"image_encoder": source}))
+        refuse_other_model("image encoder", found.encoder_fingerprint, config.encoder_fingerprint)
+        return found
 
     def random_batch(self, count: int, latent_shape: Sequence[int], embeds_shape: Sequence[int]) -> PeopleBatch:
         concept = encode_image(np.zeros((SMALLEST_CONCEPT, SMALLEST_CONCEPT, 3), dtype=np.uint8), "png")
         return PeopleBatch(torch.randn(count, *latent_shape), torch.randn(count, *embeds_shape), [""] * count,
                            [concept] * count)
 
-    def prepare(self, backbone: Backbone, model: Model, config: InstantBoothConfig) -> Objective:
-        if config.image_encoder is None:
-            raise ConfigError("instantbooth.image_encoder is not given: expected the folder of a CLIP image encoder, "
-                              "as CLIP ViT-L/14's")
-        encoder = ImageEncoder.load(Path(config.image_encoder).expanduser())
+    def prepare(self, backbone: Backbone, model: Model, config: InstantBoothSettings) -> Objective:
+        encoder = ImageEncoder.load(find_image_encoder(config.image_encoder))
         text = backbone.text.reading("plain")
         require_word(text, config.concept_word)
         objective = prepare_instantbooth(backbone.denoiser, backbone.schedule, config, encoder)

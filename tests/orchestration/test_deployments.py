@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 BY_NAME = {deployment["name"]: deployment for deployment in SHIPPED["deployments"]}
 FLOWS = {"full": "hgdpo", "shard": "hgdpo-shard", "train": "hgdpo-train", "nightly": "hgdpo-rescore",
-         "paper": "hgdpo-ablate", "evaluate": "hgdpo-evaluate", "create": "hgdpo-study"}
+         "paper": "hgdpo-ablate", "evaluate": "hgdpo-evaluate", "personalise": "hgdpo-personalise",
+         "create": "hgdpo-study"}
 
 
 def test_the_deployments_are_those_of_the_contract():

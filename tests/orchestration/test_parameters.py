@@ -15,15 +15,17 @@ from flows.ablate import hgdpo_ablate
 from flows.cli import COMMANDS, main
 from flows.evaluate import hgdpo_evaluate
 from flows.full import hgdpo
+from flows.personalise import hgdpo_personalise
 from flows.rescore import hgdpo_rescore
 from flows.study import hgdpo_study
 from flows.study_command import STUDY_COMMANDS
 from hgdpo_core.ablate.settings import AblationConfig, Comparison
 from hgdpo_core.errors import StoppedError
-from hgdpo_core.presets import PRESETS
+from hgdpo_core.presets import INSTANTBOOTH, PRESETS
 from tasks.handover import handed_over, take_opened
 
 FLOWS = {"run": (hgdpo, p.RUN), "evaluate": (hgdpo_evaluate, p.EVALUATE), "ablate": (hgdpo_ablate, p.ABLATE),
+         "personalise": (hgdpo_personalise, p.PERSONALISE),
          "rescore": (hgdpo_rescore, p.RESCORE), "study create": (hgdpo_study, p.STUDY_CREATE)}
 
 
@@ -47,12 +49,14 @@ def test_options_of_the_command_line_alone():
     extra = {name: {item.name for item in p.COMMAND_LINES[name]} - {item.name for item in parameters}
              for name, (_, parameters) in FLOWS.items()}
     assert extra == {"run": {"publish", "json"}, "evaluate": {"publish", "json"}, "ablate": {"json"},
+                     "personalise": {"json"},
                      "rescore": {"json"}, "study create": set()}
     assert p.COMMAND_LINES.keys() == COMMANDS.keys() | {f"study {name}" for name in STUDY_COMMANDS}
 
 
 def test_choices_and_defaults_are_the_cores_own():
     assert parameter_schema(hgdpo).properties["preset"]["enum"] == list(PRESETS)
+    assert p.ADAPTER_PRESET.suggested == tuple(INSTANTBOOTH)
     assert (p.SEEDS.default, p.SPLIT.default) == (AblationConfig().seeds, AblationConfig().split)
     assert all(name in p.COMPARISONS.help for name in Comparison.__args__)
 

@@ -3,16 +3,18 @@
 import json
 
 import pytest
+import tiny
 import tiny_adapters
 import torch
 from tiny import SD15, tiny_unet, trainable
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hgdpo_core.config import InstantBoothConfig, PersonaliserConfig, TargetConfig
-from hgdpo_core.errors import ConfigError, InputError, StoppedError
+from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError
+from hgdpo_core.identity import detector_fingerprint
 from hgdpo_core.image_sets.sets import read_image_set
 from hgdpo_core.models import find_model
-from hgdpo_core.models.instantbooth import ImageEncoder
+from hgdpo_core.models.instantbooth import ImageEncoder, find_image_encoder
 from hgdpo_core.models.personaliser import find_adapter
 from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.concept_latents import ConceptLatentStage, concept_latent_folder
@@ -21,8 +23,14 @@ from hgdpo_core.storage.shards import read_table
 from hgdpo_core.training.base import Hooks
 from hgdpo_core.training.checkpoints import Checkpoints
 from hgdpo_core.training.data import epoch_order, sample_generator
-from hgdpo_core.training.instantbooth import ConceptBatch, move_concepts, prepare_instantbooth
+from hgdpo_core.training.instantbooth import (
+    ConceptBatch,
+    InstantBoothSettings,
+    move_concepts,
+    prepare_instantbooth,
+)
 from hgdpo_core.training.loop import run_training
+from hgdpo_core.training.objective import OBJECTIVES
 from hgdpo_core.training.tune import tune
 
 
@@ -140,26 +148,53 @@ def faces_of(image):
     return wide.get(image.getpixel((0, 0)), [(30.0, 20.0, 30.0, 36.0)])
 
 
-def test_images_without_exactly_one_face_are_rejected_and_the_rest_train_an_adapter(target_folder, tmp_path):
+def test_images_without_exactly_one_face_are_rejected_and_the_rest_train_an_adapter(target_folder, tmp_path,
+                                                                                    monkeypatch):
     store, model = Store(str(tmp_path / "root")), find_model(TargetConfig(source=str(target_folder), dtype="float32"))
     images = save_images(tmp_path / "images", ["a on woman", "a on man", "a on girl", "a on boy", "a woman",
                                                "a on man runs"])
-    folder = concept_latent_folder(store, images, model, (32, 32), "by colour", "on")
-    ConceptLatentStage(images, folder, model, find_faces=faces_of).make(Worker("cpu"))
+    monkeypatch.setattr("hgdpo_core.identity.faces.find_faces", faces_of)
+    folder = concept_latent_folder(store, images, model, (32, 32), detector_fingerprint(None), "on")
+    stage = ConceptLatentStage(images, folder, model)
+    stage.make(Worker("cpu"))
     (shard,) = folder.manifests()
     assert folder.manifests()[shard].rows == 2
     rejected = read_table(store, f"{folder.key}/rejected/shard-{shard:05d}.parquet").to_pylist()
-    assert [row["reason"].partition(":")[0] for row in rejected] == [
-        "it shows no face", "it shows 2 faces", "its face is 13 pixels wide with its surroundings",
-        "its caption has no word on"]
+    reasons = ["it shows no face", "it shows several faces", "its face is too small", "its caption has no word on"]
+    assert [row["reason"].partition(":")[0] for row in rejected] == reasons
+    assert stage.counts() == (6, 2, dict.fromkeys(reasons, 1))
     torch.manual_seed(5)
     encoder = tmp_path / "encoder"
     CLIPVisionModel(CLIPVisionConfig(**{**tiny_adapters.ENCODER, "patch_size": 8})).save_pretrained(encoder)
-    config = settings(max_steps=2, concept_word="on", image_encoder=str(encoder))
+    config = InstantBoothSettings.of(settings(max_steps=2, concept_word="on", image_encoder=str(encoder)))
     tuned = tune("instantbooth", model, folder, [shard], config)
     assert tuned.model_id.startswith("instantbooth-") and tuned.log[-1]["gate"] > 0
     assert tune("instantbooth", model, folder, [shard], config).existing
     adapter = find_adapter(PersonaliserConfig(source=str(tuned.path), crop=None), model)
     assert adapter.name == "instantbooth" and adapter.strength == 0.3
     with pytest.raises(ConfigError, match="image_encoder is not given"):
-        tune("instantbooth", model, folder, [shard], settings(concept_word="on"))
+        InstantBoothSettings.of(settings(concept_word="on"))
+
+
+def test_an_image_encoder_enters_ids_by_its_files_and_is_found_elsewhere(tmp_path):
+    """A whole CLIP is one too; what is not read of its folder changes nothing."""
+    paths, objective = [tmp_path / "one", tmp_path / "two"], OBJECTIVES["instantbooth"]
+    for path in paths:
+        tiny.save_judge(path)
+    (paths[1] / "notes.json").write_text("{}")
+    first, second = (InstantBoothSettings.of(settings(image_encoder=str(path))) for path in paths)
+    assert first.identity() == second.identity() and first.image_encoder != second.image_encoder
+    assert ImageEncoder.load(paths[0]).width == 32
+    store = Store(str(tmp_path / "root"))
+    for copy in (False, True):
+        locations = json.loads(json.dumps(objective.locate(store, first, copy_to_store=copy)))
+        found = objective.find_located(store, first, locations)
+        assert found.identity() == first.identity() and found.image_encoder.startswith(str(tmp_path / "root")) == copy
+    tiny.save_judge(tmp_path / "one", seed=4)
+    with pytest.raises(ModelError, match="the image encoder found here has fingerprint"):
+        objective.find_located(store, first, objective.locate(store, first, copy_to_store=False))
+    built_in = InstantBoothSettings.of(settings(image_encoder="figures"))
+    assert objective.locate(store, built_in, copy_to_store=True)["image_encoder"]["source"] == "figures"
+    for path, message in ((tmp_path, "config.json is missing"), ("nowhere/at/all", "does not exist")):
+        with pytest.raises(ModelError, match=message):
+            find_image_encoder(str(path))
