@@ -169,9 +169,12 @@ def collect(options: argparse.Namespace) -> int:
 
 def settings(options: argparse.Namespace) -> int:
     """Print every setting: its value in a preset, its unit and what it means."""
-    from hgdpo_core.rendering.settings import preset_table
+    from hgdpo_core.presets import INSTANTBOOTH
+    from hgdpo_core.rendering.settings import adapter_table, preset_table
 
     print(preset_table(options.preset).text())
+    if options.preset in INSTANTBOOTH:
+        print(f"\nOf hgdpo personalise:\n\n{adapter_table(options.preset).text()}")
     return 0
 
 

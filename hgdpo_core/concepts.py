@@ -108,6 +108,7 @@ def read_concepts(folder: str | Path, images_per_concept: int | None = None,
         raise InputError(f"{empty} holds no image: expected files that end in {', '.join(IMAGE_SUFFIXES[:4])}, one per "
                          "person, or a folder of them per person")
     used = {name: found[:images_per_concept] for name, found in files.items()}
+    _refuse_unequal(used)
     concepts = [Concept(name, tuple(path.read_bytes() for path in found), **_read_words(root / f"{name}.txt"))
                 for name, found in used.items()]
     texts = sum((root / f"{name}.txt").is_file() for name in used)
@@ -117,6 +118,15 @@ def read_concepts(folder: str | Path, images_per_concept: int | None = None,
         concepts = _with_faces(used, concepts, find_faces)
     return ConceptList(tuple(concepts), ignored=entries - listed - texts,
                        surplus=listed - sum(len(found) for found in used.values()))
+
+
+def _refuse_unequal(files: dict[str, list[Path]]) -> None:
+    """An adapter reads one batch for several people, so it needs as many images of each."""
+    fewest, most = (choose(files, key=lambda name: len(files[name])) for choose in (min, max))
+    if len(files[fewest]) < len(files[most]):
+        raise InputError(f"the concept {most} has {count_of(len(files[most]), 'image')}, {fewest} has "
+                         f"{len(files[fewest])}: an adapter reads equally many of each; give as many, or set "
+                         f"concepts.images_per_concept to {len(files[fewest])}")
 
 
 def _read_words(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from hgdpo_core.config import RunConfig
 from hgdpo_core.config.base import StageConfig
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.presets import PRESETS, build_config
+from hgdpo_core.presets import INSTANTBOOTH, PRESETS, build_config, build_personalise_config
 from hgdpo_core.rendering.parts import NOTHING
 from hgdpo_core.rendering.tables import Table
 
@@ -24,6 +24,14 @@ value in each preset. `null` is the default that the meaning names. Made from th
 `hgdpo settings --preset NAME` prints the same.
 
 """
+ADAPTERS = """
+
+## Of `hgdpo personalise`
+
+Beside `target` and `workers`, which are those of a run.
+
+"""
+SHARED = ("target.", "workers.")
 
 
 def list_settings(config: StageConfig, parent: str = "") -> Iterator[tuple[str, Any, FieldInfo]]:
@@ -55,6 +63,16 @@ def preset_table(*presets: str) -> Table:
     return settings_table(**{preset: _config_of(preset) for preset in presets})
 
 
+def adapter_table(*presets: str) -> Table:
+    """As `preset_table`, for what `hgdpo personalise` has beside the settings of a run."""
+    def own(preset: str) -> StageConfig:
+        given = {} if preset == "figures" else {"target": "(yours)", "images": "(yours)"}
+        return build_personalise_config(preset, **given)
+
+    table = settings_table(**{preset: own(preset) for preset in presets})
+    return Table(table.columns, [row for row in table.rows if not str(row[0]).startswith(SHARED)])
+
+
 def _config_of(preset: str) -> RunConfig:
     try:
         return build_config(preset)
@@ -71,7 +89,7 @@ def _shown(value: Any) -> str:
 
 def settings_page() -> str:
     """docs/SETTINGS.md."""
-    return PAGE + preset_table(*PRESETS).markdown() + "\n"
+    return PAGE + preset_table(*PRESETS).markdown() + ADAPTERS + adapter_table(*INSTANTBOOTH).markdown() + "\n"
 
 
 if __name__ == "__main__":

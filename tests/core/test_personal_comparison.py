@@ -191,9 +191,16 @@ def test_concepts_of_a_folder(tmp_path):
     tiny_adapters.picture(7, size=64).save(tmp_path / "Bea.jpg")
     (tmp_path / "readme.md").write_text("consent forms")
     (tmp_path / ".hidden.png").write_bytes(b"")
+    for most, has in ((None, 3), (2, 2)):
+        with pytest.raises(InputError, match=f"the concept anna has {has} images, Bea has 1: an adapter reads equally "
+                           "many of each; give as many, or set concepts.images_per_concept to 1"):
+            read_concepts(tmp_path, most, lambda image: pytest.fail("no detector is needed to see that"))
+    (tmp_path / "Bea").mkdir()
+    (tmp_path / "Bea.jpg").rename(tmp_path / "Bea" / "1.jpg")
+    tiny_adapters.picture(8, size=64).save(tmp_path / "Bea" / "2.jpg")
     found = read_concepts(tmp_path, images_per_concept=2)
-    assert [(concept.name, len(concept.images)) for concept in found.concepts] == [("Bea", 1), ("anna", 2)]
-    assert found.describe() == ("2 people by 3 images; left out 1 file that are no images; left out 1 file beyond "
+    assert [(concept.name, len(concept.images)) for concept in found.concepts] == [("Bea", 2), ("anna", 2)]
+    assert found.describe() == ("2 people by 4 images; left out 1 file that are no images; left out 1 file beyond "
                                 "images_per_concept")
     data = [(tmp_path / "anna" / name).read_bytes() for name in ("a.png", "b.png")]
     assert found.concepts[1].id == hashlib.sha256(b"".join(data)).hexdigest()[:16]

@@ -6,12 +6,13 @@ from typing import get_args
 import pytest
 
 from hgdpo_core.config.base import apply_overrides
-from hgdpo_core.presets import PRESETS, build_config
+from hgdpo_core.presets import PRESETS, build_config, build_personalise_config
 from hgdpo_core.rendering import settings
 from hgdpo_core.scorers import SCORERS
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "SETTINGS.md"
-LISTED = list(settings.list_settings(build_config("sd15", target="mine", prompts="mine.txt")))
+LISTED = [*settings.list_settings(build_config("sd15", target="mine", prompts="mine.txt")),
+          *settings.list_settings(build_personalise_config("sd15", target="mine", images="mine"))]
 
 
 def kinds(annotation) -> set[type]:
@@ -47,6 +48,12 @@ def test_a_table_shows_values_as_set_takes_them():
     assert {*PRESETS} <= {*settings.preset_table(*PRESETS).columns}
     scorer = next(row for row in settings.preset_table("sd15").rows if row[0] == "scorer.name")
     assert all(name in scorer[-1] for name in SCORERS)
+
+
+def test_settings_of_adapters_are_those_of_their_own_command():
+    rows = {row[0]: row[1:3] for row in settings.adapter_table("figures", "sd15").rows}
+    assert rows["instantbooth.concept_word"] == ("V", "sks") and rows["images"] == ("figures", "(yours)")
+    assert not any(name.startswith(("target.", "workers.")) for name in rows)
 
 
 def test_settings_of_several_parts_are_written_as_they_are_given():
