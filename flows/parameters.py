@@ -162,8 +162,8 @@ IMAGES_PER_PROMPT = Parameter("images_per_prompt", "images per prompt and model;
 CONCEPTS = Parameter("concepts", "people who agreed to it: a folder with an image of each, or a folder of images of "
                      "each; both models are personalised by one adapter (paper Table 4)", metavar="FOLDER")
 PERSONALISER = Parameter("personaliser", "the adapter that reads the concepts: an IP-Adapter for SD 1.5, as a "
-                         ".safetensors file with the folder image_encoder beside it, or one that was trained here",
-                         metavar="FILE")
+                         ".safetensors file with the folder image_encoder beside it or a hub id (h94/IP-Adapter), or "
+                         "one that was trained here", metavar="FILE")
 JUDGES = Parameter("judges", "judges of identity: sface, arcface=FILE, vggface=FILE; default: sface, for figures their "
                    "own", read=read_names, metavar="NAME[=FILE],...")
 EVALUATE = (TUNED, EVALUATION_TARGET, BASE, EVALUATION_PROMPTS, EVALUATION_SCORERS, IMAGES_PER_PROMPT, LORA_WEIGHT,

@@ -5,17 +5,23 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from hgdpo_core.built_in import SOURCE
-from hgdpo_core.config.base import NO_ID, StageConfig, number
+from hgdpo_core.config.base import NO_ID, InIds, StageConfig, number
 
 JUDGE_NAMES = ("sface", "arcface", "vggface", SOURCE)
 CROP = 2.2
+ON_HUB = InIds(result="never", run="changed")  # the fingerprint of the files enters
 
 
 class PersonaliserConfig(StageConfig):
     """An adapter that reads a person's image (paper Section 5.4): a public IP-Adapter, or one trained here."""
 
-    source: str = Field(description="an IP-Adapter for SD 1.5 as a .safetensors file, or a folder that was trained "
-                        'here; "figures" is built in')
+    source: str = Field(description="an IP-Adapter for SD 1.5 as a .safetensors file or a hub id, or a folder that was "
+                        'trained here; "figures" is built in')
+    subfolder: Annotated[str, ON_HUB] = Field(default="models", description="of a hub id: folder of the adapter's file "
+                                              "and of image_encoder, as diffusers' load_ip_adapter takes it")
+    weight_name: Annotated[str, ON_HUB] = Field(default="ip-adapter-plus-face_sd15.safetensors",
+                                                description="of a hub id: name of the adapter's file")
+    revision: Annotated[str | None, ON_HUB] = Field(default=None, description="of a hub id: commit, branch or tag")
     image_encoder: str | None = Field(default=None, description="folder of the CLIP image encoder; default: "
                                       "image_encoder beside the adapter's file")
     strength: float | None = number("how much it changes images: scale of an IP-Adapter, beta of InstantBooth; "

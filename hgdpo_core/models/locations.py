@@ -37,7 +37,8 @@ class Location(BaseModel):
         if (inside := stored_id(store, path)) is not None:
             return cls(model_id=inside)
         if not copy_to_store:
-            return cls(source=str(path.resolve()))
+            # a file of the hub's cache is a link to one whose name says nothing
+            return cls(source=str(path.parent.resolve() / path.name if path.is_file() else path.resolve()))
         return cls(model_id=_copy_into_store(store, path), file=path.name if path.is_file() else None)
 
     @classmethod

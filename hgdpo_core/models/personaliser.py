@@ -8,10 +8,12 @@ travels in its `Conditioning`, row by row, so that one batch holds several peopl
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
 
 from hgdpo_core.built_in import find_personaliser, is_built_in
@@ -20,11 +22,14 @@ from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.backbone import Backbone, Conditioning, TextConditioner
 from hgdpo_core.models.fingerprints import fingerprint_path
+from hgdpo_core.models.hub import find_or_download
 from hgdpo_core.prompts import Sample
 
 if TYPE_CHECKING:
     from hgdpo_core.models.model import Model
 
+ENCODER = "image_encoder"
+"""The folder beside an adapter's file."""
 ConceptEmbedding = Mapping[str, torch.Tensor]
 """What a personaliser keeps of a concept: tensors by name, each with a first dimension of 1, the row's."""
 
@@ -104,10 +109,7 @@ class Adapter:
 
 def find_adapter(config: PersonaliserConfig, model: "Model") -> Adapter:
     """The adapter that the settings name, checked against the model; ModelError, in one line, if it cannot be used."""
-    path = find_personaliser() if is_built_in(config.source) else Path(config.source).expanduser()
-    if not path.exists():
-        raise ModelError(f"the personaliser {config.source} does not exist: expected an IP-Adapter for SD 1.5 as a "
-                         ".safetensors file, or a folder that was trained here")
+    path = find_personaliser() if is_built_in(config.source) else _find_path(config)
     name = next((name for name, kind in PERSONALISERS.items() if kind.recognises(path)), None)
     if name is None:
         raise ModelError(f"{path} is no personaliser: expected an IP-Adapter as a .safetensors file "
@@ -120,10 +122,25 @@ def find_adapter(config: PersonaliserConfig, model: "Model") -> Adapter:
     return adapter
 
 
+def _find_path(config: PersonaliserConfig) -> Path:
+    """A file or folder of this machine, else a file in the cache of the hub, downloaded with its image encoder."""
+    name, encoder = (str(PurePosixPath(config.subfolder, part)) for part in (config.weight_name, ENCODER))
+    wanted = [name, f"{encoder}/*.json", f"{encoder}/*.safetensors"]
+    download = partial(snapshot_download, config.source, revision=config.revision, allow_patterns=wanted)
+    path = find_or_download("the personaliser", config.source, download, "an IP-Adapter for SD 1.5 as a .safetensors "
+                            "file, a folder that was trained here, or a hub id such as h94/IP-Adapter")
+    if Path(config.source).expanduser().exists():
+        return path
+    if not (path / name).is_file():
+        raise ModelError(f"the personaliser {config.source} has no {name}: set concepts.personaliser.subfolder and "
+                         "weight_name to a file of that repository, with a network where the cache lacks it")
+    return path / name
+
+
 def _find_encoder(config: PersonaliserConfig, path: Path) -> Path | None:
     """The image encoder that is named, else the one beside an adapter's file; None for one that brings its own."""
     if config.image_encoder is None:
-        beside = path.parent / "image_encoder"
+        beside = path.parent / ENCODER
         return beside if path.is_file() and beside.is_dir() else None
     encoder = Path(config.image_encoder).expanduser()
     if not encoder.is_dir():

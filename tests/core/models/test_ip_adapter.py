@@ -1,5 +1,6 @@
 """IP-Adapters of the public layouts: as plain diffusers, with a LoRA below them, and what is refused."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -18,9 +19,11 @@ from hgdpo_core.images import decode_image
 from hgdpo_core.models import find_model, load_backbone, load_pipeline
 from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.models.image_generator import ImageGenerator
+from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.models.personaliser import find_adapter
 from hgdpo_core.models.sampling import make_scheduler
 from hgdpo_core.prompts import Sample
+from hgdpo_core.storage import Store
 
 SAMPLER = SamplerConfig(width=32, height=32, steps=3, guidance_scale=3.0)
 POOL = PoolConfig(images_per_prompt=1, batch_size=4)
@@ -191,6 +194,40 @@ def test_missing_files_are_refused(folder, target, tmp_path):
         find_adapter(alone, target)
     with pytest.raises(ModelError, match="is no folder: expected config.json"):
         find_adapter(alone.model_copy(update={"image_encoder": "elsewhere"}), target)
+
+
+def test_a_hub_id_is_found_in_the_cache_without_a_network(folder, target, people, tmp_path, monkeypatch):
+    """As the hub's cache is laid out: names in a snapshot are links to files that are called by their hashes."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--h94--IP-Adapter", "a" * 40
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    names = {f"models/{layout}.safetensors": folder / f"{layout}.safetensors" for layout in tiny_adapters.LAYOUTS}
+    names |= {f"models/image_encoder/{path.name}": path for path in (folder / "image_encoder").iterdir()}
+    for number, (name, path) in enumerate(names.items()):
+        blob, link = repository / "blobs" / f"{number:064x}", repository / "snapshots" / commit / name
+        blob.write_bytes(path.read_bytes())
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    model = personal(target, "h94/IP-Adapter", weight_name="plain.safetensors")
+    local = personal(target, folder / "plain.safetensors")
+    assert model.identity() == local.identity() and str(model.personaliser.path).startswith(str(repository))
+    sample = Sample(PROMPTS[0], people[0].id)
+    (_, ours), (_, theirs) = (generate(each, [sample], people).popitem()[1] for each in (model, local))
+    assert (ours == theirs).all()
+    for copy in (False, True):
+        recipe = model_locations(Store(str(tmp_path / "root")), model, copy_to_store=copy)
+        found = find_located_model(Store(str(tmp_path / "root")), model.identity(), json.loads(json.dumps(recipe)))
+        assert found.identity() == model.identity()
+    for settings, message in (({}, "h94/IP-Adapter has no models/ip-adapter-plus-face_sd15.safetensors: set"),
+                              ({"subfolder": "", "weight_name": "x.safetensors"}, "has no x.safetensors: set"),
+                              ({"source": "h94/Other"}, "h94/Other is not a local folder and could not be downloaded"),
+                              ({"revision": "b" * 40}, "could not be downloaded from the hub")):
+        with pytest.raises(ModelError, match=message) as error:
+            find_adapter(PersonaliserConfig(**{"source": "h94/IP-Adapter", **settings}), target)
+        assert "\n" not in str(error.value)
+    assert model.personaliser.config.identity("run") != local.personaliser.config.identity("run")
 
 
 def test_broken_weights_are_refused_when_they_load(folder, target, tmp_path):
