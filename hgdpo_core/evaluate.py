@@ -20,6 +20,7 @@ from hgdpo_core.stages.identities import people_of, read_distances
 from hgdpo_core.stages.pool import PoolPlan, plan_pool
 from hgdpo_core.stages.scores import read_scores
 from hgdpo_core.statistics import intervals
+from hgdpo_core.statistics.clusters import Crossed
 from hgdpo_core.statistics.colours import ColourChange, ColourHistograms, PromptColours, colour_change
 from hgdpo_core.statistics.diversity import DIMENSIONS, thumbnail, variety_change
 from hgdpo_core.statistics.identity import IdentityChange, clustered_win_rate, identity_change
@@ -42,7 +43,7 @@ class Comparison:
     images_per_prompt: int
     score_changes: dict[str, intervals.ScoreChange]
     win_rate_intervals: dict[str, intervals.Interval | None]
-    """Bootstrap over prompts; only with several images per prompt, beside the exact interval."""
+    """Bootstrap over prompts; only with several images per prompt, beside the exact interval, and without concepts."""
     defects: dict[str, intervals.DefectChange]
     """By scorers that detect defective images (their module declares DEFECT_BELOW)."""
     colour_change: ColourChange
@@ -51,7 +52,7 @@ class Comparison:
     variety_change: intervals.Estimate
     """Percent by which the tuned model's images differ more from each other than the target's."""
     identity: Mapping[str, IdentityChange] = field(default_factory=dict)
-    """By judges of identity, where the samples have concepts; win rates then have intervals over people and prompts."""
+    """By judges of identity, where the samples have concepts; all intervals are then over people and prompts."""
 
     @property
     def people(self) -> int:
@@ -122,6 +123,7 @@ def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapp
     after = {name: image_scores(folder, tuned, prompts) for name, folder in tuned_scores.items()}
     (target_colours, target_thumbnails), (tuned_colours, tuned_thumbnails) = (
         look_at_images(plan, prompts) for plan in (target, tuned))
+    crossed = faces.clusters(prompts) if faces else None
     result = Comparison(
         evaluation_id, list(prompts),
         {name: faces.win_rate(after[name], before[name], prompts) if faces else win_rate(after[name], before[name])
@@ -130,14 +132,14 @@ def compare(store: Store, target: PoolPlan, tuned: PoolPlan, target_scores: Mapp
         {name: scores.mean(axis=1).tolist() for name, scores in after.items()},
         tuned_colours.total().shift_from(target_colours.total()), tuned.model.lora and tuned.model.lora.weight,
         images_per_prompt=config.images_per_prompt,
-        score_changes={name: intervals.score_change(after[name], before[name]) for name in before},
+        score_changes={name: intervals.score_change(after[name], before[name], crossed) for name in before},
         win_rate_intervals={name: intervals.win_rate_interval(after[name], before[name]) for name in before
-                            if config.images_per_prompt > 1},
-        defects={name: intervals.defect_change(after[name], before[name], below) for name in before
+                            if config.images_per_prompt > 1 and faces is None},
+        defects={name: intervals.defect_change(after[name], before[name], below, crossed) for name in before
                  if (below := defect_limit(name)) is not None},
-        colour_change=colour_change(tuned_colours.statistics, target_colours.statistics),
+        colour_change=colour_change(tuned_colours.statistics, target_colours.statistics, crossed),
         target_histograms=target_colours.histograms, tuned_histograms=tuned_colours.histograms,
-        variety_change=variety_change(tuned_thumbnails, target_thumbnails),
+        variety_change=variety_change(tuned_thumbnails, target_thumbnails, crossed),
         identity={} if faces is None else faces.changes(target, tuned, prompts))
     store.write_json(f"evaluations/{evaluation_id}/config.json", {**identity, "config": config.model_dump(mode="json")})
     store.write_json(f"evaluations/{evaluation_id}/result.json", {
@@ -156,6 +158,10 @@ class FacePairs:
     prompts: Sequence[str]
     """Of each sample, as they were written: with one person's words or another's a prompt is the same."""
     margin: float
+
+    def clusters(self, samples: Sequence[str]) -> Crossed:
+        """What recurs in samples: people and prompts."""
+        return Crossed.of(people_of(samples), self.prompts)
 
     def win_rate(self, after: np.ndarray, before: np.ndarray, samples: Sequence[str]) -> WinRate:
         """Of scores [P, K], with its interval over people and prompts."""

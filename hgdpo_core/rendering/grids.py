@@ -80,11 +80,15 @@ def scale_to_tile(image: Image.Image, side_px: int) -> Image.Image:
 
 
 def pair_grid(pairs: Sequence[PairSample], columns: int = 3) -> Image.Image:
-    """Pairs as target and tuned side by side, scores and prompt below, the higher score marked."""
+    """Pairs as target and tuned side by side, scores and prompt below, the higher score marked; personalised ones with
+    the person's own image first."""
     if not pairs or columns < 1:
         raise InputError(f"pair_grid needs at least one pair and one column, got {len(pairs)} and {columns}")
-    tiles, tile_width, tile_height = _scale([(pair.target, pair.tuned) for pair in pairs], PAIR_TILE_PX)
-    cell_width = 2 * tile_width + GAP
+    people = [[pair.concept] if pair.concept else [] for pair in pairs]
+    tiles, tile_width, tile_height = _scale([(pair.target, pair.tuned, *own) for pair, own in
+                                             zip(pairs, people, strict=True)], PAIR_TILE_PX)
+    first = max(map(len, people))
+    cell_width = (2 + first) * (tile_width + GAP) - GAP
     prompts = [_wrap(pair.prompt, _font(PROMPT_SIZE), cell_width) for pair in pairs]
     rows = [range(start, min(start + columns, len(pairs))) for start in range(0, len(pairs), columns)]
     prompt_heights = [_text_height(max(len(prompts[i]) for i in row), PROMPT_SIZE) for row in rows]
@@ -100,9 +104,11 @@ def pair_grid(pairs: Sequence[PairSample], columns: int = 3) -> Image.Image:
             names = (("target", pairs[i].target_score, pairs[i].tuned_score),
                      ("tuned", pairs[i].tuned_score, pairs[i].target_score))
             for side, (name, score, other) in enumerate(names):
-                box = (left + side * (tile_width + GAP), top, tile_width, tile_height)
+                box = (left + (first + side) * (tile_width + GAP), top, tile_width, tile_height)
                 mark = ACCENT if score > other else None
                 _draw_tile(canvas, draw, tiles[i][side], box, f"{name}  {format_score(score)}", mark)
+            for tile in tiles[i][2:]:
+                _draw_tile(canvas, draw, tile, (left, top, tile_width, tile_height), "concept", None)
             _draw_lines(draw, (left, top + image_and_label), prompts[i], PROMPT_SIZE, INK)
         top += image_and_label + prompt_height + MARGIN
     return canvas

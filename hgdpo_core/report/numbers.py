@@ -12,7 +12,7 @@ from hgdpo_core.rendering.tables import Cell, Table, with_interval
 from hgdpo_core.report.data import ReportData
 from hgdpo_core.scorers import scorer_title
 from hgdpo_core.statistics.colours import WEAK_RESULTANT, ColourChange
-from hgdpo_core.statistics.intervals import DefectChange, Estimate
+from hgdpo_core.statistics.intervals import Estimate
 
 SCALE = '<p class="scale" aria-hidden="true"><span>0 %</span><span>50 %</span><span>100 %</span></p>'
 UNDEFINED = "not defined"
@@ -46,7 +46,7 @@ def _rate_cells(comparison: Comparison) -> list[Cell]:
 
 
 def _tally(comparison: Comparison) -> str:
-    several = comparison.images_per_prompt > 1
+    several = comparison.images_per_prompt > 1 and not comparison.people
     rows = []
     for name, rate in comparison.win_rates.items():
         cells = [f"{count:,}" for count in (rate.wins, rate.losses, rate.ties, rate.n)]
@@ -68,7 +68,16 @@ def _score_table(comparison: Comparison) -> str:
              with_interval(signed(change.mean, 3), signed_interval(change.ci_low, change.ci_high, 3)))
             for name, change in comparison.score_changes.items()]
     return Table(("Scorer", "Target", "Tuned", "Change"), rows, caption="Mean scores in each scorer's own units; below "
-                 "the change its paired 95 % interval over prompts.").html()
+                 f"the change its paired 95 % interval over {_clusters(comparison)}.").html()
+
+
+def _clusters(comparison: Comparison) -> str:
+    """What intervals are over."""
+    return "people and prompts" if comparison.people else "prompts"
+
+
+def _interval_over(comparison: Comparison) -> str:
+    return f"{'' if comparison.people else 'bootstrap '}interval over {_clusters(comparison)}"
 
 
 def lora_weights(sweep: Sequence[Comparison]) -> str:
@@ -107,10 +116,10 @@ def _change(estimate: Estimate, digits: int, undefined: str = NOTHING) -> Cell:
     return with_interval(value, signed_interval(estimate.ci_low, estimate.ci_high, digits, " %"))
 
 
-def defects(changes: Mapping[str, DefectChange]) -> str:
+def defects(comparison: Comparison) -> str:
     """Fraction of defective images before and after."""
     bars, rows = [], []
-    for name, change in changes.items():
+    for name, change in comparison.defects.items():
         title = scorer_title(name)
         for model, fraction in (("target", change.target), ("tuned", change.tuned)):
             bars.append(f"<li><span>{escape(title)}: {model}</span><b>{percent(fraction)}</b>"
@@ -120,7 +129,7 @@ def defects(changes: Mapping[str, DefectChange]) -> str:
                      with_interval(f"{signed(100 * change.difference, 1)} points", signed_interval(low, high, 1))))
     intro = "An image that scores below the scorer's own limit counts as defective. Lower is better."
     table = Table(("Scorer", "Limit", "Target", "Tuned", "Difference"), rows, caption="The difference is tuned minus "
-                  "target, in percentage points; below it its 95 % bootstrap interval over prompts.")
+                  f"target, in percentage points; below it its 95 % {_interval_over(comparison)}.")
     return (section("Defective images", intro, f'<ul class="bars">{"".join(bars)}</ul>{SCALE}{table.html()}')
             if rows else "")
 
@@ -136,7 +145,7 @@ def colours(comparison: Comparison) -> str:
         rows.append((name.capitalize(), _change(getattr(change, f"{name}_percent"), 2, UNDEFINED),
                      UNDEFINED if size is None else f"{size:.2f} %"))
     table = Table(("Channel", "Change", "As in the paper"), rows, caption="Tuned against target over all pixels of the "
-                  "evaluation images; below each change its 95 % bootstrap interval over prompts. The last column "
+                  f"evaluation images; below each change its 95 % {_interval_over(comparison)}. The last column "
                   "compares with the paper's Table 2.").html()
     intro = ("A value of 0 means no shift. For hue, which is an angle, use the first row: the shift of the mean "
              "weighted by saturation, + from red towards yellow. The other rows are plain means over pixels; the paper "

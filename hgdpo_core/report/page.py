@@ -45,7 +45,7 @@ def _page(data: ReportData, encode: ImageEncoder) -> str:
     sections = (
         listing("Warnings", data.warnings, "warnings"),
         columns(numbers.win_rates(data), people(data.people, comparison.win_rates, data.root),
-                numbers.defects(comparison.defects), numbers.variety(comparison.variety_change),
+                numbers.defects(comparison), numbers.variety(comparison.variety_change),
                 listing("What to keep in mind", data.notes, "notes")),
         pairs("Side by side", f"A random sample of held-out prompts, both models from one seed.{shown}", data.pairs,
               encode),

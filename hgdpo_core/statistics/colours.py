@@ -6,13 +6,15 @@ the mean hue by any angle; resampling the prompts then rotates it as well, so th
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from hgdpo_core.errors import InputError
 from hgdpo_core.metrics import GREY_RESULTANT, ColourShift, ColourStatistics, rgb_to_hsv
+from hgdpo_core.statistics.clusters import Crossed
 from hgdpo_core.statistics.intervals import Estimate, Interval, percentile_interval, resample_sums
 
 HUE_BINS, LEVEL_BINS = 36, 32
@@ -87,8 +89,11 @@ class PromptColours:
         return _merged(self.statistics)
 
 
-def colour_change(tuned: Sequence[ColourStatistics], target: Sequence[ColourStatistics]) -> ColourChange:
+def colour_change(tuned: Sequence[ColourStatistics], target: Sequence[ColourStatistics],
+                  clusters: Crossed | None = None) -> ColourChange:
     """The shift of the tuned model's colours with 95 % bootstrap intervals over prompts, both models in pairs.
+
+    With `clusters` the intervals are over people and prompts.
 
     One `ColourStatistics` per prompt on each side, in the same order. Intervals are None for one prompt. The ends of
     the angle's interval are not wrapped and at most 180 degrees away. InputError when the sides differ in length or a
@@ -99,13 +104,27 @@ def colour_change(tuned: Sequence[ColourStatistics], target: Sequence[ColourStat
         raise InputError(f"colour_change needs images of the same prompts by both models, got {len(tuned)} and "
                          f"{len(target)} prompts, of which {without} have none")
     sides = [np.array([astuple(one) for one in side], dtype=np.float64) for side in (tuned, target)]
-    draws = resample_sums(np.concatenate(sides, axis=1)) if len(tuned) > 1 else None
+    sums = np.concatenate(sides, axis=1)
+    draws = resample_sums(sums) if clusters is None and len(tuned) > 1 else None
     whole = [_merged(side) for side in (tuned, target)]
     shift = whole[0].shift_from(whole[1])
-    return ColourChange(
+    change = ColourChange(
         _degrees(shift, draws),
         *(_percent(whole[0], whole[1], draws, channel) for channel in (HUE, SATURATION, VALUE)),
         target_hue_resultant=hue_resultant(whole[1]), tuned_hue_resultant=hue_resultant(whole[0]))
+    return change if clusters is None else _clustered(change, sums, clusters)
+
+
+def _clustered(change: ColourChange, sums: np.ndarray, clusters: Crossed) -> ColourChange:
+    """The change with intervals over people and prompts; `sums` [P, 12] of both models."""
+    degrees = change.hue_degrees.value
+    percents = {name: clusters.estimate(getattr(change, name).value, partial(_signed_percent, channel=channel), sums)
+                for name, channel in (("hue_percent", HUE), ("saturation_percent", SATURATION),
+                                      ("value_percent", VALUE))}
+    hue = clusters.estimate(degrees, lambda total: _turned(total, degrees or 0.0), sums)
+    if degrees is not None and hue.ci_low is not None and hue.ci_high is not None:
+        hue = Estimate(degrees, max(hue.ci_low, degrees - 180), min(hue.ci_high, degrees + 180))
+    return replace(change, hue_degrees=hue, **percents)
 
 
 def hue_resultant(statistics: ColourStatistics) -> float | None:
@@ -120,8 +139,7 @@ def _degrees(shift: ColourShift, draws: np.ndarray | None) -> Estimate:
     if shift.hue_degrees is None or draws is None:
         return Estimate.of(shift.hue_degrees, None)
     tuned, target = draws[:, :6], draws[:, 6:]
-    angles = np.degrees(np.arctan2(tuned[:, SINE], tuned[:, COSINE]) - np.arctan2(target[:, SINE], target[:, COSINE]))
-    around = 180 - (180 - (angles - shift.hue_degrees)) % 360
+    around = _turned(draws, shift.hue_degrees)
     grey = [np.hypot(side[:, COSINE], side[:, SINE]) < GREY_RESULTANT * side[:, PIXELS] for side in (tuned, target)]
     around[grey[0] != grey[1]] = np.nan
     around[grey[0] & grey[1]] = -shift.hue_degrees  # no hue on either side is no shift
@@ -131,6 +149,13 @@ def _degrees(shift: ColourShift, draws: np.ndarray | None) -> Estimate:
     # A mean hue without a direction may rotate mostly one way: the estimate itself stays inside.
     low, high = min(interval.low, 0.0), max(interval.high, 0.0)
     return Estimate.of(shift.hue_degrees, Interval(shift.hue_degrees + low, shift.hue_degrees + high))
+
+
+def _turned(sums: np.ndarray, degrees: float) -> np.ndarray:
+    """By how many degrees the mean hues of sums [R, 12] are further apart than `degrees`, from -180 to 180."""
+    tuned, target = sums[:, :6], sums[:, 6:]
+    angles = np.degrees(np.arctan2(tuned[:, SINE], tuned[:, COSINE]) - np.arctan2(target[:, SINE], target[:, COSINE]))
+    return 180 - (180 - (angles - degrees)) % 360
 
 
 def _percent(tuned: ColourStatistics, target: ColourStatistics, draws: np.ndarray | None, channel: int) -> Estimate:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from hgdpo_core.errors import InputError
+from hgdpo_core.statistics.clusters import Crossed
 from hgdpo_core.statistics.intervals import Estimate, percentile_interval, resample_sums
 
 SIDE_PX = 8  # composition and palette, no detail
@@ -22,12 +23,13 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     return np.asarray(small, dtype=np.float32).reshape(-1) / 255
 
 
-def variety_change(tuned: np.ndarray, target: np.ndarray) -> Estimate:
+def variety_change(tuned: np.ndarray, target: np.ndarray, clusters: Crossed | None = None) -> Estimate:
     """Percent by which the tuned model's thumbnails [P, K, D] spread more than the target's, with a 95 % interval.
 
     The spread is the root mean square distance from the prompt's mean image if there are several images per prompt
-    (K >= 2), and from the mean of all images if there is one. Prompts are resampled, both models in pairs. None if the
-    target's images do not differ at all; InputError for shapes that do not match.
+    (K >= 2), and from the mean of all images if there is one. Prompts are resampled, both models in pairs; with
+    `clusters` the interval is over people and prompts. None if the target's images do not differ at all; InputError for
+    shapes that do not match.
     """
     if tuned.ndim != 3 or tuned.shape != target.shape or not tuned.size:
         raise InputError(f"variety_change needs thumbnails [P, K, D] of the same prompts by both models, got "
@@ -36,6 +38,8 @@ def variety_change(tuned: np.ndarray, target: np.ndarray) -> Estimate:
     value = float(_change(sums.sum(axis=0)[None], len(sums))[0])
     if np.isnan(value):
         return Estimate(None, None, None)
+    if clusters is not None:
+        return clusters.estimate(value, lambda total: _change(total, len(sums)), sums)
     draws = _change(resample_sums(sums), len(sums)) if len(sums) > 1 else None
     return Estimate.of(value, None if draws is None else percentile_interval(draws))
 

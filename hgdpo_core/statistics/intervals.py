@@ -7,13 +7,16 @@ same seeds. So whole prompts are resampled, with both models together (a paired 
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest, t
 
 from hgdpo_core.errors import InputError
 from hgdpo_core.metrics import CONFIDENCE, Scores, paired_scores
+
+if TYPE_CHECKING:
+    from hgdpo_core.statistics.clusters import Crossed
 
 RESAMPLES = 10_000  # a tail of 2.5 % is then known to 0.16 percentage points
 CHUNK_ENTRIES = 2**22  # prompts x resamples in memory at a time
@@ -92,8 +95,10 @@ class DefectChange:
         return asdict(self)
 
 
-def score_change(scores_a: Scores, scores_b: Scores) -> ScoreChange:
+def score_change(scores_a: Scores, scores_b: Scores, clusters: "Crossed | None" = None) -> ScoreChange:
     """How much higher A scores than B on average: a paired Student interval over prompts, and the exact sign test.
+
+    With `clusters` the interval is over people and prompts.
 
     Scores as `win_rate` takes them: finite [P], or [P, K] averaged over K first; InputError otherwise and for P = 0.
     """
@@ -103,7 +108,9 @@ def score_change(scores_a: Scores, scores_b: Scores) -> ScoreChange:
     difference = a - b
     mean, prompts = float(difference.mean()), len(difference)
     low = high = None
-    if prompts > 1:
+    if clusters is not None:
+        low, high = clusters.interval(mean, (difference - mean) / prompts) or (None, None)
+    elif prompts > 1:
         half = float(t.ppf((1 + CONFIDENCE) / 2, prompts - 1) * difference.std(ddof=1) / np.sqrt(prompts))
         low, high = mean - half, mean + half
     p = sign_test(int((a > b).sum()), int((a < b).sum()))
@@ -130,8 +137,11 @@ def win_rate_interval(scores_a: Scores, scores_b: Scores) -> Interval | None:
     return percentile_interval(draws, unknown=(0.0, 1.0))
 
 
-def defect_change(tuned_scores: Scores, target_scores: Scores, below: float) -> DefectChange:
+def defect_change(tuned_scores: Scores, target_scores: Scores, below: float,
+                  clusters: "Crossed | None" = None) -> DefectChange:
     """Fraction of images that score under `below`, tuned minus target, with a paired bootstrap interval over prompts.
+
+    With `clusters` the interval is over people and prompts.
 
     Scores as `win_rate` takes them; with K images per prompt every image counts. An interval of width 0 means that no
     prompt distinguished the models, not that none would.
@@ -141,9 +151,10 @@ def defect_change(tuned_scores: Scores, target_scores: Scores, below: float) -> 
     if not len(tuned):
         raise InputError("defect_change needs the scores of at least one prompt, got none")
     difference = tuned - target
-    low, high = mean_interval(difference) or (None, None)
-    return DefectChange(below, float(target.mean()), float(tuned.mean()), float(difference.mean()), low, high,
-                        len(difference))
+    mean = float(difference.mean())
+    low, high = (mean_interval(difference) if clusters is None else
+                 clusters.interval(mean, (difference - mean) / len(difference))) or (None, None)
+    return DefectChange(below, float(target.mean()), float(tuned.mean()), mean, low, high, len(difference))
 
 
 def mean_interval(values: np.ndarray) -> Interval | None:

@@ -1,5 +1,7 @@
 """Grids: their contents are where they should be; images are plain rectangles."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,6 +57,16 @@ def test_small_images_keep_their_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     tile = np.asarray(scale_to_tile(Image.fromarray(pixels), 192))
     np.testing.assert_array_equal(tile, pixels.repeat(3, axis=0).repeat(3, axis=1))
+
+
+def test_pair_grid_shows_the_person_left_of_a_personalised_pair():
+    plain_grid = pair_grid([pair(1.0, 2.0)])
+    grid = pair_grid([replace(pair(1.0, 2.0), concept=plain(COLOURS[2])), pair(1.0, 2.0)], columns=1)
+    edges = [left_edge(grid, colour) for colour in (COLOURS[2], COLOURS[0], COLOURS[1])]
+    assert edges[0] == MARGIN and edges == sorted(edges) and edges[1] - edges[0] == edges[2] - edges[1]
+    assert left_edge(plain_grid, COLOURS[0]) == MARGIN and grid.width > plain_grid.width
+    lower = grid.crop((0, grid.height // 2, grid.width, grid.height))
+    assert left_edge(lower, COLOURS[2]) is None and left_edge(lower, COLOURS[0]) == edges[1]
 
 
 def test_pair_grid_shows_the_target_left_and_marks_the_higher_score():
