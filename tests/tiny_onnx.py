@@ -1,5 +1,6 @@
 """ONNX files of a few nodes, written by hand: protobuf needs no library for that."""
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,10 +27,17 @@ def _bytes(field: int, value: bytes | str) -> bytes:
     return _varint(field << 3 | 2) + _varint(len(data)) + data
 
 
-def node(operation: str, inputs: Sequence[str], output: str, **ints: int) -> bytes:
-    """A NodeProto with attributes that are whole numbers."""
-    attributes = b"".join(_bytes(5, _bytes(1, name) + _number(3, value) + _number(20, 2))
-                          for name, value in ints.items())
+def _attribute(name: str, value: int | float | Sequence[int]) -> bytes:
+    if isinstance(value, int):
+        return _bytes(1, name) + _number(3, value) + _number(20, 2)
+    if isinstance(value, float):
+        return _bytes(1, name) + _varint(2 << 3 | 5) + struct.pack("<f", value) + _number(20, 1)
+    return _bytes(1, name) + b"".join(_number(8, item) for item in value) + _number(20, 7)
+
+
+def node(operation: str, inputs: Sequence[str], output: str, **values: int | float | Sequence[int]) -> bytes:
+    """A NodeProto with attributes that are whole numbers, lists of these, or fractions."""
+    attributes = b"".join(_bytes(5, _attribute(name, value)) for name, value in values.items())
     return b"".join(_bytes(1, name) for name in inputs) + _bytes(2, output) + _bytes(4, operation) + attributes
 
 

@@ -7,6 +7,7 @@ import types
 import face_files
 import numpy as np
 import pytest
+import tiny_iresnet
 import tiny_onnx
 import torch
 from PIL import Image
@@ -187,6 +188,35 @@ def test_first_operations_of_a_graph(tmp_path):
     tiny_onnx.save_recogniser(tmp_path / "net.onnx", scales=True)
     assert first_operations((tmp_path / "net.onnx").read_bytes(), 3) == ["Sub", "Mul", "Flatten"]
     assert first_operations(b"no protobuf at all", 2) == [] and first_operations(b"", 2) == []
+
+
+@pytest.mark.parametrize("width", [8, pytest.param(64, marks=pytest.mark.slow)])  # 64 is w600k_r50's own
+@pytest.mark.parametrize("scales", [False, True])
+def test_arcface_is_the_independent_network(width, scales, picture, tmp_path):
+    pytest.importorskip("onnxruntime")
+    weights = tiny_iresnet.Weights(width)
+    tiny_iresnet.save_onnx(weights, tmp_path / "w600k_r50.onnx", scales=scales)
+    judge = load_judge(JudgeConfig(name="arcface", source=str(tmp_path)), _detector_file(tmp_path))
+    judge.detector = _OneFace()
+    face = judge.cut(picture).face
+
+    def expected(pixels):
+        prepared = (torch.from_numpy(pixels.astype(np.float32)) - 127.5) / 127.5
+        vector = tiny_iresnet.embed(weights, prepared.permute(2, 0, 1)[None])[0].numpy()
+        return vector / np.linalg.norm(vector)
+
+    both = judge.embed([face, face[:, ::-1]])
+    assert both.shape == (2, 512) and np.abs(both - [expected(face), expected(face[:, ::-1])]).max() < 1e-5
+    apart = np.abs(both[0] - both[1]).max()
+    swapped = judge.embed([face[:, :, ::-1]])[0]  # BGR is another image
+    assert min(apart, np.abs(swapped - expected(face)).max()) > 1e-3
+    assert np.abs(swapped - expected(face[:, :, ::-1])).max() < 1e-5
+
+
+def _detector_file(folder):
+    """A graph that opens as a detector; `_OneFace` takes its place."""
+    return tiny_onnx.save_graph(folder / "detector.onnx", [tiny_onnx.node("Flatten", ["data"], "fc1", axis=1)], {},
+                                (1, 3, 640, 640), 3 * 640 * 640)
 
 
 def random_facenet(seed=0):
