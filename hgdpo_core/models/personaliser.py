@@ -125,8 +125,8 @@ def find_adapter(config: PersonaliserConfig, model: "Model") -> Adapter:
 def _find_path(config: PersonaliserConfig) -> Path:
     """A file or folder of this machine, else a file in the cache of the hub, downloaded with its image encoder."""
     name, encoder = (str(PurePosixPath(config.subfolder, part)) for part in (config.weight_name, ENCODER))
-    wanted = [name, f"{encoder}/*.json", f"{encoder}/*.safetensors"]
-    download = partial(snapshot_download, config.source, revision=config.revision, allow_patterns=wanted)
+    patterns = [name, f"{encoder}/*.json", f"{encoder}/*.safetensors"]
+    download = partial(snapshot_download, config.source, revision=config.revision, allow_patterns=patterns)
     path = find_or_download("the personaliser", config.source, download, "an IP-Adapter for SD 1.5 as a .safetensors "
                             "file, a folder that was trained here, or a hub id such as h94/IP-Adapter")
     if Path(config.source).expanduser().exists():

@@ -172,7 +172,12 @@ def test_photographs_are_read_by_the_public_detector(parameters, tmp_path):
     images = save_images(tmp_path / "photos", photos)
     run = open_personalise(**{**parameters, "images": images, "overrides": {
         **parameters["overrides"], "detector": str(weights / identity.DETECTOR), "crop": 2.2}})
-    assert encode_people(run).counts() == (3, 2, {"it shows no face": 1})
+    stage = encode_people(run)
+    assert stage.counts() == (3, 2, {"it shows no face": 1})
+    for copy in (False, True):
+        recipe = json.loads(json.dumps(stage.recipe(copy_to_store=copy)))
+        worker = STAGES["concept_latents"].open(stage.folder, recipe, [0])
+        assert worker.find_missing() == [] and worker.detector.read_bytes() == run.detector.read_bytes()
 
 
 def test_the_finder_of_drawings_is_not_for_judges_of_photographs(tmp_path):

@@ -45,7 +45,7 @@ def test_no_face_is_none_and_two_are_two():
     both = Image.new("RGB", (128, 64))
     both.paste(drawn[0].render()[0], (0, 0))
     both.paste(drawn[1].render()[0], (64, 0))
-    assert len(find_faces(both.resize((64, 32)))) == 0  # too small to be told
+    assert len(find_faces(both.resize((64, 32)))) == 0  # too small
     twice = sum(len(find_faces(render(v.person.figure(v.pose, v.place), v.seed, defect="two_heads"))) == 2
                 for v in drawn)
     assert twice >= 10
