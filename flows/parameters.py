@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
-from hgdpo_core.presets import DEFAULT_PRESET, PRESETS, describe_presets
+from hgdpo_core.presets import DEFAULT_PRESET, INSTANTBOOTH, PRESETS, describe_presets
 
 Kind = Literal["value", "flag", "switch", "repeated", "several", "settings", "position", "positions"]
 
@@ -179,7 +179,7 @@ ADAPTER_TARGET = TARGET.changed(help="the model that stays as it is: diffusers f
                                 "default: the preset's", metavar="MODEL")
 TARGET_RUN = Parameter("run_id", "take the target of this finished run, fine-tuned where it was, as the paper does",
                        option="--run", metavar="RUN")
-ADAPTER_PRESET = PRESET.changed(suggested=("figures", "sd15"))
+ADAPTER_PRESET = PRESET.changed(suggested=tuple(INSTANTBOOTH))
 PERSONALISE = (PEOPLE_IMAGES, ADAPTER_TARGET, TARGET_RUN, ADAPTER_PRESET, ROOT, OVERRIDES, PLAN_ONLY, SHARD_RUNNER)
 
 # -- of hgdpo ablate

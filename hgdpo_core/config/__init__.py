@@ -328,8 +328,8 @@ class PersonaliseConfig(StageConfig):
     width: int = number("width that images are trained at, a multiple of 8", "pixels", ge=8, multiple_of=8)
     height: int = number("height that images are trained at, a multiple of 8", "pixels", ge=8, multiple_of=8)
     detector: str | None = Field(default=None, description='weights of the face detector YuNet: a file, or a folder '
-                                 'that holds it; "figures" finds drawn faces; default: the public ones, for the '
-                                 'built-in target "figures"')
+                                 'that holds it; "figures" is built in, for drawn faces; default: the public ones, '
+                                 "for the built-in target its own")
     crop: float = number("side of the square of an image that is its concept, in sides of the face's box", "none",
                          default=CROP, ge=1, le=10)
     instantbooth: InstantBoothConfig

@@ -66,8 +66,8 @@ class ConceptsConfig(StageConfig):
                                              "person; default: all", "prompts", default=None, ge=1)
     judges: tuple[JudgeConfig, ...] = Field(min_length=1, description='short: "sface,arcface=my/w600k_r50.onnx"')
     detector: str | None = Field(default=None, description='weights of the face detector YuNet: a file, or a folder '
-                                 'that holds it; "figures" finds drawn faces; default: the public ones, for the '
-                                 'built-in target "figures" where no judge needs them')
+                                 'that holds it; "figures" is built in, for drawn faces; default: the public ones, '
+                                 "for the built-in target its own where no judge needs them")
     margin: float = number("identity counts as kept where the 90 % interval of its win rate is within 0.5 +- this; "
                            "fixed before the images are seen (ours)", "none", default=0.075, gt=0, lt=0.5)
 

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from hgdpo_core.config import RunConfig
 from hgdpo_core.config.base import StageConfig
-from hgdpo_core.errors import ConfigError
+from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.presets import INSTANTBOOTH, PRESETS, build_config, build_personalise_config
 from hgdpo_core.rendering.parts import NOTHING
 from hgdpo_core.rendering.tables import Table
@@ -66,8 +66,10 @@ def preset_table(*presets: str) -> Table:
 def adapter_table(*presets: str) -> Table:
     """As `preset_table`, for what `hgdpo personalise` has beside the settings of a run."""
     def own(preset: str) -> StageConfig:
-        given = {} if preset == "figures" else {"target": "(yours)", "images": "(yours)"}
-        return build_personalise_config(preset, **given)
+        try:
+            return build_personalise_config(preset)
+        except (ConfigError, InputError):
+            return build_personalise_config(preset, target="(yours)", images="(yours)")
 
     table = settings_table(**{preset: own(preset) for preset in presets})
     return Table(table.columns, [row for row in table.rows if not str(row[0]).startswith(SHARED)])

@@ -42,6 +42,14 @@ def test_every_kind_of_input_has_a_built_in_one():
         read_prompts(PromptSource(source=built_in.SOURCE))
 
 
+def test_images_of_people_are_rendered_once_with_the_word_in_every_caption(tmp_path, monkeypatch):
+    monkeypatch.setattr(built_in, "PEOPLE_IMAGES", 3)
+    folders = [built_in.find_people_images(Store(str(tmp_path / "root"))) for _ in range(2)]
+    lines = [json.loads(line) for line in (folders[0] / "metadata.jsonl").read_text().splitlines()]
+    assert folders[0] == folders[1] and len({line["file_name"] for line in lines}) == 3
+    assert all(line["text"].startswith("a V ") and (folders[0] / line["file_name"]).is_file() for line in lines)
+
+
 def test_images_are_rendered_once_and_a_dry_store_stays_empty(tmp_path, monkeypatch):
     monkeypatch.setattr(built_in, "SFT_IMAGES", 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 }
 CHECKED = set(MAY_IMPORT) | {"prefect", "tests"}
 PURE = ["losses", "selection", "metrics", "schedule", "statistics/intervals", "statistics/colours",
-        "statistics/diversity"]
+        "statistics/diversity", "statistics/clusters"]
 
 
 CORE = ROOT / "hgdpo_core"
