@@ -20,9 +20,9 @@ import numpy as np
 
 from hgdpo_core.ablate.result import win_rate_estimate
 from hgdpo_core.config import RunConfig
+from hgdpo_core.config.presets import build_config
 from hgdpo_core.models.racing import relative_cost
 from hgdpo_core.pipeline import make_pool, run_all
-from hgdpo_core.presets import build_config
 from hgdpo_core.run import open_run
 from hgdpo_core.stages.triplets import TripletStage
 

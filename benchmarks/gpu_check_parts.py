@@ -21,11 +21,11 @@ from benchmarks import dpo_step, pool, score
 from benchmarks.dpo_step import Pairs
 from benchmarks.targets import random_target, some_prompts
 from hgdpo_core.config import RunConfig, SamplerConfig, TargetConfig
+from hgdpo_core.config.presets import sd15
 from hgdpo_core.errors import first_line
 from hgdpo_core.images import decode_image, encode_image, to_model_range
 from hgdpo_core.models import Model, find_model, load_backbone
 from hgdpo_core.models.image_generator import ImageGenerator
-from hgdpo_core.presets import sd15
 from hgdpo_core.scorers import pickscore
 from hgdpo_core.scorers.weights import freeze
 from hgdpo_core.stages.base import Worker

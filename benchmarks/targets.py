@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hgdpo_core.config import RunConfig, TargetConfig
+from hgdpo_core.config.presets import figures, sd15
 from hgdpo_core.devices import DTYPES
 from hgdpo_core.figures import prompts as figures_prompts
 from hgdpo_core.models import Model, find_model
 from hgdpo_core.models.files import SD15_CONFIGS
-from hgdpo_core.presets import figures, sd15
 
 SIZES = ("figures", "sd15", "tiny")
 """figures: the built-in target. sd15: Stable Diffusion 1.5 with random weights. tiny: its shape, narrow, to see that

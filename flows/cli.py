@@ -110,7 +110,7 @@ def plan(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     """Compare any two models or LoRA weights: win rates, defects, colours, a report."""
     from flows.parameters import EVALUATE, values_of
-    from hgdpo_core.comparison_run import open_comparison, plan_comparison
+    from hgdpo_core.run.comparison import open_comparison, plan_comparison
 
     parameters = values_of(options, EVALUATE)
     not_inputs = ("study", "plan_only", "shard_runner")
@@ -169,7 +169,7 @@ def collect(options: argparse.Namespace) -> int:
 
 def settings(options: argparse.Namespace) -> int:
     """Print every setting: its value in a preset, its unit and what it means."""
-    from hgdpo_core.presets import INSTANTBOOTH
+    from hgdpo_core.config.presets import INSTANTBOOTH
     from hgdpo_core.rendering.settings import adapter_table, preset_table
 
     print(preset_table(options.preset).text())

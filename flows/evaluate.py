@@ -8,9 +8,9 @@ from prefect.states import State
 from flows import parameters as p
 from flows.lifecycle import cancel_shard_runs, name_this_run, refuse_relative_paths, run_with
 from flows.runner import ShardRunnerName
-from hgdpo_core.comparison_run import ComparisonRun, weight_name
 from hgdpo_core.execution.runner import Runner
 from hgdpo_core.progress import StageProgress, StageTimes
+from hgdpo_core.run.comparison import ComparisonRun, weight_name
 from tasks.evaluate import compare_models, compare_weight, judge_identity
 from tasks.generate import generate_evaluation
 from tasks.people import make_study_of

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
-from hgdpo_core.presets import DEFAULT_PRESET, INSTANTBOOTH, PRESETS, describe_presets
+from hgdpo_core.config.presets import DEFAULT_PRESET, INSTANTBOOTH, PRESETS, describe_presets
 
 Kind = Literal["value", "flag", "switch", "repeated", "several", "settings", "position", "positions"]
 

@@ -14,19 +14,19 @@ from hgdpo_core.built_in import SOURCE, find_people_images, is_built_in
 from hgdpo_core.config import PersonaliseConfig
 from hgdpo_core.config.base import apply_overrides, content_hash
 from hgdpo_core.config.concepts import CROP
+from hgdpo_core.config.presets import DEFAULT_PRESET, build_personalise_config
 from hgdpo_core.devices import default_device
 from hgdpo_core.errors import InputError
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.export.run import find_run_target
-from hgdpo_core.identity import detector_fingerprint, find_detector
 from hgdpo_core.image_sets import ImageSet, read_image_set
 from hgdpo_core.models import Model, find_model
 from hgdpo_core.models.instantbooth import NAME, check_trainable
 from hgdpo_core.models.published import find_record
 from hgdpo_core.pipeline import OnTraining
-from hgdpo_core.presets import DEFAULT_PRESET, build_personalise_config
 from hgdpo_core.progress import StageProgress, StageTimes, silent_stages
 from hgdpo_core.run import shell_command
+from hgdpo_core.scorers.identity import detector_fingerprint, find_detector
 from hgdpo_core.stages.concept_latents import ConceptLatentStage, concept_latent_folder, has_word
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.roots import default_root

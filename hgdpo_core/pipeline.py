@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.evaluate import Comparison, FacePairs, compare, plan_evaluation
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
@@ -17,6 +16,7 @@ from hgdpo_core.models import Model
 from hgdpo_core.progress import Progress, StageProgress, StageTimes, silent_stages
 from hgdpo_core.report.summary import ForeignData, Published, RankedData, write_run_report
 from hgdpo_core.run import Run
+from hgdpo_core.run.comparison import ComparisonRun
 from hgdpo_core.stages import Stage
 from hgdpo_core.stages.distances import DistanceStage
 from hgdpo_core.stages.identities import IdentityStage

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from prefect.logging import get_run_logger
 
 from hgdpo_core import pipeline
-from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.execution.runner import Runner
-from hgdpo_core.identity import judge_title
 from hgdpo_core.metrics import WinRate
 from hgdpo_core.progress import StageProgress
 from hgdpo_core.rendering.parts import percent, percent_interval, signed, signed_interval
 from hgdpo_core.run import Run
+from hgdpo_core.run.comparison import ComparisonRun
 from hgdpo_core.scorers import scorer_title
+from hgdpo_core.scorers.identity import judge_title
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.statistics.checks import RunWarning
 from hgdpo_core.statistics.identity import IdentityChange

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from prefect.logging import get_run_logger
 
 from hgdpo_core import pipeline
-from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.execution.runner import Runner
 from hgdpo_core.models import Model
 from hgdpo_core.progress import StageProgress, count_of
 from hgdpo_core.run import Run
+from hgdpo_core.run.comparison import ComparisonRun
 from hgdpo_core.stages.pool import PoolPlan
 from tasks.assets import show_asset
 from tasks.options import stage_task

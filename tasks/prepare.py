@@ -4,7 +4,6 @@ from typing import Any
 
 from prefect.logging import get_run_logger
 
-from hgdpo_core.comparison_run import ComparisonRun, open_comparison, plan_comparison
 from hgdpo_core.config import UNKNOWN_LICENCE
 from hgdpo_core.config.base import StageConfig
 from hgdpo_core.plan import plan_run
@@ -12,6 +11,7 @@ from hgdpo_core.plan.table import readable_bytes, readable_hours, readable_time
 from hgdpo_core.prompts.syntax import describe_unread
 from hgdpo_core.rendering.settings import settings_table
 from hgdpo_core.run import Run, open_run
+from hgdpo_core.run.comparison import ComparisonRun, open_comparison, plan_comparison
 from tasks.handover import take_opened
 from tasks.options import stage_task
 from tasks.ui import show_table, show_text

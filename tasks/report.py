@@ -9,13 +9,13 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from hgdpo_core import pipeline
-from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.progress import StageTimes
 from hgdpo_core.rendering.grids import pair_grid, pool_grid
 from hgdpo_core.report import ReportData, headline
 from hgdpo_core.report.summary import Published, write_comparison_report
 from hgdpo_core.run import Run
+from hgdpo_core.run.comparison import ComparisonRun
 from hgdpo_core.stages.pool import PoolPlan
 from tasks.options import stage_task
 from tasks.people import show_people

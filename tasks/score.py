@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from prefect.logging import get_run_logger
 
 from hgdpo_core import pipeline
-from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.execution.runner import Runner
 from hgdpo_core.progress import StageProgress
 from hgdpo_core.run import Run
+from hgdpo_core.run.comparison import ComparisonRun
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.storage.shards import ShardFolder
 from tasks.assets import show_asset

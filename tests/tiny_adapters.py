@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from hgdpo_core.identity import JUDGES, JudgeSource
-from hgdpo_core.identity.judges import Cut, IdentityJudge, normalise
+from hgdpo_core.scorers.identity import JUDGES, JudgeSource
+from hgdpo_core.scorers.identity.judges import Cut, IdentityJudge, normalise
 
 Shapes = dict[str, tuple[int, ...]]
 LAYOUTS = ("plain", "plus-face", "full-face")

@@ -15,12 +15,12 @@ from hgdpo_core import pipeline
 from hgdpo_core.ablate.measure import train_arm
 from hgdpo_core.ablate.program import Ablation, Shared
 from hgdpo_core.ablate.result import RESAMPLES
-from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.config import ComparisonConfig, DrawingConfig
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.models.personaliser import find_adapter
 from hgdpo_core.progress import StageProgress, silent_stages
+from hgdpo_core.run.comparison import ComparisonRun
 from hgdpo_core.stages.identities import people_of, read_distances
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.statistics.clusters import Clusters

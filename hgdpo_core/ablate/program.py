@@ -9,21 +9,21 @@ from hgdpo_core import __version__, pipeline
 from hgdpo_core.ablate.arms import Arm, PlannedTable, arm_labels, evaluation_scorers, plan_tables, ranking_scorer
 from hgdpo_core.ablate.settings import AblationConfig, World, build_settings, check, validation_prompts
 from hgdpo_core.built_in import concept_prompts, concept_settings, is_any_built_in, is_built_in
-from hgdpo_core.comparison_run import open_people
-from hgdpo_core.concepts import ConceptList, save_concept
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.config.base import apply_overrides, content_hash
+from hgdpo_core.config.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.errors import InputError
 from hgdpo_core.evaluate import refuse_seen_prompts, seen_prompts
 from hgdpo_core.execution.runner import IN_PROCESS, Runner
 from hgdpo_core.models import Model
 from hgdpo_core.models.personaliser import find_adapter
 from hgdpo_core.pair_sets.stand_ins import open_pairs
-from hgdpo_core.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.progress import StageProgress, silent_stages
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
+from hgdpo_core.prompts.concepts import ConceptList, save_concept
 from hgdpo_core.prompts.syntax import check_syntax
 from hgdpo_core.run import Run, resolve_run, shell_command
+from hgdpo_core.run.comparison import open_people
 from hgdpo_core.scorers import find_scorer
 from hgdpo_core.stages.pool import PoolPlan
 from hgdpo_core.storage.shards import ShardFolder

@@ -11,10 +11,10 @@ from hgdpo_core.ablate.personal import LEAST_CONTROL, NARROW, Personal
 from hgdpo_core.ablate.result import Results
 from hgdpo_core.ablate.settings import World
 from hgdpo_core.built_in import is_built_in
-from hgdpo_core.identity import judge_title
 from hgdpo_core.rendering.parts import NOTHING
 from hgdpo_core.rendering.tables import Table
 from hgdpo_core.scorers import defect_limit, scorer_title
+from hgdpo_core.scorers.identity import judge_title
 from hgdpo_core.statistics.intervals import Estimate
 
 TITLES = {"1": "Table 1: HG-DPO against the baselines",

@@ -13,7 +13,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from hgdpo_core.concepts import Concept
 from hgdpo_core.config import PoolConfig, SamplerConfig
 from hgdpo_core.errors import StoppedError
 from hgdpo_core.images import encode_image
@@ -25,6 +24,7 @@ from hgdpo_core.models.sampling import initial_noise, sample_latents
 from hgdpo_core.parallel import count_threads, parallel_map
 from hgdpo_core.progress import ShouldStop, never_stop
 from hgdpo_core.prompts import caption_of, concept_of, image_seed, prompt_id
+from hgdpo_core.prompts.concepts import Concept
 
 logger = logging.getLogger(__name__)
 

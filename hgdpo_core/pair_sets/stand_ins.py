@@ -8,6 +8,7 @@ from hgdpo_core.built_in import FOREIGN_GUIDANCE, FOREIGN_SOURCE, SOURCE, STAND_
 from hgdpo_core.config import PoolConfig, RunConfig, SamplerConfig, TargetConfig
 from hgdpo_core.config.base import content_hash
 from hgdpo_core.config.pair_source import PairSource
+from hgdpo_core.config.presets import figures
 from hgdpo_core.devices import default_device
 from hgdpo_core.figures import foreign_path, labeller_path
 from hgdpo_core.figures.foreign.prompts import foreign_prompts
@@ -15,7 +16,6 @@ from hgdpo_core.figures.foreign_pairs import PairsOf, first_two_of, write_foreig
 from hgdpo_core.models import Model, find_model
 from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.pair_sets.sets import PairSet, open_pair_set
-from hgdpo_core.presets import figures
 from hgdpo_core.prompts import PromptList
 from hgdpo_core.storage import DryStore, Store
 from hgdpo_core.storage.scratch import cache_folder

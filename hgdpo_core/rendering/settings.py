@@ -12,8 +12,8 @@ from pydantic.fields import FieldInfo
 
 from hgdpo_core.config import RunConfig
 from hgdpo_core.config.base import StageConfig
+from hgdpo_core.config.presets import INSTANTBOOTH, PRESETS, build_config, build_personalise_config
 from hgdpo_core.errors import ConfigError, InputError
-from hgdpo_core.presets import INSTANTBOOTH, PRESETS, build_config, build_personalise_config
 from hgdpo_core.rendering.parts import NOTHING
 from hgdpo_core.rendering.tables import Table
 

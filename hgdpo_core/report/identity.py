@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 from hgdpo_core.evaluate import Comparison
-from hgdpo_core.identity import JUDGES, judge_title
 from hgdpo_core.rendering.parts import NOTHING, percent, percent_interval, section, sentence
 from hgdpo_core.rendering.tables import Table, with_interval
 from hgdpo_core.scorers import scorer_title
+from hgdpo_core.scorers.identity import JUDGES, judge_title
 from hgdpo_core.statistics.identity import IdentityChange
 
 READINGS = {"kept": "kept", "changed": "changed", "open": "not shown"}

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hgdpo_core.concepts import load_concept
 from hgdpo_core.config import TripletConfig
 from hgdpo_core.evaluate import Comparison, read_images
 from hgdpo_core.images import decode_image
 from hgdpo_core.prompts import concept_of
+from hgdpo_core.prompts.concepts import load_concept
 from hgdpo_core.rendering.grids import PairSample, PoolSample
 from hgdpo_core.selection import select_pair
 from hgdpo_core.stages.pair_sets import PairSetStage

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from hgdpo_core.built_in import SCORER_NOTE, is_built_in
-from hgdpo_core.comparison_run import ComparisonRun
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.errors import StorageError
 from hgdpo_core.evaluate import Comparison
@@ -19,6 +18,7 @@ from hgdpo_core.report.page import render_report
 from hgdpo_core.report.people import read_people
 from hgdpo_core.report.samples import extreme_positions, random_positions, sample_foreign, sample_pairs, sample_pools
 from hgdpo_core.run import Run
+from hgdpo_core.run.comparison import ComparisonRun
 from hgdpo_core.scorers.towers import OPENAI_CLIP
 from hgdpo_core.stages.pair_sets import PairSetStage
 from hgdpo_core.stages.pool import PoolPlan

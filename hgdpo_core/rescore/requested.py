@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from hgdpo_core.config import RunConfig, ScorerConfig, WorkersConfig
 from hgdpo_core.config.base import StageConfig, apply_overrides, describe
+from hgdpo_core.config.presets import build_config
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.presets import build_config
 from hgdpo_core.storage import Store
 
 Pools = Literal["training", "evaluation", "all"]

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple, Self
 
 from PIL import Image
 
-from hgdpo_core.concepts import FindFaces, crop_face
 from hgdpo_core.config.base import content_hash
 from hgdpo_core.config.concepts import CROP
 from hgdpo_core.errors import InputError
-from hgdpo_core.identity import detector_fingerprint, face_finder
 from hgdpo_core.image_sets.sets import ImageSet
 from hgdpo_core.models import Model
 from hgdpo_core.models.locations import Location, refuse_other_model
+from hgdpo_core.prompts.concepts import FindFaces, crop_face
+from hgdpo_core.scorers.identity import detector_fingerprint, face_finder
 from hgdpo_core.stages.encoding import latent_settings
 from hgdpo_core.stages.image_latents import ImageLatentStage, ReadConcept, find_skipped
 from hgdpo_core.storage import Store

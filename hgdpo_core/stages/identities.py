@@ -9,13 +9,13 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from hgdpo_core.concepts import load_concept
 from hgdpo_core.config import JudgeConfig
 from hgdpo_core.config.base import content_hash
-from hgdpo_core.identity import IdentityJudge, embed_concept, find_judge, load_judge, locate_judge
 from hgdpo_core.images import decode_image
 from hgdpo_core.models.locations import Location, refuse_other_model
 from hgdpo_core.prompts import concept_of, prompt_id
+from hgdpo_core.prompts.concepts import load_concept
+from hgdpo_core.scorers.identity import IdentityJudge, embed_concept, find_judge, load_judge, locate_judge
 from hgdpo_core.stages.base import Advance, Computer, ShardRows, Stage, Worker, prepare_batches
 from hgdpo_core.stages.pool import CONCEPT, PoolPlan, images_kept
 from hgdpo_core.stages.pool import SCHEMA as POOL_SCHEMA

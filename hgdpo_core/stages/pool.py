@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from hgdpo_core.concepts import load_concept
 from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
 from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ConfigError, StorageError
@@ -21,6 +20,7 @@ from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.models.racing import Ended, Score, race, relative_cost
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.prompts import as_sample, caption_of, concept_of, prompt_id
+from hgdpo_core.prompts.concepts import load_concept
 from hgdpo_core.prompts.samples import sample_key
 from hgdpo_core.scorers import find_scorer, load_configured_scorer
 from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, shards_like

@@ -16,7 +16,7 @@ from hgdpo_core.scorers import find_scorer
 from hgdpo_core.storage import DryStore, Store
 
 ROOT = Path(hgdpo_core.__file__).parents[1]
-NAMING = {"hgdpo_core/pair_sets/stand_ins.py", "hgdpo_core/built_in.py", "hgdpo_core/presets.py"}
+NAMING = {"hgdpo_core/pair_sets/stand_ins.py", "hgdpo_core/built_in.py", "hgdpo_core/config/presets.py"}
 
 
 def test_few_files_name_the_built_in_source():

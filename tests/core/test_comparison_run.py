@@ -7,14 +7,14 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from hgdpo_core.comparison_run import open_comparison, plan_comparison
 from hgdpo_core.config import TargetConfig
+from hgdpo_core.config.presets import figures
 from hgdpo_core.errors import ConfigError, HGDPOError, InputError, ModelError
 from hgdpo_core.figures import target_path
 from hgdpo_core.models import find_model, load_pipeline
 from hgdpo_core.models.files import is_lora
 from hgdpo_core.models.locations import find_located_model, model_locations
-from hgdpo_core.presets import figures
+from hgdpo_core.run.comparison import open_comparison, plan_comparison
 from hgdpo_core.storage import Store
 
 

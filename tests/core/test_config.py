@@ -7,8 +7,8 @@ import pytest
 
 from hgdpo_core.config import DpoConfig, PoolConfig, RunConfig, SftConfig, WorkersConfig
 from hgdpo_core.config.base import ADDED, apply_overrides, canonical_json, content_hash
+from hgdpo_core.config.presets import PRESETS, build_config, describe_presets, figures, sd15
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.presets import PRESETS, build_config, describe_presets, figures, sd15
 
 
 def test_json_round_trip():

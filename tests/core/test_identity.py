@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 from hgdpo_core.config import JudgeConfig
 from hgdpo_core.errors import ConfigError, ModelError
-from hgdpo_core.identity import embed_concept, find_judge, load_judge
-from hgdpo_core.identity.alignment import TEMPLATE, align_face, crop_box, fit_similarity
-from hgdpo_core.identity.detector import Face, FaceDetector, suppress_overlaps
-from hgdpo_core.identity.inception_resnet import InceptionResnet
-from hgdpo_core.identity.judges import ArcFace, Cut, SFace, VggFace
-from hgdpo_core.identity.sessions import first_operations, open_session, require_onnxruntime
+from hgdpo_core.scorers.identity import embed_concept, find_judge, load_judge
+from hgdpo_core.scorers.identity.alignment import TEMPLATE, align_face, crop_box, fit_similarity
+from hgdpo_core.scorers.identity.detector import Face, FaceDetector, suppress_overlaps
+from hgdpo_core.scorers.identity.inception_resnet import InceptionResnet
+from hgdpo_core.scorers.identity.judges import ArcFace, Cut, SFace, VggFace
+from hgdpo_core.scorers.identity.sessions import first_operations, open_session, require_onnxruntime
 
 OBAMA = ("obama", "obama2", "obama3", "obama_partial_face", "obama_partial_face2")
 

@@ -14,16 +14,16 @@ import tiny_adapters
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from hgdpo_core import identity, pipeline
-from hgdpo_core.comparison_run import open_comparison, plan_comparison
-from hgdpo_core.concepts import Concept, crop_face, load_concept, read_concepts, save_concept
+from hgdpo_core import pipeline
 from hgdpo_core.config import JudgeConfig, PoolConfig
 from hgdpo_core.errors import ConfigError, HGDPOError, InputError, ModelError
 from hgdpo_core.images import decode_image, encode_image
 from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.prompts import Sample, image_seed, prompt_id
+from hgdpo_core.prompts.concepts import Concept, crop_face, load_concept, read_concepts, save_concept
 from hgdpo_core.report.summary import write_comparison_report
-from hgdpo_core.scorers import load_scorer
+from hgdpo_core.run.comparison import open_comparison, plan_comparison
+from hgdpo_core.scorers import identity, load_scorer
 from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.identities import SCHEMA, IdentityStage, read_distances
 from hgdpo_core.stages.pool import SCHEMA as POOL_SCHEMA

@@ -10,9 +10,8 @@ import tiny_adapters
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from hgdpo_core import identity
-from hgdpo_core.comparison_run import open_people
 from hgdpo_core.config import ConceptsConfig, PersonaliserConfig, TargetConfig
+from hgdpo_core.config.presets import sd15
 from hgdpo_core.errors import ConfigError, HGDPOError, InputError, ModelError, StoppedError
 from hgdpo_core.execution.runner import InProcess
 from hgdpo_core.figures.identities import draw_people, draw_view
@@ -20,7 +19,8 @@ from hgdpo_core.models import find_model
 from hgdpo_core.models.personaliser import find_adapter
 from hgdpo_core.models.published import publish_model
 from hgdpo_core.personalise import encode_people, open_personalise, plan_personalise, train_adapter, write_summary
-from hgdpo_core.presets import sd15
+from hgdpo_core.run.comparison import open_people
+from hgdpo_core.scorers import identity
 from hgdpo_core.stages import STAGES
 from hgdpo_core.storage import Store
 

@@ -30,12 +30,12 @@ from training_cases import train_dpo, train_sft
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig
+from hgdpo_core.config.presets import sd15
 from hgdpo_core.devices import cpu_has_fast_bfloat16, resolve_dtype
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import Conditioning, Model, find_model, load_pipeline
 from hgdpo_core.models.files import SD15_CONFIGS
-from hgdpo_core.presets import sd15
 from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
 from hgdpo_core.stages.pool import plan_pool

@@ -17,7 +17,7 @@ from pathlib import Path
 from flows.cli import main
 from hgdpo_core.figures import foreign_path, inspector_path, judge_path, labeller_path, target_path
 from hgdpo_core.pair_sets.words import load_words
-from hgdpo_core.presets import build_config
+from hgdpo_core.config.presets import build_config
 for folder in (foreign_path(), inspector_path(), judge_path(), labeller_path(), target_path()):
     assert list(folder.rglob("*.safetensors")), folder
 assert (Path(deployments).parent / "prefect.yaml").is_file() and load_words().is_human("a man")

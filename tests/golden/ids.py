@@ -21,7 +21,6 @@ import pyarrow as pa
 from hgdpo_core.ablate.arms import arm_config, base_arm
 from hgdpo_core.ablate.measure import _arm_id as arm_id
 from hgdpo_core.ablate.program import Shared, open_ablation
-from hgdpo_core.comparison_run import open_comparison
 from hgdpo_core.config import (
     DpoConfig,
     EvaluationConfig,
@@ -34,13 +33,14 @@ from hgdpo_core.config import (
     TripletConfig,
 )
 from hgdpo_core.config.base import apply_overrides
+from hgdpo_core.config.presets import build_config, sd15
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.image_sets import ImageSet, read_image_set
 from hgdpo_core.models import Lora, Model, find_model
 from hgdpo_core.models.fingerprints import fingerprint_path
-from hgdpo_core.presets import build_config, sd15
 from hgdpo_core.prompts import clean_prompts
 from hgdpo_core.run import open_run
+from hgdpo_core.run.comparison import open_comparison
 from hgdpo_core.scorers import find_scorer
 from hgdpo_core.stages.distances import distance_folder
 from hgdpo_core.stages.features import feature_folder

@@ -20,8 +20,8 @@ from flows.rescore import hgdpo_rescore
 from flows.study import hgdpo_study
 from flows.study_command import STUDY_COMMANDS
 from hgdpo_core.ablate.settings import AblationConfig, Comparison
+from hgdpo_core.config.presets import INSTANTBOOTH, PRESETS
 from hgdpo_core.errors import StoppedError
-from hgdpo_core.presets import INSTANTBOOTH, PRESETS
 from tasks.handover import handed_over, take_opened
 
 FLOWS = {"run": (hgdpo, p.RUN), "evaluate": (hgdpo_evaluate, p.EVALUATE), "ablate": (hgdpo_ablate, p.ABLATE),

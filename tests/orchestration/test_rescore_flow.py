@@ -18,8 +18,8 @@ from flows.children import ShardRunsError
 from flows.cli import main
 from flows.rescore import hgdpo_rescore
 from hgdpo_core import scorers
+from hgdpo_core.config.presets import figures
 from hgdpo_core.execution.jobs import cut, run_shards, write_recipe
-from hgdpo_core.presets import figures
 from hgdpo_core.rescore import score_missing
 from hgdpo_core.rescore.plan import plan_requested
 from hgdpo_core.storage import Store

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hgdpo_core.concepts import Concept
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.config.concepts import PersonaliserConfig
 from hgdpo_core.models import Backbone, find_model, load_backbone
 from hgdpo_core.models.personaliser import PersonalText, find_adapter, personalise
 from hgdpo_core.models.sampling import initial_noise, sample_latents
 from hgdpo_core.prompts import Sample
+from hgdpo_core.prompts.concepts import Concept
 from hgdpo_core.statistics.intervals import mean_interval
 
 from .. import inspector_path, target_path

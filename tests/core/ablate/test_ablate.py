@@ -18,9 +18,9 @@ from hgdpo_core.ablate.cost import plan_ablation
 from hgdpo_core.ablate.measure import ArmRecord, measure_rank_distances, run_arm
 from hgdpo_core.ablate.program import open_ablation, prepare_shared
 from hgdpo_core.ablate.settings import AblationConfig
+from hgdpo_core.config.presets import figures, sd15
 from hgdpo_core.errors import ConfigError, StoppedError
 from hgdpo_core.execution.runner import InProcess
-from hgdpo_core.presets import figures, sd15
 from hgdpo_core.scorers import pickscore
 from hgdpo_core.statistics.intervals import Estimate
 from hgdpo_core.storage.shards import ShardFolder

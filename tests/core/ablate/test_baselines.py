@@ -16,8 +16,8 @@ from hgdpo_core.ablate.measure import run_trials
 from hgdpo_core.ablate.program import open_ablation, prepare_shared
 from hgdpo_core.ablate.settings import AblationConfig
 from hgdpo_core.config.pair_source import PairSource
+from hgdpo_core.config.presets import figures, sd15
 from hgdpo_core.errors import ConfigError, InputError
-from hgdpo_core.presets import figures, sd15
 
 TRIALS = [[1.0, 1.0], [3.0, 0.5]]
 OTHERS = ("our-pickapic", "our-pickapic (H)", "SFT on winners", "AlignProp", "DPO, beta x4")

@@ -14,12 +14,12 @@ from diffusers import StableDiffusionPipeline
 from flows.cli import main
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.config.base import apply_overrides
+from hgdpo_core.config.presets import figures, sd15
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StorageError
 from hgdpo_core.export import export_run, push_folder
 from hgdpo_core.models import Model, find_model, load_backbone, load_pipeline
 from hgdpo_core.models.lora import add_lora, save_lora
 from hgdpo_core.models.published import publish_model
-from hgdpo_core.presets import figures, sd15
 from hgdpo_core.report.model_card import FIELDS, TO_FILL_IN, public_name, render_card
 from hgdpo_core.storage import Store
 

@@ -12,19 +12,19 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from hgdpo_core import built_in, figures
 from hgdpo_core.ablate.personal import personal_run
 from hgdpo_core.ablate.program import open_ablation
-from hgdpo_core.comparison_run import open_comparison
-from hgdpo_core.concepts import read_concepts
 from hgdpo_core.config import InstantBoothConfig, JudgeConfig, PersonaliserConfig, TargetConfig
 from hgdpo_core.figures.concepts import concept_prompts, write_people
 from hgdpo_core.figures.identities import CONCEPT_WORD
 from hgdpo_core.figures.identity_judge import IdentityNetwork, save_identity_judge
 from hgdpo_core.figures.people import parse_caption
-from hgdpo_core.identity import find_judge, load_judge
 from hgdpo_core.models import find_model, load_backbone
 from hgdpo_core.models.instantbooth import ImageEncoder, save_instantbooth
 from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.models.personaliser import find_adapter
 from hgdpo_core.prompts import PERSON
+from hgdpo_core.prompts.concepts import read_concepts
+from hgdpo_core.run.comparison import open_comparison
+from hgdpo_core.scorers.identity import find_judge, load_judge
 from hgdpo_core.storage import Store
 from hgdpo_core.training.instantbooth import attach_new
 

@@ -5,7 +5,6 @@ import hashlib
 import numpy as np
 import pytest
 
-from hgdpo_core.concepts import read_concepts
 from hgdpo_core.config import JudgeConfig, PersonaliserConfig, TargetConfig
 from hgdpo_core.figures import identity_path, personaliser_path, render, sample_figure, target_path
 from hgdpo_core.figures.concepts import write_people
@@ -20,9 +19,10 @@ from hgdpo_core.figures.identities import (
 )
 from hgdpo_core.figures.make.personaliser_evaluation import AMONG, draw_cases, evaluate_personaliser
 from hgdpo_core.figures.people import caption, parse_caption
-from hgdpo_core.identity import embed_concept, load_judge
 from hgdpo_core.models import find_model
 from hgdpo_core.models.personaliser import find_adapter
+from hgdpo_core.prompts.concepts import read_concepts
+from hgdpo_core.scorers.identity import embed_concept, load_judge
 
 GOLDEN = "33e1350877262d57ba260951ad75ef70de6f58696d1a1ca3884128b2c1b89773"
 

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from hgdpo_core.concepts import read_concepts
 from hgdpo_core.config import InstantBoothConfig, PersonaliserConfig, PoolConfig, SamplerConfig, TargetConfig
 from hgdpo_core.errors import ModelError
 from hgdpo_core.images import decode_image
@@ -21,6 +20,7 @@ from hgdpo_core.models.instantbooth import CONFIG, ENCODER, WEIGHTS, ImageEncode
 from hgdpo_core.models.lora import add_lora
 from hgdpo_core.models.personaliser import find_adapter
 from hgdpo_core.prompts import Sample
+from hgdpo_core.prompts.concepts import read_concepts
 from hgdpo_core.training.instantbooth import attach_new
 
 SAMPLER = SamplerConfig(width=32, height=32, steps=3, guidance_scale=3.0)

@@ -12,7 +12,6 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from hgdpo_core.concepts import read_concepts
 from hgdpo_core.config import PersonaliserConfig, PoolConfig, SamplerConfig, TargetConfig
 from hgdpo_core.errors import ModelError
 from hgdpo_core.images import decode_image
@@ -23,6 +22,7 @@ from hgdpo_core.models.locations import find_located_model, model_locations
 from hgdpo_core.models.personaliser import find_adapter
 from hgdpo_core.models.sampling import make_scheduler
 from hgdpo_core.prompts import Sample
+from hgdpo_core.prompts.concepts import read_concepts
 from hgdpo_core.storage import Store
 
 SAMPLER = SamplerConfig(width=32, height=32, steps=3, guidance_scale=3.0)

@@ -9,12 +9,12 @@ import torch
 
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.config.base import apply_overrides
+from hgdpo_core.config.presets import figures
 from hgdpo_core.devices import default_device, resolve_dtype
 from hgdpo_core.errors import ConfigError, ModelError, StorageError
 from hgdpo_core.models import find_model, load_pipeline
 from hgdpo_core.models.lora import add_lora, save_lora
 from hgdpo_core.models.published import fetch_model, publish_model
-from hgdpo_core.presets import figures
 from hgdpo_core.run import open_run
 from hgdpo_core.storage import Store
 from hgdpo_core.training.parts import resolve_precision

@@ -12,6 +12,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, TripletConfig
 from hgdpo_core.config.base import content_hash
+from hgdpo_core.config.presets import figures
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.images import decode_image
@@ -19,7 +20,6 @@ from hgdpo_core.models import Conditioning, find_model, load_pipeline
 from hgdpo_core.models.lora import add_lora, save_lora
 from hgdpo_core.models.sampling import make_scheduler, match_statistics, sample_latents
 from hgdpo_core.models.sd15 import UnetDenoiser
-from hgdpo_core.presets import figures
 from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.pool import plan_pool, pool_settings
 from hgdpo_core.storage import Store

@@ -14,8 +14,8 @@ import pytest
 
 from hgdpo_core.config import PromptSource
 from hgdpo_core.config.base import apply_overrides
+from hgdpo_core.config.presets import build_config
 from hgdpo_core.errors import ConfigError, InputError, StorageError
-from hgdpo_core.presets import build_config
 from hgdpo_core.prompts import read_prompts
 from hgdpo_core.storage import Store
 

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from hgdpo_core.config.base import apply_overrides
-from hgdpo_core.presets import PRESETS, build_config, build_personalise_config
+from hgdpo_core.config.presets import PRESETS, build_config, build_personalise_config
 from hgdpo_core.rendering import settings
 from hgdpo_core.scorers import SCORERS
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hgdpo_core.config.presets import figures, sd15
 from hgdpo_core.errors import InputError
 from hgdpo_core.evaluate import Comparison
 from hgdpo_core.metrics import ColourShift, WinRate, rgb_to_hsv
-from hgdpo_core.presets import figures, sd15
 from hgdpo_core.rendering.charts import (
     BOTTOM,
     HISTOGRAMS,

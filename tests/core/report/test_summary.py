@@ -9,8 +9,8 @@ import pytest
 from hand_pools import HELD_OUT, PROMPTS, RATES, draw
 
 from hgdpo_core.config import ScorerConfig
+from hgdpo_core.config.presets import figures
 from hgdpo_core.evaluate import compare
-from hgdpo_core.presets import figures
 from hgdpo_core.prompts import prompt_id
 from hgdpo_core.report.summary import RankedData, _notes, write_comparison_report, write_run_report
 from hgdpo_core.scorers.towers import OPENAI_CLIP

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from hgdpo_core.config import ScorerConfig, WorkersConfig
+from hgdpo_core.config.presets import figures
 from hgdpo_core.errors import ConfigError
-from hgdpo_core.presets import figures
 from hgdpo_core.rescore.requested import RequestedScorer, requested_scorers, requested_workers
 from hgdpo_core.storage import Store
 

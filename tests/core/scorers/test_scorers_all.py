@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from hgdpo_core import scorers as scorers_package
 from hgdpo_core.config import ScorerConfig
 from hgdpo_core.config.base import apply_overrides
+from hgdpo_core.config.presets import sd15
 from hgdpo_core.errors import InputError, ModelError
-from hgdpo_core.presets import sd15
 from hgdpo_core.scorers import (
     ImageEmbedder,
     ImagePreparer,

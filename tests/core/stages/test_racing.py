@@ -10,6 +10,7 @@ import torch
 from hgdpo_core.ablate.settings import build_settings, check
 from hgdpo_core.config import PoolConfig, RaceCut, SamplerConfig, ScorerConfig, TargetConfig, TripletConfig
 from hgdpo_core.config.base import apply_overrides as override
+from hgdpo_core.config.presets import build_config
 from hgdpo_core.errors import ConfigError, ModelError, StoppedError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.images import decode_image
@@ -20,7 +21,6 @@ from hgdpo_core.models.sampling import initial_noise
 from hgdpo_core.pipeline import run_all, write_report
 from hgdpo_core.plan.planner import plan_run
 from hgdpo_core.plan.rates import measured
-from hgdpo_core.presets import build_config
 from hgdpo_core.prompts import PromptList, image_seed
 from hgdpo_core.rescore.plan import plan_requested
 from hgdpo_core.run import open_run

@@ -13,6 +13,7 @@ from tiny import SD15, tiny_unet
 from torch import nn
 
 from hgdpo_core.config import ScorerConfig, TargetConfig
+from hgdpo_core.config.presets import figures
 from hgdpo_core.errors import ConfigError, ModelError, StoppedError
 from hgdpo_core.models import Conditioning, find_model, load_backbone
 from hgdpo_core.models.ddpm import DdpmSchedule
@@ -21,7 +22,6 @@ from hgdpo_core.models.sampling import make_ddim, sample_with_gradient
 from hgdpo_core.models.sd15 import UnetDenoiser
 from hgdpo_core.pipeline import embed_prompts, run_all, train_lora, write_report
 from hgdpo_core.plan import plan_run
-from hgdpo_core.presets import figures
 from hgdpo_core.report.model_card import render_card
 from hgdpo_core.run import open_run
 from hgdpo_core.storage import Store

@@ -17,6 +17,7 @@ from training_cases import Pairs, config, train
 from hgdpo_core.built_in import SOURCE
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.config.base import apply_overrides
+from hgdpo_core.config.presets import figures
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.figures import caption
 from hgdpo_core.figures.dataset import render_batch, sample_figures, to_model_range
@@ -25,7 +26,6 @@ from hgdpo_core.models import find_model, load_backbone
 from hgdpo_core.models.ddpm import DdpmSchedule
 from hgdpo_core.models.lora import lora_state
 from hgdpo_core.models.sd15 import UnetDenoiser
-from hgdpo_core.presets import figures
 from hgdpo_core.training import dpo, lora
 from hgdpo_core.training.base import Hooks
 from hgdpo_core.training.loop import run_training

@@ -11,11 +11,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hgdpo_core.config import InstantBoothConfig, PersonaliserConfig, TargetConfig
 from hgdpo_core.errors import ConfigError, InputError, ModelError, StoppedError
-from hgdpo_core.identity import detector_fingerprint
 from hgdpo_core.image_sets.sets import read_image_set
 from hgdpo_core.models import find_model
 from hgdpo_core.models.instantbooth import ImageEncoder, find_image_encoder
 from hgdpo_core.models.personaliser import find_adapter
+from hgdpo_core.scorers.identity import detector_fingerprint
 from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.concept_latents import ConceptLatentStage, concept_latent_folder
 from hgdpo_core.storage import Store
@@ -153,7 +153,7 @@ def test_images_without_exactly_one_face_are_rejected_and_the_rest_train_an_adap
     store, model = Store(str(tmp_path / "root")), find_model(TargetConfig(source=str(target_folder), dtype="float32"))
     images = save_images(tmp_path / "images", ["a on woman", "a on man", "a on girl", "a on boy", "a woman",
                                                "a on man runs"])
-    monkeypatch.setattr("hgdpo_core.identity.faces.find_faces", faces_of)
+    monkeypatch.setattr("hgdpo_core.scorers.identity.faces.find_faces", faces_of)
     folder = concept_latent_folder(store, images, model, (32, 32), detector_fingerprint(None), "on")
     stage = ConceptLatentStage(images, folder, model)
     stage.make(Worker("cpu"))

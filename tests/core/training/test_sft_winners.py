@@ -10,12 +10,12 @@ from tiny import SD15, tiny_unet, trainable
 from training_cases import EMPTY, Pairs, sft_config
 
 from hgdpo_core.config import DpoConfig, WinnersConfig
+from hgdpo_core.config.presets import build_config
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.models import Conditioning
 from hgdpo_core.models.ddpm import draw_timesteps
 from hgdpo_core.models.lora import add_lora, lora_state
 from hgdpo_core.pipeline import run_all, write_report
-from hgdpo_core.presets import build_config
 from hgdpo_core.report.model_card import render_card
 from hgdpo_core.run import open_run
 from hgdpo_core.storage import Store

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hgdpo_core.config import DpoConfig, PoolConfig, SamplerConfig, SftConfig, TargetConfig
+from hgdpo_core.config.presets import figures
 from hgdpo_core.errors import ModelError, StoppedError
 from hgdpo_core.image_sets import read_image_set
 from hgdpo_core.images import decode_image, encode_image
@@ -13,7 +14,6 @@ from hgdpo_core.models import find_model
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.models.sd15 import KlCodec
-from hgdpo_core.presets import figures
 from hgdpo_core.prompts import image_seed
 from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder

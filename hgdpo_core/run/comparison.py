@@ -12,20 +12,20 @@ from typing import Any
 
 from hgdpo_core import __version__
 from hgdpo_core.built_in import SOURCE, concept_prompts, concept_settings, is_built_in, people_folder
-from hgdpo_core.concepts import ConceptList, read_concepts, save_concept
 from hgdpo_core.config import ComparisonConfig, ConceptsConfig, DrawingConfig, RunConfig, TargetConfig
 from hgdpo_core.config.base import apply_overrides, content_hash, validate
+from hgdpo_core.config.presets import DEFAULT_PRESET, PARTI_PROMPTS, build_config
 from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.evaluate import plan_evaluation
-from hgdpo_core.identity import face_finder, find_detector, locate_judge, needs_detector
 from hgdpo_core.models import Model, check_lora, find_model
 from hgdpo_core.models.files import is_lora
 from hgdpo_core.models.personaliser import find_adapter
-from hgdpo_core.presets import DEFAULT_PRESET, PARTI_PROMPTS, build_config
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
+from hgdpo_core.prompts.concepts import ConceptList, read_concepts, save_concept
 from hgdpo_core.prompts.syntax import check_syntax
 from hgdpo_core.run import shell_command
 from hgdpo_core.scorers import require_scorers
+from hgdpo_core.scorers.identity import face_finder, find_detector, locate_judge, needs_detector
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.roots import default_root
 

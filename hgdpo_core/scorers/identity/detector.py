@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hgdpo_core.identity.sessions import open_session
+from hgdpo_core.scorers.identity.sessions import open_session
 
 SIDE = 640
 STRIDES = (8, 16, 32)

@@ -9,7 +9,7 @@ from PIL import Image
 from hgdpo_core.built_in import SOURCE
 from hgdpo_core.figures.identities import CONCEPT_PX
 from hgdpo_core.figures.identity_judge import embed_people, load_identity_judge
-from hgdpo_core.identity.judges import Cut, IdentityJudge
+from hgdpo_core.scorers.identity.judges import Cut, IdentityJudge
 
 
 class FiguresJudge(IdentityJudge):

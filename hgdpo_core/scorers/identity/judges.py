@@ -20,12 +20,12 @@ from PIL import Image
 
 from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ModelError
-from hgdpo_core.identity.alignment import SIDE, align_face, crop_box
-from hgdpo_core.identity.detector import Face, FaceDetector
-from hgdpo_core.identity.inception_resnet import InceptionResnet
-from hgdpo_core.identity.sessions import first_operations, open_session
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.networks import check_finite, compare_shapes, shapes_of
+from hgdpo_core.scorers.identity.alignment import SIDE, align_face, crop_box
+from hgdpo_core.scorers.identity.detector import Face, FaceDetector
+from hgdpo_core.scorers.identity.inception_resnet import InceptionResnet
+from hgdpo_core.scorers.identity.sessions import first_operations, open_session
 from hgdpo_core.scorers.weights import read_tensors
 
 VGGFACE_SIDE = 160

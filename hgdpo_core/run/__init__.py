@@ -10,6 +10,7 @@ from hgdpo_core import __version__
 from hgdpo_core.built_in import find_images, is_built_in
 from hgdpo_core.config import RunConfig
 from hgdpo_core.config.base import apply_overrides, content_hash
+from hgdpo_core.config.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.devices import default_device
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.evaluate import refuse_seen_prompts
@@ -17,7 +18,6 @@ from hgdpo_core.image_sets import ImageSet, read_image_set
 from hgdpo_core.models import Model, find_model
 from hgdpo_core.pair_sets import PairSet
 from hgdpo_core.pair_sets.stand_ins import open_pairs
-from hgdpo_core.presets import DEFAULT_PRESET, build_config
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.syntax import check_syntax
 from hgdpo_core.scorers import find_scorer, require_scorers

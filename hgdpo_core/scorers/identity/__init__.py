@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hgdpo_core.built_in import SOURCE, find_identity_judge, is_built_in
-from hgdpo_core.concepts import Box, FindFaces
 from hgdpo_core.config import JudgeConfig
 from hgdpo_core.errors import ModelError
 from hgdpo_core.figures import faces
-from hgdpo_core.identity.detector import FaceDetector
-from hgdpo_core.identity.figures import FiguresJudge
-from hgdpo_core.identity.judges import (
+from hgdpo_core.models.fingerprints import fingerprint_path
+from hgdpo_core.prompts.concepts import Box, FindFaces
+from hgdpo_core.scorers.identity.detector import FaceDetector
+from hgdpo_core.scorers.identity.figures import FiguresJudge
+from hgdpo_core.scorers.identity.judges import (
     ArcFace,
     Cut,
     IdentityJudge,
@@ -25,8 +26,7 @@ from hgdpo_core.identity.judges import (
     embed_concept,
     identity_fingerprint,
 )
-from hgdpo_core.identity.sessions import require_onnxruntime
-from hgdpo_core.models.fingerprints import fingerprint_path
+from hgdpo_core.scorers.identity.sessions import require_onnxruntime
 from hgdpo_core.scorers.weights import find_weights
 
 DETECTOR, DETECTOR_REPOSITORY = "face_detection_yunet_2023mar.onnx", "opencv/face_detection_yunet"
