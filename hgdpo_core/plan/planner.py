@@ -90,7 +90,7 @@ class RecordedTuning(Tuned):
 
     def as_target(self, model: Model) -> Model:
         path = self.store.local_path(f"models/{self.model_id}") or model.path
-        return replace(model, path=path, fingerprint=self.fingerprint, vae=None, configs=None)
+        return replace(model, path=path, fingerprint=self.fingerprint, vae=None, configs=None, prediction_type=None)
 
 
 @dataclass(frozen=True)
