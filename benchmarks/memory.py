@@ -159,7 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--size", help="width x height in pixels; default: the preset's")
     options = parser.parse_args(arguments)
-    size = tuple(map(int, options.size.split("x"))) if options.size else None
+    width, _, height = (options.size or "").partition("x")
+    size = (int(width), int(height)) if options.size else None
     for row in rows(options.families, options.stages, size):
         print(row, flush=True)
     return 0
