@@ -1,10 +1,9 @@
 """Memory of the stages: counted weights of a model's files, activations per pixel, what fits a card."""
 
 import json
-import math
-import struct
 
 import pytest
+from headers import write_header
 
 from hgdpo_core.models import Model
 from hgdpo_core.plan.memory import ARCHITECTURES, CARDS, GIB, USED, estimate_memory
@@ -12,20 +11,6 @@ from hgdpo_core.presets import build_config
 
 TEXT = {"text_encoder": 123_060_480, "text_encoder_2": 694_659_840}
 CODEC, ATTENTION = 83_653_863, 1_451_520  # of SDXL's UNet, inputs and outputs of attention's linear layers
-
-
-def write_header(path, shapes):
-    """A .safetensors file of float16 tensors whose numbers take no room on the disk."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * math.prod(shape)
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    path.parent.mkdir()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
 
 
 @pytest.fixture
