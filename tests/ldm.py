@@ -114,12 +114,18 @@ def open_clip_state(encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in state.items()}
 
 
+def sdxl_state(unet: torch.nn.Module, vae: torch.nn.Module, text_encoder: torch.nn.Module,
+               text_encoder_2: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All weights as a Civitai file holds them."""
+    state = {sdxl_unet_key(name): tensor for name, tensor in unet.state_dict().items()}
+    state |= vae_state(vae) | open_clip_state(text_encoder_2)
+    return state | {f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}": tensor
+                    for name, tensor in text_encoder.state_dict().items()}
+
+
 def save_sdxl_file(pipeline: StableDiffusionXLPipeline, path: Path, *marks: str) -> Path:
     """One .safetensors file under the original names; `marks`: further keys, such as v_pred."""
-    state = {sdxl_unet_key(name): tensor for name, tensor in pipeline.unet.state_dict().items()}
-    state |= vae_state(pipeline.vae) | open_clip_state(pipeline.text_encoder_2)
-    state |= {f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}": tensor
-              for name, tensor in pipeline.text_encoder.state_dict().items()}
+    state = sdxl_state(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     state |= {mark: torch.zeros(0) for mark in marks}
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     return path

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hgdpo_core.config import TargetConfig
-from hgdpo_core.models import Model, find_model, load_pipeline
+from hgdpo_core.models import Model, find_model, load_backbone, load_pipeline
 from hgdpo_core.models.ddpm import DdpmSchedule
 from hgdpo_core.models.files import SD15_CONFIGS
 from hgdpo_core.models.lora import add_lora, save_lora
@@ -174,7 +174,7 @@ def save_judge(folder: Path, *, seed: int = 0) -> Path:
 
 def save_random_lora(folder: Path, target_folder: Path) -> Path:
     """A LoRA of a target folder that does something."""
-    unet = load_pipeline(find_model(TargetConfig(source=str(target_folder), dtype="float32"))).unet
+    unet: Any = load_backbone(find_model(TargetConfig(source=str(target_folder), dtype="float32"))).denoiser.network
     add_lora(unet, 4, seed=0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in unet.named_parameters():

@@ -56,8 +56,11 @@ class TargetConfig(StageConfig):
     revision: str | None = Field(default=None, description="commit, branch or tag of a hub id")
     vae: str | None = Field(default=None, description="replaces the target's: diffusers folder, single file or hub id")
     component_configs: str | None = Field(
-        default=None, description="diffusers folder with the component configs and tokenizer of a single file (needed "
-                                  "for v-prediction); default: Stable Diffusion 1.5's, which come with this package")
+        default=None, description="diffusers folder with the component configs and tokenizer of a single file; "
+                                  "default: those of its family, which come with this package")
+    prediction_type: Annotated[Literal["epsilon", "v_prediction"] | None, ADDED] = Field(
+        default=None, description="what the model of a single file predicts; default: as its keys say (v_pred, of "
+        "SDXL), or NAME.yaml beside it, as A1111 and Forge read it, else its component configs")
     family: Annotated[str | None, NO_ID] = Field(
         default=None, description="sd15 or sdxl: a model of another family is refused; default: as its files say")
     negative_prompt: str = Field(default="", description="what guidance leads away from")

@@ -325,6 +325,10 @@ class FileFamily(Family, Protocol):
         """As `check_folder`, for a single file that is read with these configs."""
         ...
 
+    def prediction_of_keys(self, path: Path) -> str | None:
+        """What a single file's keys say that it predicts, "v_prediction" for example; None where they do not."""
+        ...
+
 
 FAMILIES: dict[str, Family] = {}
 """By name; `models/__init__.py` enters ours."""

@@ -1,11 +1,10 @@
 """The files of a target model, its VAE and its component configs: found, checked and fingerprinted without loading."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import snapshot_download
@@ -20,13 +19,20 @@ from hgdpo_core.models.fingerprints import fingerprint_path, refuse_special_file
 from hgdpo_core.models.hub import find_or_download, looks_like_hub_id
 from hgdpo_core.models.lora_files import LORA_NAME, is_lora, lora_file
 from hgdpo_core.models.networks import check_component, check_single_networks, check_single_vae
+from hgdpo_core.models.prediction import check_prediction, default_prediction, find_prediction
 from hgdpo_core.models.tokenizers import check_tokenizer, load_clip_tokenizer
-from hgdpo_core.models.weight_files import INPUT_CHANNELS, TEXT_WIDTHS, WEIGHT_SUFFIXES, TensorInfo, read_tensor_infos
+from hgdpo_core.models.weight_files import (
+    INPUT_CHANNELS,
+    TEXT_WIDTHS,
+    WEIGHT_SUFFIXES,
+    TensorInfo,
+    read_config,
+    read_tensor_infos,
+)
 
 __all__ = ["LORA_NAME", "PARTS", "SD15_CONFIGS", "TargetFiles", "check_channels", "find_files", "first_line", "is_lora",
            "lora_file", "looks_like_hub_id", "read_config"]
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 SD15_CONFIGS = Path(__file__).parent / "sd15"
 PARTS = ("unet", "vae", "text_encoder")
 TITLES = {"sd15": "a model of the SD 1.5 family", "sdxl": "a model of the Stable Diffusion XL family"}
@@ -41,11 +47,20 @@ class TargetFiles:
     configs: Path | None
     commit: str | None
     """Of a model from the hub."""
+    prediction_type: str | None = None
+    """Of a single file, where a setting or a yaml beside it says so."""
+    default_prediction: str | None = None
+    """What its keys and configs say."""
 
     def fingerprint(self) -> str:
-        """The commit of a hub model or sha256 of the weights; with a VAE or configs of its own, a hash of them all."""
+        """The commit of a hub model or sha256 of the weights; with a VAE or configs of its own, a hash of them all.
+
+        And of what it predicts, where that is not what its keys and configs say.
+        """
         weights = self.commit or fingerprint_path(self.path)
         others = {name: fingerprint_path(path) for name, path in (("vae", self.vae), ("configs", self.configs)) if path}
+        if self.prediction_type not in (None, self.default_prediction):
+            others["prediction_type"] = self.prediction_type
         return content_hash({"weights": weights, **others}, length=64) if others else weights
 
 
@@ -64,14 +79,15 @@ def find_files(config: TargetConfig) -> TargetFiles:
         shipped = cast(FileFamily, family).configs
         configs = Path(config.component_configs).expanduser() if config.component_configs else shipped
         refuse_special_files(configs)
-    elif config.component_configs:
-        raise ModelError(f"target.component_configs is for a single file, and {path} is a folder with its own: "
-                         "leave it out")
-    if configs is not None:
-        cast(FileFamily, family).check_file(path, configs, own_vae=vae is None)
-    else:
+    elif alone := next((name for name in ("component_configs", "prediction_type") if getattr(config, name)), None):
+        raise ModelError(f"target.{alone} is for a single file, and {path} is a folder with its own: leave it out")
+    if configs is None:
         family.check_folder(path, own_vae=vae is None)
-    return TargetFiles(path, _find_vae(vae) if vae else None, configs, commit)
+        return TargetFiles(path, _find_vae(vae) if vae else None, None, commit)
+    cast(FileFamily, family).check_file(path, configs, own_vae=vae is None)
+    default = cast(FileFamily, family).prediction_of_keys(path) or default_prediction(configs)
+    return TargetFiles(path, _find_vae(vae) if vae else None, configs, commit,
+                       find_prediction(path, config.prediction_type, default), default)
 
 
 def refuse_other_family(path: Path, expected: str | None) -> None:
@@ -159,10 +175,7 @@ def check_pipeline_configs(path: Path) -> None:
     if width in TEXT_WIDTHS:
         raise ModelError(f"{path} is {TEXT_WIDTHS[width]} (its UNet reads text {width} wide): expected a model of the "
                          "SD 1.5 family")
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    prediction = read_config(scheduler).get("prediction_type", "epsilon") if scheduler.exists() else None
-    if prediction not in PREDICTION_TYPES:
-        raise ModelError(f"{path} predicts {prediction!r}: expected {' or '.join(PREDICTION_TYPES)}")
+    check_prediction(path)
     vocabulary = read_config(path / "text_encoder" / "config.json").get("vocab_size")
     tokenizer = load_clip_tokenizer(path / "tokenizer")
     check_tokenizer(path / "tokenizer", lambda text: tokenizer(text).input_ids, vocabulary)
@@ -174,16 +187,3 @@ def check_channels(path: Path, channels: int, latent_channels: int) -> None:
         what = f" ({INPUT_CHANNELS[channels]} cannot be tuned here)" if channels in INPUT_CHANNELS else ""
         raise ModelError(f"the UNet of {path} takes {channels} input channels: expected the {latent_channels} of its "
                          f"VAE's latents{what}")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A component's JSON config; ModelError where it is missing or no JSON object."""
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: expected a folder saved by diffusers' save_pretrained") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {first_line(error)}; get it again") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds no JSON object: get it again")
-    return config

@@ -89,7 +89,9 @@ def model_locations(store: Store, model: Model, *, copy_to_store: bool) -> dict[
     on_hub = Location(source=model.hub_id, revision=model.fingerprint).model_dump() if model.hub_id else None
     package = Path(__file__).parent.resolve()  # such configs are on every worker
     shipped = model.configs is None or model.configs.resolve().parent == package
-    planned = {"auto_dtype": True} if model.auto_dtype else {}
+    planned: dict[str, Any] = {"auto_dtype": True} if model.auto_dtype else {}
+    if model.prediction_type:  # the yaml beside a single file is not copied with it
+        planned["prediction_type"] = model.prediction_type
     adapter = model.personaliser
     personal = {"personaliser": {"config": adapter.config.model_dump(mode="json"), "source": locate(adapter.path),
                                  "image_encoder": locate(adapter.image_encoder)}} if adapter else {}
@@ -104,6 +106,7 @@ def find_located_model(store: Store, identity: Mapping[str, Any], recipe: Mappin
                     for name in ("vae", "configs"))
     model = find_model(TargetConfig(
         source=location.locate(store), revision=location.revision, vae=vae, component_configs=configs,
+        prediction_type=recipe.get("prediction_type"),
         dtype=identity["dtype"], clip_skip=identity["clip_skip"], negative_prompt=identity.get("negative_prompt", "")))
     model = replace(model, **recorded_syntax(identity), auto_dtype=recipe.get("auto_dtype", False))
     refuse_other_model("target", model.fingerprint, identity["fingerprint"])

@@ -19,6 +19,7 @@ from hgdpo_core.models.hub import quiet_transformers
 from hgdpo_core.models.lora_files import apply_lora, lora_file
 from hgdpo_core.models.networks import check_finite, empty_network
 from hgdpo_core.models.personaliser import Adapter
+from hgdpo_core.models.prediction import scheduler_with
 from hgdpo_core.models.text_weights import read_flat_text_encoder, use_encoder_length
 
 BROKEN = "the weights are broken (or, in float16, overflow: set target.dtype to float32)"
@@ -52,6 +53,8 @@ class Model:
     """What replaces the model's own VAE: an AutoencoderKL folder or a single file; part of the fingerprint."""
     configs: Path | None = None
     """Component configs and tokenizer of a single file; part of the fingerprint."""
+    prediction_type: str | None = None
+    """Of a single file, where a setting or a yaml says so; part of the fingerprint where its keys do not."""
     personaliser: Adapter | None = None
     """What reads the concepts of samples; None for a model that reads prompts alone."""
     auto_dtype: bool = field(default=False, compare=False)
@@ -80,6 +83,10 @@ class Model:
         both: dict[str, PromptSyntax] = {"prompt_syntax": self.prompt_syntax, "negative_syntax": negative}
         return {name: syntax for name, syntax in both.items() if syntax != "plain"}
 
+    def schedule(self) -> dict[str, Any]:
+        """Settings of the scheduler that are not of a single file's keys and configs."""
+        return {"prediction_type": self.prediction_type} if self.prediction_type else {}
+
     def reading(self, syntax: PromptSyntax) -> "Model":
         """The same model for prompts written in another syntax; its negative prompt is read as before."""
         return replace(self, prompt_syntax=syntax)
@@ -97,7 +104,8 @@ def find_model(config: TargetConfig) -> Model:
     files = find_files(config)
     return Model(path=files.path, fingerprint=files.fingerprint(), dtype=resolve_dtype(config.dtype),
                  negative_prompt=config.negative_prompt, clip_skip=config.clip_skip, vae=files.vae,
-                 configs=files.configs, hub_id=config.source if files.commit and not files.vae else None,
+                 configs=files.configs, prediction_type=files.prediction_type,
+                 hub_id=config.source if files.commit and not files.vae else None,
                  prompt_syntax=config.prompt_syntax, negative_syntax=config.prompt_syntax,
                  auto_dtype=config.dtype == "auto")
 
@@ -122,7 +130,8 @@ class PipelineKind:
 
 SD15 = PipelineKind("Stable Diffusion 1.5", StableDiffusionPipeline, SD15_CONFIGS, check_files,
                     {"safety_checker": None, "requires_safety_checker": False}, {"text_encoder": "tokenizer"},
-                    lambda model, dtype: read_flat_text_encoder(model.path, str(model.configs), dtype))
+                    lambda model, dtype: (read_flat_text_encoder(model.path, str(model.configs), dtype)
+                                          | scheduler_with(model.configs or SD15_CONFIGS, model.schedule())))
 
 
 def check_lora_of(model: Model, path: Path, kind: PipelineKind) -> None:

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import EulerDiscreteScheduler
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from hgdpo_core.errors import ModelError
-from hgdpo_core.models.files import PREDICTION_TYPES, check_channels, read_config
+from hgdpo_core.models.files import check_channels
 from hgdpo_core.models.networks import (
     UNREAD_TEXT,
     below,
@@ -20,8 +19,17 @@ from hgdpo_core.models.networks import (
     expected_shapes,
     plain_names,
 )
+from hgdpo_core.models.prediction import check_prediction
 from hgdpo_core.models.tokenizers import check_tokenizer, load_clip_tokenizer
-from hgdpo_core.models.weight_files import INPUT_CHANNELS, UNET, VAE, WEIGHT_SUFFIXES, TensorInfo, read_tensor_infos
+from hgdpo_core.models.weight_files import (
+    INPUT_CHANNELS,
+    UNET,
+    VAE,
+    WEIGHT_SUFFIXES,
+    TensorInfo,
+    read_config,
+    read_tensor_infos,
+)
 
 CONFIGS = Path(__file__).parent / "sdxl"
 PIPELINE = "StableDiffusionXLPipeline"
@@ -117,24 +125,14 @@ def check_configs(path: Path) -> None:
     if sizes != SIZES_READ * unet.get("addition_time_embed_dim", 0):
         raise ModelError(f"the UNet of {path} does not read a pooled embedding of {second.get('projection_dim')} and "
                          f"{SIZES_READ} sizes: {EXPECTED}")
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    prediction = read_config(scheduler).get("prediction_type", "epsilon") if scheduler.exists() else None
-    if prediction not in PREDICTION_TYPES:
-        raise ModelError(f"{path} predicts {prediction!r}: expected {' or '.join(PREDICTION_TYPES)}")
+    check_prediction(path)
     for part, config in (("tokenizer", first), ("tokenizer_2", second)):
         tokenizer = load_clip_tokenizer(path / part)
         check_tokenizer(path / part, lambda text, read=tokenizer: read(text).input_ids, config.get("vocab_size"))
 
 
-def scheduler_of(path: Path, configs: Path) -> dict[str, Any]:
-    """The `scheduler` of a single file that says by its keys that it predicts v, or has zero terminal SNR; else {}."""
+def schedule_of_keys(path: Path) -> dict[str, Any]:
+    """Settings of the scheduler that a single file states by its keys: that it predicts v, zero terminal SNR."""
     names = read_tensor_infos(path).keys()
-    settings: dict[str, Any] = {}
-    if V_PREDICTION in names:
-        settings["prediction_type"] = "v_prediction"
-    if ZERO_SNR in names:
-        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if not settings:
-        return {}
-    return {"scheduler": EulerDiscreteScheduler.from_config(
-        {**read_config(configs / "scheduler" / "scheduler_config.json"), **settings})}
+    stated = {"prediction_type": "v_prediction"} if V_PREDICTION in names else {}
+    return stated | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if ZERO_SNR in names else {})

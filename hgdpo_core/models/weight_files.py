@@ -11,7 +11,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors import safe_open
 
-from hgdpo_core.errors import ModelError
+from hgdpo_core.errors import ModelError, first_line
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
@@ -33,6 +33,19 @@ OTHER_FAMILIES = {"conditioner.embedders.": "Stable Diffusion XL", TEXT_ENCODER 
                   "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "Flux"}
 TEXT_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 INPUT_CHANNELS = {9: "an inpainting model", 8: "an image-editing model"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A component's JSON config; ModelError where it is missing or no JSON object."""
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: expected a folder saved by diffusers' save_pretrained") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {first_line(error)}; get it again") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds no JSON object: get it again")
+    return config
 
 
 class TensorInfo(NamedTuple):

@@ -16,6 +16,7 @@ from hgdpo_core.models.published import fetch_model, find_record
 from hgdpo_core.models.sizes import model_size
 from hgdpo_core.pipeline import make_all
 from hgdpo_core.plan import rates
+from hgdpo_core.plan.memory import estimate_memory
 from hgdpo_core.plan.rates import Rate
 from hgdpo_core.plan.table import RunPlan, StagePlan
 from hgdpo_core.plan.training import PlannedTraining
@@ -54,6 +55,7 @@ def plan_run(run: Run, *, with_probe: bool = False) -> RunPlan:
         notes.append("a time is not known (?) if the root holds no such work yet: --probe (in a flow: probe) loads the "
                      "models and times a batch of each stage on this machine")
     notes += [*runner.lengths, *runner.advice]
+    notes += [stage.describe() for stage in estimate_memory(run.config, run.target)]
     if runner.assumed_image_bytes:
         notes.append(f"bytes of images are assumed, {rates.BYTES_PER_PIXEL[run.config.pool.image_format]} per pixel in "
                      f"{run.config.pool.image_format}")
@@ -90,7 +92,7 @@ class RecordedTuning(Tuned):
 
     def as_target(self, model: Model) -> Model:
         path = self.store.local_path(f"models/{self.model_id}") or model.path
-        return replace(model, path=path, fingerprint=self.fingerprint, vae=None, configs=None)
+        return replace(model, path=path, fingerprint=self.fingerprint, vae=None, configs=None, prediction_type=None)
 
 
 @dataclass(frozen=True)

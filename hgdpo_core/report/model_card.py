@@ -11,11 +11,15 @@ from urllib.parse import urlsplit
 
 from hgdpo_core.built_in import DATA_SET, FOREIGN_SOURCE, is_built_in
 from hgdpo_core.config import UNKNOWN_LICENCE, RunConfig
+from hgdpo_core.models.backbone import DEFAULT_FAMILY
 from hgdpo_core.models.files import looks_like_hub_id
+from hgdpo_core.models.weight_files import WEIGHT_SUFFIXES
 from hgdpo_core.rendering.parts import describe_rate, signed, signed_interval
 from hgdpo_core.scorers import scorer_title
 from hgdpo_core.training.objective import find_objective
 
+TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
+FILE_PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 EXAMPLE_PROMPT = "a woman with brown hair in a white top, smiling, in a park"
 TO_FILL_IN = "TO FILL IN"
 FIELDS = {
@@ -62,12 +66,12 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
         f"{_made_by(config, summary)}.\n",
         "## Files\n",
         "- `pytorch_lora_weights.safetensors`: for diffusers, `pipeline.load_lora_weights(folder)`",
-        f"- `{kohya_name}`: the same for AUTOMATIC1111 and ComfyUI (put it among their LoRAs)",
+        f"- `{kohya_name}`: the same for AUTOMATIC1111, Forge and ComfyUI (put it among their LoRAs)",
         *(["- `base/`: the fine-tuned model, a whole diffusers pipeline. The LoRA was trained and evaluated on it; "
            f"on {target} itself its results differ"] if tuned else []),
         *([f"- `pipeline/`: a whole diffusers pipeline with the LoRA merged in at weight {weight:g}"] if fused else []),
         f"\nUse it at weight {weight:g}: all results below are at this weight.\n",
-        _code("base" if tuned else "path/to/the/target" if target != config.target.source else target, weight),
+        _code(config, weight, fine_tuned=tuned),
         "## To be filled in before publishing\n", _fields(config),
         "## Data\n", _data(config, summary), "## Results\n", _results(summary), USE, *_colour_limit(config),
         "## Settings\n", f"```json\n{json.dumps(_settings(config), indent=1)}\n```",
@@ -113,7 +117,7 @@ def _front_matter(config: RunConfig, summary: Mapping[str, Any], *, fine_tuned: 
     method = (name, "foreign-pairs") if config.pairs is not None else ("hg-dpo", name) if name == "dpo" else (name,)
     lines = ["license: unknown", "library_name: diffusers", "pipeline_tag: text-to-image", "widget:",
              f"- text: {EXAMPLE_PROMPT}", "tags:",
-             *(f"- {tag}" for tag in ("lora", "stable-diffusion", "text-to-image", "diffusers", *method))]
+             *(f"- {tag}" for tag in ("lora", TAGS[_family(config)], "text-to-image", "diffusers", *method))]
     if config.pairs is not None and summary["foreign_pairs"]["on_hub"]:
         lines += ["datasets:", f"- {summary['foreign_pairs']['data_set']}"]
     source, name = config.target.source, public_name(config.target.source)
@@ -122,11 +126,19 @@ def _front_matter(config: RunConfig, summary: Mapping[str, Any], *, fine_tuned: 
     return "---\n" + "\n".join(lines) + "\n---\n"
 
 
-def _code(base: str, weight: float) -> str:
-    return f"""```python
-from diffusers import DiffusionPipeline
+def _family(config: RunConfig) -> str:
+    return config.target.family or DEFAULT_FAMILY
 
-pipeline = DiffusionPipeline.from_pretrained("{base}").to("cuda")
+
+def _code(config: RunConfig, weight: float, *, fine_tuned: bool) -> str:
+    source, name, load = config.target.source, "DiffusionPipeline", "from_pretrained"
+    if not fine_tuned and source.endswith(WEIGHT_SUFFIXES):
+        name, load = FILE_PIPELINES[_family(config)], "from_single_file"
+    base = "base" if fine_tuned else source if source == public_name(source) else "path/to/the/target"
+    return f"""```python
+from diffusers import {name}
+
+pipeline = {name}.{load}("{base}").to("cuda")
 pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors", adapter_name="hgdpo")
 pipeline.set_adapters(["hgdpo"], [{weight:g}])
 image = pipeline("{EXAMPLE_PROMPT}").images[0]

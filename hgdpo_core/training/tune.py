@@ -47,7 +47,8 @@ class Tuned:
 
     def as_target(self, model: Model) -> Model:
         """The fine-tuned model, whose folder holds every part, with the target's own text and precision settings."""
-        return replace(model, path=self.path, fingerprint=fingerprint_path(self.path), vae=None, configs=None)
+        return replace(model, path=self.path, fingerprint=fingerprint_path(self.path), vae=None, configs=None,
+                       prediction_type=None)
 
 
 def tune(kind: str, model: Model, latents: ShardFolder, indices: Sequence[int], config: TrainingConfig,

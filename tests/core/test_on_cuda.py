@@ -4,10 +4,6 @@ The host may wait once a batch or a step for a number, and once a batch for the 
 two steps of sampling. Copies to the GPU come before a batch's or step's first operation, when nothing is queued.
 """
 
-from collections import Counter
-from contextlib import contextmanager
-from dataclasses import replace
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,16 +11,16 @@ import tiny
 import tiny_scorers
 import torch
 from golden import scorer_inputs
+from on_cuda import SAMPLER, check_steps, drawn, on_cpu
 from PIL import Image
 from training_cases import all_weights, config, sft_config, train, train_images, weights
 
-from hgdpo_core.config import DpoConfig, PoolConfig, SamplerConfig, TargetConfig
+from hgdpo_core.config import DpoConfig, TargetConfig
 from hgdpo_core.figures import prompts as figures_prompts
 from hgdpo_core.figures.dataset import write_image_folder
 from hgdpo_core.image_sets import read_image_set
-from hgdpo_core.images import decode_image, encode_image
+from hgdpo_core.images import encode_image
 from hgdpo_core.models import find_model
-from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.scorers import load_scorer
 from hgdpo_core.stages.base import Worker
 from hgdpo_core.stages.image_latents import ImageLatentStage, image_latent_folder
@@ -34,28 +30,9 @@ from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.tune import tune
 from hgdpo_core.training.validation import Validation, validation_steps
 
-PROMPTS = ["a woman in a red top", "a (man:1.4) in a blue top BREAK a beach"]
-SAMPLER = SamplerConfig(width=32, height=32, steps=2, guidance_scale=4.0)
-POOL = PoolConfig(images_per_prompt=2, prompts_per_shard=2, batch_size=2)
-
 
 def find(folder, dtype="float32", syntax="plain"):
     return find_model(TargetConfig(source=str(folder), dtype=dtype, prompt_syntax=syntax, negative_prompt="a dog"))
-
-
-def drawn(model, device, log=None, sampler=SAMPLER):
-    """Pixels of two batches, of which the log is; with it, once more in another number of steps."""
-    generator = ImageGenerator(model, sampler, POOL, device)
-    pixels = []
-    for steps in (sampler.steps, 1) if log is not None else (sampler.steps,):
-        generator.sampler = sampler.model_copy(update={"steps": steps})
-        if log is not None:
-            log.clear()
-        pixels.append(np.stack([np.asarray(decode_image(row["image"])) for row in generator.generate(PROMPTS)]))
-        if log is not None:  # whatever the steps: whether latents are finite, and their pixels
-            assert log.values.total() <= log.to_host.total() == 2, log
-            assert log.to_device.total() <= 12, log  # noise, timesteps, both texts
-    return pixels[0].astype(int)
 
 
 @pytest.mark.parametrize(("dtype", "syntax"), [("float32", "a1111"), ("bfloat16", "plain")])
@@ -97,14 +74,6 @@ def test_the_inspector_stays_on_the_cpu(cuda):
     assert not cuda.waits and not cuda.to_device, cuda
 
 
-@contextmanager
-def on_cpu():
-    """Inside, trainings run on the CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HGDPO_DEVICE", "cpu")
-        yield
-
-
 @pytest.fixture
 def store(tmp_path):
     return Store(str(tmp_path / "store"))
@@ -140,21 +109,6 @@ def test_latents_are_waited_for_and_nothing_else_is(cuda, store, tmp_path, targe
         ours, theirs = (np.frombuffer(b"".join(folder.read(0)[name].to_pylist()), np.float32)
                         for folder in (on_gpu, on_cpu))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
-
-
-def check_steps(log, result, *, fp16):
-    """The host waits for the row of the log; under fp16 accelerate's scaler asks too whether to skip the step."""
-    log = replace(log, to_host=of_package(log.to_host), to_device=of_package(log.to_device))
-    steps = len(result.log)
-    assert log.values.total() == steps * (2 if fp16 else 1) and not log.to_host, log
-    once = ("training/loop.py", "models/averaging.py")  # the networks
-    inputs = Counter({place: n for place, n in log.to_device.items() if not any(name in place for name in once)})
-    assert inputs.total() <= steps * 12, log
-    assert not any("losses.py" in place for place in inputs), log  # those come when the predictions are queued
-
-
-def of_package(places):
-    return Counter({place: n for place, n in places.items() if place.startswith("hgdpo_core/")})
 
 
 @pytest.mark.parametrize(("precision", "autocast", "checkpointing"), [

@@ -7,14 +7,7 @@ In bfloat16 where the CPU multiplies it: one that emulates it takes hours, so th
 All but the SFT step (`-k "full_size and not sft"`) need a third of that. What was seen stands in docs/BENCHMARKS.md.
 """
 
-import gc
-import logging
 import math
-import resource
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ldm
@@ -23,6 +16,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from full_size import measured
 from PIL import Image
 from safetensors import safe_open
 from tiny import trainable
@@ -78,23 +72,6 @@ def location(tmp_path_factory) -> Path:
     pipeline.save_pretrained(location / "folder")
     ldm.save_single_file(pipeline, location / "single.safetensors")
     return location
-
-
-@contextmanager
-def measured(what: str) -> Iterator[None]:
-    """Log what a piece took: seconds by the clock and of the processor, the largest memory meanwhile (macOS: so far).
-    """
-    gc.collect()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-    start, used = time.monotonic(), time.process_time()
-    yield
-    seconds, used, status = time.monotonic() - start, time.process_time() - used, Path("/proc/self/status")
-    if status.exists():
-        peak = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    logging.info("%s: %.0f s, %.0f s of processor, peak memory %.2f GiB", what, seconds, used, peak / 2**30)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A plan lists what a run will make and what exists, and makes nothing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.models import Model
 from hgdpo_core.models.sizes import ModelSize, model_size
-from hgdpo_core.plan import plan_run, rates
+from hgdpo_core.plan import memory, plan_run, rates
 from hgdpo_core.plan.rates import Rate
 from hgdpo_core.plan.table import RunPlan, describe, readable_bytes, readable_time
 from hgdpo_core.run import open_run
@@ -55,6 +56,15 @@ def test_a_plan_says_what_auto_became_without_a_gpu(parameters, tmp_path, monkey
         changed = parameters | {"images": None, "overrides": parameters["overrides"] | {"target.dtype": dtype}}
         notes = plan(tmp_path / "root", changed).notes
         assert sum("target.dtype is auto, which is float32 on this machine" in note for note in notes) == said
+
+
+def test_memory_is_estimated_for_an_architecture_that_is_known(parameters, tmp_path, monkeypatch):
+    assert not any(note.startswith("memory of") for note in plan(tmp_path / "root", parameters).notes)
+    known = memory.ARCHITECTURES["sd15"]._replace(denoiser=model_size(Path(parameters["target"])).denoiser)
+    monkeypatch.setitem(memory.ARCHITECTURES, "sd15", known)
+    notes = [note for note in plan(tmp_path / "root", parameters).notes if note.startswith("memory of")]
+    assert [note.partition(",")[0].removeprefix("memory of ") for note in notes] == [
+        "latents of SFT", "SFT", "sampling", "latents of DPO", "DPO"]
 
 
 def test_an_empty_root_is_planned_and_stays_empty(parameters, tmp_path):

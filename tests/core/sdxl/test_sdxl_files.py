@@ -1,5 +1,6 @@
 """Files of Stable Diffusion XL: folders and single files, what they say of themselves, LoRAs for other tools."""
 
+import json
 import re
 
 import ldm
@@ -7,14 +8,17 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionXLPipeline
+from headers import write_header
 from safetensors.torch import load_file, save_file
 
 from hgdpo_core.config import TargetConfig
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models import find_model, load_backbone, load_pipeline
-from hgdpo_core.models.files import LORA_NAME
+from hgdpo_core.models.files import LORA_NAME, find_files
 from hgdpo_core.models.lora import add_lora, lora_state, save_lora, write_kohya_lora
+from hgdpo_core.models.networks import empty_network
 from hgdpo_core.models.sdxl import SDXL
+from hgdpo_core.models.sdxl_files import CONFIGS, PARTS, check_configs
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +85,20 @@ def test_a_file_that_is_not_whole_is_refused_by_its_header(pipeline, sdxl_folder
 
 
 def test_the_package_has_the_public_architecture(tmp_path):
-    """Without weights: the numbers of parameters that the public model has."""
-    import json
-
-    from hgdpo_core.models.networks import empty_network
-    from hgdpo_core.models.sdxl_files import CONFIGS, check_configs
-
+    """Without weights: the public model's numbers of parameters, and a file of its size under the original names."""
     check_configs(CONFIGS)
-    counts = {}
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        network = empty_network(CONFIGS, part, json.loads((CONFIGS / part / "config.json").read_text()))
-        counts[part] = sum(weight.numel() for weight in network.parameters())
+    networks = {part: empty_network(CONFIGS, part, json.loads((CONFIGS / part / "config.json").read_text()))
+                for part in PARTS}
+    counts = {part: sum(weight.numel() for weight in network.parameters()) for part, network in networks.items()}
     assert counts == {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480,
                       "text_encoder_2": 694_659_840}
+    shapes = {name: tuple(tensor.shape) for name, tensor in ldm.sdxl_state(**networks).items()}
+    file = write_header(tmp_path / "photo.safetensors", shapes)
+    found = find_files(TargetConfig(source=str(file), family="sdxl"))
+    assert (found.configs, found.prediction_type, found.default_prediction) == (CONFIGS, None, "epsilon")
+    shapes.pop("model.diffusion_model.output_blocks.5.1.transformer_blocks.1.attn2.to_k.weight")
+    with pytest.raises(ModelError, match="unet"):
+        find_files(TargetConfig(source=str(write_header(tmp_path / "cut.safetensors", shapes))))
 
 
 def test_a_lora_for_other_tools_is_the_same_lora(sdxl_folder, tmp_path):

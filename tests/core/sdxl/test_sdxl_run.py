@@ -1,17 +1,26 @@
 """The whole method on a tiny Stable Diffusion XL: what is stored, what is trained on, the loss of other scripts."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusionXLPipeline
 from tiny_run import tiny_parameters
 
 from hgdpo_core.config import DpoConfig, TargetConfig
+from hgdpo_core.config.presets import build_config
+from hgdpo_core.export import export_run
 from hgdpo_core.models import find_model, load_backbone
-from hgdpo_core.pipeline import run_all
+from hgdpo_core.pipeline import StageTimes, run_all, write_report
+from hgdpo_core.plan import plan_run
+from hgdpo_core.report import model_card
 from hgdpo_core.run import open_run
 from hgdpo_core.stages.image_latents import sizes_of
+from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ShardFolder
 from hgdpo_core.training.data import LatentImages, LatentPairs, PairBatch
 from hgdpo_core.training.dpo import prepare_dpo
@@ -25,7 +34,7 @@ def made(tmp_path_factory, sdxl_folder):
     judge = tiny.save_judge(folder / "judge")
     parameters = tiny_parameters(folder, sdxl_folder, judge)
     parameters["overrides"] |= {"pool.batch_size": 4, "dpo.mixed_precision": "no", "sft.mixed_precision": "no",
-                                "target.prompt_syntax": "a1111"}
+                                "target.prompt_syntax": "a1111", "target.family": "sdxl"}
     run = open_run(root=str(folder / "root"), preset="figures", **parameters)
     return run, run_all(run)
 
@@ -35,6 +44,40 @@ def test_the_whole_method_runs(made):
     assert result.comparison.win_rates["pickscore"].n == 8
     tuned = result.made.lora
     assert (run.store.local_path(f"models/{tuned.model_id}") / f"{tuned.model_id}-kohya.safetensors").exists()
+
+
+def test_an_exports_card_runs_and_its_pipeline_is_target_and_lora(made, tmp_path, monkeypatch):
+    run, result = made
+    write_report(run, result, StageTimes())
+    export_run(run.store, tmp_path, fused=True)
+    card = (tmp_path / "README.md").read_text()
+    assert "- stable-diffusion-xl\n" in card and "TO FILL IN" in card
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace('"cuda"', '"cpu"'), names)
+    fused = StableDiffusionXLPipeline.from_pretrained("pipeline", add_watermarker=False)
+    images = []
+    for pipeline in (names["pipeline"], fused):
+        assert isinstance(pipeline, StableDiffusionXLPipeline)
+        images.append(np.asarray(pipeline("a man", num_inference_steps=2,
+                                          generator=torch.Generator().manual_seed(3)).images[0]).astype(int))
+    assert images[0].shape == np.asarray(names["image"]).shape == (32, 32, 3)
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_a_card_opens_a_single_file_as_such():
+    config = build_config("sdxl", target="models/photo.safetensors", prompts="p")
+    code = model_card._code(config, 0.5, fine_tuned=False)
+    assert 'StableDiffusionXLPipeline.from_single_file("path/to/the/target")' in code
+
+
+def test_a_probe_times_every_stage(made, tmp_path):
+    """On an empty root: the models are loaded, a batch of each stage is timed."""
+    run, _ = made
+    planned = plan_run(replace(run, store=Store(str(tmp_path))), with_probe=True)
+    assert planned.hours is not None and planned.hours > 0
+    timed = {stage.stage for stage in planned.stages if "timed" in stage.basis}
+    assert timed >= {"sft latents", "sft", "pool", "score", "latents", "dpo"}
 
 
 def test_training_reads_what_the_sampler_was_given(made):
