@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,7 +122,7 @@ def say(sessions: Sequence[Mapping[str, Any]]) -> str:
     """One line about all sessions, the last of which is the current one."""
     now, sums = sessions[-1], {name: sum(row[name] for row in sessions) for name in SUMMED}
     parent, server = (max(row[name] for row in sessions) for name in ("parent_mib", "server_mib"))
-    runs = max(sums["completed"], 1)
+    runs = sums["completed"] or math.nan
     return (f"{sums['completed']} of {now['runs']} shard runs on {now['workers']} workers, {now['open_runs']} open, "
             f"{now['database']}: {now['state']} after {sums['seconds']:.0f} s in {len(sessions)} session(s), "
             f"{now['workers'] * sums['seconds'] / runs:.1f} s a shard run and worker; server "

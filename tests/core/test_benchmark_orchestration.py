@@ -27,4 +27,5 @@ def test_sessions_of_the_same_settings_add_up_by_their_last_rows(tmp_path):
 
 
 def test_without_a_completed_run_there_is_a_row_all_the_same():
-    assert say([row("one", 30, 0)]).startswith("0 of 300 shard runs")
+    said = say([row("one", 30, 0)])
+    assert said.startswith("0 of 300 shard runs") and " nan s a shard run" in said
