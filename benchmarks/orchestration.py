@@ -5,28 +5,34 @@
 
 First many shards in one shard run, against the same call without Prefect: milliseconds a shard. Then many shard runs of
 one shard each: seconds a shard run and worker, and the memory of parent and server. CPU seconds stand beside the wall
-clock's, for machines that are busy with other work. With `--root` the shards stay, and the same command makes only
-those that are missing.
+clock's, for machines that are busy with other work.
+
+A row comes every minute, so that it may be stopped at any time (Ctrl-C, SIGTERM). With `--root` the shards stay and the
+rows go to orchestration.jsonl there; the same command makes only the shards that are missing, and its rows add up all
+sessions of the same settings.
 """
 
 import argparse
-import re
+import json
+import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import yaml
 
 from benchmarks.null_shard import plan
+from benchmarks.orchestration_rows import ROWS, Meter, ask, read_rows, say
 from benchmarks.postgres import postgres
 from deployments.local import ROOT, Local, down, up
 from hgdpo_core.execution.jobs import ShardRequest, cut, run_shards, write_recipe
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+ROW_SECONDS, LOOK_SECONDS = 60, 2
 
 
 def main() -> None:
@@ -38,16 +44,25 @@ def main() -> None:
     parser.add_argument("--database", choices=["sqlite", "postgres"], default="sqlite")
     parser.add_argument("--root", type=Path, help="a folder that stays; default: a temporary one")
     options = parser.parse_args()
+    _end_on(signal.default_int_handler)  # SIGTERM too, and SIGINT where a shell's background ignores it
     with ExitStack() as ends:
-        name = ends.enter_context(tempfile.TemporaryDirectory())
+        name = ends.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         url = ends.enter_context(postgres()) if options.database == "postgres" else None
         local = _local(Path(name), options.workers, url)
         ends.callback(down, local)
-        up(local)
-        if options.shards:
-            _many_shards(local, f"file://{name}", options.shards)
-        root = f"file://{options.root.resolve()}" if options.root else f"file://{name}/many"
-        _many_runs(local, root, options)
+        ends.callback(_end_on, signal.SIG_IGN)  # a second one would leave servers behind
+        try:
+            up(local)
+            if options.shards:
+                _many_shards(local, f"file://{name}", options.shards)
+            _many_runs(local, options.root or Path(name, "many"), options)
+        except KeyboardInterrupt:
+            print("stopped: the last row is the result so far", flush=True)
+
+
+def _end_on(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _local(folder: Path, workers: int, database: str | None) -> Local:
@@ -82,88 +97,45 @@ def _many_shards(local: Local, root: str, shards: int) -> None:
           f"{1000 * (seconds - wall) / shards:.1f} ms a shard")
 
 
-def _many_runs(local: Local, root: str, options: argparse.Namespace) -> None:
-    cpu, database_cpu = _cpu_seconds(local), _postgres_seconds()
-    parent_id = _start(local, "null-parent/parent", {"root": root, "shards": options.runs, "per_run": 1,
-                                                     "open_runs": options.open_runs})
-    memory: dict[str, int] = {}
-    run = _await(local, parent_id, watch=lambda: _note_memory(local, parent_id, memory))
-    seconds = run["total_run_time"]
-    cpu, database_cpu = _cpu_seconds(local) - cpu, _postgres_seconds() - database_cpu
-    runs = max(_count(local, "/flow_runs/count", {"flow_runs": {"parent_flow_run_id": {"any_": [parent_id]}}}), 1)
-    late = _count(local, "/events/count-by/event", {"filter": {"event": {"name": ["prefect.flow-run.Late"]}}})
-    log = (local.home / "server.log").read_text(errors="replace")
-    errors = len(re.findall(r"^.{0,16}(?:ERROR|CRITICAL)", log, re.MULTILINE))
-    parent, server = (memory.get(name, 0) >> 20 for name in ("parent", "server"))
-    print(f"{runs} shard runs on {options.workers} workers, {options.open_runs} open, {options.database}: "
-          f"{run['state_name']} in {seconds:.0f} s, {options.workers * seconds / runs:.1f} s a shard run and worker; "
-          f"server {cpu / runs:.2f} s, Postgres {database_cpu / runs:.2f} s of CPU a run; memory at most: parent "
-          f"{parent} MiB, server {server} MiB; marked Late {late}; {errors} errors in the server's log, "
-          f"{log.count('database is locked')} of a locked database")
+def _many_runs(local: Local, root: Path, options: argparse.Namespace) -> None:
+    root = root.resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    parent = _start(local, "null-parent/parent", {"root": f"file://{root}", "shards": options.runs, "per_run": 1,
+                                                  "open_runs": options.open_runs})
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    settings = {name: getattr(options, name) for name in ("runs", "workers", "open_runs", "database")}
+    meter, before = Meter(local, parent), read_rows(root / ROWS, settings)
+    for run in _looks(local, parent, meter):
+        row = {"session": began} | settings | meter.row(run)
+        with (root / ROWS).open("a") as rows:
+            rows.write(json.dumps(row) + "\n")
+        print(say([*before, row]), flush=True)
+
+
+def _looks(local: Local, run_id: str, meter: Meter) -> Iterator[dict[str, Any]]:
+    """The run, every minute and at its end."""
+    due = 0.0
+    while True:
+        run = ask(local, "GET", f"/flow_runs/{run_id}")
+        meter.note_memory()
+        ended = run["state_type"] in FINAL
+        if ended or time.monotonic() > due:
+            yield run
+            due = time.monotonic() + ROW_SECONDS
+        if ended:
+            return
+        time.sleep(LOOK_SECONDS)
 
 
 def _start(local: Local, name: str, parameters: dict[str, Any]) -> str:
-    with httpx.Client(base_url=local.url, timeout=300) as client:
-        deployment = client.get(f"/deployments/name/{name}").raise_for_status().json()["id"]
-        for _ in range(60):     # a busy SQLite answers 503
-            run = client.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters})
-            if run.status_code < 500:
-                break
-            time.sleep(1)
-        return run.raise_for_status().json()["id"]
+    deployment = ask(local, "GET", f"/deployments/name/{name}")["id"]
+    return ask(local, "POST", f"/deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
 
 
-def _await(local: Local, run_id: str, watch: Any = lambda: None) -> dict[str, Any]:
-    with httpx.Client(base_url=local.url, timeout=300) as client:
-        while True:
-            watch()
-            run = client.get(f"/flow_runs/{run_id}").raise_for_status().json()
-            if run["state_type"] in FINAL:
-                return run
-            time.sleep(1)
-
-
-def _count(local: Local, path: str, body: dict[str, Any]) -> int:
-    with httpx.Client(base_url=local.url, timeout=300) as client:
-        answer = client.post(path, json=body).raise_for_status().json()
-    return answer if isinstance(answer, int) else sum(one["count"] for one in answer)
-
-
-def _note_memory(local: Local, parent_id: str, memory: dict[str, int]) -> None:
-    for process in psutil.process_iter():
-        try:
-            environment = process.environ()
-            if environment.get("PREFECT__FLOW_RUN_ID") == parent_id:
-                memory["parent"] = max(memory.get("parent", 0), process.memory_info().rss)
-            elif environment.get("PREFECT_HOME") == str(local.home) and "server" in process.cmdline():
-                memory["server"] = max(memory.get("server", 0), process.memory_info().rss)
-        except (psutil.Error, OSError):
-            continue
-
-
-def _cpu_seconds(local: Local) -> float:
-    """CPU seconds of the server so far."""
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("PREFECT_HOME") == str(local.home) and "server" in process.cmdline():
-                return sum(process.cpu_times()[:2])
-        except (psutil.Error, OSError):
-            continue
-    return 0.0
-
-
-def _postgres_seconds() -> float:
-    """CPU seconds so far of every Postgres process here, ended connections included."""
-    seconds = 0.0
-    for process in psutil.process_iter():
-        try:
-            if process.name() == "postgres":
-                times = process.cpu_times()
-                seconds += times.user + times.system + getattr(times, "children_user", 0.0) + getattr(
-                    times, "children_system", 0.0)
-        except psutil.Error:
-            continue
-    return seconds
+def _await(local: Local, run_id: str) -> dict[str, Any]:
+    while (run := ask(local, "GET", f"/flow_runs/{run_id}"))["state_type"] not in FINAL:
+        time.sleep(LOOK_SECONDS)
+    return run
 
 
 if __name__ == "__main__":

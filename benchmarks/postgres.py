@@ -48,7 +48,8 @@ def postgres() -> Iterator[str]:
                        capture_output=True, cwd=folder, **user)
         with log.open("wb") as output:
             command = [bin_folder / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", ""]
-            server = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, **user)
+            # A session of its own: Ctrl-C ends it last, after what still writes to it.
+            server = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, start_new_session=True, **user)
         ends = time.monotonic() + START_SECONDS
         while subprocess.run([bin_folder / "createdb", *address, "prefect"], capture_output=True).returncode:
             if server.poll() is not None or time.monotonic() > ends:

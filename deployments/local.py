@@ -121,11 +121,9 @@ def up(local: Local) -> str:
 
 def _is_up(local: Local) -> bool:
     """Whether our own server, and not another one on its port, answers."""
-    try:
-        url = local.url
-    except LocalError:
-        return False
-    return bool(_servers(_ours(local))) and _healthy(url)
+    with contextlib.suppress(LocalError):
+        return _healthy(local.url) and bool(_servers(_ours(local)))
+    return False
 
 
 def _servers(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
@@ -260,8 +258,11 @@ def down(local: Local) -> int:
     servers = _servers(processes)
     others = [process for process in processes if process not in servers]
     _end(others)
-    if servers and others and _is_up(local):
-        _run_inside("end-runs-inside", local, _environment(local, local.url))
+    try:
+        if servers and others and _is_up(local):
+            _run_inside("end-runs-inside", local, _environment(local, local.url))
+    except LocalError as error:  # such as a server that lost its database: it is to end all the same
+        print(f"The server could not end its runs, which go on with the next `make up`: {error}", file=sys.stderr)
     _end(_ours(local))
     if local.toml.exists() and _is_ours(local.toml):
         local.toml.unlink()

@@ -1,11 +1,14 @@
 """What is deployed where, and the local server."""
 
 import importlib
+import os
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -139,6 +142,23 @@ def test_down_removes_what_an_interrupted_up_left(tmp_path):
     here.record.write_text('{"url": "http://127.0.0.1:9/api"}')
     assert local.down(here) == 0
     assert not here.toml.exists() and not here.record.exists()
+
+
+def test_down_ends_a_server_that_cannot_end_its_runs(tmp_path, monkeypatch, capsys):
+    here = Local(home=tmp_path, toml=tmp_path / "prefect.toml")
+    here.record.write_text('{"url": "http://127.0.0.1:9/api"}')
+    lasting = [sys.executable, "-c", "import time; time.sleep(600)"]
+    processes = [subprocess.Popen([*lasting, *more], env=os.environ | {local.MARK: str(tmp_path)})
+                 for more in (["server", "start"], ["worker"])]
+
+    def fail(*_):
+        raise LocalError("it answered 500")
+
+    monkeypatch.setattr(local, "_healthy", lambda url: True)
+    monkeypatch.setattr(local, "_run_inside", fail)
+    assert local.down(here) == 2
+    assert not any(psutil.pid_exists(process.pid) for process in processes) and not here.record.exists()
+    assert "make up`: it answered 500" in capsys.readouterr().err
 
 
 def test_schedule_without_a_server_says_what_to_do(tmp_path, capsys):

@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from chroot import build, instructions, why_not
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from prefect.utilities.templating import apply_values
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +84,17 @@ def test_the_image_ends_as_another_user_than_root_and_has_what_the_build_needs()
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert all((ROOT / name).exists() for name in kept)
     assert {"hgdpo_core", "tasks", "flows", "deployments", "pyproject.toml", "constraints.txt"} <= set(kept)
+
+
+def test_every_requirement_of_the_image_and_of_make_has_a_tested_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    requirements = [Requirement(line) for lines in (project["dependencies"], *project["optional-dependencies"].values())
+                    for line in lines]
+    assert len(requirements) > 30
+    for one in requirements:
+        assert one.specifier.contains(pinned[canonicalize_name(one.name)]), one.name
 
 
 @pytest.mark.slow

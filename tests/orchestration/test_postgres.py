@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.postgres import binaries, postgres
@@ -35,4 +36,7 @@ def test_a_new_postgres_takes_prefects_tables_and_leaves_nothing(tmp_path):
         assert done.returncode == 0, done.stderr
         port = int(url.rpartition(":")[2].partition("/")[0])
         assert not _is_free(port)
+        server, = [process for process in psutil.process_iter(["cmdline"]) if f"-p {port}" in " ".join(
+            process.info["cmdline"] or []) and "-D" in process.info["cmdline"]]
+        assert os.getsid(server.pid) == server.pid != os.getsid(0)  # Ctrl-C in a terminal is not for it
     assert _is_free(port)
