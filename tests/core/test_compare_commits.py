@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from compare_commits import compare_roots
+from compare_commits import ADDED, compare_roots
 from safetensors.numpy import save_file
 
 ROWS = {"prompt_id": ["a", "b", "b"], "score": [1.0, float("nan"), 3.0], "image": [b"one", b"two", b"three"]}
@@ -75,3 +75,10 @@ def test_missing_rows_are_a_difference(base, tmp_path):
     fewer = {name: values[:2] for name, values in ROWS.items()}
     assert compare_roots(base, write_root(tmp_path / "present", fewer)) == [
         "scores/n3-a/pickscore-b/shard-00000.parquet: 3 and 2 rows"]
+
+
+def test_settings_that_were_added_with_a_default_are_no_difference():
+    for line in ("runs/evaluate-1/config.json: concepts is only in present",
+                 "runs/run-1/config.json: target.family is only in present"):
+        assert ADDED.fullmatch(line)
+    assert not ADDED.fullmatch("runs/run-1/config.json: target.source is only in present")
