@@ -91,7 +91,8 @@ def sdxl(target: str | None = None, prompts: str | None = None) -> RunConfig:
     The paper tuned no such model. Of sd15 are N, solver, lambda, batch of 16 pairs and LoRA weight; lambda was never
     tried on these latents, whose scale is another (0.13025): watch the colour shift. LoRA rank 8, learning rate 1e-5
     and beta 2500 are those of diffusers' SDXL DPO LoRA example (its beta_dpo 5000 has the factor 1/2), the learning
-    rate of SFT, 1e-6, of its text-to-image example; the size is a bucket of SDXL's own training (arXiv:2307.01952).
+    rate of SFT, 1e-6, of its text-to-image example, and both examples' commands have 8-bit Adam and gradient
+    checkpointing; the size is a bucket of SDXL's own training (arXiv:2307.01952).
     """
     target, prompts = _given("sdxl", target, prompts)
     base = sd15(target, prompts)
@@ -99,9 +100,9 @@ def sdxl(target: str | None = None, prompts: str | None = None) -> RunConfig:
         "preset": "sdxl",
         "target": base.target.model_copy(update={"family": "sdxl"}),
         "sampler": base.sampler.model_copy(update={"width": 832, "height": 1216}),
-        "sft": base.sft.model_copy(update={"batch_size": 4, "learning_rate": 1e-6}),
+        "sft": base.sft.model_copy(update={"batch_size": 4, "learning_rate": 1e-6, "optimizer": "adam8bit"}),
         "pool": base.pool.model_copy(update={"batch_size": 4}),
-        "dpo": base.dpo.model_copy(update={"batch_size": 1}),
+        "dpo": base.dpo.model_copy(update={"batch_size": 4, "gradient_checkpointing": True}),
         # three to four times the work per image
         "workers": base.workers.model_copy(update={"draw_images_per_run": 240}),
     })
