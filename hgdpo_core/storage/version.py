@@ -9,8 +9,8 @@ from hgdpo_core.config.base import content_hash
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.storage.shards import FORMAT_VERSION
 
-DECIDES_NO_SHARD = ("ablate/", "comparison_run.py", "evaluate.py", "execution/imports.py", "export/", "figures/make/",
-                    "plan/", "presets.py", "rendering/", "report/", "rescore/", "run.py")
+DECIDES_NO_SHARD = ("ablate/", "config/presets.py", "evaluate.py", "execution/imports.py", "export/", "figures/make/",
+                    "personalise.py", "plan/", "rendering/", "report/", "rescore/", "run/")
 """Files of the core that plan, compare and show what workers make: a worker may have others. New files count."""
 
 

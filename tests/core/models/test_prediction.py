@@ -76,7 +76,7 @@ def test_workers_read_what_was_planned(files, tmp_path):
         for copied in (True, False):
             located = find_located_model(store, model.identity(), model_locations(store, model, copy_to_store=copied))
             assert located.fingerprint == model.fingerprint and located.schedule() == model.schedule()
-            assert (located.path == file.resolve()) != copied
+            assert (located.path == file) != copied
 
 
 def test_a_yaml_against_the_keys_is_refused(files, tmp_path):
