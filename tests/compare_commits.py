@@ -45,7 +45,7 @@ ADDED = re.compile(r"only present: latents/images-\S+/means\.json"  # stages wit
                    r"|runs/\S+/summary\.json: lora_id is only in present"
                    r"|\S+/(config|images)\.json: "
                    r"(\S+\.)?(global_batch_size|attention|compile|steps|race|autocast|objective|alignprop|pairs|concepts"
-                   r"|family) is only in present")
+                   r"|family|prediction_type) is only in present")
 """What the present code writes beside all that the base wrote."""
 
 # -- the two roots

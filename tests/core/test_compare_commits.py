@@ -79,6 +79,7 @@ def test_missing_rows_are_a_difference(base, tmp_path):
 
 def test_settings_that_were_added_with_a_default_are_no_difference():
     for line in ("runs/evaluate-1/config.json: concepts is only in present",
-                 "runs/run-1/config.json: target.family is only in present"):
+                 "runs/run-1/config.json: target.family is only in present",
+                 "runs/run-1/config.json: target.prediction_type is only in present"):
         assert ADDED.fullmatch(line)
     assert not ADDED.fullmatch("runs/run-1/config.json: target.source is only in present")
