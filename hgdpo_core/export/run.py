@@ -108,8 +108,10 @@ def find_run_target(store: Store, run_id: str) -> TargetConfig:
     """
     config, summary = _read_run(store, run_id)
     base = _find_base(store, config, _lora_id(summary))
-    own = {"source": str(base.path), "revision": None, "vae": None, "component_configs": None} if base else {}
-    return config.target.model_copy(update=own)
+    if base is None:
+        return config.target
+    replaced = dict.fromkeys(("revision", "vae", "component_configs", "prediction_type"))  # it is a folder with its own
+    return config.target.model_copy(update={**replaced, "source": str(base.path)})
 
 
 def _lora_id(summary: Mapping[str, Any]) -> str:

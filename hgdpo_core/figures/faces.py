@@ -18,7 +18,7 @@ from .skeleton import BUILDS
 VERSION = "figures-1"
 """Raised by hand when other boxes are found: it stands for the finder in ids."""
 SIDE = 64
-"""Pixels of the longer side at which is looked for faces."""
+"""Pixels of the longer side of the image as it is searched."""
 RADII = (6.5, 7.25, 8.0, 8.75, 9.5)
 """Of heads, in pixels of an image of SIDE."""
 HAIR = 1.3

@@ -116,6 +116,7 @@ def test_the_target_of_a_finished_run_is_its_fine_tuned_one(parameters, tmp_path
     base = find_model(TargetConfig(source=str(store.local_path("models/sft-1")), dtype="float32"))
     store.write_json("models/dpo-1/config.json", {"kind": "lora", "target": base.identity()})
     config = sd15(parameters["target"], "prompts.txt").model_dump(mode="json")
+    config["target"]["prediction_type"] = "epsilon"  # of the single file that was fine-tuned
     store.write_json("runs/run-1/config.json", {"code_version": "1", **config, "images": "photos"})
     store.write_json("runs/run-1/summary.json", {"lora_id": "dpo-1", "win_rate": {}})
     run = open_personalise(**{**parameters, "target": None, "run_id": "run-1"})
