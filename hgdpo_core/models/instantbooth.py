@@ -109,7 +109,8 @@ class GatedAdapter(nn.Module):
         query, (key, value) = self.query(joined[:, :y.shape[1]]), self.key_value(joined).chunk(2, dim=-1)
         split = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)]
         seen = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-        return y + beta * torch.tanh(self.gamma) * self.output(seen)
+        change = beta * torch.tanh(self.gamma) * self.output(seen)
+        return y + change.to(y.dtype)  # trained in float32, in a network whose norms take their own precision
 
 
 class ConceptNetwork(nn.Module):

@@ -87,6 +87,18 @@ def test_adapters_learn_and_the_target_does_not():
     assert result.log[0]["gate"] == 0 < result.log[-1]["gate"]
 
 
+def test_bfloat16_trains_as_float32_does():
+    """The default where the machine is fast at it; the network's norms refuse inputs of another precision."""
+    runs = {precision: train(settings(mixed_precision=precision)) for precision in ("no", "bf16")}
+    (full, _), (denoiser, _) = runs["no"], runs["bf16"]
+    assert {parameter.dtype for parameter in denoiser.concepts.parameters()} == {torch.float32}
+    assert denoiser.network.conv_in.weight.dtype == torch.bfloat16
+    losses = [[row["loss"] for row in result.log] for _, result in runs.values()]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    gates = [[float(adapter.gamma) for adapter in one.concepts.adapters.values()] for one in (full, denoiser)]
+    assert all(gates[1]) and gates[1] == pytest.approx(gates[0], abs=1e-2)
+
+
 def test_each_kind_of_weight_has_its_own_rate():
     """Adam's first step moves every weight that has a gradient by its rate."""
     config = settings(max_steps=1)
