@@ -43,6 +43,9 @@ KNOWN_SERVER_ERRORS = {
         "services come round again; what is lost for good fails the test that waits for it.",
     r"sqlalchemy\.exc\.TimeoutError: QueuePool limit":
         "The same seen earlier: all connections wait for a write. The server gives SQLite 15 and no setting for it.",
+    r"dropping \d+ events.*NOT NULL constraint failed: events\.occurred":
+        "Clients repeat events after a killed server; Prefect's SQLite store refuses a batch that it has as a whole, "
+        "and drops these repetitions.",
     r"(worker_channel|WorkerChannel).*(WebSocketDisconnect|ClientDisconnected)":
         "The other end of a channel was killed, or tired of waiting: workers open a new one by themselves.",
 }

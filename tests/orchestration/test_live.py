@@ -12,6 +12,11 @@ POOL = """00:49:06.517 | ERROR   | docket.worker - cancel_child_task_runs(UUID('
 Traceback (most recent call last):
 sqlalchemy.exc.TimeoutError: QueuePool limit of size 5 overflow 10 reached, connection timed out, timeout 30.00
 """
+REPEATED = """04:08:28.241 | ERROR   | prefect.server.events.services.event_persister - Max flush retries (5) reached, \
+dropping 25 events
+Traceback (most recent call last):
+sqlite3.IntegrityError: NOT NULL constraint failed: events.occurred
+"""
 SCHEDULER = """16:49:01.120 | ERROR   | prefect.server.services.scheduler - Can't evaluate bulk DML statement
 Traceback (most recent call last):
 sqlalchemy.exc.CompileError: no
@@ -20,7 +25,7 @@ sqlalchemy.exc.CompileError: no
 
 def test_an_error_is_reported_with_its_traceback_and_a_known_one_is_not():
     start = "Check out the dashboard\n16:48:39.100 | WARNING | prefect - an ERROR in a text\n"
-    log = start + KNOWN + SCHEDULER + POOL + KNOWN
+    log = start + KNOWN + SCHEDULER + POOL + REPEATED + KNOWN
     assert live.unknown_errors(log) == [SCHEDULER.strip()]
 
 
