@@ -325,8 +325,8 @@ class FileFamily(Family, Protocol):
         """As `check_folder`, for a single file that is read with these configs."""
         ...
 
-    def prediction_of_keys(self, path: Path) -> str | None:
-        """What a single file's keys say that it predicts, "v_prediction" for example; None where they do not."""
+    def schedule_of_keys(self, path: Path) -> dict[str, Any]:
+        """Settings of diffusers' scheduler that a single file states by its keys, `prediction_type` for example."""
         ...
 
 

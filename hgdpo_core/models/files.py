@@ -85,7 +85,7 @@ def find_files(config: TargetConfig) -> TargetFiles:
         family.check_folder(path, own_vae=vae is None)
         return TargetFiles(path, _find_vae(vae) if vae else None, None, commit)
     cast(FileFamily, family).check_file(path, configs, own_vae=vae is None)
-    default = cast(FileFamily, family).prediction_of_keys(path) or default_prediction(configs)
+    default = cast(FileFamily, family).schedule_of_keys(path).get("prediction_type", default_prediction(configs))
     return TargetFiles(path, _find_vae(vae) if vae else None, configs, commit,
                        find_prediction(path, config.prediction_type, default), default)
 

@@ -13,7 +13,7 @@ adapter changes no bit. Guidance's unconditional branch is the target's own.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from hgdpo_core.built_in import find_personaliser, is_built_in
 from hgdpo_core.config.base import content_hash
-from hgdpo_core.errors import ConfigError, ModelError, first_line
+from hgdpo_core.errors import ConfigError, InputError, ModelError, first_line
 from hgdpo_core.models.backbone import (
     DEFAULT_FAMILY,
     Backbone,
@@ -48,6 +48,7 @@ from hgdpo_core.models.sd15 import ClipText, UnetDenoiser
 from hgdpo_core.models.text_encoder import single_token
 from hgdpo_core.models.tokenizers import load_clip_tokenizer
 from hgdpo_core.models.weight_files import load_safetensors, read_header
+from hgdpo_core.prompts.syntax import parse_weights
 
 NAME = "instantbooth"
 STRENGTH = 0.3
@@ -252,6 +253,23 @@ def check_trainable(model: Model, word: str) -> None:
     single_token(load_clip_tokenizer((model.configs or model.path) / "tokenizer"), word)
 
 
+def concept_word_reader(model: Model, word: str) -> Callable[[str], bool]:
+    """Whether a prompt, as the model reads it, has a concept's word among the tokens that it reads."""
+    configs = model.configs or model.path
+    tokenizer = load_clip_tokenizer(configs / "tokenizer")
+    token = single_token(tokenizer, word)
+    longest = read_config(configs / "text_encoder" / "config.json")["max_position_embeddings"] - 2  # begin and end
+
+    def has_word(prompt: str) -> bool:
+        if model.prompt_syntax == "plain":
+            # Not cut by the tokenizer: that would change it, and several threads read.
+            return token in tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids[:longest]
+        texts = [segment.text for part in parse_weights(prompt) for segment in part]
+        return any(token in ids for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
+
+    return has_word
+
+
 # -- an adapter's folder
 
 
@@ -307,6 +325,15 @@ class InstantBoothKind:
             expected = {name: tuple(tensor.shape) for name, tensor in ConceptNetwork(shape).state_dict().items()}
         compare_shapes(folder / WEIGHTS, "InstantBooth",
                        {name: info.shape for name, info in read_header(folder / WEIGHTS).items()}, expected)
+
+    def check_prompts(self, adapter: Adapter, model: Model, prompts: Sequence[str]) -> None:
+        word = NetworkShape.read(adapter.path).concept_word
+        has_word = concept_word_reader(model, word)
+        lacking = [prompt for prompt in prompts if not has_word(prompt)]
+        if lacking:
+            raise InputError(f"{len(lacking)} of {len(prompts)} prompts have no word {word} that the text encoder "
+                             f"reads, the first is {str(lacking[0])!r:.80}: expected it before the person and early "
+                             f'enough, as in "a {word} woman, waving, in a park"')
 
     def load(self, adapter: Adapter) -> "InstantBooth":
         return InstantBooth(adapter)

@@ -52,6 +52,9 @@ class IpAdapterKind:
         width, reads_tokens = _image_layout(adapter.path, infos)
         _check_encoder(adapter, width, reads_tokens)
 
+    def check_prompts(self, adapter: Adapter, model: Model, prompts: Sequence[str]) -> None:
+        """Any prompt will do."""
+
     def load(self, adapter: Adapter) -> "IpAdapter":
         return IpAdapter(adapter)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -13,6 +13,7 @@ from hgdpo_core.config import PromptSyntax, TargetConfig
 from hgdpo_core.config.base import content_hash
 from hgdpo_core.devices import DTYPES, resolve_dtype
 from hgdpo_core.errors import HGDPOError, ModelError, first_line
+from hgdpo_core.models.backbone import FileFamily, find_family
 from hgdpo_core.models.files import SD15_CONFIGS, check_channels, check_files, check_vae, find_files, read_config
 from hgdpo_core.models.fingerprints import fingerprint_path
 from hgdpo_core.models.hub import quiet_transformers
@@ -84,8 +85,12 @@ class Model:
         return {name: syntax for name, syntax in both.items() if syntax != "plain"}
 
     def schedule(self) -> dict[str, Any]:
-        """Settings of the scheduler that are not of a single file's keys and configs."""
-        return {"prediction_type": self.prediction_type} if self.prediction_type else {}
+        """Settings of the scheduler that a single file states beside its configs; {} for a folder, which has its own.
+        """
+        if not self.path.is_file():
+            return {}
+        stated = cast(FileFamily, find_family(self.path)).schedule_of_keys(self.path)
+        return stated | ({"prediction_type": self.prediction_type} if self.prediction_type else {})
 
     def reading(self, syntax: PromptSyntax) -> "Model":
         """The same model for prompts written in another syntax; its negative prompt is read as before."""
@@ -124,14 +129,13 @@ class PipelineKind:
     """Of the class, to leave out what changes images."""
     text_parts: Mapping[str, str]
     """Its text encoders, and their tokenizers."""
-    file_parts: Callable[[Model, torch.dtype], dict[str, Any]]
+    file_parts: Callable[[Model, torch.dtype], dict[str, Any]] = lambda model, dtype: {}
     """Components of a single file that diffusers would read in another way."""
 
 
 SD15 = PipelineKind("Stable Diffusion 1.5", StableDiffusionPipeline, SD15_CONFIGS, check_files,
                     {"safety_checker": None, "requires_safety_checker": False}, {"text_encoder": "tokenizer"},
-                    lambda model, dtype: (read_flat_text_encoder(model.path, str(model.configs), dtype)
-                                          | scheduler_with(model.configs or SD15_CONFIGS, model.schedule())))
+                    lambda model, dtype: read_flat_text_encoder(model.path, str(model.configs), dtype))
 
 
 def check_lora_of(model: Model, path: Path, kind: PipelineKind) -> None:
@@ -197,7 +201,7 @@ def _read_pipeline(model: Model, dtype: torch.dtype, vae: AutoencoderKL | None,
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     given: dict[str, Any] = {"vae": vae} if vae is not None else {}
     if model.path.is_file():
-        given |= kind.file_parts(model, dtype)
+        given |= scheduler_with(model.configs or kind.configs, model.schedule()) | kind.file_parts(model, dtype)
         own = {name: value for name, value in kind.options.items() if name != "requires_safety_checker"}
         return kind.pipeline.from_single_file(str(model.path), config=str(model.configs), **own, **given, **options)
     return kind.pipeline.from_pretrained(model.path, **kind.options, **given, **options)

@@ -74,6 +74,10 @@ class PersonaliserKind(Protocol):
         """ModelError, in one line, where headers and configs show that it is broken or for another model."""
         ...
 
+    def check_prompts(self, adapter: "Adapter", model: "Model", prompts: Sequence[str]) -> None:
+        """InputError, in one line, for prompts in which the adapter finds no place for a person."""
+        ...
+
     def load(self, adapter: "Adapter") -> Personaliser:
         """The adapter; `attach` moves it to the backbone's device and precision."""
         ...

@@ -189,8 +189,8 @@ class Sd15:
     def check_file(self, path: Path, configs: Path, *, own_vae: bool) -> None:
         check_files(path, configs, own_vae=own_vae)
 
-    def prediction_of_keys(self, path: Path) -> str | None:
-        return None
+    def schedule_of_keys(self, path: Path) -> dict[str, Any]:
+        return {}
 
     def check_lora(self, model: Model, path: Path) -> None:
         check_lora_of(model, path, SD15)

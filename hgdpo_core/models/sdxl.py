@@ -16,7 +16,6 @@ from hgdpo_core.models.backbone import SIZES, Backbone, Conditioning
 from hgdpo_core.models.ddpm import DdpmSchedule
 from hgdpo_core.models.lora import save_lora
 from hgdpo_core.models.model import Model, PipelineKind, check_lora_of, load_pipeline
-from hgdpo_core.models.prediction import scheduler_with
 from hgdpo_core.models.sd15 import KlCodec, UnetDenoiser, save_pipeline
 from hgdpo_core.models.sdxl_files import CONFIGS, PIPELINE, check_files, is_single_file, schedule_of_keys
 from hgdpo_core.models.text_encoder import TextEncoder
@@ -26,8 +25,7 @@ logger = logging.getLogger(__name__)
 
 TEXT_PARTS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 SDXL = PipelineKind("Stable Diffusion XL", StableDiffusionXLPipeline, CONFIGS, check_files, {"add_watermarker": False},
-                    TEXT_PARTS, lambda model, dtype: scheduler_with(
-                        model.configs or CONFIGS, schedule_of_keys(model.path) | model.schedule()))
+                    TEXT_PARTS)
 
 
 class SdxlDenoiser(UnetDenoiser):
@@ -167,8 +165,8 @@ class Sdxl:
     def check_file(self, path: Path, configs: Path, *, own_vae: bool) -> None:
         check_files(path, configs, own_vae=own_vae)
 
-    def prediction_of_keys(self, path: Path) -> str | None:
-        return schedule_of_keys(path).get("prediction_type")
+    def schedule_of_keys(self, path: Path) -> dict[str, Any]:
+        return schedule_of_keys(path)
 
     def check_lora(self, model: Model, path: Path) -> None:
         check_lora_of(model, path, SDXL)

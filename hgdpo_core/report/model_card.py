@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hgdpo_core.built_in import DATA_SET, FOREIGN_SOURCE, is_built_in
-from hgdpo_core.config import UNKNOWN_LICENCE, RunConfig
+from hgdpo_core.config import UNKNOWN_LICENCE, RunConfig, TargetConfig
 from hgdpo_core.models.backbone import DEFAULT_FAMILY
 from hgdpo_core.models.files import looks_like_hub_id
 from hgdpo_core.models.weight_files import WEIGHT_SUFFIXES
@@ -71,7 +71,7 @@ def render_card(config: RunConfig, summary: Mapping[str, Any], *, kohya_name: st
            f"on {target} itself its results differ"] if tuned else []),
         *([f"- `pipeline/`: a whole diffusers pipeline with the LoRA merged in at weight {weight:g}"] if fused else []),
         f"\nUse it at weight {weight:g}: all results below are at this weight.\n",
-        _code(config, weight, fine_tuned=tuned),
+        _code(config, weight, {} if tuned else summary.get("scheduler", {}), fine_tuned=tuned),
         "## To be filled in before publishing\n", _fields(config),
         "## Data\n", _data(config, summary), "## Results\n", _results(summary), USE, *_colour_limit(config),
         "## Settings\n", f"```json\n{json.dumps(_settings(config), indent=1)}\n```",
@@ -130,20 +130,36 @@ def _family(config: RunConfig) -> str:
     return config.target.family or DEFAULT_FAMILY
 
 
-def _code(config: RunConfig, weight: float, *, fine_tuned: bool) -> str:
-    source, name, load = config.target.source, "DiffusionPipeline", "from_pretrained"
-    if not fine_tuned and source.endswith(WEIGHT_SUFFIXES):
-        name, load = FILE_PIPELINES[_family(config)], "from_single_file"
-    base = "base" if fine_tuned else source if source == public_name(source) else "path/to/the/target"
-    return f"""```python
-from diffusers import {name}
+def _code(config: RunConfig, weight: float, scheduler: Mapping[str, Any], *, fine_tuned: bool) -> str:
+    """How to open what was evaluated, its own VAE and configs included.
 
-pipeline = {name}.{load}("{base}").to("cuda")
-pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors", adapter_name="hgdpo")
-pipeline.set_adapters(["hgdpo"], [{weight:g}])
-image = pipeline("{EXAMPLE_PROMPT}").images[0]
-```
-"""
+    `scheduler`: settings that a single file states and that diffusers does not read there.
+    """
+    target = TargetConfig(source="base") if fine_tuned else config.target
+    single = target.source.endswith(WEIGHT_SUFFIXES)
+    name = FILE_PIPELINES[_family(config)] if single else "DiffusionPipeline"
+    revision = {"revision": f'"{target.revision}"'} if target.revision else {}
+    configs = {"config": '"path/to/its/configs"'} if target.component_configs else {}
+    vae = {"vae": _opening("AutoencoderKL", target.vae, "the/vae", {})} if target.vae else {}
+    stated = "".join(f", {setting}={json.dumps(value) if isinstance(value, str) else value}"
+                     for setting, value in scheduler.items())
+    noise = [f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config{stated})"]
+    lines = [
+        f"from diffusers import {'AutoencoderKL, ' if vae else ''}{name}\n",
+        f"pipeline = {_opening(name, target.source, 'the/target', {**revision, **configs, **vae})}.to(\"cuda\")",
+        *(noise if stated else []),
+        'pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors", adapter_name="hgdpo")',
+        f'pipeline.set_adapters(["hgdpo"], [{weight:g}])',
+        f'image = pipeline("{EXAMPLE_PROMPT}").images[0]']
+    return "\n".join(["```python", *lines, "```\n"])
+
+
+def _opening(name: str, source: str, shown: str, options: Mapping[str, str]) -> str:
+    """The call that opens a model of diffusers; a path is shown as `path/to/...`."""
+    load = "from_single_file" if source.endswith(WEIGHT_SUFFIXES) else "from_pretrained"
+    given = [f'"{source if source == public_name(source) else f"path/to/{shown}"}"',
+             *(f"{option}={value}" for option, value in options.items())]
+    return f"{name}.{load}({', '.join(given)})"
 
 
 def _fields(config: RunConfig) -> str:

@@ -104,6 +104,8 @@ def write_run_report(run: Run, trained_on: RankedData | ForeignData | None, lora
         title = f"{objective.title} on foreign pairs of {stage.pairs.name}: {run.config.target.source}"
     summary |= {"warnings": [warning.as_dict() for warning in warnings], "pool_images": 0, "triplets": 0, "rejected": 0,
                 **counts, "lora_id": lora.model_id}
+    if (stated := run.target.schedule()) and run.images is None:  # else what was tuned is a folder
+        summary["scheduler"] = stated
     return _write(
         run, images, comparison, seconds, cached, keys, summary, title=title,
         training_scorer=run.config.training_scorer, objective=lora.objective, training_log=lora.log, sft_log=sft_log,

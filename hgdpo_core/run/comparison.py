@@ -19,7 +19,7 @@ from hgdpo_core.errors import ConfigError, InputError
 from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.models import Model, check_lora, find_model
 from hgdpo_core.models.files import is_lora
-from hgdpo_core.models.personaliser import find_adapter
+from hgdpo_core.models.personaliser import PERSONALISERS, find_adapter
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.concepts import ConceptList, read_concepts, save_concept
 from hgdpo_core.prompts.syntax import check_syntax
@@ -135,6 +135,10 @@ def open_comparison(preset: str = DEFAULT_PRESET, root: str | None = None, *, tu
     command = shell_command("evaluate", options, overrides or {})
     run = ComparisonRun(config, store, f"evaluate-{content_hash(config.identity('run'))}", *models,
                         _sweep(models[1], config.lora_weights), evaluation_prompts, command, people, detector)
+    for model in models:
+        if model.personaliser is not None:
+            PERSONALISERS[model.personaliser.name].check_prompts(
+                model.personaliser, model.reading(config.evaluation.prompt_syntax), run.samples)
     save_prompts(store, evaluation_prompts)
     for person in people.concepts if people else ():
         save_concept(store, person)

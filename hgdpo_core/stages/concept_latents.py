@@ -5,7 +5,7 @@ word: which person would the word be?
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +18,7 @@ from hgdpo_core.config.concepts import CROP
 from hgdpo_core.errors import InputError
 from hgdpo_core.image_sets.sets import ImageSet
 from hgdpo_core.models import Model
+from hgdpo_core.models.instantbooth import concept_word_reader
 from hgdpo_core.models.locations import Location, refuse_other_model
 from hgdpo_core.prompts.concepts import FindFaces, crop_face
 from hgdpo_core.scorers.identity import detector_fingerprint, face_finder
@@ -52,7 +53,13 @@ class ConceptLatentStage(ImageLatentStage):
     @property
     def read_concept(self) -> ReadConcept:
         find, word, crop = face_finder(self.detector), self.folder.config["word"], self.folder.config["crop"]
-        return lambda image, caption: cut_face(image, caption, find, word, crop)
+        reads = concept_word_reader(self.model.reading("plain"), word)
+
+        def read(image: Image.Image, caption: str) -> bytes:
+            refuse_caption(caption, word, reads)
+            return cut_face(image, find, crop)
+
+        return read
 
     def recipe(self, *, copy_to_store: bool = False) -> dict[str, Any]:
         found = self.detector and Location.of(self.folder.store, self.detector, copy_to_store=copy_to_store)
@@ -84,11 +91,16 @@ def has_word(caption: str, word: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption) is not None
 
 
-def cut_face(image: Image.Image, caption: str, find_faces: FindFaces, word: str, crop: float = CROP) -> bytes:
-    """PNG of the square around the only face of an image; InputError where there is none, several, or a tiny one, or
-    where the caption lacks the word, alone."""
+def refuse_caption(caption: str, word: str, reads: Callable[[str], bool]) -> None:
+    """InputError for a caption without the word, alone, or with it behind what the text encoder `reads`."""
     if not has_word(caption, word):
         raise InputError(f"its caption has no word {word}: expected it before the person")
+    if not reads(caption):
+        raise InputError(f"its caption has the word {word} behind what the text encoder reads: move it to the front")
+
+
+def cut_face(image: Image.Image, find_faces: FindFaces, crop: float = CROP) -> bytes:
+    """PNG of the square around the only face of an image; InputError where there is none, several, or a tiny one."""
     boxes = find_faces(image)
     if not boxes:
         raise InputError("it shows no face: expected exactly one")

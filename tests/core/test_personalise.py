@@ -50,7 +50,8 @@ def parameters(tmp_path, target_folder):
     tiny_encoder = CLIPVisionModel(CLIPVisionConfig(**{**tiny_adapters.ENCODER, "patch_size": 8}))
     tiny_encoder.save_pretrained(tmp_path / "encoder")
     others = {"nothing": (f"a {WORD} man", Image.new("RGB", (64, 64), "grey")),
-              "wordless": ("a man", Image.new("RGB", (64, 64), "grey"))}
+              "wordless": ("a man", Image.new("RGB", (64, 64), "grey")),
+              "late": (f"{'a man waves ' * 20}{WORD}", Image.new("RGB", (64, 64), "grey"))}
     return {"preset": "sd15", "root": str(tmp_path / "root"), "target": str(target_folder),
             "images": save_images(tmp_path / "images", {**drawn(6), **others}),
             "overrides": {"target.dtype": "float32", "width": 32, "height": 32, "detector": "figures", "crop": 3,
@@ -66,8 +67,9 @@ def test_images_become_an_adapter(parameters, target_folder):
     adapter = train_adapter(run)
     assert [row["missing_shards"] for row in plan_personalise(run)] == [0, 0]
     summary = write_summary(run, stage, adapter)
-    assert summary["images"] == 8 == summary["used"] + sum(summary["refused"].values()) and summary["used"] >= 5
+    assert summary["images"] == 9 == summary["used"] + sum(summary["refused"].values()) and summary["used"] >= 5
     assert summary["refused"]["its caption has no word on"] == 1 <= summary["refused"]["it shows no face"]
+    assert summary["refused"][f"its caption has the word {WORD} behind what the text encoder reads"] == 1
     assert summary["steps"] == 3 and summary["final"]["gate"] > 0
     found = find_adapter(PersonaliserConfig(source=str(adapter.path)), find_model(run.config.target))
     assert found.name == "instantbooth" and summary["artifacts"]["adapter"].endswith(adapter.model_id)
@@ -133,7 +135,7 @@ def test_the_target_of_a_finished_run_is_its_fine_tuned_one(parameters, tmp_path
     ({"images": None}, {}, "give images, captioned ones of people who agreed"),
     ({"images": "nowhere"}, {}, "images: nowhere is not a folder"),
     ({}, {"instantbooth.concept_word": "jumps"}, "'jumps' is . tokens of this text encoder"),
-    ({}, {"instantbooth.concept_word": "in"}, "none of the 8 captions of .* has the word in"),
+    ({}, {"instantbooth.concept_word": "in"}, "none of the 9 captions of .* has the word in"),
     ({}, {"instantbooth.image_encoder": None}, "instantbooth.image_encoder is not given"),
     ({}, {"instantbooth.image_encoder": "no/such"}, "image_encoder no/such is not a local folder"),
     ({}, {"instantbooth.flip": True}, "flip would mirror the image and not its concept"),

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hgdpo_core.config import InstantBoothConfig, PersonaliserConfig, PoolConfig, SamplerConfig, TargetConfig
-from hgdpo_core.errors import ModelError
+from hgdpo_core.errors import InputError, ModelError
 from hgdpo_core.images import decode_image
 from hgdpo_core.models import find_model, load_backbone
 from hgdpo_core.models.image_generator import ImageGenerator
 from hgdpo_core.models.instantbooth import CONFIG, ENCODER, WEIGHTS, ImageEncoder, save_instantbooth
 from hgdpo_core.models.lora import add_lora
-from hgdpo_core.models.personaliser import find_adapter
+from hgdpo_core.models.personaliser import PERSONALISERS, find_adapter
 from hgdpo_core.prompts import Sample
 from hgdpo_core.prompts.concepts import read_concepts
 from hgdpo_core.training.instantbooth import attach_new
@@ -115,6 +115,19 @@ def test_a_lora_lands_on_its_own_layers_and_changes_images(target, folder, peopl
 def test_a_prompt_without_the_word_is_refused(target, folder, people, prompt, message):
     with pytest.raises(ModelError, match=message):
         generate(personal(target, folder), people[0], prompt)
+
+
+@pytest.mark.parametrize(("syntax", "lacking"), [("plain", 2), ("a1111", 1)])
+def test_prompts_are_checked_as_the_model_reads_them_without_loading_it(target, folder, syntax, lacking, monkeypatch):
+    """The text encoder reads 24 tokens of a plain prompt, and chunks of them of a weighted one."""
+    monkeypatch.setattr("hgdpo_core.models.instantbooth.ImageEncoder", None)
+    model = personal(target, folder).reading(syntax)
+    kind, late = PERSONALISERS["instantbooth"], f"{'a man in a red top ' * 20}on"
+    kind.check_prompts(model.personaliser, model, [PROMPT, "a (on:1.2) man", Sample("a on girl", "someone")])
+    prompts = ["a woman", PROMPT, late]
+    with pytest.raises(InputError, match=f"^{lacking} of 3 prompts have no word on .* the first is 'a woman'"):
+        kind.check_prompts(model.personaliser, model, prompts)
+    PERSONALISERS["ip_adapter"].check_prompts(model.personaliser, model, prompts)
 
 
 def test_other_widths_and_broken_files_are_refused(target, folder, tmp_path):

@@ -5,13 +5,19 @@ from pathlib import Path
 import ldm
 import pytest
 import tiny
-from diffusers import StableDiffusionXLPipeline
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 from hgdpo_core.config import TargetConfig
+from hgdpo_core.config.base import apply_overrides
+from hgdpo_core.config.presets import build_config
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models import find_model, load_backbone
 from hgdpo_core.models.locations import find_located_model, model_locations
+from hgdpo_core.models.model import SD15, load_pipeline
 from hgdpo_core.models.prediction import find_prediction
+from hgdpo_core.models.sdxl import SDXL
+from hgdpo_core.report import model_card
 from hgdpo_core.storage import Store
 
 COMPVIS = "model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    parameterization: {}\n"
@@ -77,6 +83,34 @@ def test_workers_read_what_was_planned(files, tmp_path):
             located = find_located_model(store, model.identity(), model_locations(store, model, copy_to_store=copied))
             assert located.fingerprint == model.fingerprint and located.schedule() == model.schedule()
             assert (located.path == file) != copied
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_card_opens_what_was_evaluated(files, tmp_path, family):
+    """Plain diffusers reads neither the yaml nor the keys, and knows no other VAE."""
+    file, configs = files[family]
+    if family == "sdxl":
+        pipeline = StableDiffusionXLPipeline.from_pretrained(configs, add_watermarker=False)
+        file = ldm.save_sdxl_file(pipeline, tmp_path / "noob.safetensors", "v_pred", "ztsnr")
+    else:
+        file = linked(file, tmp_path, COMPVIS.format("v"))
+    vae = AutoencoderKL.from_pretrained(configs / "vae")
+    torch.nn.init.normal_(vae.decoder.conv_out.bias)
+    vae.save_pretrained(tmp_path / "vae")
+    settings = {"target.component_configs": str(configs), "target.vae": str(tmp_path / "vae")}
+    config = apply_overrides(build_config(family, target=str(file), prompts="p"), settings)
+    model = find_model(config.target.model_copy(update={"dtype": "float32"}))
+    code = model_card._code(config, 0.5, model.schedule(), fine_tuned=False)
+    for name, path in {"the/target": file, "its/configs": configs, "the/vae": tmp_path / "vae"}.items():
+        code = code.replace(f"path/to/{name}", str(path))
+    names = {}
+    exec(code.partition("```python\n")[2].partition("pipeline.load_lora")[0].replace('"cuda"', '"cpu"'), names)
+    opened, ours = names["pipeline"], load_pipeline(model, kind={"sd15": SD15, "sdxl": SDXL}[family])
+    for name in ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing"):
+        assert opened.scheduler.config.get(name) == ours.scheduler.config.get(name), name
+    assert opened.scheduler.config.prediction_type == "v_prediction"
+    assert torch.equal(opened.vae.decoder.conv_out.bias, ours.vae.decoder.conv_out.bias)
+    assert torch.equal(opened.vae.decoder.conv_out.bias, vae.decoder.conv_out.bias)
 
 
 def test_a_yaml_against_the_keys_is_refused(files, tmp_path):

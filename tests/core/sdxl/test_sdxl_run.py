@@ -67,7 +67,7 @@ def test_an_exports_card_runs_and_its_pipeline_is_target_and_lora(made, tmp_path
 
 def test_a_card_opens_a_single_file_as_such():
     config = build_config("sdxl", target="models/photo.safetensors", prompts="p")
-    code = model_card._code(config, 0.5, fine_tuned=False)
+    code = model_card._code(config, 0.5, {}, fine_tuned=False)
     assert 'StableDiffusionXLPipeline.from_single_file("path/to/the/target")' in code
 
 
