@@ -20,6 +20,7 @@ from hgdpo_core.evaluate import plan_evaluation
 from hgdpo_core.models import Model, check_lora, find_model
 from hgdpo_core.models.files import is_lora
 from hgdpo_core.models.personaliser import PERSONALISERS, find_adapter
+from hgdpo_core.models.weight_files import WEIGHT_SUFFIXES
 from hgdpo_core.prompts import PromptList, read_prompts, save_prompts
 from hgdpo_core.prompts.concepts import ConceptList, read_concepts, save_concept
 from hgdpo_core.prompts.syntax import check_syntax
@@ -30,6 +31,8 @@ from hgdpo_core.storage import Store
 from hgdpo_core.storage.roots import default_root
 
 DEFAULT_JUDGE = "sface"
+OF_SINGLE_FILES = {"component_configs": None, "prediction_type": None}
+"""Settings of a target that a folder has files of its own for."""
 
 
 @dataclass(frozen=True)
@@ -223,8 +226,11 @@ def _find_models(config: ComparisonConfig, lora_weight: float | None) -> tuple[M
 
     def find(source: str, lora: Path | None, lora_weight: float) -> Model:
         base = source if lora is None else config.base or config.target.source
-        revision = config.target.revision if base == config.target.source else None
-        model = find_model(config.target.model_copy(update={"source": base, "revision": revision}))
+        found = config.target
+        if base != found.source:  # what names or completes the target's files says nothing of another model's
+            alone = {"revision": None} | ({} if base.endswith(WEIGHT_SUFFIXES) else OF_SINGLE_FILES)
+            found = found.model_copy(update={"source": base, **alone})
+        model = find_model(found)
         if lora is not None:
             check_lora(model, lora)
             model = model.with_lora(lora, lora_weight)

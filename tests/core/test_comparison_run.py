@@ -2,6 +2,7 @@
 
 import json
 
+import ldm
 import pytest
 import tiny
 import torch
@@ -78,6 +79,23 @@ def test_two_models_have_no_weight_and_share_the_targets_settings(compare, targe
     rows = plan_comparison(run)
     assert [(row["stage"], row["images"], row["missing_images"]) for row in rows] == [("target", 2, 2), ("tuned", 2, 2)]
     assert rows[0]["pool_id"] != rows[1]["pool_id"]
+
+
+def test_settings_of_a_single_file_are_not_those_of_the_folder_it_is_compared_with(compare, tmp_path):
+    folder = tmp_path / "sd15"
+    pipeline = tiny.sd15_shaped(folder)
+    pipeline.save_pretrained(folder)
+    file = ldm.save_single_file(pipeline, tmp_path / "style.safetensors")
+    pipeline.unet.conv_out.bias.data += 1
+    pipeline.save_pretrained(tmp_path / "tuned")
+    of_file = {"target.dtype": "float32", "target.component_configs": str(folder),
+               "target.prediction_type": "v_prediction"}
+    run = compare(target=str(file), tuned=str(tmp_path / "tuned"), overrides=of_file)
+    assert run.target.schedule() == {"prediction_type": "v_prediction"} and run.target.configs == folder
+    assert run.tuned.schedule() == {} and run.tuned.configs is None
+    lora = tiny.save_random_lora(tmp_path / "lora", folder)
+    worn = compare(target=str(file), tuned=str(lora), overrides=of_file).tuned
+    assert worn.configs == folder and worn.schedule() == run.target.schedule()
 
 
 def test_settings_reach_the_config_and_the_command(compare, lora, judge_folder):
