@@ -9,6 +9,7 @@ from flows.runner import DeploymentRunner
 from flows.shard import hgdpo_shard
 from flows.watch import watch_this_run
 from hgdpo_core.config import PoolConfig, SamplerConfig, TargetConfig, WorkersConfig
+from hgdpo_core.execution import jobs
 from hgdpo_core.images import encode_image
 from hgdpo_core.models import find_model
 from hgdpo_core.progress import ShouldStop, never_stop
@@ -35,6 +36,7 @@ class NullGenerator:
                    "image": self.image, "width": 1, "height": 1}
 
 
+jobs.MAX_SHARD_RUNS = 1_000_000  # of which a parent else makes fewer, larger runs
 pool_stage.ImageGenerator = NullGenerator  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -1,11 +1,11 @@
 """The cost of orchestration, without generating anything.
 
     python -m benchmarks.orchestration --shards 300 --runs 300 --workers 2
-    python -m benchmarks.orchestration --shards 0 --runs 1000 --open-runs 1000 --database postgres --root /data/thousand
+    python -m benchmarks.orchestration --light --runs 1000 --open-runs 1000 --database postgres --root /data/thousand
 
 First many shards in one shard run, against the same call without Prefect: milliseconds a shard. Then many shard runs of
 one shard each: seconds a shard run and worker, and the memory of parent and server. CPU seconds stand beside the wall
-clock's, for machines that are busy with other work.
+clock's, for machines that are busy with other work. With `--light` there are only the many runs, which load no torch.
 
 A row comes every minute, so that it may be stopped at any time (Ctrl-C, SIGTERM). With `--root` the shards stay and the
 rows go to orchestration.jsonl there; the same command makes only the shards that are missing, and its rows add up all
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=300, help="shards in one run")
     parser.add_argument("--runs", type=int, default=300, help="shard runs of one shard each")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--light", action="store_true", help="shard runs as benchmarks.light_shard has them")
     parser.add_argument("--open-runs", type=int, default=50, help="shard runs that wait or run at once")
     parser.add_argument("--database", choices=["sqlite", "postgres"], default="sqlite")
     parser.add_argument("--root", type=Path, help="a folder that stays; default: a temporary one")
@@ -48,12 +49,12 @@ def main() -> None:
     with ExitStack() as ends:
         name = ends.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         url = ends.enter_context(postgres()) if options.database == "postgres" else None
-        local = _local(Path(name), options.workers, url)
+        local = _local(Path(name), options, url)
         ends.callback(down, local)
         ends.callback(_end_on, signal.SIG_IGN)  # a second one would leave servers behind
         try:
             up(local)
-            if options.shards:
+            if options.shards and not options.light:
                 _many_shards(local, f"file://{name}", options.shards)
             _many_runs(local, options.root or Path(name, "many"), options)
         except KeyboardInterrupt:
@@ -65,17 +66,17 @@ def _end_on(handler: Any) -> None:
         signal.signal(number, handler)
 
 
-def _local(folder: Path, workers: int, database: str | None) -> Local:
+def _local(folder: Path, options: argparse.Namespace, database: str | None) -> Local:
     shipped = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     shard = next(one for one in shipped["deployments"] if one["name"] == "shard")
-    shard["entrypoint"] = "benchmarks.null_shard:hgdpo_shard"
+    shard["entrypoint"] = f"benchmarks.{'light' if options.light else 'null'}_shard:hgdpo_shard"
     full = next(one for one in shipped["deployments"] if one["name"] == "full")
     parent = full | {"name": "parent", "entrypoint": "benchmarks.null_shard:null_parent"}
     shipped["deployments"] = [shard, parent]
     (folder / "prefect.yaml").write_text(yaml.safe_dump(shipped))
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return Local(home=folder / "prefect", toml=folder / "prefect.toml", deployments=folder / "prefect.yaml",
-                 shard_workers=workers, database=database, environment=environment)
+                 shard_workers=options.workers, database=database, environment=environment)
 
 
 def _request(root: str, shards: int) -> ShardRequest:
@@ -103,7 +104,7 @@ def _many_runs(local: Local, root: Path, options: argparse.Namespace) -> None:
     parent = _start(local, "null-parent/parent", {"root": f"file://{root}", "shards": options.runs, "per_run": 1,
                                                   "open_runs": options.open_runs})
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    settings = {name: getattr(options, name) for name in ("runs", "workers", "open_runs", "database")}
+    settings = {name: getattr(options, name) for name in ("runs", "workers", "open_runs", "database", "light")}
     meter, before = Meter(local, parent), read_rows(root / ROWS, settings)
     for run in _looks(local, parent, meter):
         row = {"session": began} | settings | meter.row(run)

@@ -12,6 +12,7 @@ from hgdpo_core.config import ScorerConfig
 from hgdpo_core.config.presets import figures
 from hgdpo_core.evaluate import compare
 from hgdpo_core.prompts import prompt_id
+from hgdpo_core.report.model_card import render_card
 from hgdpo_core.report.summary import RankedData, _notes, write_comparison_report, write_run_report
 from hgdpo_core.scorers.towers import OPENAI_CLIP
 from hgdpo_core.stages.scores import SCHEMA
@@ -57,17 +58,19 @@ def compared(store):
     return images, compare(store, images["target"], images["tuned"], *scores, HELD_OUT, figures().evaluation)
 
 
-def open_run(store, **config):
+def open_run(store, stated=(), **config):
+    target = SimpleNamespace(schedule=lambda: dict(stated))
     return SimpleNamespace(store=store, run_id="run-1", key=lambda name: f"runs/run-1/{name}", command="hgdpo run",
+                           target=target, images=None,
                            config=figures().model_copy(update=config), prompts=SimpleNamespace(prompts=PROMPTS))
 
 
-def write_run(store, compared, seconds, cached):
+def write_run(store, compared, seconds, cached, stated=()):
     images, comparison = compared
     pool = make_plan(store, "pool", PROMPTS, 4)
     scores = make_scores(store, pool, PROMPTS, {prompt: [1, 2, 3, 4] for prompt in PROMPTS})
     return write_run_report(
-        open_run(store),
+        open_run(store, stated),
         RankedData(pool, scores, np.zeros((4, 3, 2)), SimpleNamespace(key="triplets/1"), TripletCounts(4, 0)),
         SimpleNamespace(model_id="dpo-1", objective="dpo", log=LOG), LOG, images, comparison,
         [RunWarning("defects", "More defects.")], seconds=seconds, cached=cached)
@@ -89,6 +92,16 @@ def test_a_run_has_a_summary_and_a_page_without_prefect(store, compared):
     assert "More defects." in page and "Latent statistics by rank" in page and "a woman &lt;b&gt;|" in page
     assert len(published.data.pools) == 2 and len(published.data.pairs) == 3
     assert [len(side) for side in (published.data.best_wins, published.data.worst_losses)] == [2, 1]
+
+
+def test_what_a_single_file_predicts_is_in_the_summary_and_on_the_card(store, compared):
+    stated = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    summary = write_run(store, compared, {}, [], stated).summary
+    assert summary["scheduler"] == stated
+    settings = 'prediction_type="v_prediction", rescale_betas_zero_snr=True)'
+    for images in (None, "photos"):  # fine-tuned it is a folder, whose scheduler says so itself
+        config = figures().model_copy(update={"images": images})
+        assert (settings in render_card(config, summary, kohya_name="x.safetensors", fused=False)) == (images is None)
 
 
 def test_a_cached_stage_keeps_the_seconds_in_which_it_was_made(store, compared):

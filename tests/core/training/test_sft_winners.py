@@ -71,7 +71,8 @@ def test_its_loss_and_lora_equal_a_plain_implementation(flip):
     assert [row["loss"] for row in result.log] == pytest.approx(losses, rel=1e-4)
     assert list(result.log[0]) == ["step", "loss", "grad_norm", "learning_rate"]
     for name, tensor in lora_state(unet.cpu()).items():
-        assert (tensor - lora_state(plain)[name]).abs().mean() < 1e-5
+        # Steps of Adam: where a gradient is nearly zero, its sign is rounding, and a weight moves by 1e-2.
+        assert (tensor - lora_state(plain)[name]).abs().mean() < 1e-4
 
 
 def test_its_loss_is_that_of_the_sft_trainer_on_the_same_latents(monkeypatch):
