@@ -9,10 +9,14 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from flows.watch import watch_this_run
+from hgdpo_core.execution import imports
 from hgdpo_core.progress import ShouldStop
 from tasks.options import stage_task
 from tasks.ui import show_table, stage_progress
+
+imports.load_libraries = lambda: None  # `flows` would call it in the process of a flow run
+
+from flows.watch import watch_this_run  # noqa: E402
 
 __all__ = ["hgdpo_shard"]
 

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -198,7 +197,7 @@ def _is_server(process, workers):
 def restart_server(workers):
     """The same server on the same port and data, as after a reboot of its machine."""
     port = workers.local.url.split(":")[2].split("/")[0]
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    command = local.server_command(workers.local, int(port))
     local._spawn(command, local._environment(workers.local, workers.local.url), workers.local.home / "server.log")
     workers.until("the server again", lambda: local._healthy(workers.local.url))
 
