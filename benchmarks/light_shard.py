@@ -1,4 +1,4 @@
-"""A shard run of the pool of `benchmarks.null_shard` that loads no torch: the same to Prefect, for a third of the work.
+"""A shard run of the pool of `benchmarks.null_shard` that loads no torch: the same to Prefect, for half of the work.
 
 It is watched, has a task, a log, a bar and a table as the real one has, and commits a real shard. A server and a
 database get more to do in a minute than by any shard run that generates.
