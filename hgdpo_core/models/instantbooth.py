@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 
 from hgdpo_core.built_in import find_personaliser, is_built_in
 from hgdpo_core.config.base import content_hash
@@ -258,7 +258,8 @@ def concept_word_reader(model: Model, word: str) -> Callable[[str], bool]:
     configs = model.configs or model.path
     tokenizer = load_clip_tokenizer(configs / "tokenizer")
     token = single_token(tokenizer, word)
-    longest = read_config(configs / "text_encoder" / "config.json")["max_position_embeddings"] - 2  # begin and end
+    encoder = CLIPTextConfig(**read_config(configs / "text_encoder" / "config.json"))  # saved without its defaults
+    longest = encoder.max_position_embeddings - 2  # begin and end
 
     def has_word(prompt: str) -> bool:
         if model.prompt_syntax == "plain":

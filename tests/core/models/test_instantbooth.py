@@ -1,6 +1,7 @@
 """InstantBooth adapters: off changes no bit, a concept changes the image, a LoRA stays beside them, what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -118,7 +119,8 @@ def test_a_prompt_without_the_word_is_refused(target, folder, people, prompt, me
 
 
 @pytest.mark.parametrize(("syntax", "lacking"), [("plain", 2), ("a1111", 1)])
-def test_prompts_are_checked_as_the_model_reads_them_without_loading_it(target, folder, syntax, lacking, monkeypatch):
+def test_prompts_are_checked_as_the_model_reads_them_without_loading_it(target, folder, syntax, lacking, monkeypatch,
+                                                                             tmp_path):
     """The text encoder reads 24 tokens of a plain prompt, and chunks of them of a weighted one."""
     monkeypatch.setattr("hgdpo_core.models.instantbooth.ImageEncoder", None)
     model = personal(target, folder).reading(syntax)
@@ -127,12 +129,18 @@ def test_prompts_are_checked_as_the_model_reads_them_without_loading_it(target, 
     prompts = ["a woman", PROMPT, late]
     with pytest.raises(InputError, match=f"^{lacking} of 3 prompts have no word on .* the first is 'a woman'"):
         kind.check_prompts(model.personaliser, model, prompts)
+    configs = tmp_path / "configs"
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(model.path / part, configs / part)
+    file = configs / "text_encoder" / "config.json"
+    kept = json.loads(file.read_text())
+    del kept["max_position_embeddings"]  # as one that is transformers' default is saved: 77
+    file.write_text(json.dumps(kept))
+    kind.check_prompts(model.personaliser, replace(model, configs=configs), [f"{'a man ' * 30}on"])
     PERSONALISERS["ip_adapter"].check_prompts(model.personaliser, model, prompts)
 
 
 def test_other_widths_and_broken_files_are_refused(target, folder, tmp_path):
-    import shutil
-
     def broken(name, change):
         copy = tmp_path / name
         shutil.copytree(folder, copy)
