@@ -258,7 +258,7 @@ def concept_word_reader(model: Model, word: str) -> Callable[[str], bool]:
     configs = model.configs or model.path
     tokenizer = load_clip_tokenizer(configs / "tokenizer")
     token = single_token(tokenizer, word)
-    encoder = CLIPTextConfig(**read_config(configs / "text_encoder" / "config.json"))  # saved without its defaults
+    encoder = CLIPTextConfig(**read_config(configs / "text_encoder" / "config.json"))  # some leave defaults out
     longest = encoder.max_position_embeddings - 2  # begin and end
 
     def has_word(prompt: str) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from transformers import CLIPTextConfig
 
 from hgdpo_core.errors import ModelError
 from hgdpo_core.models.files import check_channels
@@ -90,6 +91,7 @@ def check_networks(path: Path, infos: Mapping[str, TensorInfo], configs: Mapping
 
 def _check_open_clip(path: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
     """The second text encoder, whose names and layout are OpenCLIP's: each layer's query, key and value in one."""
+    config = CLIPTextConfig(**config).to_dict()  # some leave defaults out
     layers, width, inner = (config[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     expected = {"token_embedding.weight": (config["vocab_size"], width),
                 "positional_embedding": (config["max_position_embeddings"], width), "ln_final.weight": (width,),

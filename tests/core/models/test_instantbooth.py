@@ -134,7 +134,7 @@ def test_prompts_are_checked_as_the_model_reads_them_without_loading_it(target, 
         shutil.copytree(model.path / part, configs / part)
     file = configs / "text_encoder" / "config.json"
     kept = json.loads(file.read_text())
-    del kept["max_position_embeddings"]  # as one that is transformers' default is saved: 77
+    del kept["max_position_embeddings"]  # 77, as some leave out
     file.write_text(json.dumps(kept))
     kind.check_prompts(model.personaliser, replace(model, configs=configs), [f"{'a man ' * 30}on"])
     PERSONALISERS["ip_adapter"].check_prompts(model.personaliser, model, prompts)
