@@ -6,10 +6,11 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 from PIL import Image
 from prefect.artifacts import (
     create_markdown_artifact,
@@ -19,13 +20,30 @@ from prefect.artifacts import (
 )
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.logging import get_logger
 from tqdm import tqdm
 
 from hgdpo_core.errors import HGDPOError
 from hgdpo_core.progress import Progress
 
+logger = get_logger("hgdpo.ui")
+
 UPDATE_SECONDS = 5.0  # a call to the server costs more than many batches of a small model
 MAX_DATA_URI_BYTES = 400_000
+
+
+def _try(show: Callable[[], Any]) -> Any:
+    """What the server answers; None where it is down or too busy: what the UI lacks must not cost the work."""
+    try:
+        return show()
+    except (httpx.HTTPError, RuntimeError) as error:  # the second: Prefect's client, of a server it cannot reach
+        logger.warning("the Prefect server took no artifact (%s): the work goes on", type(error).__name__)
+        return None
+
+
+def _client_call(name: str, *arguments: Any) -> None:
+    with get_client(sync_client=True) as client:
+        getattr(client, name)(*arguments)
 
 
 def artifact_key(name: str) -> str:
@@ -44,18 +62,17 @@ def stage_progress(stage: str) -> Iterator[Progress]:
         nonlocal bar, artifact, updated
         if bar is None:
             bar = tqdm(total=total, desc=f"{stage:>10}", unit=f" {unit}", dynamic_ncols=True, mininterval=0.5)
-            artifact = create_progress_artifact(progress=0.0, key=artifact_key(f"{stage}-progress"),
-                                                description=f"{stage}: {total} {unit}")
+            artifact = _try(lambda: create_progress_artifact(progress=0.0, key=artifact_key(f"{stage}-progress"),
+                                                             description=f"{stage}: {total} {unit}"))
         bar.update(done - bar.n)
-        if time.monotonic() - updated > UPDATE_SECONDS or done == total:
+        if artifact is not None and (time.monotonic() - updated > UPDATE_SECONDS or done == total):
+            _try(lambda: update_progress_artifact(artifact, progress=100.0 * done / max(total, 1)))
             updated = time.monotonic()
-            update_progress_artifact(artifact, progress=100.0 * done / max(total, 1))
 
     try:
         yield report
         if artifact is not None:  # a full bar would only bury the results among a run's artifacts
-            with get_client(sync_client=True) as client:
-                client.delete_artifact(artifact)
+            _try(lambda: _client_call("delete_artifact", artifact))
     finally:
         if bar is not None:
             bar.close()
@@ -65,7 +82,7 @@ def show_table(key: str, rows: Sequence[Mapping[str, Any]], description: str) ->
     """A table artifact of JSON values, as Prefect requires; fractions get four digits, for narrow columns."""
     table = [{name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
              for row in rows]
-    create_table_artifact(table=table, key=artifact_key(key), description=description)
+    _try(lambda: create_table_artifact(table=table, key=artifact_key(key), description=description))
 
 
 def describe_row(row: Mapping[str, Any]) -> str:
@@ -90,15 +107,15 @@ class LiveTable:
             return
         self._shown, self._shown_at = table, time.monotonic()
         if self._id is None:
-            self._id = create_table_artifact(table=table, key=artifact_key(self._key), description=self._description)
+            self._id = _try(lambda: create_table_artifact(table=table, key=artifact_key(self._key),
+                                                          description=self._description))
             return
-        with get_client(sync_client=True) as client:
-            client.update_artifact(self._id, ArtifactUpdate(data=json.dumps(table)))
+        _try(lambda: _client_call("update_artifact", self._id, ArtifactUpdate(data=json.dumps(table))))
 
 
 def show_text(key: str, markdown: str, description: str) -> None:
     """A markdown artifact."""
-    create_markdown_artifact(markdown=markdown, key=artifact_key(key), description=description)
+    _try(lambda: create_markdown_artifact(markdown=markdown, key=artifact_key(key), description=description))
 
 
 def show_image(key: str, image: Image.Image, description: str) -> None:

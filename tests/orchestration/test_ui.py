@@ -1,12 +1,14 @@
 """What stages show in the Prefect UI."""
 
+import contextlib
 import json
 
+import httpx
 import pytest
 from prefect.client.orchestration import get_client
 
 from hgdpo_core.scorers import SCORERS
-from tasks.ui import artifact_key, show_table, show_text, stage_progress
+from tasks.ui import LiveTable, artifact_key, show_table, show_text, stage_progress
 
 
 @pytest.mark.parametrize("stage", [*SCORERS, "LoRA weight 0.25"])
@@ -25,6 +27,41 @@ def test_the_bar_of_a_stage_that_failed_stays(server):
         progress(1, 4, "images")
         raise ValueError("broken")
     assert artifacts()["breaks-progress"].description == "breaks: 4 images"
+
+
+def test_a_server_that_takes_no_artifact_does_not_fail_the_work(server, monkeypatch, caplog):
+    class Refusing:
+        def __getattr__(self, name):
+            raise httpx.ReadTimeout("busy")
+
+    @contextlib.contextmanager
+    def refuse(*_, **__):
+        yield Refusing()
+
+    def refused(*_, **__):
+        raise httpx.HTTPStatusError("503", request=httpx.Request("POST", "http://a"), response=httpx.Response(503))
+
+    for name in ("create_progress_artifact", "create_table_artifact", "create_markdown_artifact"):
+        monkeypatch.setattr(f"tasks.ui.{name}", refused)
+    done, table = [], LiveTable("runs", "Runs")
+    with stage_progress("refused") as progress:
+        for number in (1, 2):
+            progress(number, 2, "images")
+            done.append(number)
+    show_table("refused-rows", [{"a": 1}], "rows")
+    show_text("refused-text", "text", "text")
+    table.show([{"a": 1}], at_once=True)
+    monkeypatch.undo()
+    table.show([{"a": 2}], at_once=True)  # created now
+    assert done == [1, 2] and "runs" in artifacts() and "refused-progress" not in artifacts()
+    with stage_progress("half") as progress:
+        progress(1, 2, "images")
+        monkeypatch.setattr("tasks.ui.get_client", refuse)
+        monkeypatch.setattr("tasks.ui.update_progress_artifact", refused)
+        progress(2, 2, "images")
+        table.show([{"a": 3}], at_once=True)
+    monkeypatch.undo()
+    assert caplog.text.count("the Prefect server took no artifact") == 7
 
 
 def artifacts():
