@@ -25,6 +25,7 @@ from typing import NamedTuple
 import psutil
 
 from deployments.pools import PARENTS, SHARDS, TRAININGS, Pool
+from deployments.sqlite_server import server_command
 from hgdpo_core.progress import count_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,19 +135,13 @@ def _start_server(local: Local) -> None:
     for port in _free_ports(local.first_port):
         print(f"Starting a Prefect server on port {port}", flush=True)
         url = f"http://127.0.0.1:{port}/api"
-        server = _spawn(server_command(local, port), _environment(local, url), local.home / "server.log")
+        server = _spawn(server_command(local.database, port), _environment(local, url), local.home / "server.log")
         if _await_health(url, server):
             local.record.write_text(json.dumps({"url": url}))
             return
         if _is_free(port):  # the reason was not that another process took the port meanwhile
             raise LocalError(f"the Prefect server did not start: {_last_line(local.home / 'server.log')} "
                              f"({local.home / 'server.log'})")
-
-
-def server_command(local: Local, port: int) -> list[str]:
-    """The command line of its server; one on SQLite would stand still for minutes without `sqlite_server`."""
-    program = "prefect" if local.database else "deployments.sqlite_server"
-    return [sys.executable, "-m", program, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
 
 
 def _await_health(url: str, server: subprocess.Popen[bytes]) -> bool:

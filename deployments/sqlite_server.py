@@ -11,10 +11,17 @@ the write, whose failure leaves the next such cursor. In a thread of its own the
 
 import gc
 import runpy
+import sys
 import threading
 import time
 
 YOUNG_SECONDS, ALL_SECONDS = 1.0, 60.0
+
+
+def server_command(database: str | None, port: int) -> list[str]:
+    """What starts a server on loopback: on a database of its own address Prefect's, on SQLite (None) this one."""
+    program = "prefect" if database else "deployments.sqlite_server"
+    return [sys.executable, "-m", program, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
 
 
 def collect_aside() -> None:

@@ -37,7 +37,8 @@ def _try(show: Callable[[], Any]) -> Any:
     try:
         return show()
     except (httpx.HTTPError, RuntimeError) as error:  # the second: Prefect's client, of a server it cannot reach
-        logger.warning("the Prefect server took no artifact (%s): the work goes on", type(error).__name__)
+        logger.warning("the Prefect UI lacks an artifact, as the server did not take it (%s): the work goes on",
+                       type(error).__name__)
         return None
 
 

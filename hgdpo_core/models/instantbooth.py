@@ -13,7 +13,7 @@ adapter changes no bit. Guidance's unconditional branch is the target's own.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from hgdpo_core.built_in import find_personaliser, is_built_in
 from hgdpo_core.config.base import content_hash
@@ -45,10 +45,8 @@ from hgdpo_core.models.model import Model
 from hgdpo_core.models.networks import check_finite, compare_shapes, component_files, empty_network, refuse_report
 from hgdpo_core.models.personaliser import Adapter, ConceptEmbedding, Personaliser
 from hgdpo_core.models.sd15 import ClipText, UnetDenoiser
-from hgdpo_core.models.text_encoder import single_token
-from hgdpo_core.models.tokenizers import load_clip_tokenizer
+from hgdpo_core.models.tokenizers import load_clip_tokenizer, single_token, word_reader
 from hgdpo_core.models.weight_files import load_safetensors, read_header
-from hgdpo_core.prompts.syntax import parse_weights
 
 NAME = "instantbooth"
 STRENGTH = 0.3
@@ -253,24 +251,6 @@ def check_trainable(model: Model, word: str) -> None:
     single_token(load_clip_tokenizer((model.configs or model.path) / "tokenizer"), word)
 
 
-def concept_word_reader(model: Model, word: str) -> Callable[[str], bool]:
-    """Whether a prompt, as the model reads it, has a concept's word among the tokens that it reads."""
-    configs = model.configs or model.path
-    tokenizer = load_clip_tokenizer(configs / "tokenizer")
-    token = single_token(tokenizer, word)
-    encoder = CLIPTextConfig(**read_config(configs / "text_encoder" / "config.json"))  # some leave defaults out
-    longest = encoder.max_position_embeddings - 2  # begin and end
-
-    def has_word(prompt: str) -> bool:
-        if model.prompt_syntax == "plain":
-            # Not cut by the tokenizer: that would change it, and several threads read.
-            return token in tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids[:longest]
-        texts = [segment.text for part in parse_weights(prompt) for segment in part]
-        return any(token in ids for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
-
-    return has_word
-
-
 # -- an adapter's folder
 
 
@@ -329,7 +309,7 @@ class InstantBoothKind:
 
     def check_prompts(self, adapter: Adapter, model: Model, prompts: Sequence[str]) -> None:
         word = NetworkShape.read(adapter.path).concept_word
-        has_word = concept_word_reader(model, word)
+        has_word = word_reader(model.configs or model.path, model.prompt_syntax, word)
         lacking = [prompt for prompt in prompts if not has_word(prompt)]
         if lacking:
             raise InputError(f"{len(lacking)} of {len(prompts)} prompts have no word {word} that the text encoder "

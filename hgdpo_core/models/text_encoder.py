@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from hgdpo_core.config import PromptSyntax
-from hgdpo_core.errors import ConfigError, ModelError
+from hgdpo_core.errors import ConfigError
 from hgdpo_core.models.model import Model
 from hgdpo_core.models.sampling import Hidden, encode_text, hidden_states, token_ids
+from hgdpo_core.models.tokenizers import single_token
 from hgdpo_core.prompts.syntax import Segment, parse_weights
 
 COMMA_REACH = 20  # A1111's "comma padding backtrack": a full chunk is cut at a comma this near to its end
@@ -113,15 +114,6 @@ class TextEncoder:
         if self._empty is None:
             self._empty = self.encode_plain([""])[0]
         return torch.cat([embed, *[self._empty] * missing])
-
-
-def single_token(tokenizer: Any, word: str) -> int:
-    """The id of a word that is one token; ModelError for one that is more, or unknown."""
-    ids = tokenizer(word, add_special_tokens=False).input_ids
-    if len(ids) != 1 or ids[0] in tokenizer.all_special_ids:
-        raise ModelError(f"{word!r} is {len(ids)} tokens of this text encoder, or unknown: expected a word that is "
-                         "one token of its own")
-    return ids[0]
 
 
 def split_chunks(parts: Sequence[Sequence[Token]], size: int, comma: int | None) -> list[list[Token]]:

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
+from hgdpo_core.config import PromptSyntax
 from hgdpo_core.errors import ModelError, first_line
 from hgdpo_core.models.hub import quiet_transformers
+from hgdpo_core.models.weight_files import read_config
+from hgdpo_core.prompts.syntax import parse_weights
 
 TEXTS = ("a woman in a red top", "a child at a big bus")  # words of the same lengths: unknown ones would be equal
 
@@ -31,3 +35,29 @@ def check_tokenizer(path: Path, ids: Callable[[str], Sequence[int]], vocabulary:
     if vocabulary is not None and largest >= vocabulary:
         raise ModelError(f"the tokenizer in {path} gives the id {largest}, the text encoder has {vocabulary}: "
                          "put the tokenizer there that the text encoder was trained with")
+
+
+def single_token(tokenizer: Any, word: str) -> int:
+    """The id of a word that is one token; ModelError for one that is more, or unknown."""
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1 or ids[0] in tokenizer.all_special_ids:
+        raise ModelError(f"{word!r} is {len(ids)} tokens of this text encoder, or unknown: expected a word that is "
+                         "one token of its own")
+    return ids[0]
+
+
+def word_reader(configs: Path, syntax: PromptSyntax, word: str) -> Callable[[str], bool]:
+    """Whether a prompt of a syntax has a word of one token where the text encoder of `configs` reads it."""
+    tokenizer = load_clip_tokenizer(configs / "tokenizer")
+    token = single_token(tokenizer, word)
+    encoder = CLIPTextConfig(**read_config(configs / "text_encoder" / "config.json"))  # some leave defaults out
+    longest = encoder.max_position_embeddings - 2  # begin and end
+
+    def has_word(prompt: str) -> bool:
+        if syntax == "plain":
+            # Not cut by the tokenizer: that would change it, and several threads read.
+            return token in tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids[:longest]
+        texts = [segment.text for part in parse_weights(prompt) for segment in part]
+        return any(token in ids for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
+
+    return has_word

@@ -18,8 +18,8 @@ from hgdpo_core.config.concepts import CROP
 from hgdpo_core.errors import InputError
 from hgdpo_core.image_sets.sets import ImageSet
 from hgdpo_core.models import Model
-from hgdpo_core.models.instantbooth import concept_word_reader
 from hgdpo_core.models.locations import Location, refuse_other_model
+from hgdpo_core.models.tokenizers import word_reader
 from hgdpo_core.prompts.concepts import FindFaces, crop_face
 from hgdpo_core.scorers.identity import detector_fingerprint, face_finder
 from hgdpo_core.stages.encoding import latent_settings
@@ -53,7 +53,7 @@ class ConceptLatentStage(ImageLatentStage):
     @property
     def read_concept(self) -> ReadConcept:
         find, word, crop = face_finder(self.detector), self.folder.config["word"], self.folder.config["crop"]
-        reads = concept_word_reader(self.model.reading("plain"), word)
+        reads = word_reader(self.model.configs or self.model.path, "plain", word)
 
         def read(image: Image.Image, caption: str) -> bytes:
             refuse_caption(caption, word, reads)

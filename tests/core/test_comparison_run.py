@@ -94,8 +94,8 @@ def test_settings_of_a_single_file_are_not_those_of_the_folder_it_is_compared_wi
     assert run.target.schedule() == {"prediction_type": "v_prediction"} and run.target.configs == folder
     assert run.tuned.schedule() == {} and run.tuned.configs is None
     lora = tiny.save_random_lora(tmp_path / "lora", folder)
-    worn = compare(target=str(file), tuned=str(lora), overrides=of_file).tuned
-    assert worn.configs == folder and worn.schedule() == run.target.schedule()
+    with_lora = compare(target=str(file), tuned=str(lora), overrides=of_file).tuned
+    assert with_lora.configs == folder and with_lora.schedule() == run.target.schedule()
 
 
 def test_settings_reach_the_config_and_the_command(compare, lora, judge_folder):

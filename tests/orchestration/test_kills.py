@@ -197,7 +197,7 @@ def _is_server(process, workers):
 def restart_server(workers):
     """The same server on the same port and data, as after a reboot of its machine."""
     port = workers.local.url.split(":")[2].split("/")[0]
-    command = local.server_command(workers.local, int(port))
+    command = local.server_command(workers.local.database, int(port))
     local._spawn(command, local._environment(workers.local, workers.local.url), workers.local.home / "server.log")
     workers.until("the server again", lambda: local._healthy(workers.local.url))
 

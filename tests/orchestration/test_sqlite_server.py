@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deployments.local import Local, server_command
+from deployments.sqlite_server import server_command
 
 ROOT = Path(__file__).parents[2]
 CYCLE = """
@@ -30,7 +30,7 @@ def test_garbage_is_collected_by_a_thread_of_its_own():
 
 
 def test_it_is_prefects_command_line():
-    done = subprocess.run([*server_command(Local(), 4200)[:4], "start", "--help"], cwd=ROOT, text=True,
+    done = subprocess.run([*server_command(None, 4200)[:4], "start", "--help"], cwd=ROOT, text=True,
                           capture_output=True)
     assert done.returncode == 0 and "Start a Prefect server instance" in done.stdout, done.stderr
-    assert server_command(Local(database="postgresql+asyncpg://prefect@db/prefect"), 4200)[2] == "prefect"
+    assert server_command("postgresql+asyncpg://prefect@db/prefect", 4200)[2] == "prefect"

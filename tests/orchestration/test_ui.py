@@ -61,7 +61,7 @@ def test_a_server_that_takes_no_artifact_does_not_fail_the_work(server, monkeypa
         progress(2, 2, "images")
         table.show([{"a": 3}], at_once=True)
     monkeypatch.undo()
-    assert caplog.text.count("the Prefect server took no artifact") == 7
+    assert caplog.text.count("the Prefect UI lacks an artifact") == 7
 
 
 def artifacts():
