@@ -74,6 +74,8 @@ class Probe(NamedTuple):
     bytes: int | None = None
     advice: str = ""
     """Settings that are faster here, with what was measured, where others were tried."""
+    decoding: float = 0.0
+    """Of `seconds` of a sampled image, those after the last step (and, counted with them, its prompt's)."""
 
 
 class Computer(ABC):
@@ -215,8 +217,8 @@ class Stage(ABC):
         return self.name
 
     @property
-    def images_per_unit(self) -> float:
-        """Images that go through the network for one unit; below 1 where some are not finished."""
+    def images_per_unit(self) -> int:
+        """Images that go through the network for one unit."""
         return 1
 
     def comparable(self) -> Iterator[ShardManifest]:

@@ -17,7 +17,7 @@ from hgdpo_core.errors import ConfigError, StorageError
 from hgdpo_core.models import Model
 from hgdpo_core.models.image_generator import ImageGenerator, chunks
 from hgdpo_core.models.locations import find_located_model, model_locations
-from hgdpo_core.models.racing import Ended, Score, race, relative_cost
+from hgdpo_core.models.racing import Ended, Score, race
 from hgdpo_core.models.sizes import ModelSize
 from hgdpo_core.prompts import as_sample, caption_of, concept_of, prompt_id
 from hgdpo_core.prompts.concepts import load_concept
@@ -25,7 +25,7 @@ from hgdpo_core.prompts.samples import sample_key
 from hgdpo_core.scorers import find_scorer, load_configured_scorer
 from hgdpo_core.stages.base import Advance, Computer, Probe, ShardRows, Stage, Worker, shards_like
 from hgdpo_core.stages.located_scorer import find_located_scorer, locate_scorer, plain_scores, scorer_version
-from hgdpo_core.stages.probes import probe_generation
+from hgdpo_core.stages.probes import probe_generation, probe_race
 from hgdpo_core.storage import Store
 from hgdpo_core.storage.shards import ENDED, ShardFolder, ShardManifest, read_table, write_table
 
@@ -144,12 +144,11 @@ class PoolPlan(Stage):
 
     @property
     def work(self) -> str:
-        return f"{self.name} in {self.sampler.steps} steps"  # evaluations may take others
+        raced = "raced " if self.pool.race else ""  # evaluations are not, and may take other steps
+        return f"{raced}{self.name} in {self.sampler.steps} steps"
 
     @property
-    def images_per_unit(self) -> float:
-        if self.pool.race:
-            return relative_cost(self.pool.race, self.pool.images_per_prompt, self.sampler.steps)
+    def images_per_unit(self) -> int:
         return 2 if self.sampler.latent_normalisation else 1  # two models sample together
 
     def comparable(self) -> Iterator[ShardManifest]:
@@ -158,7 +157,10 @@ class PoolPlan(Stage):
         return shards_like(self.folder.store, "pools", sampler=settings["sampler"], **raced)
 
     def probe(self) -> Probe:
-        return probe_generation(self.model, self.sampler.plain, self.pool, self.shards[0].prompts[0])
+        prompt = self.shards[0].prompts[0]
+        if self.scorer is not None:
+            return probe_race(self.model, self.sampler.plain, self.pool, self.scorer, prompt)
+        return probe_generation(self.model, self.sampler.plain, self.pool, prompt)
 
     def unit_bytes(self, size: ModelSize, image_bytes: float) -> float:
         return image_bytes * self.pool.images_kept / self.pool.images_per_prompt

@@ -13,6 +13,7 @@ from hgdpo_core.devices import default_device, device_name, free_memory
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.models import Model, load_backbone
 from hgdpo_core.models.image_generator import ImageGenerator
+from hgdpo_core.models.racing import relative_cost
 from hgdpo_core.scorers import load_configured_scorer
 from hgdpo_core.stages.base import Probe
 
@@ -71,7 +72,19 @@ def _probe_sampler(model: Model, sampler: SamplerConfig, pool: PoolConfig, promp
     step = max(0.0, three - one) / (STEPS - 1)
     finished = generated(1, sampler.steps) if whole and single * sampler.steps <= MAX_SECONDS else ()
     return Probe(seconds=(one + (sampler.steps - 1) * step) / images,
-                 bytes=len(finished[0]["image"]) if finished else None)
+                 bytes=len(finished[0]["image"]) if finished else None, decoding=max(0.0, one - step) / images)
+
+
+def probe_race(model: Model, sampler: SamplerConfig, pool: PoolConfig, scorer: ScorerConfig, prompt: str) -> Probe:
+    """One candidate of a raced pool: its share of the steps, of the images decoded at each cut and at the end, and of
+    the scores at the cuts."""
+    image = probe_generation(model, sampler, pool, prompt)
+    score = probe_scoring(scorer, (sampler.width, sampler.height), prompt).seconds
+    candidates = pool.images_per_prompt
+    predicted = candidates + sum(cut.keep for cut in pool.race[:-1])
+    sampling = relative_cost(pool.race, candidates, sampler.steps) * (image.seconds - image.decoding)
+    return image._replace(seconds=sampling + (
+        (predicted + pool.images_kept) * image.decoding + predicted * score) / candidates)
 
 
 def probe_scoring(scorer: ScorerConfig, size: tuple[int, int], prompt: str) -> Probe:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import run_tiny, tiny_parameters
 
 from hgdpo_core import devices
-from hgdpo_core.config import PoolConfig, SamplerConfig, ScorerConfig
+from hgdpo_core.config import PoolConfig, RaceCut, SamplerConfig, ScorerConfig
 from hgdpo_core.errors import ConfigError
 from hgdpo_core.models import Model
 from hgdpo_core.models.sizes import ModelSize, model_size
@@ -19,6 +19,7 @@ from hgdpo_core.plan.rates import Rate
 from hgdpo_core.plan.table import RunPlan, describe, readable_bytes, readable_time
 from hgdpo_core.run import open_run
 from hgdpo_core.stages import probes
+from hgdpo_core.stages.base import Probe
 from hgdpo_core.storage import DryStore, Store
 from hgdpo_core.storage.shards import ShardFolder
 
@@ -223,6 +224,7 @@ def test_generation_is_extrapolated_from_few_steps(monkeypatch):
     model = Model(None, "0", "float32")
     probe = probes.probe_generation(model, sampler, pool, "a man")
     assert probe.seconds == pytest.approx((0.5 + 2.0 * 50) / 4) and probe.bytes is None
+    assert probe.decoding == pytest.approx(0.5 / 4)
     assert Clocked.generated == [(1, 1), (1, 1), (4, 1), (4, 3)]    # a whole image would take 125 of 60 seconds
     Clocked.generated.clear()
     monkeypatch.setattr(probes, "MAX_SECONDS", 25.0)     # of which a batch of 4 would take more
@@ -230,6 +232,17 @@ def test_generation_is_extrapolated_from_few_steps(monkeypatch):
     assert Clocked.generated[-1] == (2, 3)
     assert probes.probe_generation(model, sampler.model_copy(update={"steps": 10}), pool, "a man").bytes == 10
     assert Clocked.generated[-1] == (1, 10)
+
+
+def test_a_raced_candidate_is_charged_for_what_the_cuts_cost(monkeypatch):
+    """Two cuts of 20 candidates in 10 steps, where a step costs 2 s, an image 3 s and a score 0.5 s."""
+    monkeypatch.setattr(probes, "probe_generation", lambda *_: Probe(seconds=23.0, bytes=7, decoding=3.0))
+    monkeypatch.setattr(probes, "probe_scoring", lambda *_: Probe(seconds=0.5))
+    pool = PoolConfig(images_per_prompt=20, race=(RaceCut(after=4, keep=10), RaceCut(after=7, keep=4)))
+    probe = probes.probe_race(Model(None, "0", "float32"), SamplerConfig(steps=10), pool, ScorerConfig(), "a")
+    steps, predicted = 20 * 4 + 10 * 3 + 4 * 3, 20 + 10
+    assert probe.seconds == pytest.approx((2.0 * steps + 3.0 * (predicted + 4) + 0.5 * predicted) / 20)
+    assert probe.bytes == 7
 
 
 def test_a_gpu_is_asked_which_sampling_is_faster(monkeypatch):

@@ -182,6 +182,7 @@ def test_what_decides_the_images_is_in_the_id(tmp_path, model):
              for race, scorer in ((ONE_CUT, SCORER), (TWO_CUTS, SCORER), (ONE_CUT, SCORER.model_copy(
                  update={"dtype": "tf32"})))]
     assert len({base.pool_id, *(each.pool_id for each in raced)}) == 4
+    assert base.work != raced[0].work and base.scorer is half.scorer is None  # a plan takes no time of one for another
     fewer = plan(tmp_path, model, (), steps=3)
     assert fewer.pool_id == plan_pool(base.folder.store, model, SAMPLER.model_copy(update={"steps": 3}), base.pool,
                                       PROMPTS).pool_id != base.pool_id
