@@ -132,9 +132,9 @@ details > summary { margin-top: 14px; }
 .loser i { color: var(--loss); font-weight: 600; }
 .prompt { unicode-bidi: plaintext; margin: 8px 0 0; font-size: .95rem; line-height: 1.4; }
 h3.prompt { font-weight: 600; margin: 20px 0 10px; max-width: 68ch; }
-.pool { display: grid; grid-template-columns: repeat(auto-fill, minmax(clamp(64px, 6vw, 104px), 1fr));
-  gap: 12px; }
-.pool:has(img.tiny) { grid-template-columns: repeat(auto-fill, minmax(48px, 1fr)); gap: 8px 10px; }
+/* Ten of a pool's 20 in a row where there is room. */
+.pool { display: grid; grid-template-columns: repeat(auto-fill, minmax(max(64px, 8.8%), 1fr)); gap: 12px; }
+.pool:has(img.tiny) { grid-template-columns: repeat(auto-fill, minmax(max(48px, 8.8%), 1fr)); gap: 8px 10px; }
 .pool figcaption { margin-top: 4px; line-height: 1.25; }
 .pool figcaption i { display: block; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 208px), 1fr));
