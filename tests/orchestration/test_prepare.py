@@ -64,5 +64,5 @@ def test_a_fresh_clone_is_deployed_whole(server, tmp_path):
     with get_client(sync_client=True) as client:
         deployments = client.request("POST", "/deployments/filter", json={}).json()
     names = sorted(one["name"] for one in deployments)
-    assert names == ["create", "evaluate", "full", "nightly", "paper", "shard", "train"]
+    assert names == ["create", "evaluate", "full", "nightly", "paper", "personalise", "shard", "train"]
     assert {one["version"] for one in deployments} == {head.stdout.strip()}
