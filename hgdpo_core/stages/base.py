@@ -75,7 +75,7 @@ class Probe(NamedTuple):
     advice: str = ""
     """Settings that are faster here, with what was measured, where others were tried."""
     decoding: float = 0.0
-    """Of `seconds` of a sampled image, those after the last step (and, counted with them, its prompt's)."""
+    """Of a sampled image's `seconds`, those outside its sampling steps: its prompt, decoding, its file's bytes."""
 
 
 class Computer(ABC):
